@@ -1,0 +1,122 @@
+"""A model on disk: a plain Hugging Face directory, loaded, checked and saved.
+
+Any directory written here loads with `AutoModelForCausalLM.from_pretrained(directory)` and gives the same logits in
+transformers 4.57 (the NeMo image) and 5.x (a laptop).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from minitron.errors import ConfigError, RunError
+from minitron.storage import content_hash
+
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures that prune knows how to cut."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def load_model(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load a causal language model in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: not a model directory, or not one of the SUPPORTED architectures.
+        RunError: a weight file is damaged or missing.
+    """
+    check_architecture(directory)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
+    if missing := sorted(report["missing_keys"]):
+        raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
+    return model.eval()
+
+
+def check_architecture(directory: Path) -> dict[str, Any]:
+    """Return a model directory's config.json.
+
+    Raises:
+        ConfigError: not a model directory, or not one of the SUPPORTED architectures.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory}: no config.json; give a Hugging Face model directory")
+    config = json.loads(path.read_text())
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in SUPPORTED:
+        raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {', '.join(SUPPORTED)}")
+    return config
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer that has an end-of-sequence token.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{directory}: no tokenizer ({reason}); copy its tokenizer.json beside the weights") from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ConfigError(f"{directory}: the tokenizer is not a fast one with an EOS token; give one that is")
+    return tokenizer
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """Return the sha256 of tokenizer.json: two models share a dataset only when it is equal."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory}: no tokenizer.json; save the model's fast tokenizer there")
+    return content_hash(path)
+
+
+def save_model(model: PreTrainedModel, directory: Path, tokenizer_from: Path) -> None:
+    """Write a model directory: safetensors, config with an explicit head_dim, the tokenizer's files unchanged."""
+    if getattr(model.config, "head_dim", None) is None:
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
+    model.save_pretrained(directory)
+    _write_for_both_transformers(directory / "config.json")
+    for name in TOKENIZER_FILES:
+        if tokenizer_from != directory and (tokenizer_from / name).is_file():
+            shutil.copy2(tokenizer_from / name, directory / name)
+
+
+def _write_for_both_transformers(path: Path) -> None:
+    """Add the keys that transformers 4.57 reads beside those of 5.x: without them it falls back to defaults."""
+    config = json.loads(path.read_text())
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Count the parameters; tied embeddings count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def read_config(directory: Path) -> Any:
+    """Return the transformers config of a model directory."""
+    return AutoConfig.from_pretrained(directory)

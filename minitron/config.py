@@ -1,0 +1,212 @@
+"""The configuration of every stage: one frozen model per stage, the only place a default is written.
+
+Print the parameter table of the README:
+
+    python -m minitron.config
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from minitron.errors import ConfigError
+
+INPUT = "input"
+"""Marks a field that names data: its content, not its path, decides whether a result can be reused."""
+
+EXECUTION = "execution"
+"""Marks a field that says where and how to run: it has no influence on the result."""
+
+InputPath = Annotated[Path, INPUT]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=0.5)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class StageConfig(BaseModel):
+    """What every stage has: where it writes, where it reports, and its seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: Annotated[Path, EXECUTION] = Field(description="Directory the stage writes; it appears when complete.")
+    workspace: Annotated[Path | None, EXECUTION] = Field(
+        None, description="Directory that outlives the task: a killed stage resumes, a finished one is reused from it."
+    )
+    tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow tracking server; none: no logging.")
+    experiment: Annotated[str, EXECUTION] = Field("minitron", description="MLflow experiment.")
+    pipeline_run_id: Annotated[str | None, EXECUTION] = Field(
+        None, description="Kubeflow run that this stage belongs to: the stages of one run share an MLflow parent run."
+    )
+    seed: int = Field(1234, description="Seed of every random choice.")
+
+
+class PrepareConfig(StageConfig):
+    """Corpus → deduplicated, split, tokenised dataset."""
+
+    corpus: Annotated[str, INPUT] = Field(
+        description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, or hf://dataset[/config]."
+    )
+    teacher: Annotated[str, INPUT] = Field(description="Model whose tokenizer is used: a directory or hf://org/name.")
+    text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
+    validation_fraction: Fraction = Field(0.01, description="Share of the documents kept for validation.")
+    test_fraction: Fraction = Field(0.01, description="Share of the documents kept for the test.")
+    licence: str = Field("unknown", description="Licence of the corpus, carried into manifest and model card.")
+
+
+class SequenceConfig(StageConfig):
+    """What every stage that runs a model on packed sequences has."""
+
+    dataset: InputPath = Field(description="Directory written by prepare.")
+    sequence_length: PositiveInt = Field(8192, description="Tokens per packed sequence.")
+    micro_batch_size: PositiveInt = Field(4, description="Sequences per forward pass.")
+
+
+class TrainingConfig(SequenceConfig):
+    """What fine-tuning and distillation share: they differ by their loss."""
+
+    engine: Literal["hf"] = Field("hf", description="Who trains: hf (transformers).")
+    max_steps: PositiveInt = Field(30, description="Optimizer steps.")
+    global_batch_size: PositiveInt = Field(128, description="Sequences per optimizer step.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate.")
+    min_learning_rate: NonNegative = Field(1e-5, description="Learning rate at the end of the cosine.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(2, description="Steps of linear warm-up.")
+    weight_decay: NonNegative = Field(0.1, description="Weight decay (not on norms and biases).")
+    adam_beta1: Beta = Field(0.9, description="AdamW's beta 1.")
+    adam_beta2: Beta = Field(0.95, description="AdamW's beta 2.")
+    gradient_clipping: Positive = Field(1.0, description="Largest gradient norm.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
+    validation_interval: PositiveInt = Field(10, description="Steps between validations; there is one at step 0 too.")
+    validation_sequences: PositiveInt = Field(640, description="Sequences per validation (fewer if the split is small).")
+    checkpoint_interval: PositiveInt = Field(10, description="Steps between checkpoints to resume from.")
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> "TrainingConfig":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}: choose a multiple"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}: lower it"
+            )
+        return self
+
+
+class FinetuneConfig(TrainingConfig):
+    """Base model → corrected teacher (cross-entropy on the corpus)."""
+
+    teacher: Annotated[str, INPUT] = Field(description="Base model: a directory or hf://org/name; never modified.")
+    enabled: bool = Field(True, description="False: pass the base model on as it is.")
+
+
+class PruneConfig(SequenceConfig):
+    """Teacher → smaller student. A size that is not given is not cut."""
+
+    teacher: InputPath = Field(description="Model to prune.")
+    hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
+    intermediate_size: PositiveInt | None = Field(None, description="Width of the MLP.")
+    num_attention_heads: PositiveInt | None = Field(None, description="Query heads per layer.")
+    num_key_value_heads: PositiveInt | None = Field(None, description="Key-value heads (groups) per layer.")
+    num_hidden_layers: PositiveInt | None = Field(
+        None, description="Layers to keep; those of the lowest block influence are dropped."
+    )
+    drop_layers: list[PositiveInt] | None = Field(None, description="Layers to drop, counted from 1, by hand.")
+    calibration_sequences: PositiveInt = Field(1024, description="Packed training sequences that importance is read on.")
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_layers(self) -> "PruneConfig":
+        if self.drop_layers is not None and self.num_hidden_layers is not None:
+            raise ValueError("drop_layers and num_hidden_layers are both given: choose one")
+        return self
+
+
+class DistillConfig(TrainingConfig):
+    """Teacher and pruned student → trained student (forward KL on logits)."""
+
+    teacher: InputPath = Field(description="Model to learn from.")
+    student: InputPath = Field(description="Pruned model to train.")
+    temperature: Positive = Field(1.0, description="Both distributions are softened by it; the KL is scaled by its square.")
+    kl_weight: NonNegative = Field(1.0, description="Weight of the forward KL divergence.")
+    cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> "DistillConfig":
+        if self.kl_weight == self.cross_entropy_weight == 0:
+            raise ValueError("kl_weight and cross_entropy_weight are both 0: give one a weight")
+        return self
+
+
+class EvaluateConfig(SequenceConfig):
+    """Models and data → evaluation.json and report.html."""
+
+    teacher_before: Annotated[str, INPUT] = Field(description="Base model: a directory or hf://org/name.")
+    teacher: InputPath = Field(description="Corrected teacher.")
+    pruned: InputPath = Field(description="Student before distillation.")
+    student: InputPath = Field(description="Student after distillation.")
+    evaluation_sequences: PositiveInt = Field(640, description="Sequences per split (fewer if the split is small).")
+    tasks: list[str] = Field([], description="lm-eval tasks.")
+    task_directory: Annotated[Path | None, INPUT] = Field(None, description="Directory of local lm-eval task files.")
+    task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all of them.")
+    prompts: list[str] = Field(
+        ["The history of the city began", "In physics, energy is"], description="Beginnings that every model continues."
+    )
+    generation_tokens: PositiveInt = Field(48, description="New tokens per prompt.")
+
+
+class RegisterConfig(StageConfig):
+    """Student → version in the MLflow registry."""
+
+    student: InputPath = Field(description="Model directory to register.")
+    evaluation: InputPath = Field(description="Directory written by evaluate.")
+    dataset: InputPath = Field(description="Directory written by prepare.")
+    name: str = Field("minitron", min_length=1, description="Registered model.")
+    alias: str = Field("challenger", min_length=1, description="Alias that the new version gets.")
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "prepare": PrepareConfig,
+    "finetune": FinetuneConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "register": RegisterConfig,
+}
+"""Every stage's configuration, in the order of the flow."""
+
+
+def fields_marked(model: type[StageConfig], mark: str) -> list[str]:
+    """Return the names of the fields that carry INPUT or EXECUTION."""
+    return [name for name, field in model.model_fields.items() if mark in field.metadata]
+
+
+def parse(stage: str, values: dict[str, Any]) -> StageConfig:
+    """Validate the values of one stage.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
+    """
+    try:
+        return STAGES[stage].model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(stage, fault) for fault in error.errors())) from None
+
+
+def _explain(stage: str, fault: Any) -> str:
+    """Turn one pydantic fault into 'stage.key: what is wrong (found …)'."""
+    key = ".".join(str(part) for part in fault["loc"]) if fault["loc"] else ""
+    where = f"{stage}.{key}" if key else stage
+    match fault["type"]:
+        case "extra_forbidden":
+            close = difflib.get_close_matches(key, STAGES[stage].model_fields, n=1)
+            remedy = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(STAGES[stage].model_fields)}"
+            return f"{where}: unknown key; {remedy}"
+        case "missing":
+            return f"{where}: missing; give it a value"
+        case "value_error":
+            return f"{where}: {str(fault['ctx']['error'])}"
+        case _:
+            return f"{where}: {fault['msg']} (found {fault['input']!r})"

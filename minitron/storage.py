@@ -1,0 +1,74 @@
+"""Where data lies: turns an address (a local path, file://, hf://) into a verified local path."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from minitron.errors import ConfigError, RunError
+
+RECORD = "stage.json"
+"""The file that makes a stage's directory complete: written last, never part of the directory's content hash."""
+
+
+def local_path(address: str | Path) -> Path:
+    """Return the local path of a model, fetching hf://org/name when it is not local.
+
+    Raises:
+        ConfigError: nothing is there, or the scheme is unknown.
+        RunError: the hub cannot be reached.
+    """
+    scheme, separator, rest = str(address).partition("://")
+    if not separator or scheme == "file":
+        path = Path(rest if separator else address)
+        if not path.exists():
+            raise ConfigError(f"{address}: no such file or directory; give an existing path or hf://org/name")
+        return path
+    if scheme == "hf":
+        return _from_hub(rest)
+    raise ConfigError(f"{address}: unknown scheme '{scheme}://'; give a path, file:// or hf://org/name")
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = repository.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(
+            f"hf://{repository}: not fetched ({reason}); check the name, HF_TOKEN and the network, or give a local path"
+        ) from error
+
+
+def content_hash(path: Path) -> str:
+    """Return the sha256 of a file, or of a directory's names and contents (its stage.json left out)."""
+    if path.is_file():
+        return _file_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and file != path / RECORD):
+        digest.update(f"{file.relative_to(path)}\0{_file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def verified_hash(path: Path) -> str:
+    """Return the content hash of an input, checked against the record of the stage that wrote it.
+
+    Raises:
+        RunError: the content is not what the stage wrote.
+    """
+    found = content_hash(path)
+    record = path / RECORD
+    if record.is_file():
+        recorded = json.loads(record.read_text())["output_sha256"]
+        if recorded != found:
+            raise RunError(
+                f"{path}: content hash {found[:12]} is not the {recorded[:12]} its {RECORD} records: "
+                "a file is damaged or was changed; delete the directory and run the stage that writes it again"
+            )
+    return found
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
