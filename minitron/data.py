@@ -107,7 +107,7 @@ class PackedDataset(Dataset):
             ConfigError: the split is shorter than one sequence.
         """
         self._indexed = IndexedDataset(prefix)
-        self._length = sequence_length
+        self.sequence_length = sequence_length
         total = int(self._indexed.lengths.sum())
         if total < sequence_length + 1:
             raise ConfigError(
@@ -119,11 +119,11 @@ class PackedDataset(Dataset):
 
     def __len__(self) -> int:
         """Return the number of whole sequences."""
-        return int(self._ends[-1] - 1) // self._length
+        return int(self._ends[-1] - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return one packed sequence and its labels."""
-        tokens = torch.from_numpy(self._read(index * self._length, self._length + 1))
+        tokens = torch.from_numpy(self._read(index * self.sequence_length, self.sequence_length + 1))
         return {"input_ids": tokens[:-1], "labels": tokens[1:]}
 
     def _read(self, start: int, count: int) -> np.ndarray:

@@ -1,0 +1,87 @@
+"""How good models are on packed sequences: validation loss, perplexity, and closeness to a reference model."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from minitron.data import PackedDataset
+from minitron.losses import LossWeights, linear_loss
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Return the last hidden states of [B, S] token ids as [B · S, H], without computing logits."""
+    states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return states.flatten(0, 1)
+
+
+def output_head(model: PreTrainedModel) -> Tensor:
+    """Return the output embedding [V, H]."""
+    return model.get_output_embeddings().weight
+
+
+@torch.no_grad()
+def score(
+    models: dict[str, PreTrainedModel],
+    dataset: PackedDataset,
+    sequences: int,
+    micro_batch_size: int,
+    reference: PreTrainedModel | None = None,
+    description: str = "validation",
+) -> dict[str, dict[str, float]]:
+    """Score models on the first sequences of a split, in one pass: each is run once per batch.
+
+    Args:
+        models: models by name, on one device; they are scored in eval mode and left in the mode they had.
+        dataset: packed sequences.
+        sequences: how many to score; all of them when the split has fewer.
+        micro_batch_size: sequences per forward pass.
+        reference: the teacher; with it `kl` (forward KL to the model, nats per token) and `top1_agreement` are given.
+        description: label of the progress bar.
+
+    Returns:
+        Per model `loss` (mean cross-entropy of the next token, nats) and `perplexity`, and the reference's terms.
+    """
+    weights = LossWeights(cross_entropy=1.0)
+    modes = {name: model.training for name, model in models.items()}
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    tokens = 0
+    for model in models.values():
+        model.eval()
+    device = next(iter(models.values())).device
+    for input_ids, labels in _batches(dataset, sequences, micro_batch_size, device, description):
+        states = {id(model): hidden_states(model, input_ids) for model in models.values()}
+        guide = None if reference is None else states.get(id(reference))
+        if reference is not None and guide is None:
+            guide = hidden_states(reference, input_ids)
+        guide_head = None if reference is None else output_head(reference)
+        for name, model in models.items():
+            terms = linear_loss(states[id(model)], output_head(model), labels, weights, guide, guide_head)
+            sums[name] += torch.stack([terms.cross_entropy, terms.kl, terms.agreements]).double().cpu()
+        tokens += labels.numel()
+    for name, model in models.items():
+        model.train(modes[name])
+    return {name: _means(total / tokens, reference is not None) for name, total in sums.items()}
+
+
+def _means(means: Tensor, referred: bool) -> dict[str, float]:
+    loss, kl, agreement = means.tolist()
+    scores = {"loss": loss, "perplexity": math.exp(loss)}
+    return scores | {"kl": kl, "top1_agreement": agreement} if referred else scores
+
+
+def _batches(
+    dataset: PackedDataset, sequences: int, micro_batch_size: int, device: torch.device, description: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield input ids [B, S] and labels [B · S]; the progress bar counts tokens."""
+    count = min(sequences, len(dataset))
+    with tqdm(total=count * dataset.sequence_length, desc=description, unit="tok", unit_scale=True) as bar:
+        for start in range(0, count, micro_batch_size):
+            items = [dataset[index] for index in range(start, min(start + micro_batch_size, count))]
+            input_ids = torch.stack([item["input_ids"] for item in items]).to(device)
+            labels = torch.cat([item["labels"] for item in items]).to(device)
+            yield input_ids, labels
+            bar.update(labels.numel())
