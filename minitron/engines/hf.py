@@ -1,0 +1,274 @@
+"""The transformers engine: one training path for fine-tuning and distillation, from a laptop to one GPU.
+
+`train` runs `transformers.Trainer`; what differs between the two stages is the loss (minitron/losses.py). A killed
+training resumes from its last complete checkpoint.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from minitron.checkpoint import load_model
+from minitron.config import TrainingConfig
+from minitron.data import PackedDataset
+from minitron.losses import LossWeights, linear_loss
+from minitron.scoring import hidden_states, output_head, score
+from minitron.stage import CHECKPOINTS
+from minitron.tracking import Tracker
+
+TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
+"""The loss terms that are logged apart, as linear_loss returns them; without a teacher only the cross-entropy."""
+
+LOGGED = ("loss", *TERMS, "learning_rate", "grad_norm", "validation_loss", "validation_perplexity")
+"""What of the Trainer's logs is history; the rest is its bookkeeping."""
+
+
+def device() -> torch.device:
+    """Return the GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype() -> torch.dtype:
+    """Return bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower)."""
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def train(
+    config: TrainingConfig,
+    initial: Path,
+    weights: LossWeights,
+    directory: Path,
+    tracker: Tracker,
+    teacher: PreTrainedModel | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train the model in `initial` and return its best state by validation loss, the untrained one included.
+
+    Args:
+        config: steps, batch sizes, optimizer, validation and checkpoint intervals.
+        initial: model directory to start from; it is not changed.
+        weights: of the loss's terms.
+        directory: the stage's directory of work in progress; checkpoints lie in its CHECKPOINTS subdirectory.
+        tracker: gets the metrics while the training runs.
+        teacher: model on the same device whose logits are learnt; none: cross-entropy alone.
+
+    Returns:
+        The best model on the CPU, and `{"metrics", "history"}` for the stage's record.
+    """
+    set_seed(config.seed)
+    train_set = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+    validation_set = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
+    checkpoints = directory / CHECKPOINTS
+    last = _last_complete_checkpoint(checkpoints)
+    best = BestModel(checkpoints / "best", initial)
+    trainer = _LinearLossTrainer(
+        config,
+        load_model(initial, torch.float32),
+        teacher,
+        weights,
+        train_set,
+        validation_set,
+        checkpoints,
+        last is None,
+    )
+    trainer.add_callback(_Report(config, tracker, best))
+    started = time.perf_counter()
+    resumed_at = int(last.name.partition("-")[2]) if last else 0
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    seconds = time.perf_counter() - started - trainer.validation_seconds
+    tokens = (trainer.state.global_step - resumed_at) * config.global_batch_size * config.sequence_length
+    history = _history(trainer.state.log_history)
+    metrics = {
+        "tokens": trainer.state.global_step * config.global_batch_size * config.sequence_length,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "validation_loss_before": next(row["validation_loss"] for row in history if "validation_loss" in row),
+        "validation_loss": best.loss,
+        "best_step": best.step,
+    }
+    return best.load(trainer.model, trainer.state.global_step), {"metrics": metrics, "history": history}
+
+
+class BestModel:
+    """The state of lowest validation loss: `initial` until a training step beats it. It survives a kill."""
+
+    def __init__(self, directory: Path, initial: Path) -> None:
+        """Read what an earlier attempt left in `directory`."""
+        self._directory, self._initial = directory, initial
+        self.step, self.loss = 0, float("inf")
+        if (directory / "best.json").is_file():
+            found = json.loads((directory / "best.json").read_text())
+            self.step, self.loss = found["step"], found["loss"]
+
+    def offer(self, model: PreTrainedModel, step: int, loss: float) -> None:
+        """Keep the model if its loss is the lowest so far; the old best is replaced in one rename."""
+        if loss >= self.loss:
+            return
+        self.step, self.loss = step, loss
+        staging = self._directory.with_name("best.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        if step:
+            model.save_pretrained(staging)
+        (staging / "best.json").write_text(json.dumps({"step": step, "loss": loss}))
+        shutil.rmtree(self._directory, ignore_errors=True)
+        staging.rename(self._directory)
+
+    def load(self, model: PreTrainedModel, step: int) -> PreTrainedModel:
+        """Return the best model on the CPU; `model` is its state at `step`."""
+        if step == self.step:
+            return model.cpu().eval()
+        return load_model(self._directory if self.step else self._initial, torch.float32)
+
+
+class _LinearLossTrainer(Trainer):
+    """A Trainer whose loss is `linear_loss` and whose evaluation is `score`."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        weights: LossWeights,
+        train_set: PackedDataset,
+        validation_set: PackedDataset,
+        checkpoints: Path,
+        validate_first: bool,
+    ) -> None:
+        model.config.use_cache = False
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        arguments = _arguments(config, checkpoints, validate_first)
+        super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, by the tokens of the whole step
+        self._config, self._teacher, self._weights = config, teacher, weights
+        self._sums, self._tokens = torch.zeros(len(TERMS), device=self.args.device), 0
+        self.validation_seconds = 0.0
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list, Any]:
+        """Count every label of the step: they are already shifted and none is masked."""
+        batches, _ = super().get_batch_samples(*arguments, **keywords)
+        return batches, sum(batch["labels"].numel() for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], *_: Any, num_items_in_batch: Any = None, **__: Any
+    ) -> Any:
+        """Return the micro-batch's share of the step's loss; its terms are summed without a GPU synchronisation."""
+        student, labels = self.accelerator.unwrap_model(model), inputs["labels"].flatten()
+        with torch.autocast(self.args.device.type, compute_dtype(), enabled=self.args.device.type == "cuda"):
+            hidden = hidden_states(student, inputs["input_ids"]).to(compute_dtype())
+        guide = guide_head = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                guide, guide_head = hidden_states(self._teacher, inputs["input_ids"]), output_head(self._teacher)
+        terms = linear_loss(hidden, output_head(student), labels, self._weights, guide, guide_head)
+        self._sums += torch.stack(list(terms[1:])).detach()
+        self._tokens += labels.numel()
+        return terms.loss / num_items_in_batch
+
+    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        """Add the loss terms, averaged since they were last logged."""
+        if "loss" in logs and self._tokens:
+            means = dict(zip(TERMS, (self._sums / self._tokens).tolist(), strict=True))
+            logs |= means if self._teacher is not None else {"cross_entropy": means["cross_entropy"]}
+            self._sums.zero_()
+            self._tokens = 0
+        super().log(logs, *arguments, **keywords)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the model on the validation split."""
+        started = time.perf_counter()
+        config = self._config
+        with torch.autocast(self.args.device.type, compute_dtype(), enabled=self.args.device.type == "cuda"):
+            scores = score(
+                {"model": self.model}, self.eval_dataset, config.validation_sequences, config.micro_batch_size
+            )
+        metrics = {f"validation_{name}": value for name, value in scores["model"].items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.validation_seconds += time.perf_counter() - started
+        return metrics
+
+
+class _Report(TrainerCallback):
+    """Progress bar in tokens (so that it shows tokens/s and ETA), metrics to the tracker, best model to disk."""
+
+    def __init__(self, config: TrainingConfig, tracker: Tracker, best: BestModel) -> None:
+        self._step_tokens = config.global_batch_size * config.sequence_length
+        self._tracker, self._best = tracker, best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        total, done = state.max_steps * self._step_tokens, state.global_step * self._step_tokens
+        self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.update(self._step_tokens)
+        control.should_evaluate |= state.global_step == state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        numbers = {name: value for name, value in logs.items() if name in LOGGED}
+        self._tracker.log(numbers, state.global_step)
+        if "loss" in logs:
+            self._bar.set_postfix(step=f"{state.global_step}/{state.max_steps}", loss=f"{logs['loss']:.3f}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: Any, **_: Any) -> None:
+        self._best.offer(model, state.global_step, metrics["validation_loss"])
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._bar.close()
+
+
+def _arguments(config: TrainingConfig, checkpoints: Path, validate_first: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.global_batch_size // config.micro_batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_warmup_with_min_lr",  # its first step is not at learning rate 0
+        lr_scheduler_kwargs={"min_lr": config.min_learning_rate},
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch_fused",
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.gradient_clipping,
+        eval_strategy="steps",
+        eval_steps=config.validation_interval,
+        eval_on_start=validate_first,
+        save_strategy="steps",
+        save_steps=config.checkpoint_interval,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device().type == "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _last_complete_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint that has its last file, trainer_state.json; incomplete ones are deleted."""
+    if not directory.is_dir():
+        return None
+    for path in directory.glob("checkpoint-*"):
+        if not (path / "trainer_state.json").is_file():
+            shutil.rmtree(path)
+    found = get_last_checkpoint(str(directory))
+    return Path(found) if found else None
+
+
+def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row per logged step, and one per validation."""
+    rows = [{"step": entry["step"]} | {name: entry[name] for name in LOGGED if name in entry} for entry in log]
+    return [row for row in rows if len(row) > 1]

@@ -1,0 +1,49 @@
+"""Correct the teacher: fine-tune the base model on the corpus, and keep the better of the two.
+
+python -m minitron.finetune --config finetune.yaml
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minitron import stage
+from minitron.checkpoint import read_config, save_model
+from minitron.config import FinetuneConfig
+from minitron.data import check_tokenizer
+from minitron.engines import hf
+from minitron.losses import LossWeights
+from minitron.storage import RECORD, local_path
+from minitron.tracking import Tracker
+
+
+def run(config: FinetuneConfig) -> dict[str, Any]:
+    """Write the corrected teacher to `config.output`, a Hugging Face directory.
+
+    Returns:
+        The stage's record; `metrics["corrected"]` is 0 when the base model was kept.
+
+    Raises:
+        ConfigError: the model is not supported, or its tokenizer is not the dataset's.
+        RunError: the weights or the dataset are damaged.
+    """
+    return stage.run(config, _work)
+
+
+def _work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    base = local_path(config.teacher)
+    check_tokenizer(config.dataset, base)
+    found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
+    if config.enabled:
+        model, found = hf.train(config, base, LossWeights(cross_entropy=1.0), directory, tracker)
+        found["metrics"]["corrected"] = int(found["metrics"]["best_step"] > 0)
+    if found["metrics"]["corrected"]:
+        save_model(model.to(read_config(base).dtype), directory, tokenizer_from=base)
+    else:
+        ignore = shutil.ignore_patterns(RECORD, ".*")
+        shutil.copytree(base, directory, copy_function=stage.link_or_copy, ignore=ignore, dirs_exist_ok=True)
+    return found
+
+
+if __name__ == "__main__":
+    stage.main("finetune")

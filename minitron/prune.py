@@ -1,0 +1,188 @@
+"""Prune: teacher → smaller student, keeping what Minitron importance ranks highest on a few calibration sequences.
+
+    python -m minitron.prune --config FILE
+
+Writes a model directory and, in it, `pruning.json`: sizes before and after, calibration, scores, kept indices.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from minitron import stage
+from minitron.checkpoint import check_architecture, load_model, parameter_count, read_config, save_model
+from minitron.config import PruneConfig
+from minitron.data import PackedDataset, check_tokenizer
+from minitron.engines.hf import compute_dtype, device
+from minitron.errors import ConfigError
+from minitron.pruning.importance import Importance, measure
+from minitron.pruning.surgery import Plan, Shape, choose, cut
+from minitron.tracking import Tracker
+
+PRUNING = "pruning.json"
+"""The file beside the student's weights that says what was kept, and why."""
+
+HIDDEN_MULTIPLE = 8
+"""Rows of 16 bytes in bfloat16: shorter steps keep a GPU's tensor cores idle in every matrix product of the model."""
+
+
+def run(config: PruneConfig) -> dict[str, Any]:
+    """Prune the teacher, or return the record of the student that is already there.
+
+    Raises:
+        ConfigError: a target does not fit the teacher, or the dataset was made with another tokenizer.
+        RunError: the teacher's weights cannot be read or give activations that are not finite.
+    """
+    return stage.run(config, _work)
+
+
+def _work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    check_architecture(config.teacher)
+    check_tokenizer(config.dataset, config.teacher)
+    teacher_config = read_config(config.teacher)
+    shape = target_shape(config, teacher_config)
+    importance, sequences = _importance(config, teacher_config, shape)
+    teacher = load_model(config.teacher)
+    plan = choose(importance, shape, _layers_kept_by_hand(config, teacher_config.num_hidden_layers))
+    student = cut(teacher, plan)
+    save_model(student, directory, tokenizer_from=config.teacher)
+    calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
+    account = _account(teacher, student, plan, importance if sequences else None, calibration)
+    _write_lines(directory / PRUNING, account)
+    return {"metrics": _metrics(account)}
+
+
+def target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
+    """Return the student's sizes; a size that is not given is the teacher's.
+
+    When only num_key_value_heads is given, each kept group keeps all its query heads, so num_attention_heads shrinks
+    with it. When only num_attention_heads is given, every group stays and keeps equally many.
+
+    Raises:
+        ConfigError: a size does not fit the teacher or another size.
+    """
+    teacher = Shape.of(teacher_config)
+    given = {name: size for name in asdict(teacher) if (size := getattr(config, name)) is not None}
+    for name, size in given.items():
+        if size > (most := getattr(teacher, name)):
+            raise ConfigError(f"prune.{name}: {size} is larger than the teacher's {most}; choose at most {most}")
+    heads_per_group = teacher.num_attention_heads // teacher.num_key_value_heads
+    if config.num_key_value_heads and not config.num_attention_heads:
+        given["num_attention_heads"] = config.num_key_value_heads * heads_per_group
+    if config.drop_layers:
+        given["num_hidden_layers"] = len(_layers_kept_by_hand(config, teacher.num_hidden_layers) or [])
+    shape = replace(teacher, **given)
+    _check_sequence_length(config.sequence_length, teacher_config.max_position_embeddings)
+    _check_heads(shape, heads_per_group)
+    _check_hidden_size(shape, teacher, teacher_config.model_type)
+    return shape
+
+
+def _check_sequence_length(length: int, most: int) -> None:
+    if length > most:
+        raise ConfigError(
+            f"prune.sequence_length: {length} is above the teacher's max_position_embeddings {most}; "
+            f"choose at most {most}"
+        )
+
+
+def _check_heads(shape: Shape, teacher_heads_per_group: int) -> None:
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    if heads % groups:
+        raise ConfigError(
+            f"prune.num_attention_heads: {heads} is not a multiple of num_key_value_heads {groups}; choose a multiple"
+        )
+    if heads // groups > teacher_heads_per_group:
+        raise ConfigError(
+            f"prune.num_attention_heads: {heads} heads in {groups} groups are {heads // groups} per group, but the "
+            f"teacher has {teacher_heads_per_group}; choose at most {groups * teacher_heads_per_group}"
+        )
+
+
+def _check_hidden_size(shape: Shape, teacher: Shape, model_type: str) -> None:
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    if hidden != teacher.hidden_size and hidden % HIDDEN_MULTIPLE:
+        raise ConfigError(
+            f"prune.hidden_size: {hidden} is not a multiple of {HIDDEN_MULTIPLE}, the step of a GPU's tensor cores; "
+            f"choose {hidden // HIDDEN_MULTIPLE * HIDDEN_MULTIPLE or HIDDEN_MULTIPLE} or another multiple"
+        )
+    if model_type == "llama" and hidden % heads:
+        # head_dim is explicit, so nothing computes with the quotient; LlamaConfig refuses to load without it all the same
+        raise ConfigError(
+            f"prune.hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, which transformers demands of "
+            "a Llama; choose other sizes"
+        )
+
+
+def _layers_kept_by_hand(config: PruneConfig, total: int) -> list[int] | None:
+    """Return the layers that drop_layers leaves, counted from 0, or None when layers are chosen by their scores."""
+    if not config.drop_layers:
+        return None
+    dropped = set(config.drop_layers)
+    if outside := sorted(dropped - set(range(1, total + 1))):
+        raise ConfigError(f"prune.drop_layers: {outside} outside the teacher's layers; choose from 1 to {total}")
+    if len(dropped) == total:
+        raise ConfigError(f"prune.drop_layers: all {total} layers of the teacher; leave at least one")
+    return [layer for layer in range(total) if layer + 1 not in dropped]
+
+
+def _importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance, int]:
+    """Return the scores and the sequences they were read on: none when no axis is chosen by its scores."""
+    teacher = Shape.of(teacher_config)
+    if config.drop_layers:
+        teacher = replace(teacher, num_hidden_layers=shape.num_hidden_layers)
+    if shape == teacher:
+        return Importance.equal(teacher_config), 0
+    calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+    # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
+    model = load_model(config.teacher, compute_dtype()).to(device())
+    importance = measure(model, calibration, config.calibration_sequences, config.micro_batch_size)
+    return importance, min(config.calibration_sequences, len(calibration))
+
+
+def _account(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    plan: Plan,
+    importance: Importance | None,
+    calibration: dict[str, int],
+) -> dict[str, Any]:
+    """Return what pruning.json holds; layers are counted from 0, but from 1 in dropped_layers, as in NeMo."""
+    kept = set(plan.layers)
+    scores = importance and {axis: _rounded(values.tolist()) for axis, values in vars(importance).items()}
+    return {
+        "teacher": asdict(Shape.of(teacher.config)) | {"parameters": parameter_count(teacher)},
+        "student": asdict(Shape.of(student.config)) | {"parameters": parameter_count(student)},
+        "calibration": calibration,
+        "dropped_layers": [layer + 1 for layer in range(teacher.config.num_hidden_layers) if layer not in kept],
+        "kept": asdict(plan),
+        "scores": scores,
+    }
+
+
+def _metrics(account: dict[str, Any]) -> dict[str, float]:
+    before, after = account["teacher"]["parameters"], account["student"]["parameters"]
+    return {
+        "parameters_before": before,
+        "parameters": after,
+        "parameters_ratio": round(after / before, 4),
+        "calibration_tokens": account["calibration"]["tokens"],
+    }
+
+
+def _rounded(values: Any) -> Any:
+    """Round the numbers of nested lists to five digits: a large model has half a million scores."""
+    return [_rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.5g}")
+
+
+def _write_lines(path: Path, account: dict[str, Any]) -> None:
+    """Write JSON with one line per entry: indented, every index would take a line."""
+    entries = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in account.items()]
+    path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+
+
+if __name__ == "__main__":
+    stage.main("prune")

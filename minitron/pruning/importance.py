@@ -1,0 +1,157 @@
+"""Minitron importance: what each layer, channel and head contributes, read from one forward pass.
+
+Used by `python -m minitron.prune --config FILE`. The statistics are those of NVIDIA Model-Optimizer
+(`modelopt/torch/prune/plugins/mcore_minitron.py`), after arXiv 2407.14679, section 2.2, and arXiv 2403.03853 (layers).
+
+B = batch, S = sequence, C = channels, L = layers, H = hidden, I = intermediate, A = query heads,
+G = key-value groups, D = head_dim.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from minitron.data import PackedDataset
+from minitron.errors import RunError
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The scores of every axis, fp32 on the CPU; the lowest are cut first.
+
+    Attributes:
+        layers: block influence [L], the sum over batches of 1 - mean cosine similarity of a layer's input and output.
+        hidden: residual channels [H], one ranking for the whole model.
+        intermediate: MLP channels [L, I].
+        heads: query heads [L, A].
+        key_value: key-value groups [L, G], each scored with the query heads it serves.
+    """
+
+    layers: Tensor
+    hidden: Tensor
+    intermediate: Tensor
+    heads: Tensor
+    key_value: Tensor
+
+    @classmethod
+    def equal(cls, config: Any) -> "Importance":
+        """Return the scores that prefer nothing, for a cut that needs none."""
+        layers = config.num_hidden_layers
+        return cls(
+            layers=torch.zeros(layers),
+            hidden=torch.zeros(config.hidden_size),
+            intermediate=torch.zeros(layers, config.intermediate_size),
+            heads=torch.zeros(layers, config.num_attention_heads),
+            key_value=torch.zeros(layers, config.num_key_value_heads),
+        )
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Importance:
+    """Read the importance of every axis in one forward pass; logits are never computed.
+
+    Args:
+        model: the teacher, on the device to compute on; it is put in eval mode.
+        dataset: packed calibration sequences.
+        sequences: how many to read, from the first; all of them when there are fewer.
+        micro_batch_size: sequences per batch. It has a part in the layers' scores, which are summed over batches.
+
+    Raises:
+        RunError: an activation is infinite or not a number.
+    """
+    model.eval()
+    sums = _Sums(model)
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.model.layers):
+            for handle in sums.watch(index, layer):
+                hooks.callback(handle.remove)
+        for input_ids in _batches(dataset, sequences, micro_batch_size):
+            model.model(input_ids=input_ids.to(model.device), use_cache=False)
+    importance = sums.importance(model.config)
+    for axis, scores in vars(importance).items():
+        if not scores.isfinite().all():
+            raise RunError(
+                f"importance of {axis}: {int((~scores.isfinite()).sum())} scores are not finite; "
+                "the model overflows or its weights are damaged: check its validation loss"
+            )
+    return importance
+
+
+class _Sums:
+    """What the hooks add up over the batches, in fp32 on the model's device."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config, layers = model.config, model.model.layers
+        channels = layers[0].self_attn.o_proj.in_features
+        with torch.device(model.device):
+            self._influence = torch.zeros(len(layers))
+            self._norms = torch.zeros(len(layers), 2, config.hidden_size)
+            self._intermediate = torch.zeros(len(layers), config.intermediate_size)
+            self._attention = torch.zeros(len(layers), channels)
+
+    def watch(self, index: int, layer: Any) -> list[Any]:
+        """Hook one layer and return the hooks' handles."""
+        return [
+            layer.register_forward_hook(_add_influence(self._influence[index])),
+            layer.input_layernorm.register_forward_hook(_add_output(self._norms[index, 0])),
+            layer.post_attention_layernorm.register_forward_hook(_add_output(self._norms[index, 1])),
+            layer.mlp.down_proj.register_forward_pre_hook(_add_input(self._intermediate[index])),
+            layer.self_attn.o_proj.register_forward_pre_hook(_add_input(self._attention[index])),
+        ]
+
+    def importance(self, config: Any) -> Importance:
+        """Turn the sums of squares into scores."""
+        channels = self._attention.sqrt()
+        heads = channels.unflatten(1, (config.num_attention_heads, -1))
+        groups = channels.unflatten(1, (config.num_key_value_heads, -1))  # a group's heads are neighbours
+        return Importance(
+            layers=self._influence.cpu(),
+            hidden=self._norms.sqrt().sum(dim=(0, 1)).cpu(),
+            intermediate=self._intermediate.sqrt().cpu(),
+            heads=torch.linalg.vector_norm(heads, dim=2).cpu(),
+            key_value=torch.linalg.vector_norm(groups, dim=2).cpu(),
+        )
+
+
+def _squared_mean(activations: Tensor) -> Tensor:
+    """Return [C] for [B, S, C]: the mean over the sequence of the absolute value, squared, summed over the batch."""
+    return activations.abs().mean(dim=1, dtype=torch.float32).square().sum(dim=0)
+
+
+def _add_output(total: Tensor) -> Callable[..., None]:
+    def hook(_module: Any, _arguments: Any, output: Tensor) -> None:
+        total.add_(_squared_mean(output))
+
+    return hook
+
+
+def _add_input(total: Tensor) -> Callable[..., None]:
+    def hook(_module: Any, arguments: tuple[Tensor]) -> None:
+        total.add_(_squared_mean(arguments[0]))
+
+    return hook
+
+
+def _add_influence(total: Tensor) -> Callable[..., None]:
+    def hook(_module: Any, arguments: tuple[Tensor], output: Tensor) -> None:
+        total.add_(1 - cosine_similarity(arguments[0].float(), output.float(), dim=2).mean())
+
+    return hook
+
+
+def _batches(dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Iterator[Tensor]:
+    """Yield token ids [B, S] in order, under a progress bar in tokens."""
+    count = min(sequences, len(dataset))
+    total = count * len(dataset[0]["input_ids"])
+    with tqdm(total=total, desc="importance", unit="tok", unit_scale=True) as bar:
+        for batch in DataLoader(Subset(dataset, range(count)), batch_size=micro_batch_size):
+            yield batch["input_ids"]
+            bar.update(batch["input_ids"].numel())

@@ -1,0 +1,114 @@
+"""The fused loss against plain PyTorch in float64, and its memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minitron import losses
+from minitron.losses import LossWeights, linear_loss
+
+N, H, TEACHER_H, V = 300, 24, 40, 97  # N is no multiple of the chunk
+
+
+def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(V, H, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(V, (N,), generator=generator)
+    teacher_hidden = torch.randn(N, TEACHER_H, generator=generator).to(dtype)
+    teacher_head = torch.randn(V, TEACHER_H, generator=generator).to(dtype)
+    return hidden, head, labels, teacher_hidden, teacher_head
+
+
+def plain_loss(
+    tensors: tuple[torch.Tensor, ...], weights: LossWeights
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, head, labels, teacher_hidden, teacher_head = tensors
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
+    log_q = F.log_softmax(student / weights.temperature, -1)
+    p = F.softmax(teacher / weights.temperature, -1)
+    kl = F.kl_div(log_q, p, reduction="sum")
+    cross_entropy = F.cross_entropy(student, labels, reduction="sum")
+    return weights.kl * weights.temperature**2 * kl + weights.cross_entropy * cross_entropy, kl, cross_entropy
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [LossWeights(1, 0), LossWeights(1, 0, 2.5), LossWeights(0.7, 0.3), LossWeights(0.7, 0.3, 0.5), LossWeights(0, 1)],
+    ids=str,
+)
+def test_values_and_gradients_equal_plain_pytorch(weights: LossWeights) -> None:
+    expected_inputs, inputs = tensors(torch.float64), tensors(torch.float32)
+    expected, kl, cross_entropy = plain_loss(expected_inputs, weights)
+    (3 * expected).backward()
+    terms = linear_loss(*inputs[:3], weights, *inputs[3:])
+    (3 * terms.loss).backward()
+    torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(terms.kl.double(), kl, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(terms.cross_entropy.double(), cross_entropy, rtol=1e-5, atol=1e-4)
+    for found, wanted in zip(inputs[:2], expected_inputs[:2], strict=True):
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_terms() -> None:
+    hidden, head, labels, teacher_hidden, teacher_head = tensors(torch.float32)
+    terms = linear_loss(hidden, head, labels, LossWeights(1, 0), teacher_hidden, teacher_head)
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
+    torch.testing.assert_close(terms.teacher_cross_entropy, F.cross_entropy(teacher, labels, reduction="sum"))
+    assert terms.agreements == (student.argmax(-1) == teacher.argmax(-1)).sum()
+
+
+def test_without_a_teacher_it_is_the_cross_entropy() -> None:
+    hidden, head, labels, *_ = tensors(torch.float32)
+    terms = linear_loss(hidden, head, labels, LossWeights())
+    torch.testing.assert_close(terms.loss, F.cross_entropy(hidden @ head.T, labels, reduction="sum"))
+    assert terms.kl == terms.teacher_cross_entropy == terms.agreements == 0
+
+
+def test_the_teacher_itself_has_no_loss_and_no_gradient() -> None:
+    hidden, head, labels, *_ = tensors(torch.float32)
+    terms = linear_loss(hidden, head, labels, LossWeights(1, 0), hidden.detach(), head.detach())
+    terms.loss.backward()
+    assert abs(terms.loss.item()) < 1e-3 and terms.agreements == N
+    assert hidden.grad.abs().max() < 1e-5
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    whole, parts = tensors(torch.float32), tensors(torch.float32)
+    linear_loss(*whole[:3], LossWeights(1, 1), *whole[3:]).loss.div(N).backward()
+    hidden, head, labels, teacher_hidden, teacher_head = parts
+    for part in (slice(0, 100), slice(100, N)):
+        linear_loss(hidden[part], head, labels[part], LossWeights(1, 1), teacher_hidden[part], teacher_head).loss.div(
+            N
+        ).backward()
+    torch.testing.assert_close(head.grad, whole[1].grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, whole[0].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_kept_for_a_gradient_that_is_not_wanted() -> None:
+    hidden, head, labels, *_ = tensors(torch.float32)
+    with torch.no_grad():
+        assert not linear_loss(hidden, head, labels, LossWeights()).loss.requires_grad
+    frozen = linear_loss(hidden, head.detach(), labels, LossWeights()).loss
+    frozen.backward()
+    assert hidden.grad is not None and head.grad is None
+
+
+def test_peak_memory_is_a_few_chunks_of_logits() -> None:
+    """2048 tokens x 32768 words: one fp32 logits tensor is 256 MB, a naive KL holds four; ours holds chunks of 16 MB."""
+    program = (
+        "import resource, torch\n"
+        "from minitron.losses import LossWeights, linear_loss\n"
+        "h, w = torch.randn(2048, 16).requires_grad_(), torch.randn(32768, 16).requires_grad_()\n"
+        "t, u, y = torch.randn(2048, 16), torch.randn(32768, 16), torch.zeros(2048, dtype=torch.long)\n"
+        "linear_loss(h[:8], w, y[:8], LossWeights(1, 1), t[:8], u).loss.backward()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "linear_loss(h, w, y, LossWeights(1, 1), t, u).loss.backward()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+    )
+    grown = float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    chunk = losses.CHUNK_TOKENS["cpu"] * 32768 * 4 / 2**20
+    assert grown < 9 * chunk

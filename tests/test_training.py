@@ -1,0 +1,255 @@
+"""finetune and distill on real small models: quality, resume after a kill, accumulation, bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from minitron import distill, finetune
+from minitron.checkpoint import load_model, save_model
+from minitron.config import DistillConfig, FinetuneConfig
+from minitron.data import PackedDataset
+from minitron.errors import ConfigError, RunError
+from minitron.scoring import score
+from minitron.storage import content_hash
+
+SHORT = {
+    "sequence_length": 32,
+    "micro_batch_size": 4,
+    "global_batch_size": 8,
+    "max_steps": 6,
+    "learning_rate": 3e-3,
+    "min_learning_rate": 3e-4,
+    "validation_interval": 3,
+    "validation_sequences": 16,
+    "checkpoint_interval": 3,
+}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    expected, found = weights(left), weights(right)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def corrected(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that has learnt something: otherwise its distribution is flat and there is nothing to distil."""
+    output = tmp_path_factory.mktemp("finetune") / "teacher"
+    before = content_hash(teacher)
+    settings = SHORT | {"max_steps": 60, "validation_interval": 20, "checkpoint_interval": 50}
+    record = finetune.run(FinetuneConfig(teacher=str(teacher), dataset=dataset, output=output, **settings))
+    assert record["metrics"]["corrected"] == 1
+    assert content_hash(teacher) == before, "the teacher that was given was modified"
+    return output
+
+
+@pytest.fixture(scope="module")
+def pruned(corrected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corrected teacher without its last two layers."""
+    output = tmp_path_factory.mktemp("pruned") / "pruned"
+    config = LlamaConfig.from_pretrained(corrected)
+    config.num_hidden_layers = 2
+    student = LlamaForCausalLM(config)
+    student.load_state_dict(load_model(corrected).state_dict(), strict=False)
+    save_model(student, output, tokenizer_from=corrected)
+    return output
+
+
+@pytest.fixture
+def job(corrected: Path, pruned: Path, dataset: Path, tmp_path: Path) -> dict[str, Any]:
+    return SHORT | {"teacher": corrected, "student": pruned, "dataset": dataset, "output": tmp_path / "student"}
+
+
+def test_finetune_lowers_the_validation_loss_and_reports_it(corrected: Path) -> None:
+    record = json.loads((corrected / "stage.json").read_text())
+    metrics = record["metrics"]
+    assert metrics["validation_loss"] < metrics["validation_loss_before"] - 1
+    validations = {row["step"]: row["validation_loss"] for row in record["history"] if "validation_loss" in row}
+    assert list(validations) == [0, 20, 40, 60]
+    assert metrics["validation_loss"] == min(validations.values())
+    assert metrics["tokens"] == 60 * 8 * 32
+
+
+def test_the_recorded_loss_is_the_loss_of_the_saved_model(corrected: Path, dataset: Path) -> None:
+    record = json.loads((corrected / "stage.json").read_text())
+    validation = PackedDataset(dataset / "validation", 32, record["seed"])
+    batch = [validation[index] for index in range(16)]
+    model = AutoModelForCausalLM.from_pretrained(corrected)
+    with torch.no_grad():
+        logits = model(torch.stack([item["input_ids"] for item in batch])).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.cat([item["labels"] for item in batch]))
+    assert record["metrics"]["validation_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_finetune_keeps_the_base_model_when_training_makes_it_worse(
+    corrected: Path, dataset: Path, tmp_path: Path
+) -> None:
+    settings = SHORT | {"learning_rate": 3.0, "min_learning_rate": 3.0}
+    record = finetune.run(FinetuneConfig(teacher=str(corrected), dataset=dataset, output=tmp_path / "kept", **settings))
+    assert record["metrics"]["corrected"] == 0 and record["metrics"]["best_step"] == 0
+    assert record["metrics"]["validation_loss"] == record["metrics"]["validation_loss_before"]
+    assert_same_weights(tmp_path / "kept", corrected)
+
+
+def test_finetune_switched_off_passes_the_base_model_on(teacher: Path, dataset: Path, tmp_path: Path) -> None:
+    record = finetune.run(
+        FinetuneConfig(teacher=str(teacher), dataset=dataset, output=tmp_path / "same", enabled=False)
+    )
+    assert record["metrics"] == {"corrected": 0}
+    assert content_hash(tmp_path / "same") == content_hash(teacher)
+
+
+def test_distill_closes_the_gap_and_logs_the_terms_apart(job: dict[str, Any], corrected: Path) -> None:
+    record = distill.run(DistillConfig(**job | {"max_steps": 40, "validation_interval": 20}))
+    metrics = record["metrics"]
+    teacher_loss = json.loads((corrected / "stage.json").read_text())["metrics"]["validation_loss"]
+    assert metrics["teacher_validation_loss"] == pytest.approx(teacher_loss, abs=1e-6)
+    gap_before = metrics["validation_loss_before"] - metrics["teacher_validation_loss"]
+    assert metrics["validation_loss"] - metrics["teacher_validation_loss"] < 0.5 * gap_before
+    steps = [row for row in record["history"] if "kl" in row]
+    assert [row["step"] for row in steps] == list(range(1, 41))
+    for row in steps:
+        assert row["loss"] == pytest.approx(row["kl"], rel=1e-4)
+        assert row["cross_entropy"] > 0 and row["teacher_loss"] > 0 and 0 <= row["top1_agreement"] <= 1
+    assert steps[-1]["kl"] < steps[0]["kl"] and steps[-1]["top1_agreement"] > steps[0]["top1_agreement"]
+    assert AutoModelForCausalLM.from_pretrained(job["output"]).config.num_hidden_layers == 2
+
+
+def test_the_first_step_is_the_forward_kl_of_its_batch(job: dict[str, Any]) -> None:
+    """The loss of a step equals sum over tokens of p · (log p - log q) over all its tokens, from plain logits."""
+    config = DistillConfig(**job | {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 2})
+    record = distill.run(config)
+    train = PackedDataset(config.dataset / "train", 32, config.seed)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()[:8]
+    input_ids = torch.stack([train[index]["input_ids"] for index in order])
+    with torch.no_grad():
+        student, teacher = (
+            AutoModelForCausalLM.from_pretrained(path)(input_ids).logits.flatten(0, 1).log_softmax(-1)
+            for path in (config.student, config.teacher)
+        )
+    expected = F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
+    first = next(row for row in record["history"] if "kl" in row)
+    assert first["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 8}, {"gradient_checkpointing": True}])
+def test_the_split_into_micro_batches_and_checkpointing_do_not_change_the_result(
+    job: dict[str, Any], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    expected = distill.run(DistillConfig(**job))
+    found = distill.run(DistillConfig(**job | change | {"output": tmp_path / "other"}))
+    for left, right in zip(expected["history"], found["history"], strict=True):
+        assert right == pytest.approx(left, rel=1e-3)
+
+
+def test_the_best_state_is_kept_not_the_last(job: dict[str, Any]) -> None:
+    settings = {"max_steps": 24, "validation_interval": 6, "learning_rate": 0.05, "min_learning_rate": 0.05}
+    record = distill.run(DistillConfig(**job | settings))
+    validations = {row["step"]: row["validation_loss"] for row in record["history"] if "validation_loss" in row}
+    assert record["metrics"]["validation_loss"] == min(validations.values())
+    assert record["metrics"]["best_step"] == min(validations, key=lambda step: validations[step])
+    dataset = PackedDataset(job["dataset"] / "validation", 32, record["seed"])
+    saved = score({"saved": load_model(job["output"])}, dataset, 16, 4)["saved"]["loss"]
+    assert saved == pytest.approx(min(validations.values()), abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "distill"])
+def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
+    stage: str, job: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
+    settings |= {"max_steps": 60, "validation_interval": 10, "checkpoint_interval": 10}
+    if stage == "finetune":
+        settings["teacher"] = settings.pop("student")
+    paths = {name: tmp_path / name for name in ("whole", "killed")}
+    for name, output in paths.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings | {"output": str(output)}))
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", f"minitron.{stage}", "--config", str(tmp_path / f"{name}.yaml")]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    process = start("killed")
+    checkpoints = tmp_path / "killed.partial" / "checkpoints"
+    while not (checkpoints / "checkpoint-20" / "trainer_state.json").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not paths["killed"].exists()
+    (checkpoints / "checkpoint-99").mkdir()  # what a kill during a save leaves: a checkpoint without its last file
+    assert start("whole").wait() == 0
+    assert start("killed").wait() == 0
+    assert_same_weights(paths["whole"], paths["killed"])
+    whole, killed = (json.loads((path / "stage.json").read_text()) for path in paths.values())
+    assert whole["history"] == killed["history"]
+    assert not list(paths["killed"].glob("checkpoint*")) and not (tmp_path / "killed.partial").exists()
+
+
+def test_tied_embeddings_are_trained_as_one(dataset: Path, corrected: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(corrected, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    save_model(LlamaForCausalLM(config), tmp_path / "tied", tokenizer_from=corrected)
+    finetune.run(FinetuneConfig(teacher=str(tmp_path / "tied"), dataset=dataset, output=tmp_path / "out", **SHORT))
+    assert "lm_head.weight" not in weights(tmp_path / "out")
+    assert not torch.equal(
+        weights(tmp_path / "out")["model.embed_tokens.weight"], weights(tmp_path / "tied")["model.embed_tokens.weight"]
+    )
+
+
+def test_a_student_with_another_tokenizer_is_refused(job: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(job["student"], other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=r"other: tokenizer .* is not the .* prepare the corpus again"):
+        distill.run(DistillConfig(**job | {"student": other}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+
+
+def test_a_damaged_shard_is_refused(job: dict[str, Any], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(job["teacher"], damaged)
+    (damaged / "stage.json").unlink()
+    shard = damaged / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(RunError, match=r"damaged: weights cannot be read .* get the model again"):
+        distill.run(DistillConfig(**job | {"teacher": damaged}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+
+
+def test_a_model_changed_after_its_stage_is_refused(job: dict[str, Any], tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(job["teacher"], changed)
+    shard = changed / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(RunError, match=r"changed: content hash .* a file is damaged or was changed"):
+        distill.run(DistillConfig(**job | {"teacher": changed}))
+
+
+def test_an_unsupported_architecture_is_refused(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "encoder"
+    shutil.copytree(teacher, other)
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="architecture BertForMaskedLM is not supported; use one of LlamaForCausalLM"):
+        finetune.run(FinetuneConfig(teacher=str(other), dataset=dataset, output=tmp_path / "out", **SHORT))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
