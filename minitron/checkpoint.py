@@ -40,10 +40,11 @@ def load_model(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrained
     """
     check_architecture(directory)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
     return model.eval()
@@ -61,7 +62,8 @@ def check_architecture(directory: Path) -> dict[str, Any]:
     config = json.loads(path.read_text())
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED:
-        raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {', '.join(SUPPORTED)}")
+        known = ", ".join(SUPPORTED)
+        raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {known}")
     return config
 
 
@@ -75,7 +77,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{directory}: no tokenizer ({reason}); copy its tokenizer.json beside the weights") from error
+        remedy = "put its tokenizer.json beside the weights"
+        raise ConfigError(f"{directory}: no tokenizer ({reason}); {remedy}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ConfigError(f"{directory}: the tokenizer is not a fast one with an EOS token; give one that is")
     return tokenizer

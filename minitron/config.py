@@ -1,11 +1,10 @@
 """The configuration of every stage: one frozen model per stage, the only place a default is written.
 
-Print the parameter table of the README:
-
-    python -m minitron.config
+Print the parameter table of the README: `python -m minitron.config`.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +34,7 @@ class StageConfig(BaseModel):
     workspace: Annotated[Path | None, EXECUTION] = Field(
         None, description="Directory that outlives the task: a killed stage resumes, a finished one is reused from it."
     )
-    tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow tracking server; none: no logging.")
+    tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow server; none: no logging.")
     experiment: Annotated[str, EXECUTION] = Field("minitron", description="MLflow experiment.")
     pipeline_run_id: Annotated[str | None, EXECUTION] = Field(
         None, description="Kubeflow run that this stage belongs to: the stages of one run share an MLflow parent run."
@@ -79,7 +78,7 @@ class TrainingConfig(SequenceConfig):
     gradient_clipping: Positive = Field(1.0, description="Largest gradient norm.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
     validation_interval: PositiveInt = Field(10, description="Steps between validations; there is one at step 0 too.")
-    validation_sequences: PositiveInt = Field(640, description="Sequences per validation (fewer if the split is small).")
+    validation_sequences: PositiveInt = Field(640, description="Sequences per validation, or all there are.")
     checkpoint_interval: PositiveInt = Field(10, description="Steps between checkpoints to resume from.")
 
     @model_validator(mode="after")
@@ -115,7 +114,7 @@ class PruneConfig(SequenceConfig):
         None, description="Layers to keep; those of the lowest block influence are dropped."
     )
     drop_layers: list[PositiveInt] | None = Field(None, description="Layers to drop, counted from 1, by hand.")
-    calibration_sequences: PositiveInt = Field(1024, description="Packed training sequences that importance is read on.")
+    calibration_sequences: PositiveInt = Field(1024, description="Training sequences that importance is read on.")
 
     @model_validator(mode="after")
     def _one_way_to_choose_layers(self) -> "PruneConfig":
@@ -129,7 +128,7 @@ class DistillConfig(TrainingConfig):
 
     teacher: InputPath = Field(description="Model to learn from.")
     student: InputPath = Field(description="Pruned model to train.")
-    temperature: Positive = Field(1.0, description="Both distributions are softened by it; the KL is scaled by its square.")
+    temperature: Positive = Field(1.0, description="Softens both distributions; the KL is scaled by its square.")
     kl_weight: NonNegative = Field(1.0, description="Weight of the forward KL divergence.")
     cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
 
@@ -147,7 +146,7 @@ class EvaluateConfig(SequenceConfig):
     teacher: InputPath = Field(description="Corrected teacher.")
     pruned: InputPath = Field(description="Student before distillation.")
     student: InputPath = Field(description="Student after distillation.")
-    evaluation_sequences: PositiveInt = Field(640, description="Sequences per split (fewer if the split is small).")
+    evaluation_sequences: PositiveInt = Field(640, description="Sequences per split, or all there are.")
     tasks: list[str] = Field([], description="lm-eval tasks.")
     task_directory: Annotated[Path | None, INPUT] = Field(None, description="Directory of local lm-eval task files.")
     task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all of them.")
@@ -160,11 +159,19 @@ class EvaluateConfig(SequenceConfig):
 class RegisterConfig(StageConfig):
     """Student → version in the MLflow registry."""
 
+    # Not an EXECUTION field here: a version in one registry is no result for another.
+    tracking_uri: str | None = Field(None, description="MLflow server whose registry gets the version; required.")
     student: InputPath = Field(description="Model directory to register.")
     evaluation: InputPath = Field(description="Directory written by evaluate.")
     dataset: InputPath = Field(description="Directory written by prepare.")
-    name: str = Field("minitron", min_length=1, description="Registered model.")
-    alias: str = Field("challenger", min_length=1, description="Alias that the new version gets.")
+    name: str = Field("minitron", pattern=r"^[^/:'\"]+$", description="Registered model.")
+    alias: str = Field("challenger", pattern=r"^[\w-]+$", description="Alias that the new version gets.")
+
+    @model_validator(mode="after")
+    def _alias_is_not_reserved(self) -> "RegisterConfig":
+        if re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
+            raise ValueError(f"alias {self.alias} is one of MLflow's own names; choose another")
+        return self
 
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -207,6 +214,6 @@ def _explain(stage: str, fault: Any) -> str:
         case "missing":
             return f"{where}: missing; give it a value"
         case "value_error":
-            return f"{where}: {str(fault['ctx']['error'])}"
+            return f"{where}: {fault['ctx']['error']!s}"
         case _:
             return f"{where}: {fault['msg']} (found {fault['input']!r})"

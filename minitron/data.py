@@ -76,12 +76,12 @@ class IndexedDataset:
         if code not in _DTYPES or len(idx) != offset + 4 * count + 8 * count + 8 * (count + 1):
             raise RunError(f"{idx_path}: {len(idx)} bytes do not hold {count} documents; run prepare again")
         self.lengths = np.frombuffer(idx, np.int32, count, offset).astype(np.int64)
-        dtype = _DTYPES[code]
+        dtype: Any = _DTYPES[code]
         expected, found = int(self.lengths.sum()) * dtype.itemsize, bin_path.stat().st_size
         if found != expected:
             raise RunError(f"{bin_path}: {found} bytes, but its index lists {expected}: truncated; run prepare again")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) if count else self.lengths
-        self.tokens: Any = np.memmap(bin_path, dtype, "r") if found else np.empty(0, dtype)
+        self.tokens: Any = np.memmap(bin_path, dtype=dtype, mode="r") if found else np.empty(0, dtype)
 
     def __len__(self) -> int:
         """Return the number of documents."""

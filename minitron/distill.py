@@ -1,6 +1,6 @@
 """Distil the teacher into the pruned student: forward KL between their next-token distributions.
 
-python -m minitron.distill --config distill.yaml
+Run it: `python -m minitron.distill --config distill.yaml`.
 """
 
 from pathlib import Path
@@ -32,11 +32,11 @@ def run(config: DistillConfig) -> dict[str, Any]:
 def _work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     for model in (config.teacher, config.student):
         check_tokenizer(config.dataset, model)
-    teacher = load_model(config.teacher, hf.compute_dtype()).to(hf.device()).requires_grad_(False)
+    teacher: Any = load_model(config.teacher, hf.compute_dtype())
+    teacher.requires_grad_(False).to(hf.device())
     validation = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
-    floor = score(
-        {"teacher": teacher}, validation, config.validation_sequences, config.micro_batch_size, None, "teacher"
-    )
+    sequences, micro_batch_size = config.validation_sequences, config.micro_batch_size
+    floor = score({"teacher": teacher}, validation, sequences, micro_batch_size, description="teacher validation")
     weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)
     student, found = hf.train(config, config.student, weights, directory, tracker, teacher)
     save_model(student.to(read_config(config.student).dtype), directory, tokenizer_from=config.student)

@@ -1,6 +1,6 @@
 """Correct the teacher: fine-tune the base model on the corpus, and keep the better of the two.
 
-python -m minitron.finetune --config finetune.yaml
+Run it: `python -m minitron.finetune --config finetune.yaml`.
 """
 
 import shutil
@@ -13,6 +13,7 @@ from minitron.config import FinetuneConfig
 from minitron.data import check_tokenizer
 from minitron.engines import hf
 from minitron.losses import LossWeights
+from minitron.results import link_or_copy
 from minitron.storage import RECORD, local_path
 from minitron.tracking import Tracker
 
@@ -41,7 +42,7 @@ def _work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str
         save_model(model.to(read_config(base).dtype), directory, tokenizer_from=base)
     else:
         ignore = shutil.ignore_patterns(RECORD, ".*")
-        shutil.copytree(base, directory, copy_function=stage.link_or_copy, ignore=ignore, dirs_exist_ok=True)
+        shutil.copytree(base, directory, copy_function=link_or_copy, ignore=ignore, dirs_exist_ok=True)
     return found
 
 

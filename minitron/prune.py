@@ -6,6 +6,7 @@ Writes a model directory and, in it, `pruning.json`: sizes before and after, cal
 """
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from minitron import stage
 from minitron.checkpoint import check_architecture, load_model, parameter_count, read_config, save_model
 from minitron.config import PruneConfig
 from minitron.data import PackedDataset, check_tokenizer
-from minitron.engines.hf import compute_dtype, device
+from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.pruning.importance import Importance, measure
 from minitron.pruning.surgery import Plan, Shape, choose, cut
@@ -104,16 +105,18 @@ def _check_heads(shape: Shape, teacher_heads_per_group: int) -> None:
 
 def _check_hidden_size(shape: Shape, teacher: Shape, model_type: str) -> None:
     hidden, heads = shape.hidden_size, shape.num_attention_heads
+    step = math.lcm(HIDDEN_MULTIPLE, heads) if model_type == "llama" else HIDDEN_MULTIPLE
+    remedy = f"choose {hidden // step * step or step} or another multiple of {step}"
     if hidden != teacher.hidden_size and hidden % HIDDEN_MULTIPLE:
         raise ConfigError(
-            f"prune.hidden_size: {hidden} is not a multiple of {HIDDEN_MULTIPLE}, the step of a GPU's tensor cores; "
-            f"choose {hidden // HIDDEN_MULTIPLE * HIDDEN_MULTIPLE or HIDDEN_MULTIPLE} or another multiple"
+            f"prune.hidden_size: {hidden} is not a multiple of {HIDDEN_MULTIPLE}, "
+            f"the step of a GPU's tensor cores; {remedy}"
         )
     if model_type == "llama" and hidden % heads:
-        # head_dim is explicit, so nothing computes with the quotient; LlamaConfig refuses to load without it all the same
+        # nothing computes with the quotient, head_dim being explicit: but transformers would not load the student
         raise ConfigError(
-            f"prune.hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, which transformers demands of "
-            "a Llama; choose other sizes"
+            f"prune.hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, "
+            f"as transformers demands of a Llama; {remedy}"
         )
 
 
@@ -138,7 +141,8 @@ def _importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple
         return Importance.equal(teacher_config), 0
     calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
-    model = load_model(config.teacher, compute_dtype()).to(device())
+    model = load_model(config.teacher, hf.compute_dtype())
+    model.to(hf.device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
     importance = measure(model, calibration, config.calibration_sequences, config.micro_batch_size)
     return importance, min(config.calibration_sequences, len(calibration))
 

@@ -6,18 +6,19 @@ configuration, versions, seconds, peak memory, metrics. `main` makes it `python 
 """
 
 import argparse
-import errno
 import hashlib
 import importlib
 import json
 import os
 import platform
 import resource
-import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,23 @@ import yaml
 
 from minitron import __version__, tracking
 from minitron.config import EXECUTION, INPUT, STAGES, StageConfig, fields_marked, parse
-from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.storage import RECORD, content_hash, local_path, verified_hash
-
-CHECKPOINTS = "checkpoints"
-"""Subdirectory of work in progress that a killed stage resumes from; it is not part of the result."""
+from minitron.errors import ConfigError, MinitronError
+from minitron.results import (
+    CHECKPOINTS,
+    KEY,
+    disk_errors,
+    finished,
+    partial_directory,
+    publish,
+    publish_copy,
+    write_atomically,
+)
+from minitron.storage import RECORD, content_hash, local_path, read_record, verified_hash
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails: stage, exit status and message."""
+
+__all__ = ["FAILURE", "launch", "main", "read_yaml", "run", "stage_name"]
 
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
@@ -53,17 +63,19 @@ def run(config: StageConfig, work: Work) -> dict[str, Any]:
         RunError: the run failed: disk full, damaged input, unreachable server.
     """
     stage = stage_name(config)
-    _refuse_foreign(config.output)
+    _refuse_foreign(stage, config)
     inputs = _hash_inputs(config)
     key = _key(stage, config, inputs)
     home = config.workspace / stage / key[:16] if config.workspace else config.output
-    record = _read_record(home)
-    if record is None or record["key"] != key:
-        record = _produce(config, work, home, {"stage": stage, "key": key, "inputs": inputs})
-    else:
-        print(f"{stage}: result {key[:12]} is already in {home}", flush=True)
+    with disk_errors(home):
+        record = finished(home, key)
+        if record is None:
+            record = _produce(config, work, home, {"stage": stage, "key": key, "inputs": inputs})
+        else:
+            print(f"{stage}: result {key[:12]} is already in {home}", flush=True)
     if home != config.output:
-        _publish_copy(home, config.output)
+        with disk_errors(config.output):
+            publish_copy(home, config.output, key)
     return record
 
 
@@ -75,13 +87,15 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
         metrics: a KFP Metrics artifact that gets the stage's numbers.
         **values: the stage's configuration; None and empty values mean the default.
     """
+    _terminate_by_exception()
     workspace = os.environ.get("MINITRON_WORKSPACE") or values.pop("workspace", None)
     values = {key: value for key, value in (values | {"workspace": workspace}).items() if value not in (None, "")}
     try:
         record = importlib.import_module(f"minitron.{stage}").run(parse(stage, values))
     except MinitronError as error:
         if workspace:
-            _write_atomically(Path(workspace) / FAILURE, _failure(stage, error))
+            with suppress(OSError):  # the failure may be that the disk is full
+                write_atomically(Path(workspace) / FAILURE, _failure(stage, error))
         sys.exit(_complain(error))
     for name, value in record["metrics"].items():
         if metrics is not None and isinstance(value, int | float):
@@ -95,6 +109,7 @@ def main(stage: str) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the stage's configuration")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    _terminate_by_exception()
     try:
         values = read_yaml(arguments.config)
         importlib.import_module(f"minitron.{stage}").run(parse(stage, values))
@@ -119,6 +134,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give an existing YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text ({error.reason}); give a YAML file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); correct it") from error
     if not isinstance(values, dict):
@@ -127,61 +144,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _produce(config: StageConfig, work: Work, home: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    directory = _partial_directory(home, identity["key"])
     started = time.time()
-    try:
-        with tracking.stage_run(config, identity["stage"]) as tracker:
-            found = work(config, directory, tracker)
-            record = identity | _circumstances(config, started) | found
-            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-            (directory / "key").unlink()
-            record["output_sha256"] = content_hash(directory)
-            _write_atomically(directory / RECORD, record)
-            tracker.finish(record)
-    except BaseException as error:
-        if isinstance(error, ConfigError) or not (directory / CHECKPOINTS).exists():
-            shutil.rmtree(directory, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise RunError(_disk_full(config.output)) from error
-        raise
-    shutil.rmtree(home, ignore_errors=True)
-    directory.rename(home)
+    with (
+        partial_directory(home, identity["key"]) as directory,
+        tracking.stage_run(config, identity) as tracker,
+        disk_errors(home),
+    ):
+        found = work(config, directory, tracker)
+        record = identity | _circumstances(config, started) | found
+        record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
+        write_atomically(directory / RECORD, record)
+        publish(directory, home)
+        record = read_record(home) or record
+        tracker.finish(record)
     return record
-
-
-def _partial_directory(home: Path, key: str) -> Path:
-    """Return the directory of work in progress; what another key left there is deleted."""
-    directory = home.with_name(home.name + ".partial")
-    if directory.exists() and not ((directory / "key").exists() and (directory / "key").read_text() == key):
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "key").write_text(key)
-    return directory
-
-
-def _publish_copy(home: Path, output: Path) -> None:
-    """Make `output` equal to `home`: by hard links where the file system allows, else by copies."""
-    staging = output.with_name(output.name + ".partial")
-    for directory in (staging, output):
-        shutil.rmtree(directory, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(home, staging, copy_function=link_or_copy)
-    staging.rename(output)
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Hard-link a file, or copy it where the file system does not allow that."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _hash_inputs(config: StageConfig) -> dict[str, Any]:
     inputs = {}
     for name in fields_marked(type(config), INPUT):
         if (address := getattr(config, name)) is not None:
-            inputs[name] = {"address": str(address), "sha256": verified_hash(local_path(address))}
+            path = local_path(address)
+            if config.output.absolute().is_relative_to(path.absolute()):
+                raise ConfigError(
+                    f"output {config.output}: lies inside {name} {address} and would change it; move it out"
+                )
+            inputs[name] = {"address": str(address), "sha256": verified_hash(path)}
     return inputs
 
 
@@ -191,19 +179,23 @@ def _key(stage: str, config: StageConfig, inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([stage, __version__, settings, hashes], sort_keys=True).encode()).hexdigest()
 
 
-def _read_record(directory: Path) -> dict[str, Any] | None:
-    path = directory / RECORD
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _refuse_foreign(output: Path) -> None:
-    if output.exists() and not (output / RECORD).exists() and (output.is_file() or any(output.iterdir())):
+def _refuse_foreign(stage: str, config: StageConfig) -> None:
+    """Refuse an output that holds anything but an earlier result of the same stage: it would be deleted."""
+    output = config.output
+    if not output.exists():
+        return
+    record = read_record(output) if output.is_dir() else None
+    if record and record["stage"] != stage:
+        raise ConfigError(
+            f"output {output}: holds a result of {record['stage']}, not of {stage}; give another directory"
+        )
+    if not record and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"output {output}: exists and is not a stage's result; give a new directory or delete it")
 
 
 def _circumstances(config: StageConfig, started: float) -> dict[str, Any]:
     return {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
         "seed": config.seed,
         "versions": _versions(),
         "started": started,
@@ -230,16 +222,11 @@ def _peak_gpu_mb() -> float | None:
     return round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
 
-def _disk_full(path: Path) -> str:
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return f"{path}: disk full ({shutil.disk_usage(existing).free / 2**20:.0f} MB free); free space and run it again"
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str))
-    temporary.replace(path)
+def _terminate_by_exception() -> None:
+    """Let SIGTERM, by which Kubernetes ends a task, unwind the stage, so that MLflow learns that it was killed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _failure(stage: str, error: MinitronError) -> dict[str, Any]:

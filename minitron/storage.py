@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from minitron.errors import ConfigError, RunError
 
@@ -41,13 +42,15 @@ def _from_hub(repository: str) -> Path:
         ) from error
 
 
-def content_hash(path: Path) -> str:
-    """Return the sha256 of a file, or of a directory's names and contents (its stage.json left out)."""
+def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
+    """Return the sha256 of a file, or of a directory's names and contents: its stage.json and `leave_out` excepted."""
     if path.is_file():
         return _file_hash(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file() and file != path / RECORD):
-        digest.update(f"{file.relative_to(path)}\0{_file_hash(file)}\n".encode())
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        name = file.relative_to(path)
+        if name.parts[0] not in leave_out and str(name) != RECORD:
+            digest.update(f"{name}\0{_file_hash(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -58,15 +61,23 @@ def verified_hash(path: Path) -> str:
         RunError: the content is not what the stage wrote.
     """
     found = content_hash(path)
-    record = path / RECORD
-    if record.is_file():
-        recorded = json.loads(record.read_text())["output_sha256"]
+    if record := read_record(path):
+        recorded = record["output_sha256"]
         if recorded != found:
             raise RunError(
                 f"{path}: content hash {found[:12]} is not the {recorded[:12]} its {RECORD} records: "
                 "a file is damaged or was changed; delete the directory and run the stage that writes it again"
             )
     return found
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """Return the record of a stage's result; None where there is none, or a file of that name that is no record."""
+    try:
+        record = json.loads((directory / RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"stage", "key", "output_sha256"} <= record.keys() else None
 
 
 def _file_hash(path: Path) -> str:

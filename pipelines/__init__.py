@@ -1,0 +1,1 @@
+"""The pipelines, each beside its compiled YAML."""

@@ -20,7 +20,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def teacher(inputs: dict[str, Path]) -> Path:
-    """A random four-layer Llama: hidden 64, intermediate 128, 4 heads, 2 groups, head_dim 16, vocabulary 512, tied no."""
+    """A random four-layer Llama: hidden 64, intermediate 128, 4 heads, 2 groups, vocabulary 512."""
     return inputs["teacher"]
 
 

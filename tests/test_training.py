@@ -97,9 +97,7 @@ def test_the_recorded_loss_is_the_loss_of_the_saved_model(corrected: Path, datas
     assert record["metrics"]["validation_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_finetune_keeps_the_base_model_when_training_makes_it_worse(
-    corrected: Path, dataset: Path, tmp_path: Path
-) -> None:
+def test_finetune_keeps_the_base_model_when_it_gets_worse(corrected: Path, dataset: Path, tmp_path: Path) -> None:
     settings = SHORT | {"learning_rate": 3.0, "min_learning_rate": 3.0}
     record = finetune.run(FinetuneConfig(teacher=str(corrected), dataset=dataset, output=tmp_path / "kept", **settings))
     assert record["metrics"]["corrected"] == 0 and record["metrics"]["best_step"] == 0

@@ -1,0 +1,1 @@
+"""Who trains, with the same input and the same output."""

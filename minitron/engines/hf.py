@@ -20,8 +20,8 @@ from minitron.checkpoint import load_model
 from minitron.config import TrainingConfig
 from minitron.data import PackedDataset
 from minitron.losses import LossWeights, linear_loss
+from minitron.results import CHECKPOINTS
 from minitron.scoring import hidden_states, output_head, score
-from minitron.stage import CHECKPOINTS
 from minitron.tracking import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
@@ -39,6 +39,10 @@ def device() -> torch.device:
 def compute_dtype() -> torch.dtype:
     """Return bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower)."""
     return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def _mixed_precision() -> torch.autocast:
+    return torch.autocast(device().type, compute_dtype(), enabled=device().type == "cuda")
 
 
 def train(
@@ -63,36 +67,27 @@ def train(
         The best model on the CPU, and `{"metrics", "history"}` for the stage's record.
     """
     set_seed(config.seed)
-    train_set = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-    validation_set = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
     checkpoints = directory / CHECKPOINTS
     last = _last_complete_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
     trainer = _LinearLossTrainer(
-        config,
-        load_model(initial, torch.float32),
-        teacher,
-        weights,
-        train_set,
-        validation_set,
-        checkpoints,
-        last is None,
+        config, load_model(initial, torch.float32), weights, teacher, checkpoints, last is None
     )
     trainer.add_callback(_Report(config, tracker, best))
     started = time.perf_counter()
-    resumed_at = int(last.name.partition("-")[2]) if last else 0
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.perf_counter() - started - trainer.validation_seconds
-    tokens = (trainer.state.global_step - resumed_at) * config.global_batch_size * config.sequence_length
+    step_tokens = config.global_batch_size * config.sequence_length
+    steps_done = config.max_steps - (int(last.name.partition("-")[2]) if last else 0)
     history = _history(trainer.state.log_history)
     metrics = {
-        "tokens": trainer.state.global_step * config.global_batch_size * config.sequence_length,
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens": config.max_steps * step_tokens,
+        "tokens_per_second": round(steps_done * step_tokens / seconds, 1),
         "validation_loss_before": next(row["validation_loss"] for row in history if "validation_loss" in row),
         "validation_loss": best.loss,
         "best_step": best.step,
     }
-    return best.load(trainer.model, trainer.state.global_step), {"metrics": metrics, "history": history}
+    return best.load(trainer.model, config.max_steps), {"metrics": metrics, "history": history}
 
 
 class BestModel:
@@ -120,7 +115,7 @@ class BestModel:
         shutil.rmtree(self._directory, ignore_errors=True)
         staging.rename(self._directory)
 
-    def load(self, model: PreTrainedModel, step: int) -> PreTrainedModel:
+    def load(self, model: Any, step: int) -> PreTrainedModel:
         """Return the best model on the CPU; `model` is its state at `step`."""
         if step == self.step:
             return model.cpu().eval()
@@ -134,18 +129,21 @@ class _LinearLossTrainer(Trainer):
         self,
         config: TrainingConfig,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
         weights: LossWeights,
-        train_set: PackedDataset,
-        validation_set: PackedDataset,
+        teacher: PreTrainedModel | None,
         checkpoints: Path,
         validate_first: bool,
     ) -> None:
         model.config.use_cache = False
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        train_set, validation_set = (
+            PackedDataset(config.dataset / split, config.sequence_length, config.seed)
+            for split in ("train", "validation")
+        )
         arguments = _arguments(config, checkpoints, validate_first)
         super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
+        self._validation_set = validation_set
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by the tokens of the whole step
         self._config, self._teacher, self._weights = config, teacher, weights
@@ -162,7 +160,7 @@ class _LinearLossTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the step's loss; its terms are summed without a GPU synchronisation."""
         student, labels = self.accelerator.unwrap_model(model), inputs["labels"].flatten()
-        with torch.autocast(self.args.device.type, compute_dtype(), enabled=self.args.device.type == "cuda"):
+        with _mixed_precision():
             hidden = hidden_states(student, inputs["input_ids"]).to(compute_dtype())
         guide = guide_head = None
         if self._teacher is not None:
@@ -185,11 +183,10 @@ class _LinearLossTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the model on the validation split."""
         started = time.perf_counter()
-        config = self._config
-        with torch.autocast(self.args.device.type, compute_dtype(), enabled=self.args.device.type == "cuda"):
-            scores = score(
-                {"model": self.model}, self.eval_dataset, config.validation_sequences, config.micro_batch_size
-            )
+        models: dict[str, Any] = {"model": self.model}
+        sequences, micro_batch_size = self._config.validation_sequences, self._config.micro_batch_size
+        with _mixed_precision():
+            scores = score(models, self._validation_set, sequences, micro_batch_size)
         metrics = {f"validation_{name}": value for name, value in scores["model"].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -212,13 +209,15 @@ class _Report(TrainerCallback):
         self._bar.update(self._step_tokens)
         control.should_evaluate |= state.global_step == state.max_steps
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         numbers = {name: value for name, value in logs.items() if name in LOGGED}
         self._tracker.log(numbers, state.global_step)
         if "loss" in logs:
             self._bar.set_postfix(step=f"{state.global_step}/{state.max_steps}", loss=f"{logs['loss']:.3f}")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: Any, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+    ) -> None:
         self._best.offer(model, state.global_step, metrics["validation_loss"])
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

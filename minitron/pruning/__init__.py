@@ -1,0 +1,1 @@
+"""Pruning: importance (what each part contributes) and surgery (the smaller model)."""

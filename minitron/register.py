@@ -1,0 +1,147 @@
+"""Register the student: a version in the MLflow registry that generates text, with its alias.
+
+python -m minitron.register --config register.yaml
+
+mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of the city"])
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from minitron import generator, stage, tracking
+from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
+from minitron.config import RegisterConfig
+from minitron.data import MANIFEST, read_manifest
+from minitron.errors import ConfigError
+from minitron.results import write_atomically
+from minitron.storage import read_record
+
+EVALUATION, REPORT = "evaluation.json", "report.html"
+
+
+def run(config: RegisterConfig) -> dict[str, Any]:
+    """Register `config.student`, and write `registered.json` to `config.output`: name, version, alias, URI and run.
+
+    Returns:
+        The stage's record; its metrics hold the version.
+
+    Raises:
+        ConfigError: there is no tracking URI, or an input is not what its stage writes.
+        RunError: the student does not load, or MLflow fails; what was registered so far is taken back.
+    """
+    if config.tracking_uri is None:
+        raise ConfigError(
+            "register.tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE"
+        )
+    return stage.run(config, _work)
+
+
+def _work(config: RegisterConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    assert isinstance(tracker, tracking.MlflowTracker)  # run() saw a tracking URI
+    _check_inputs(config)
+    tags = _tags(config, tracker)
+    with tracking.explained(config.tracking_uri):
+        _log_results(config, tracker)
+        with _uploaded(config, tracker) as model_id, _registered_model(config.name, tracker):
+            version = _create_version(config, tracker, model_id, tags)
+    found = {
+        "name": config.name,
+        "version": version,
+        "alias": config.alias,
+        "model_uri": f"models:/{config.name}@{config.alias}",
+        "run_id": tracker.pipeline_run_id,
+    }
+    write_atomically(directory / "registered.json", found)
+    return {"metrics": {"version": version}, "registered": found}
+
+
+def _check_inputs(config: RegisterConfig) -> None:
+    for path in (config.evaluation / REPORT, config.evaluation / EVALUATION):
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; give a directory that evaluate wrote")
+    read_manifest(config.dataset)
+    check_architecture(config.student)
+
+
+def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, str]:
+    """Return what the registry says of the version; the student is loaded, so that no broken one is registered."""
+    load_tokenizer(config.student)
+    tags = {
+        "parameters": str(parameter_count(load_model(config.student))),
+        "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
+        "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
+        "licence": str(read_manifest(config.dataset).get("licence", "unknown")),
+    }
+    if config.pipeline_run_id:
+        tags["pipeline_run_id"] = config.pipeline_run_id
+    if record := read_record(config.student):  # what distill found and was given
+        tags["validation_loss"] = str(record["metrics"].get("validation_loss", "unknown"))
+        tags["teacher_sha256"] = record["inputs"]["teacher"]["sha256"]
+    return tags
+
+
+def _log_results(config: RegisterConfig, tracker: tracking.MlflowTracker) -> None:
+    """Put report, evaluation and dataset manifest where the whole pipeline's results are."""
+    for path, folder in (
+        (config.evaluation / REPORT, None),
+        (config.evaluation / EVALUATION, None),
+        (config.dataset / MANIFEST, "dataset"),
+    ):
+        tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)
+
+
+@contextmanager
+def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterator[str]:
+    """Give the id of a logged model that holds the student's files as they are; delete it if anything fails."""
+    client = tracker.client
+    model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
+    try:
+        # Straight from where they lie: the weights are not copied on this disk.
+        client.log_model_artifacts(model.model_id, str(config.student))
+        size = sum(path.stat().st_size for path in config.student.rglob("*") if path.is_file())
+        with tempfile.TemporaryDirectory() as directory:
+            code = Path(generator.__file__)
+            tracking.write_mlmodel(Path(directory), code, model.model_id, tracker.pipeline_run_id, size)
+            client.log_model_artifacts(model.model_id, directory)
+        client.finalize_logged_model(model.model_id, "READY")
+        yield model.model_id
+    except BaseException:
+        with suppress(Exception):  # the server may be gone
+            client.delete_logged_model(model.model_id)
+        raise
+
+
+@contextmanager
+def _registered_model(name: str, tracker: tracking.MlflowTracker) -> Iterator[None]:
+    """Make sure that the registered model exists; take back one made here if anything fails."""
+    if tracker.client.search_registered_models(f"name = '{name}'"):
+        yield
+        return
+    tracker.client.create_registered_model(name)
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            tracker.client.delete_registered_model(name)
+        raise
+
+
+def _create_version(
+    config: RegisterConfig, tracker: tracking.MlflowTracker, model_id: str, tags: dict[str, str]
+) -> int:
+    """Return the number of a new version that has the alias; there is none if the alias cannot be given."""
+    version = tracker.create_version(config.name, model_id, tags)
+    try:
+        tracker.client.set_registered_model_alias(config.name, config.alias, str(version))
+    except BaseException:
+        with suppress(Exception):
+            tracker.client.delete_model_version(config.name, str(version))
+        raise
+    return version
+
+
+if __name__ == "__main__":
+    stage.main("register")

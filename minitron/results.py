@@ -1,0 +1,171 @@
+"""How a stage's result comes into being: work in progress apart, complete in one rename, found again by its key.
+
+A result is a directory with a record, `stage.json`, that names its key and its content's hash. It grows in
+`<directory>.partial`, which outlives a kill.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.storage import content_hash, read_record
+
+KEY = "key"
+"""File in work in progress that says what the work is for; the process at work holds its lock."""
+
+CHECKPOINTS = "checkpoints"
+"""Subdirectory of work in progress that a killed stage resumes from; it is not part of the result."""
+
+
+@contextmanager
+def partial_directory(home: Path, key: str) -> Iterator[Path]:
+    """Give the directory of work in progress, with the checkpoints that a killed attempt at the same key left there.
+
+    It is deleted when the work fails, unless there are checkpoints to resume from.
+
+    Raises:
+        RunError: another process is at work there.
+    """
+    directory = _partial(home)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / KEY).open("a+") as stream:
+        _lock(stream, directory)
+        stream.seek(0)
+        kept = {KEY, CHECKPOINTS} if stream.read() == key else {KEY}
+        for path in directory.iterdir():
+            if path.name not in kept:
+                _delete(path)
+        stream.truncate(0)
+        stream.write(key)
+        stream.flush()
+        try:
+            yield directory
+        except BaseException as error:
+            if isinstance(error, ConfigError) or not (directory / CHECKPOINTS).exists():
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+
+def _partial(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".partial")
+
+
+def _lock(stream: TextIO, directory: Path) -> None:
+    """Hold a lock that ends with this process, where the file system has locks."""
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise RunError(
+                f"{directory}: another process is at work there; wait for it, or give another output"
+            ) from error
+
+
+def publish(directory: Path, home: Path) -> None:
+    """Turn finished work into the result: from its record on, a kill loses nothing of it."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    (directory / KEY).unlink(missing_ok=True)
+    shutil.rmtree(home, ignore_errors=True)
+    directory.rename(home)
+
+
+def finished(home: Path, key: str) -> dict[str, Any] | None:
+    """Return the record of the result with this key, if it is there; publish it first if a kill came between."""
+    if _has_record(_partial(home), key):
+        publish(_partial(home), home)
+    return read_record(home) if _is_intact(home, key) else None
+
+
+def _has_record(directory: Path, key: str) -> bool:
+    record = read_record(directory)
+    return record is not None and record["key"] == key
+
+
+def _is_intact(directory: Path, key: str) -> bool:
+    """Say whether a result with this key is there and still is what its record says."""
+    if not _has_record(directory, key):
+        return False
+    intact = content_hash(directory) == (read_record(directory) or {})["output_sha256"]
+    if not intact:
+        print(f"warning: {directory}: damaged or changed since it was written; it is made again", file=sys.stderr)
+    return intact
+
+
+def publish_copy(home: Path, output: Path, key: str) -> None:
+    """Make `output` equal to `home`: by hard links where the file system allows, else by copies."""
+    if _is_intact(output, key):
+        return
+    staging = _partial(output)
+    for directory in (staging, output):
+        shutil.rmtree(directory, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(home, staging, copy_function=link_or_copy)
+    staging.rename(output)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Hard-link a file, or copy it where the file system does not allow that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that the file is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=_plain))
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy or torch number as a Python number, and anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or protected disk causes, in whatever library, into one line.
+
+    Raises:
+        RunError: the disk is full or may not be written.
+    """
+    try:
+        yield
+    except MinitronError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error, path):
+            raise RunError(f"{path}: disk full ({_free(path):.0f} MB free); free space and run it again") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            named = error.filename2 or error.filename or path
+            raise RunError(f"{named}: {error.strerror}; give this user the right, or another directory") from error
+        raise
+
+
+def _is_disk_full(error: BaseException, path: Path) -> bool:
+    """Say whether the disk is full: safetensors tells it in words only, and torch.save not at all."""
+    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return told or "No space left on device" in str(error) or (type(error) is RuntimeError and _free(path) < 1)
+
+
+def _free(path: Path) -> float:
+    """Return the free megabytes of the disk that a path, which need not exist, is on."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free / 2**20

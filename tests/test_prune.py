@@ -1,0 +1,500 @@
+"""Importance, surgery and the stage, on tiny models of every supported architecture."""
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from minitron import prune
+from minitron.checkpoint import load_model, parameter_count, save_model
+from minitron.config import PruneConfig
+from minitron.data import PackedDataset
+from minitron.errors import ConfigError, RunError
+from minitron.pruning.importance import Importance, measure
+from minitron.pruning.surgery import Plan, Shape, choose, cut
+from minitron.storage import content_hash
+
+SEQUENCE = 32
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 16}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+}
+FULL = Shape(64, 80, 16, 4, 4)
+CUTS = {
+    "hidden": {"hidden_size": 48},
+    "intermediate": {"intermediate_size": 40},
+    "heads": {"num_attention_heads": 8},
+    "groups": {"num_key_value_heads": 2, "num_attention_heads": 8},
+    "heads and groups": {"num_key_value_heads": 3, "num_attention_heads": 6},
+    "layers": {"num_hidden_layers": 2},
+    "all": {
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 3,
+    },
+}
+
+
+def make_model(architecture: str, tied: bool = False) -> PreTrainedModel:
+    """Return a random model, 16 heads in 4 groups, whose head_dim (8) is not hidden / heads, every bias in use."""
+    config_class, model_class, extra = ARCHITECTURES[architecture]
+    config = config_class(
+        vocab_size=512,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-9,
+        **vars(FULL),
+        **extra,
+    )
+    generator = torch.Generator().manual_seed(3)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if "norm" in name else 0.15, generator=generator)
+    return model
+
+
+def random_importance(seed: int = 0) -> Importance:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"layers": (4,), "hidden": (64,), "intermediate": (4, 80), "heads": (4, 16), "key_value": (4, 4)}
+    return Importance(**{axis: torch.rand(size, generator=generator) for axis, size in sizes.items()})
+
+
+def shape(**cuts: int) -> Shape:
+    return Shape(**(vars(FULL) | cuts))
+
+
+def token_ids(count: int = 2) -> torch.Tensor:
+    return torch.randint(0, 512, (count, SEQUENCE), generator=torch.Generator().manual_seed(5))
+
+
+def head_channels(heads: list[int]) -> list[int]:
+    return [head * 8 + channel for head in heads for channel in range(8)]
+
+
+# ---- importance
+
+
+def reference_importance(model: PreTrainedModel, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Compute every score without hooks: layers are run by hand, only the attention probabilities are the model's."""
+    layers = model.model.layers
+    squares = {name: [0.0] * len(layers) for name in ("norm1", "norm2", "mlp", "attention")}
+    influence = [0.0] * len(layers)
+    for batch in batches:
+        probabilities = model(batch, output_attentions=True).attentions
+        hidden = model.model.embed_tokens(batch)
+        for index, layer in enumerate(layers):
+            norm1 = rms_norm(hidden, layer.input_layernorm.weight)
+            values = layer.self_attn.v_proj(norm1).reshape(*batch.shape, 4, 8).repeat_interleave(4, dim=2)
+            context = torch.einsum("bhst,bthd->bshd", probabilities[index], values).reshape(*batch.shape, 128)
+            middle = hidden + layer.self_attn.o_proj(context)
+            norm2 = rms_norm(middle, layer.post_attention_layernorm.weight)
+            gate = layer.mlp.gate_proj(norm2)
+            inner = gate * torch.sigmoid(gate) * layer.mlp.up_proj(norm2)
+            output = middle + layer.mlp.down_proj(inner)
+            for name, activations in (("norm1", norm1), ("norm2", norm2), ("mlp", inner), ("attention", context)):
+                for sequence in activations:
+                    squares[name][index] = squares[name][index] + (sequence.abs().sum(dim=0) / SEQUENCE) ** 2
+            influence[index] += 1 - cosine_similarity(hidden, output, dim=-1).mean().item()
+            hidden = output
+    attention = torch.stack(squares["attention"])
+    norms = squares["norm1"] + squares["norm2"]
+    return {
+        "layers": torch.tensor(influence),
+        "hidden": sum(norm**0.5 for norm in norms),
+        "intermediate": torch.stack(squares["mlp"]) ** 0.5,
+        "heads": attention.reshape(4, 16, 8).sum(dim=2) ** 0.5,
+        "key_value": attention.reshape(4, 4, 32).sum(dim=2) ** 0.5,
+    }
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hidden / (hidden.pow(2).mean(dim=-1, keepdim=True) + 1e-9).sqrt() * weight
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_importance_is_what_a_computation_without_hooks_gives(architecture: str, dataset: Path) -> None:
+    model = make_model(architecture)
+    packed = PackedDataset(dataset / "train", SEQUENCE, seed=1)
+    found = measure(model, packed, sequences=5, micro_batch_size=2)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.set_attn_implementation("eager")
+    sequences = torch.stack([packed[index]["input_ids"] for index in range(5)])
+    with torch.no_grad():
+        expected = reference_importance(model, list(sequences.split(2)))
+    for axis, scores in expected.items():
+        torch.testing.assert_close(getattr(found, axis), scores, rtol=1e-5, atol=1e-5, msg=axis)
+
+
+def test_importance_never_computes_logits_and_reads_what_there_is(dataset: Path) -> None:
+    model = make_model("llama")
+    del model.lm_head
+    packed = PackedDataset(dataset / "validation", SEQUENCE, seed=1)
+    all_of_them = measure(model, packed, len(packed), 16)
+    more_than_there_are = measure(model, packed, len(packed) + 1000, 16)
+    assert torch.equal(all_of_them.hidden, more_than_there_are.hidden)
+
+
+# ---- surgery
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cutting_nothing_gives_back_the_teacher_bit_for_bit(architecture: str, tied: bool) -> None:
+    teacher = make_model(architecture, tied)
+    student = cut(teacher, choose(random_importance(), FULL))
+    assert student.config.to_dict() == teacher.config.to_dict()
+    assert parameter_count(student) == parameter_count(teacher)
+    expected = teacher.state_dict()
+    assert student.state_dict().keys() == expected.keys()
+    for name, weight in student.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+        assert weight.data_ptr() != expected[name].data_ptr(), f"{name} shares memory with the teacher"
+    assert torch.equal(student(token_ids()).logits, teacher(token_ids()).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("axis", CUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_student_computes_what_the_teacher_does_with_the_cut_parts_silenced(
+    architecture: str, axis: str, tied: bool
+) -> None:
+    teacher = make_model(architecture, tied)
+    untouched = copy.deepcopy(teacher.state_dict())
+    plan = choose(random_importance(), shape(**CUTS[axis]))
+    student = cut(teacher, plan)
+    assert all(torch.equal(weight, untouched[name]) for name, weight in teacher.state_dict().items())
+    with torch.no_grad():
+        found, expected = student(token_ids()).logits, silenced(teacher, plan)(token_ids()).logits
+        assert (teacher(token_ids()).logits - expected).abs().max() > 0.1, "the silenced parts did not matter"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert Shape.of(student.config) == shape(**CUTS[axis])
+    assert student.lm_head.weight.data_ptr() == student.model.embed_tokens.weight.data_ptr() or not tied
+
+
+def silenced(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Return a copy of the teacher, of the same size, in which what the plan drops adds nothing."""
+    model = copy.deepcopy(teacher)
+    lost = [channel for channel in range(64) if channel not in plan.hidden]
+    for index, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn.o_proj, layer.mlp.down_proj
+        if index not in plan.layers:
+            for linear in (attention, mlp):
+                for parameter in linear.parameters():
+                    parameter.data.zero_()
+            continue
+        place = plan.layers.index(index)
+        mlp.weight.data[:, [i for i in range(80) if i not in plan.intermediate[place]]] = 0
+        attention.weight.data[:, head_channels([h for h in range(16) if h not in plan.heads[place]])] = 0
+        for linear in (attention, mlp):
+            for parameter in linear.parameters():
+                parameter.data[lost] = 0
+    model.model.embed_tokens.weight.data[:, lost] = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight") and parameter.numel() == 64:  # the student's mean is over fewer channels
+            parameter.data *= math.sqrt(len(plan.hidden) / 64)
+    return model
+
+
+def test_kept_weights_are_slices_of_the_teachers() -> None:
+    teacher = make_model("qwen3")
+    plan = choose(random_importance(), shape(**CUTS["all"]))
+    student = cut(teacher, plan)
+    for place, layer in enumerate(plan.layers):
+        new, old = student.model.layers[place], teacher.model.layers[layer]
+        queries, groups = head_channels(plan.heads[place]), head_channels(plan.key_value[place])
+        assert torch.equal(new.self_attn.q_proj.weight, old.self_attn.q_proj.weight[queries][:, plan.hidden])
+        assert torch.equal(new.self_attn.k_proj.weight, old.self_attn.k_proj.weight[groups][:, plan.hidden])
+        assert torch.equal(new.self_attn.k_norm.weight, old.self_attn.k_norm.weight)
+        assert torch.equal(new.input_layernorm.weight, old.input_layernorm.weight[plan.hidden])
+        assert torch.equal(new.mlp.up_proj.weight, old.mlp.up_proj.weight[plan.intermediate[place]][:, plan.hidden])
+    assert torch.equal(student.model.norm.weight, teacher.model.norm.weight[plan.hidden])
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight[:, plan.hidden])
+
+
+def test_the_best_are_kept_in_their_order_and_heads_are_ranked_within_their_group() -> None:
+    importance = Importance(
+        layers=torch.tensor([0.4, 0.1, 0.3]),
+        hidden=torch.tensor([3.0, 9.0, 1.0, 5.0]),
+        intermediate=torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 2.0, 2.0]]),
+        heads=torch.tensor([[9.0, 8.0, 1.0, 2.0, 6.0, 7.0], [0.0] * 6, [1.0, 2.0, 9.0, 8.0, 3.0, 2.0]]),
+        key_value=torch.tensor([[12.0, 2.2, 9.2], [0.0] * 3, [2.2, 12.0, 3.6]]),
+    )
+    plan = choose(importance, Shape(2, 2, 2, 2, 2))
+    assert plan == Plan(
+        layers=[0, 2],
+        hidden=[1, 3],
+        intermediate=[[1, 2], [0, 1]],  # of equal scores the first are kept
+        heads=[[0, 5], [2, 4]],
+        key_value=[[0, 2], [1, 2]],
+    )
+    # without a cut of groups each keeps its best head, though group 1's are the lowest of layer 0
+    assert choose(importance, Shape(4, 3, 3, 3, 3)).heads[0] == [0, 3, 5]
+
+
+def test_attention_windows_go_with_their_layers() -> None:
+    student = cut(make_model("qwen2"), choose(random_importance(), FULL, layers=[1, 3]))
+    assert student.config.layer_types == ["full_attention", "sliding_attention"]
+    assert student.config.max_window_layers == 1
+
+
+# ---- the stage
+
+
+def write_teacher(model: PreTrainedModel, directory: Path, tokenizer_from: Path) -> Path:
+    directory.mkdir()
+    save_model(model, directory, tokenizer_from)
+    return directory
+
+
+@pytest.fixture
+def settings(teacher: Path, dataset: Path, tmp_path: Path) -> dict:
+    """A configuration that cuts nothing; the output is the only thing in its directory."""
+    return {
+        "output": tmp_path / "work" / "pruned",
+        "teacher": teacher,
+        "dataset": dataset,
+        "sequence_length": SEQUENCE,
+        "micro_batch_size": 4,
+        "calibration_sequences": 8,
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_axis_at_once_reloads_with_transformers_alone(
+    architecture: str, tied: bool, settings: dict, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    model = make_model(architecture, tied)
+    settings["teacher"] = write_teacher(model, tmp_path / "teacher", teacher)
+    before = content_hash(settings["teacher"])
+    record = prune.run(PruneConfig(**settings, **CUTS["all"]))
+    student, report = AutoModelForCausalLM.from_pretrained(settings["output"], output_loading_info=True)
+    assert not any(report.values()), report
+    assert Shape.of(student.config) == shape(**CUTS["all"])
+    assert json.loads((settings["output"] / "config.json").read_text())["head_dim"] == 8
+    assert student.model.layers[0].self_attn.q_proj.weight.shape == (48, 48)
+    assert student.config.tie_word_embeddings is tied
+    importance = measure(model, PackedDataset(dataset / "train", SEQUENCE, 1234), 8, 4)
+    expected = cut(model, choose(importance, shape(**CUTS["all"])))
+    with torch.no_grad():
+        assert torch.equal(student.eval()(token_ids()).logits, expected(token_ids()).logits)
+    assert record["metrics"] == {
+        "parameters_before": parameter_count(model),
+        "parameters": parameter_count(student),
+        "parameters_ratio": round(parameter_count(student) / parameter_count(model), 4),
+        "calibration_tokens": 8 * SEQUENCE,
+    }
+    assert content_hash(settings["teacher"]) == before
+    assert [path.name for path in settings["output"].parent.iterdir()] == ["pruned"]
+
+
+def test_pruning_json_says_what_was_kept_and_why(settings: dict, teacher: Path, dataset: Path) -> None:
+    prune.run(PruneConfig(**settings, num_hidden_layers=2, intermediate_size=96))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    importance = measure(load_model(teacher), PackedDataset(dataset / "train", SEQUENCE, 1234), 8, 4)
+    lowest = sorted(importance.layers.argsort()[:2].tolist())
+    assert found["dropped_layers"] == [layer + 1 for layer in lowest]
+    assert found["kept"]["layers"] == [layer for layer in range(4) if layer not in lowest]
+    assert found["kept"]["hidden"] == list(range(64))
+    assert found["kept"]["heads"] == [[0, 1, 2, 3]] * 2
+    for place, layer in enumerate(found["kept"]["layers"]):
+        best = importance.intermediate[layer].topk(96).indices.tolist()
+        assert found["kept"]["intermediate"][place] == sorted(best)
+    for axis, scores in vars(importance).items():
+        torch.testing.assert_close(torch.tensor(found["scores"][axis]), scores, rtol=1e-4, atol=0)
+    assert found["calibration"] == {"sequences": 8, "tokens": 8 * SEQUENCE}
+    assert found["teacher"] == {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
+        "parameters": 213_568,
+    }
+    # per layer 2 x 64² (q, o) + 2 x 64 x 32 (k, v) + 3 x 64 x 96 + 2 x 64 (norms); embeddings and head; norm
+    assert found["student"]["parameters"] == 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 96 + 128) + 2 * 512 * 64 + 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cutting_nothing_writes_the_teachers_weights_in_their_dtype(
+    dtype: torch.dtype, settings: dict, teacher: Path, tmp_path: Path
+) -> None:
+    settings["teacher"] = write_teacher(make_model("llama").to(dtype), tmp_path / "teacher", teacher)
+    record = prune.run(PruneConfig(**settings))
+    expected = load_file(settings["teacher"] / "model.safetensors")
+    found = load_file(settings["output"] / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(weight.dtype == dtype and torch.equal(weight, expected[name]) for name, weight in found.items())
+    assert record["metrics"]["parameters_ratio"] == 1
+    assert record["metrics"]["calibration_tokens"] == 0
+
+
+def test_a_cut_keeps_the_stored_dtype(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    settings["teacher"] = write_teacher(make_model("llama").bfloat16(), tmp_path / "teacher", teacher)
+    prune.run(PruneConfig(**settings, intermediate_size=40))
+    assert {weight.dtype for weight in load_file(settings["output"] / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_layers_dropped_by_hand_need_no_calibration(settings: dict, teacher: Path) -> None:
+    prune.run(PruneConfig(**settings, drop_layers=[4, 2, 2]))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert (found["dropped_layers"], found["kept"]["layers"], found["scores"]) == ([2, 4], [0, 2], None)
+    expected, student = load_model(teacher), load_model(settings["output"])
+    for new, old in ((0, 0), (1, 2)):
+        weights = student.model.layers[new].state_dict()
+        assert all(
+            torch.equal(weights[name], weight) for name, weight in expected.model.layers[old].state_dict().items()
+        )
+
+
+def test_layers_by_hand_and_width_by_score(settings: dict) -> None:
+    record = prune.run(PruneConfig(**settings, drop_layers=[1], hidden_size=48))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert found["kept"]["layers"] == [1, 2, 3] and len(found["kept"]["hidden"]) == 48
+    assert record["metrics"]["calibration_tokens"] == 8 * SEQUENCE
+
+
+def test_fewer_sequences_than_asked_for_are_recorded(settings: dict, dataset: Path) -> None:
+    available = len(PackedDataset(dataset / "train", 256, 1234))
+    settings |= {"calibration_sequences": 10_000, "sequence_length": 256, "micro_batch_size": 64}
+    record = prune.run(PruneConfig(**settings, intermediate_size=64))
+    assert record["metrics"]["calibration_tokens"] == available * 256 < 10_000 * 256
+
+
+def test_dropping_groups_drops_their_heads(settings: dict) -> None:
+    prune.run(PruneConfig(**settings, num_key_value_heads=1))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert found["student"]["num_attention_heads"] == 2
+    for heads, groups in zip(found["kept"]["heads"], found["kept"]["key_value"], strict=True):
+        assert heads == [2 * groups[0], 2 * groups[0] + 1]
+
+
+def test_a_second_run_returns_at_once(settings: dict) -> None:
+    config = PruneConfig(**settings, num_hidden_layers=3)
+    first = prune.run(config)
+    written = {path: path.stat().st_mtime_ns for path in settings["output"].iterdir()}
+    assert prune.run(config) == first
+    assert {path: path.stat().st_mtime_ns for path in settings["output"].iterdir()} == written
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ({"hidden_size": 72}, r"prune.hidden_size: 72 is larger than the teacher's 64; choose at most 64"),
+        ({"intermediate_size": 129}, r"prune.intermediate_size: 129 is larger than the teacher's 128"),
+        ({"num_attention_heads": 5}, r"prune.num_attention_heads: 5 is larger than the teacher's 4"),
+        ({"num_key_value_heads": 4}, r"prune.num_key_value_heads: 4 is larger than the teacher's 2"),
+        ({"num_hidden_layers": 5}, r"prune.num_hidden_layers: 5 is larger than the teacher's 4"),
+        ({"hidden_size": 60}, r"prune.hidden_size: 60 is not a multiple of 8, .*; choose 56"),
+        ({"num_attention_heads": 3}, r"prune.num_attention_heads: 3 is not a multiple of num_key_value_heads 2"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1},
+            r"prune.num_attention_heads: 4 heads in 1 groups are 4 per group, but the teacher has 2; choose at most 2",
+        ),
+        ({"drop_layers": [5, 1]}, r"prune.drop_layers: \[5\] outside the teacher's layers; choose from 1 to 4"),
+        ({"drop_layers": [1, 2, 3, 4]}, r"prune.drop_layers: all 4 layers of the teacher; leave at least one"),
+        ({"sequence_length": 257}, r"prune.sequence_length: 257 is above .*max_position_embeddings 256"),
+        (
+            {"sequence_length": 256, "seed": 1, "dataset": "empty"},
+            r"no manifest.json; give a directory that prepare wrote",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(cuts: dict, message: str, settings: dict, tmp_path: Path) -> None:
+    if cuts.get("dataset") == "empty":
+        cuts = cuts | {"dataset": tmp_path / "empty"}
+        (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        prune.run(PruneConfig(**(settings | cuts)))
+    assert not list(settings["output"].parent.iterdir())
+
+
+def test_a_llama_that_transformers_would_not_load_is_refused(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    settings["teacher"] = write_teacher(make_model("llama"), tmp_path / "llama", teacher)
+    with pytest.raises(
+        ConfigError, match=r"prune.hidden_size: 64 is not a multiple of num_attention_heads 12, .*choose 48"
+    ):
+        prune.run(PruneConfig(**settings, num_attention_heads=12))
+    settings["teacher"] = write_teacher(make_model("qwen3"), tmp_path / "qwen3", teacher)
+    prune.run(PruneConfig(**settings, num_attention_heads=12))
+    assert AutoModelForCausalLM.from_pretrained(settings["output"]).config.num_attention_heads == 12
+
+
+def copy_of(teacher: Path, directory: Path) -> Path:
+    return Path(shutil.copytree(teacher, directory))
+
+
+def test_an_unsupported_architecture_is_refused(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    settings["teacher"] = copy_of(teacher, tmp_path / "bert")
+    path = settings["teacher"] / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "BertModel"))
+    with pytest.raises(ConfigError, match="architecture BertModel is not supported; use one of LlamaForCausalLM"):
+        prune.run(PruneConfig(**settings, intermediate_size=64))
+    assert not list(settings["output"].parent.iterdir())
+
+
+def test_another_tokenizer_is_refused(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    settings["teacher"] = copy_of(teacher, tmp_path / "other")
+    path = settings["teacher"] / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ConfigError, match="prepare the corpus again with this model as teacher"):
+        prune.run(PruneConfig(**settings, intermediate_size=64))
+
+
+def test_a_damaged_shard_leaves_nothing_behind(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    settings["teacher"] = copy_of(teacher, tmp_path / "damaged")
+    path = settings["teacher"] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    for cuts in ({"intermediate_size": 64}, {"drop_layers": [1]}):
+        with pytest.raises(RunError, match="weights cannot be read"):
+            prune.run(PruneConfig(**settings, **cuts))
+        assert not list(settings["output"].parent.iterdir())
+
+
+def test_activations_that_are_not_numbers_are_refused(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    model = load_model(teacher)
+    model.model.layers[1].mlp.up_proj.weight.data[7] = float("nan")
+    settings["teacher"] = write_teacher(model, tmp_path / "nan", teacher)
+    with pytest.raises(RunError, match=r"importance of .* scores are not finite"):
+        prune.run(PruneConfig(**settings, intermediate_size=64))
+    assert not list(settings["output"].parent.iterdir())
+
+
+def test_the_command_line_refuses_with_one_line_and_status_2(settings: dict, tmp_path: Path) -> None:
+    file = tmp_path / "prune.yaml"
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    file.write_text(yaml.safe_dump(values | {"hidden_size": 4096}))
+    command = [sys.executable, "-m", "minitron.prune", "--config", str(file)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == "error: prune.hidden_size: 4096 is larger than the teacher's 64; choose at most 64\n"
