@@ -1,1 +1,10 @@
-"""Kubeflow's view of the stages, one component each, in the order of the flow."""
+"""Kubeflow's view of the stages: one component each, in the order of the flow."""
+
+from minitron.components.prepare import prepare  # isort: skip
+from minitron.components.finetune import finetune  # isort: skip
+from minitron.components.prune import prune  # isort: skip
+from minitron.components.distill import distill  # isort: skip
+from minitron.components.evaluate import evaluate  # isort: skip
+from minitron.components.register import register  # isort: skip
+
+__all__ = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]  # noqa: RUF022  (order of the flow)

@@ -15,6 +15,9 @@ from minitron.errors import ConfigError
 INPUT = "input"
 """Marks a field that names data: its content, not its path, decides whether a result can be reused."""
 
+HUB_DATASET = "hub dataset"
+"""Marks an input whose hf:// address names a dataset, read over the network: its commit stands for its content."""
+
 EXECUTION = "execution"
 """Marks a field that says where and how to run: it has no influence on the result."""
 
@@ -39,13 +42,16 @@ class StageConfig(BaseModel):
     pipeline_run_id: Annotated[str | None, EXECUTION] = Field(
         None, description="Kubeflow run that this stage belongs to: the stages of one run share an MLflow parent run."
     )
+    caching: Annotated[bool, EXECUTION] = Field(
+        True, description="Reuse a finished result that has the same inputs' content and settings."
+    )
     seed: int = Field(1234, description="Seed of every random choice.")
 
 
 class PrepareConfig(StageConfig):
     """Corpus → deduplicated, split, tokenised dataset."""
 
-    corpus: Annotated[str, INPUT] = Field(
+    corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
         description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, or hf://dataset[/config]."
     )
     teacher: Annotated[str, INPUT] = Field(description="Model whose tokenizer is used: a directory or hf://org/name.")
@@ -217,3 +223,24 @@ def _explain(stage: str, fault: Any) -> str:
             return f"{where}: {fault['ctx']['error']!s}"
         case _:
             return f"{where}: {fault['msg']} (found {fault['input']!r})"
+
+
+def parameter_table() -> str:
+    """Return every stage's parameters as Markdown tables: the README's, kept equal by a test."""
+    shared = set(StageConfig.model_fields)
+    sections = [_table("every stage", StageConfig, set())]
+    sections += [_table(stage, model, shared) for stage, model in STAGES.items()]
+    return "\n\n".join(sections)
+
+
+def _table(title: str, model: type[StageConfig], left_out: set[str]) -> str:
+    rows = [
+        f"| `{name}` | {'required' if field.is_required() else f'`{field.default}`'} | {field.description} |"
+        for name, field in model.model_fields.items()
+        if name not in left_out
+    ]
+    return "\n".join([f"**{title}**", "", "| parameter | default | meaning |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(parameter_table())

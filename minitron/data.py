@@ -1,13 +1,16 @@
 """Tokens on disk and in batches: Megatron's .bin/.idx, read by memory map, packed into fixed-length sequences.
 
-The format is megatron-core's `IndexedDataset` (one sequence per document); a test reads our files with megatron-core.
-It is written here because megatron-core needs numpy < 2, which transformers and mlflow no longer share a laptop with.
+The format is megatron-core's `IndexedDataset` (one sequence per document); a test reads our files with megatron-core,
+and its files with this module. It is written here because megatron-core declares numpy < 2, which cannot be installed
+beside the numpy of this environment without overriding it.
 
 S = sequence length, T = tokens of a split, D = documents of a split.
 """
 
 import json
 import struct
+from array import array
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+_DTYPES: dict[int, Any] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 _HEADER = struct.Struct("<QBQQ")  # version, dtype code, sequences, document boundaries
 
 
@@ -34,18 +37,17 @@ class IndexedWriter:
         self._prefix = prefix
         self._code = 8 if vocab_size < 65500 else 4
         self._bin = prefix.with_suffix(".bin").open("wb")
-        self._lengths: list[int] = []
+        self._lengths = array("i")
 
     def add(self, documents: list[list[int]]) -> None:
         """Append documents, each a list of token ids with its EOS."""
         self._lengths.extend(map(len, documents))
-        tokens = np.fromiter((token for document in documents for token in document), _DTYPES[self._code])
-        self._bin.write(tokens.tobytes())
+        self._bin.write(np.fromiter(chain.from_iterable(documents), _DTYPES[self._code]).tobytes())
 
     def close(self) -> None:
         """Write the index."""
         self._bin.close()
-        lengths = np.asarray(self._lengths, np.int64)
+        lengths = np.array(self._lengths, np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
         with self._prefix.with_suffix(".idx").open("wb") as idx:
             idx.write(_MAGIC)

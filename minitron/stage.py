@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from minitron import __version__, tracking
-from minitron.config import EXECUTION, INPUT, STAGES, StageConfig, fields_marked, parse
+from minitron.config import EXECUTION, HUB_DATASET, INPUT, STAGES, StageConfig, fields_marked, parse
 from minitron.errors import ConfigError, MinitronError
 from minitron.results import (
     CHECKPOINTS,
@@ -38,7 +38,7 @@ from minitron.results import (
     publish_copy,
     write_atomically,
 )
-from minitron.storage import RECORD, content_hash, local_path, read_record, verified_hash
+from minitron.storage import RECORD, content_hash, hub_dataset, local_path, read_record, verified_hash
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails: stage, exit status and message."""
@@ -68,7 +68,7 @@ def run(config: StageConfig, work: Work) -> dict[str, Any]:
     key = _key(stage, config, inputs)
     home = config.workspace / stage / key[:16] if config.workspace else config.output
     with disk_errors(home):
-        record = finished(home, key)
+        record = finished(home, key) if config.caching else None
         if record is None:
             record = _produce(config, work, home, {"stage": stage, "key": key, "inputs": inputs})
         else:
@@ -164,13 +164,17 @@ def _hash_inputs(config: StageConfig) -> dict[str, Any]:
     inputs = {}
     for name in fields_marked(type(config), INPUT):
         if (address := getattr(config, name)) is not None:
-            path = local_path(address)
-            if config.output.absolute().is_relative_to(path.absolute()):
-                raise ConfigError(
-                    f"output {config.output}: lies inside {name} {address} and would change it; move it out"
-                )
-            inputs[name] = {"address": str(address), "sha256": verified_hash(path)}
+            inputs[name] = {"address": str(address), "sha256": _hash_input(config, name, address)}
     return inputs
+
+
+def _hash_input(config: StageConfig, name: str, address: str | Path) -> str:
+    if name in fields_marked(type(config), HUB_DATASET) and (dataset := hub_dataset(str(address))):
+        return dataset.identity
+    path = local_path(address)
+    if config.output.absolute().is_relative_to(path.absolute()):
+        raise ConfigError(f"output {config.output}: lies inside {name} {address} and would change it; move it out")
+    return verified_hash(path)
 
 
 def _key(stage: str, config: StageConfig, inputs: dict[str, Any]) -> str:

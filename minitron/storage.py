@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,23 @@ from minitron.errors import ConfigError, RunError
 
 RECORD = "stage.json"
 """The file that makes a stage's directory complete: written last, never part of the directory's content hash."""
+
+_HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))?")
+"""hf://org/name[@revision][/config]"""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on a hub, at the commit that its revision names now."""
+
+    repository: str
+    commit: str
+    config: str | None
+
+    @property
+    def identity(self) -> str:
+        """What stands for the content where other inputs have a hash: the commit, and which of its data sets."""
+        return f"{self.commit}/{self.config}" if self.config else self.commit
 
 
 def local_path(address: str | Path) -> Path:
@@ -29,17 +49,44 @@ def local_path(address: str | Path) -> Path:
     raise ConfigError(f"{address}: unknown scheme '{scheme}://'; give a path, file:// or hf://org/name")
 
 
+@cache
+def hub_dataset(address: str) -> HubDataset | None:
+    """Resolve hf://org/name[@revision][/config]; None for an address that is not on a hub.
+
+    The answer is kept: one process sees one commit.
+
+    Raises:
+        ConfigError: the address is not of that form.
+        RunError: the hub cannot be reached or has no such dataset.
+    """
+    if not address.startswith("hf://"):
+        return None
+    if not (match := _HUB_DATASET.fullmatch(address)):
+        raise ConfigError(f"{address}: not a dataset's address; give hf://org/name[@revision][/config]")
+    from huggingface_hub import dataset_info
+
+    repository, revision, config = match.groups()
+    try:
+        return HubDataset(repository, str(dataset_info(repository, revision=revision).sha), config)
+    except Exception as error:  # which classes there are differs between versions of the library
+        raise _hub_error(address, error) from error
+
+
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = repository.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(
-            f"hf://{repository}: not fetched ({reason}); check the name, HF_TOKEN and the network, or give a local path"
-        ) from error
+    except Exception as error:  # as above
+        raise _hub_error(f"hf://{repository}", error) from error
+
+
+def _hub_error(address: str, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RunError(
+        f"{address}: not fetched ({reason}); check the name, HF_TOKEN and the network, or give a local path"
+    )
 
 
 def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:

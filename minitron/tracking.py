@@ -200,7 +200,11 @@ def connect(uri: str) -> "MlflowClient":
     _silence()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except ImportError as error:
+        remedy = "pip install mlflow, or give a server's http(s)://HOST"
+        raise ConfigError(f"tracking_uri {_shown(uri)}: needs the package {error.name}; {remedy}") from error
 
 
 @contextmanager
@@ -212,11 +216,10 @@ def explained(uri: str | None) -> Iterator[None]:
     """
     _silence()
     from mlflow.exceptions import MlflowException
-    from requests import RequestException
 
     try:
         yield
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         raise RunError(
             f"MLflow at {_shown(uri or '')}: {reason(error)}; check tracking_uri and that the server runs"
         ) from error
@@ -322,16 +325,19 @@ def _silence() -> None:
 
 def _hurry() -> AbstractContextManager[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
-    return _environment(_HURRY)
+    return _environment({name: value for name, value in _HURRY.items() if name not in os.environ})
 
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set what is not set yet, for a while."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
+    """Change the environment for a while: for some things mlflow has no argument."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

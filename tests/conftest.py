@@ -1,6 +1,14 @@
 """Small real inputs, made once per session and never changed."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +22,7 @@ SEQUENCE = 32
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The inputs of the preset `tiny`: paths of teacher, corpus and task_directory."""
+    """The inputs of the preset `tiny`: paths of teacher, corpus and evaluate_task_directory."""
     return samples.build("tiny", tmp_path_factory.mktemp("inputs"))
 
 
@@ -44,3 +52,51 @@ def dataset(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     (directory / MANIFEST).write_text(json.dumps(manifest))
     assert content_hash(directory)
     return directory
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A real MLflow server on a database of its own, which takes 17 to 32 seconds to start: its URI and process."""
+    directory, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory)]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | quiet, cwd=directory, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}", directory / "log")
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of MLflow without a server, on a SQLite file, whose tables take some seconds to make."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(mlflow_process: tuple[str, subprocess.Popen]) -> str:
+    """URI of a real MLflow server."""
+    return mlflow_process[0]
+
+
+def _wait_until_healthy(uri: str, log: Path) -> None:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(log.read_text())

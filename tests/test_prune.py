@@ -356,10 +356,16 @@ def test_cutting_nothing_writes_the_teachers_weights_in_their_dtype(
     assert record["metrics"]["calibration_tokens"] == 0
 
 
-def test_a_cut_keeps_the_stored_dtype(settings: dict, teacher: Path, tmp_path: Path) -> None:
+def test_a_cut_keeps_the_stored_dtype_and_is_ranked_in_fp32_on_a_cpu(
+    settings: dict, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
     settings["teacher"] = write_teacher(make_model("llama").bfloat16(), tmp_path / "teacher", teacher)
     prune.run(PruneConfig(**settings, intermediate_size=40))
     assert {weight.dtype for weight in load_file(settings["output"] / "model.safetensors").values()} == {torch.bfloat16}
+    calibration = PackedDataset(dataset / "train", SEQUENCE, 1234)
+    expected = measure(load_model(settings["teacher"], torch.float32), calibration, 8, 4).hidden
+    found = torch.tensor(json.loads((settings["output"] / "pruning.json").read_text())["scores"]["hidden"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_layers_dropped_by_hand_need_no_calibration(settings: dict, teacher: Path) -> None:

@@ -1,0 +1,69 @@
+"""Compare prepare with the bare tokenizer on the demo's corpus: tokens per second, one JSON line.
+
+Run it: `python benchmarks/prepare.py` (`make bench`).
+
+One side is `tokenizers`' encode_batch on the documents' text, which is already in memory and whose token ids nobody takes. The
+other is everything that prepare does between the corpus's files and the dataset's: reading, cleaning, deduplicating,
+splitting, tokenising, writing. Both have the same loaded tokenizer and all cores. They take turns.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from minitron import samples
+from minitron.checkpoint import load_tokenizer
+from minitron.config import PrepareConfig
+from minitron.corpus import Corpus
+from minitron.prepare import Selection, write
+from minitron.tracking import Tracker
+
+RUNS = 7
+
+
+def main() -> None:
+    """Measure both sides and print the ratio of their medians."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        paths = samples.build("demo", directory)
+        config = PrepareConfig(output=directory, corpus=str(paths["corpus"]), teacher=str(paths["teacher"]))
+        sides = {"prepare": _prepare(config), "encode_batch": _bare(config, "encode_batch")}
+        sides["encode_batch_fast"] = _bare(config, "encode_batch_fast")
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        tokens = {side: measure() for side, measure in sides.items()}  # the first turn warms up
+        for _ in range(RUNS):
+            for side, measure in sides.items():
+                started = time.perf_counter()
+                measure()
+                seconds[side].append(time.perf_counter() - started)
+    assert len(set(tokens.values())) == 1, f"the sides do not agree on the tokens: {tokens}"
+    speeds = {side: tokens[side] / statistics.median(runs) for side, runs in seconds.items()}
+    ratio = speeds["prepare"] / speeds["encode_batch"]
+    figures = {f"{side}_tokens_per_second": round(speed) for side, speed in speeds.items()}
+    print(json.dumps({"claim": "prepare_over_tokenizer", "value": round(ratio, 3), "runs": RUNS} | figures))
+
+
+def _prepare(config: PrepareConfig) -> Callable[[], int]:
+    tokenizer = load_tokenizer(Path(config.teacher))
+
+    def measure() -> int:
+        selection = Selection(Corpus(config.corpus, config.text_field), config)
+        with tempfile.TemporaryDirectory() as directory:
+            tokens = write(selection, tokenizer, Path(directory), Tracker())
+        return sum(tokens.values()) - sum(map(len, selection.digests.values()))
+
+    return measure
+
+
+def _bare(config: PrepareConfig, method: str) -> Callable[[], int]:
+    """Return a call of the tokenizer on the documents that prepare keeps."""
+    encode = getattr(load_tokenizer(Path(config.teacher)).backend_tokenizer, method)
+    texts = [text for _, text in Selection(Corpus(config.corpus, config.text_field), config)]
+    return lambda: sum(map(len, encode(texts, add_special_tokens=False)))
+
+
+if __name__ == "__main__":
+    main()

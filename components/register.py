@@ -1,0 +1,36 @@
+"""Register the student in the MLflow registry."""
+
+from typing import Optional
+
+from kfp import dsl
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from minitron.components.images import TRAINER
+
+
+@dsl.component(base_image=TRAINER, packages_to_install=[], install_kfp_package=False)
+def register(
+    dataset: Input[Dataset],
+    student: Input[Model],
+    evaluation: Input[Artifact],
+    registered: Output[Artifact],
+    metrics: Output[Metrics],
+    seed: int = 1234,
+    name: str = "minitron",
+    alias: str = "challenger",
+    workspace: Optional[str] = None,
+    tracking_uri: Optional[str] = None,
+    experiment: str = "minitron",
+    pipeline_run_id: Optional[str] = None,
+    caching: bool = True,
+):
+    """Register the student in the MLflow registry. Settings: minitron.config.RegisterConfig."""
+    from minitron.stage import launch
+
+    # fmt: off
+    launch(
+        "register", metrics, dataset=dataset.path, student=student.path, evaluation=evaluation.path,
+        output=registered.path, seed=seed, name=name, alias=alias, workspace=workspace,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching,
+    )
+    # fmt: on

@@ -1,0 +1,254 @@
+"""Turn a corpus into a dataset: its documents cleaned, deduplicated, split, tokenised.
+
+Run it: `python -m minitron.prepare --config prepare.yaml`.
+
+A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. There is no
+BOS, as in Megatron's own preprocessing (--append-eod): sequences are cut from a stream of documents, and the EOS alone
+says where one begins.
+
+Memory does not grow with the text: a few batches are held at a time. Per document about 100 bytes stay: the digest that
+duplicates are found by.
+"""
+
+import hashlib
+import json
+import re
+import time
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from minitron import stage
+from minitron.checkpoint import load_tokenizer, tokenizer_hash
+from minitron.config import PrepareConfig
+from minitron.corpus import Corpus
+from minitron.data import MANIFEST, SPLITS, IndexedWriter
+from minitron.errors import ConfigError, RunError
+from minitron.storage import content_hash, hub_dataset, local_path
+from minitron.tracking import Tracker
+
+Batch = list[tuple[str, str]]
+"""Documents, each with its split."""
+
+_BATCH_CHARACTERS = 1 << 19
+_BATCHES_AHEAD = 2
+_LOG_SECONDS = 10
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters except tab and line feed, and halves of surrogate pairs, which no encoding has."""
+
+
+def run(config: PrepareConfig) -> dict[str, Any]:
+    """Write a dataset to `config.output`: `.bin` and `.idx` of every split, and manifest.json.
+
+    Returns:
+        The stage's record; its metrics have the counts of the manifest.
+
+    Raises:
+        ConfigError: there is no text, no text field or no tokenizer, or a split gets no document.
+        RunError: a file is damaged.
+    """
+    return stage.run(config, _work)
+
+
+def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    teacher = local_path(config.teacher)
+    tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
+    selection = Selection(Corpus(config.corpus, config.text_field), config)
+    tokens = write(selection, tokenizer, directory, tracker)
+    selection.check()
+    counts = selection.counts() | {"tokens": tokens}
+    manifest = counts | {
+        "sha256": {split: content_hash(directory / f"{split}.bin") for split in SPLITS},
+        "corpus_sha256": _corpus_hash(config.corpus),
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "licence": config.licence,
+        "seed": config.seed,
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return {"metrics": _flat(counts)}
+
+
+class Selection:
+    """Iterate over the distinct documents of a corpus, normalised, each with its split.
+
+    Attributes:
+        digests: per split, the digests of the documents that went there.
+        empty: documents dropped because nothing was left of them.
+        duplicates: documents dropped because the same text had come before.
+        characters: per split, characters of the documents.
+        bytes: per split, their bytes in UTF-8.
+    """
+
+    def __init__(self, corpus: Corpus, config: PrepareConfig) -> None:
+        """Select from a corpus; the configuration gives the shares of the splits and the seed."""
+        self.corpus, self._config = corpus, config
+        self.digests: dict[str, set[bytes]] = {split: set() for split in SPLITS}
+        self.empty = self.duplicates = 0
+        self.characters, self.bytes = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0))
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Yield split and text of every document, in the order of the corpus."""
+        for raw in self.corpus:
+            text = normalise(raw)
+            if not text:
+                self.empty += 1
+                continue
+            content = text.encode()
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            split = split_of(digest, self._config)
+            if digest in self.digests[split]:
+                self.duplicates += 1
+                continue
+            self.digests[split].add(digest)
+            self.characters[split] += len(text)
+            self.bytes[split] += len(content)
+            yield split, text
+
+    def counts(self) -> dict[str, Any]:
+        """Return what was selected and dropped, for manifest and metrics."""
+        return {
+            "documents": {split: len(digests) for split, digests in self.digests.items()},
+            "characters": dict(self.characters),
+            "bytes": dict(self.bytes),
+            "duplicates": self.duplicates,
+            "empty": self.empty,
+        }
+
+    def check(self) -> None:
+        """Prove that no document is in two splits, and that every split that was asked for has one.
+
+        Raises:
+            ConfigError: a split has no document.
+            RunError: a document is in two splits.
+        """
+        for left, right in combinations(SPLITS, 2):
+            if common := len(self.digests[left] & self.digests[right]):
+                raise RunError(f"{common} documents are both in {left} and in {right}: nothing was written; report it")
+        corpus, total = self._config.corpus, sum(map(len, self.digests.values()))
+        if not total:
+            raise ConfigError(f"corpus {corpus}: no text ({self.empty} empty documents); give one that has text")
+        for split in SPLITS:
+            share = getattr(self._config, f"{split}_fraction", 1.0)
+            if share and not self.digests[split]:
+                remedy = f"raise {split}_fraction" if split != "train" else "lower the fractions of the other splits"
+                raise ConfigError(
+                    f"corpus {corpus}: {split} gets none of its {total} distinct documents; {remedy}, or give more "
+                    "documents (a .txt file is one)"
+                )
+
+
+def normalise(text: str) -> str:
+    r"""Return text in NFC, with \n as line ending, no trailing whitespace, and no control characters."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    return "\n".join([line.rstrip() for line in text.split("\n")]).strip("\n")
+
+
+def split_of(digest: bytes, config: PrepareConfig) -> str:
+    """Return the split of a document: a function of its text and the seed, whatever else is in the corpus."""
+    key = hashlib.sha256(str(config.seed).encode()).digest()
+    position = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=key).digest()) / 2**64
+    if position < config.validation_fraction:
+        return "validation"
+    return "test" if position < config.validation_fraction + config.test_fraction else "train"
+
+
+def write(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker) -> dict[str, int]:
+    """Write every document, with its EOS, to the files of its split; return the tokens of each split."""
+    tokens, started, logged = Counter(dict.fromkeys(SPLITS, 0)), time.monotonic(), time.monotonic()
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(closing(IndexedWriter(directory / split, len(tokenizer)))) for split in SPLITS
+        }
+        corpus = selection.corpus
+        bar = stack.enter_context(tqdm(total=corpus.size, desc="prepare", unit="B", unit_scale=True))
+        for documents in _tokenised(tokenizer, _batches(selection)):
+            for split, ids in documents.items():
+                writers[split].add(ids)
+                tokens[split] += sum(map(len, ids))
+            speed = tokens.total() / (time.monotonic() - started)
+            bar.set_postfix_str(f"{tqdm.format_sizeof(speed)}tok/s", refresh=False)
+            bar.update(corpus.position - bar.n)
+            if time.monotonic() - logged > _LOG_SECONDS:
+                logged = time.monotonic()
+                tracker.log({"tokens": tokens.total(), "tokens_per_second": speed}, step=int(logged - started))
+        bar.update(corpus.position - bar.n)
+    return dict(tokens)
+
+
+def _tokenised(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[list[int]]]]:
+    """Yield per batch and split the token ids of every document, while the next batches are read and tokenised.
+
+    The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so that reading, cleaning and
+    writing cost time only where they are slower than it.
+    """
+    backend, eos = _plain(tokenizer), tokenizer.eos_token_id
+    pending: deque[tuple[Batch, Future[Any]]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for batch in batches:
+            texts = [text for _, text in batch]
+            pending.append((batch, pool.submit(backend.encode_batch_fast, texts, add_special_tokens=False)))
+            if len(pending) > _BATCHES_AHEAD:
+                yield _by_split(*pending.popleft(), eos)
+        while pending:
+            yield _by_split(*pending.popleft(), eos)
+
+
+def _plain(tokenizer: Any) -> Tokenizer:
+    """Return the tokenizer's backend, set to neither cut, pad nor find special tokens in the text."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _by_split(batch: Batch, encodings: "Future[Any]", eos: int) -> dict[str, list[list[int]]]:
+    documents: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
+    for (split, _), encoding in zip(batch, encodings.result(), strict=True):
+        ids = encoding.ids
+        ids.append(eos)
+        documents[split].append(ids)
+    return documents
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
+    batch: Batch = []
+    size = 0
+    for split, text in documents:
+        batch.append((split, text))
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _corpus_hash(address: str) -> str:
+    """Return what stands for the corpus's content: the sha256 of its files, or a hub's commit."""
+    dataset = hub_dataset(address)
+    return dataset.identity if dataset else content_hash(local_path(address))
+
+
+def _flat(counts: dict[str, Any]) -> dict[str, int]:
+    """Return counts per split under one flat name each."""
+    flat: dict[str, int] = {}
+    for name, value in counts.items():
+        flat |= {f"{split}_{name}": n for split, n in value.items()} if isinstance(value, dict) else {name: value}
+    return flat | {"documents": sum(counts["documents"].values())}
+
+
+if __name__ == "__main__":
+    stage.main("prepare")

@@ -1,0 +1,120 @@
+"""From a preset and --set values to the arguments of a pipeline, all checked before anything starts.
+
+A preset is YAML: pipeline parameters at the top level, one section per stage (`distill: {max_steps: 30}` is the
+parameter distill_max_steps), and `samples: tiny` or `samples: demo` for inputs that ship in Python packages.
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron.config import STAGES, parse
+from minitron.errors import ConfigError
+from minitron.stage import read_yaml
+
+SAMPLES = "samples"
+
+
+def pipelines_directory() -> Path:
+    """Return the directory of the compiled pipelines; their Python sources are not imported."""
+    spec = importlib.util.find_spec("minitron.pipelines")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def compiled_pipeline(name: str) -> list[dict[str, Any]]:
+    """Return the documents of a pipeline's checked-in YAML: its specification and its platform's.
+
+    Raises:
+        ConfigError: there is no such pipeline.
+    """
+    path = pipelines_directory() / f"{name}.yaml"
+    if not path.is_file():
+        known = [file.stem for file in pipelines_directory().glob("*.yaml")]
+        raise ConfigError(f"pipeline {name}: unknown; {_suggest(name, known)}")
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def read_arguments(preset: str, settings: list[str], known: list[str]) -> dict[str, Any]:
+    """Return pipeline arguments, and SAMPLES where the preset names it.
+
+    Args:
+        preset: name of a preset that ships with the package, or path of a YAML file.
+        settings: `key=value` strings, the value in YAML; `stage.key` or a parameter's name. They win over the preset.
+        known: the pipeline's parameters.
+
+    Raises:
+        ConfigError: the preset does not exist, a key is unknown, or a setting is not `key=value`.
+    """
+    values = _flatten(read_yaml(_preset_path(preset)))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting}: no '='; write key=value")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: the value is not YAML; quote it") from error
+    arguments = {key.replace(".", "_", 1) if key.partition(".")[0] in STAGES else key: key for key in values}
+    for name, key in arguments.items():
+        if name not in [*known, SAMPLES]:
+            raise ConfigError(f"{key}: unknown key; {_suggest(name, known)}")
+    return {name: values[key] for name, key in arguments.items()}
+
+
+def check_arguments(arguments: dict[str, Any], required: list[str]) -> None:
+    """Validate the arguments against every stage's configuration.
+
+    Raises:
+        ConfigError: one is missing or has a value of the wrong kind.
+    """
+    for name in required:
+        if arguments.get(name) is None:
+            raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
+    for stage in STAGES:
+        parse(stage, stage_values(stage, arguments))
+
+
+def stage_values(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of the arguments that a stage gets; paths that other stages write have placeholder values."""
+    values = {}
+    for name, field in STAGES[stage].model_fields.items():
+        value = arguments.get(f"{stage}_{name}", arguments.get(name))
+        if value is not None or field.is_required():
+            values[name] = "placeholder" if value is None else value
+    return values
+
+
+def _flatten(preset: dict[str, Any]) -> dict[str, Any]:
+    """Turn the sections of the stages into `stage.key` entries."""
+    values = {}
+    for key, value in preset.items():
+        if key in STAGES and isinstance(value, dict):
+            values |= {f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            values[key] = value
+    return values
+
+
+def _preset_path(preset: str) -> Path:
+    shipped = pipelines_directory() / "presets"
+    if (path := shipped / f"{preset}.yaml").is_file():
+        return path
+    if (path := Path(preset)).is_file():
+        return path
+    known = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise ConfigError(f"preset {preset}: no such file or preset; {_suggest(preset, known)}")
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{_dotted(close[0])}'?" if close else f"known: {', '.join(map(_dotted, known))}"
+
+
+def _dotted(parameter: str) -> str:
+    """Return a parameter's name as it is written in a preset: finetune_max_steps → finetune.max_steps."""
+    stage, _, key = parameter.partition("_")
+    return f"{stage}.{key}" if stage in STAGES else parameter

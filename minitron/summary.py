@@ -1,0 +1,89 @@
+"""What a run ends with: summary.json, and one table."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minitron.config import STAGES
+from minitron.storage import RECORD
+
+MODELS = {
+    "teacher_before": "teacher before correction",
+    "teacher": "teacher",
+    "pruned": "pruned",
+    "student": "student",
+}
+
+
+def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:
+    """Write `<work_dir>/summary.json` and `report.html`, and print the table.
+
+    Args:
+        pipeline: the pipeline's name.
+        results: directory of the tasks' outputs; each stage's holds its stage.json.
+        work_dir: the run's directory.
+        tracking_uri: where the run was logged.
+    """
+    outputs = {stage: next(results.glob(f"{stage}/*/{RECORD}")).parent for stage in STAGES}
+    evaluation = _read(outputs["evaluate"] / "evaluation.json")
+    found = summarise(pipeline, outputs, evaluation)
+    (work_dir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    shutil.copyfile(outputs["evaluate"] / "report.html", work_dir / "report.html")
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(_models_table(evaluation))
+    console.print(_stages_table(found["stages"]))
+    registered = found["registered"]
+    console.print(f"gap closed: {evaluation['gap_closed']:.0%} of the validation loss between pruned and teacher")
+    console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
+    console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
+    console.print(f"MLflow:     mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
+
+
+def summarise(pipeline: str, outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of summary.json, from the stages' output directories and the evaluation."""
+    records = {stage: _read(directory / RECORD) for stage, directory in outputs.items()}
+    registered = _read(outputs["register"] / "registered.json")
+    keys = ("parameters", "validation_loss", "perplexity", "tasks")
+    return {
+        "pipeline": pipeline,
+        "stages": {
+            stage: {key: record[key] for key in ("seconds", "peak_rss_mb")} for stage, record in records.items()
+        },
+        **{model: {key: evaluation[model][key] for key in keys} for model in MODELS},
+        "distill": {key: records["distill"]["metrics"][key] for key in ("tokens", "tokens_per_second")},
+        "registered": {key: registered[key] for key in ("name", "version", "alias")},
+    }
+
+
+def _models_table(evaluation: dict[str, Any]) -> Table:
+    tasks = list(evaluation["student"]["tasks"])
+    columns = ["parameters", "validation loss", "perplexity", *tasks, "generation tokens/s"]
+    table = Table("model", title="Models")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for model, label in MODELS.items():
+        found = evaluation[model]
+        table.add_row(
+            label,
+            f"{found['parameters'] / 1e6:.1f} M",
+            f"{found['validation_loss']:.3f}",
+            f"{found['perplexity']:.1f}",
+            *(f"{found['tasks'][task]['acc']:.1%}" for task in tasks),
+            f"{found['generation_tokens_per_second']:.1f}",
+        )
+    return table
+
+
+def _stages_table(stages: dict[str, Any]) -> Table:
+    table = Table("", *stages, title="Stages")
+    table.add_row("seconds", *(f"{entry['seconds']:.0f}" for entry in stages.values()))
+    table.add_row("peak memory, MB", *(f"{entry['peak_rss_mb']:.0f}" for entry in stages.values()))
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

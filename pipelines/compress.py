@@ -1,0 +1,259 @@
+"""The whole flow as a Kubeflow pipeline: prepare → finetune → prune → distill → evaluate → register.
+
+Rewrite the compiled pipeline beside this file: `python -m minitron.pipelines.compress`.
+"""
+
+from pathlib import Path
+from typing import Any, List, Optional
+
+from kfp import compiler, dsl, kubernetes
+
+from minitron.components import distill, evaluate, finetune, prepare, prune, register
+from minitron.components.images import TRAINER
+
+COMPILED = Path(__file__).with_suffix(".yaml")
+WORKSPACE_SIZE = "200Gi"
+"""The run's volume: a teacher of 8 B parameters, its students, and the training checkpoints of one of them."""
+
+SHARED_MEMORY = "16Gi"
+"""Limit of /dev/shm, through which data loaders and NCCL pass tensors; the default of 64 MB ends in a bus error."""
+
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
+"""Keys of the optional secret `minitron` that the tasks get as environment variables."""
+
+
+def _place(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any, image: Any) -> None:
+    """Say where a task runs. prepare and register ask for 0 GPUs by default: nobody pays for one that idles."""
+    task.set_container_image(image)
+    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
+    # A lost spot node: the stage resumes from its checkpoint in the workspace.
+    task.set_retry(num_retries=3, backoff_duration="60s", backoff_factor=2, backoff_max_duration="900s")
+    # Kubeflow's own cache compares addresses, not what lies there; the stages compare content (`caching`).
+    task.set_caching_options(False)
+    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)
+    kubernetes.use_secret_as_env(task, "minitron", {name: name for name in CREDENTIALS}, optional=True)
+
+
+# fmt: off
+@dsl.pipeline(
+    name="compress",
+    description="Compress a large language model: prune it in width or depth and distil it back.",
+    pipeline_config=dsl.PipelineConfig(workspace=dsl.WorkspaceConfig(size=WORKSPACE_SIZE)),
+)
+def compress(
+    teacher: str,
+    corpus: str,
+    sequence_length: int = 8192,
+    seed: int = 1234,
+    tracking_uri: Optional[str] = None,
+    experiment: str = "minitron",
+    caching: bool = True,
+    prepare_text_field: str = "text",
+    prepare_validation_fraction: float = 0.01,
+    prepare_test_fraction: float = 0.01,
+    prepare_licence: str = "unknown",
+    prepare_gpus: int = 0,
+    finetune_micro_batch_size: int = 4,
+    finetune_engine: str = "hf",
+    finetune_max_steps: int = 30,
+    finetune_global_batch_size: int = 128,
+    finetune_learning_rate: float = 0.0001,
+    finetune_min_learning_rate: float = 1e-05,
+    finetune_warmup_steps: int = 2,
+    finetune_weight_decay: float = 0.1,
+    finetune_adam_beta1: float = 0.9,
+    finetune_adam_beta2: float = 0.95,
+    finetune_gradient_clipping: float = 1.0,
+    finetune_gradient_checkpointing: bool = False,
+    finetune_validation_interval: int = 10,
+    finetune_validation_sequences: int = 640,
+    finetune_checkpoint_interval: int = 10,
+    finetune_enabled: bool = True,
+    finetune_gpus: int = 1,
+    prune_micro_batch_size: int = 4,
+    prune_hidden_size: Optional[int] = None,
+    prune_intermediate_size: Optional[int] = None,
+    prune_num_attention_heads: Optional[int] = None,
+    prune_num_key_value_heads: Optional[int] = None,
+    prune_num_hidden_layers: Optional[int] = None,
+    prune_drop_layers: Optional[List[int]] = None,
+    prune_calibration_sequences: int = 1024,
+    prune_gpus: int = 1,
+    distill_micro_batch_size: int = 4,
+    distill_engine: str = "hf",
+    distill_max_steps: int = 30,
+    distill_global_batch_size: int = 128,
+    distill_learning_rate: float = 0.0001,
+    distill_min_learning_rate: float = 1e-05,
+    distill_warmup_steps: int = 2,
+    distill_weight_decay: float = 0.1,
+    distill_adam_beta1: float = 0.9,
+    distill_adam_beta2: float = 0.95,
+    distill_gradient_clipping: float = 1.0,
+    distill_gradient_checkpointing: bool = False,
+    distill_validation_interval: int = 10,
+    distill_validation_sequences: int = 640,
+    distill_checkpoint_interval: int = 10,
+    distill_temperature: float = 1.0,
+    distill_kl_weight: float = 1.0,
+    distill_cross_entropy_weight: float = 0.0,
+    distill_gpus: int = 1,
+    evaluate_micro_batch_size: int = 4,
+    evaluate_evaluation_sequences: int = 640,
+    evaluate_tasks: List[str] = [],
+    evaluate_task_directory: Optional[str] = None,
+    evaluate_task_limit: Optional[int] = None,
+    evaluate_prompts: List[str] = ["The history of the city began", "In physics, energy is"],
+    evaluate_generation_tokens: int = 48,
+    evaluate_gpus: int = 1,
+    register_name: str = "minitron",
+    register_alias: str = "challenger",
+    register_gpus: int = 0,
+    cpu: str = "8",
+    memory: str = "64Gi",
+    image: str = TRAINER,
+):
+    """Compress a large language model: correct the teacher, prune it, distil it back, evaluate, register.
+
+    Args:
+        teacher: Base model: a directory every task can read, or hf://org/name.
+        corpus: Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, or
+            hf://dataset[/config].
+        sequence_length: Tokens per packed sequence.
+        seed: Seed of every random choice.
+        tracking_uri: MLflow server; none: no logging.
+        experiment: MLflow experiment.
+        caching: Reuse a finished result that has the same inputs' content and settings.
+        prepare_text_field: Field of a JSON or Parquet record that holds the text.
+        prepare_validation_fraction: Share of the documents kept for validation.
+        prepare_test_fraction: Share of the documents kept for the test.
+        prepare_licence: Licence of the corpus, carried into manifest and model card.
+        prepare_gpus: GPUs of the prepare task.
+        finetune_micro_batch_size: Sequences per forward pass.
+        finetune_engine: Who trains: hf (transformers).
+        finetune_max_steps: Optimizer steps.
+        finetune_global_batch_size: Sequences per optimizer step.
+        finetune_learning_rate: Peak learning rate.
+        finetune_min_learning_rate: Learning rate at the end of the cosine.
+        finetune_warmup_steps: Steps of linear warm-up.
+        finetune_weight_decay: Weight decay (not on norms and biases).
+        finetune_adam_beta1: AdamW's beta 1.
+        finetune_adam_beta2: AdamW's beta 2.
+        finetune_gradient_clipping: Largest gradient norm.
+        finetune_gradient_checkpointing: Recompute activations: less memory, a third more time.
+        finetune_validation_interval: Steps between validations; there is one at step 0 too.
+        finetune_validation_sequences: Sequences per validation, or all there are.
+        finetune_checkpoint_interval: Steps between checkpoints to resume from.
+        finetune_enabled: False: pass the base model on as it is.
+        finetune_gpus: GPUs of the finetune task.
+        prune_micro_batch_size: Sequences per forward pass.
+        prune_hidden_size: Width of the residual stream.
+        prune_intermediate_size: Width of the MLP.
+        prune_num_attention_heads: Query heads per layer.
+        prune_num_key_value_heads: Key-value heads (groups) per layer.
+        prune_num_hidden_layers: Layers to keep; those of the lowest block influence are dropped.
+        prune_drop_layers: Layers to drop, counted from 1, by hand.
+        prune_calibration_sequences: Training sequences that importance is read on.
+        prune_gpus: GPUs of the prune task.
+        distill_micro_batch_size: Sequences per forward pass.
+        distill_engine: Who trains: hf (transformers).
+        distill_max_steps: Optimizer steps.
+        distill_global_batch_size: Sequences per optimizer step.
+        distill_learning_rate: Peak learning rate.
+        distill_min_learning_rate: Learning rate at the end of the cosine.
+        distill_warmup_steps: Steps of linear warm-up.
+        distill_weight_decay: Weight decay (not on norms and biases).
+        distill_adam_beta1: AdamW's beta 1.
+        distill_adam_beta2: AdamW's beta 2.
+        distill_gradient_clipping: Largest gradient norm.
+        distill_gradient_checkpointing: Recompute activations: less memory, a third more time.
+        distill_validation_interval: Steps between validations; there is one at step 0 too.
+        distill_validation_sequences: Sequences per validation, or all there are.
+        distill_checkpoint_interval: Steps between checkpoints to resume from.
+        distill_temperature: Softens both distributions; the KL is scaled by its square.
+        distill_kl_weight: Weight of the forward KL divergence.
+        distill_cross_entropy_weight: Weight of the cross-entropy on the corpus.
+        distill_gpus: GPUs of the distill task.
+        evaluate_micro_batch_size: Sequences per forward pass.
+        evaluate_evaluation_sequences: Sequences per split, or all there are.
+        evaluate_tasks: lm-eval tasks.
+        evaluate_task_directory: Directory of local lm-eval task files.
+        evaluate_task_limit: Questions per task; none: all of them.
+        evaluate_prompts: Beginnings that every model continues.
+        evaluate_generation_tokens: New tokens per prompt.
+        evaluate_gpus: GPUs of the evaluate task.
+        register_name: Registered model.
+        register_alias: Alias that the new version gets.
+        register_gpus: GPUs of the register task.
+        cpu: CPU cores that each task requests.
+        memory: Memory that each task requests, /dev/shm included.
+        image: Container image of every task.
+    """
+    common: Any = {
+        "workspace": dsl.WORKSPACE_PATH_PLACEHOLDER,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+        "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        "caching": caching,
+    }
+    prepare_task = prepare(
+        corpus=corpus, teacher=teacher, seed=seed, text_field=prepare_text_field,
+        validation_fraction=prepare_validation_fraction, test_fraction=prepare_test_fraction,
+        licence=prepare_licence, **common,
+    )
+    dataset = prepare_task.outputs["dataset"]
+    finetune_task = finetune(
+        dataset=dataset, teacher=teacher, seed=seed, sequence_length=sequence_length,
+        micro_batch_size=finetune_micro_batch_size, engine=finetune_engine, max_steps=finetune_max_steps,
+        global_batch_size=finetune_global_batch_size, learning_rate=finetune_learning_rate,
+        min_learning_rate=finetune_min_learning_rate, warmup_steps=finetune_warmup_steps,
+        weight_decay=finetune_weight_decay, adam_beta1=finetune_adam_beta1, adam_beta2=finetune_adam_beta2,
+        gradient_clipping=finetune_gradient_clipping, gradient_checkpointing=finetune_gradient_checkpointing,
+        validation_interval=finetune_validation_interval, validation_sequences=finetune_validation_sequences,
+        checkpoint_interval=finetune_checkpoint_interval, enabled=finetune_enabled, **common,
+    )
+    corrected = finetune_task.outputs["corrected"]
+    prune_task = prune(
+        dataset=dataset, teacher=corrected, seed=seed, sequence_length=sequence_length,
+        micro_batch_size=prune_micro_batch_size, hidden_size=prune_hidden_size,
+        intermediate_size=prune_intermediate_size, num_attention_heads=prune_num_attention_heads,
+        num_key_value_heads=prune_num_key_value_heads, num_hidden_layers=prune_num_hidden_layers,
+        drop_layers=prune_drop_layers, calibration_sequences=prune_calibration_sequences, **common,
+    )
+    pruned = prune_task.outputs["pruned"]
+    distill_task = distill(
+        dataset=dataset, teacher=corrected, student=pruned, seed=seed, sequence_length=sequence_length,
+        micro_batch_size=distill_micro_batch_size, engine=distill_engine, max_steps=distill_max_steps,
+        global_batch_size=distill_global_batch_size, learning_rate=distill_learning_rate,
+        min_learning_rate=distill_min_learning_rate, warmup_steps=distill_warmup_steps,
+        weight_decay=distill_weight_decay, adam_beta1=distill_adam_beta1, adam_beta2=distill_adam_beta2,
+        gradient_clipping=distill_gradient_clipping, gradient_checkpointing=distill_gradient_checkpointing,
+        validation_interval=distill_validation_interval, validation_sequences=distill_validation_sequences,
+        checkpoint_interval=distill_checkpoint_interval, temperature=distill_temperature,
+        kl_weight=distill_kl_weight, cross_entropy_weight=distill_cross_entropy_weight, **common,
+    )
+    distilled = distill_task.outputs["distilled"]
+    evaluate_task = evaluate(
+        dataset=dataset, teacher=corrected, pruned=pruned, student=distilled, teacher_before=teacher, seed=seed,
+        sequence_length=sequence_length, micro_batch_size=evaluate_micro_batch_size,
+        evaluation_sequences=evaluate_evaluation_sequences, tasks=evaluate_tasks,
+        task_directory=evaluate_task_directory, task_limit=evaluate_task_limit, prompts=evaluate_prompts,
+        generation_tokens=evaluate_generation_tokens, **common,
+    )
+    evaluation = evaluate_task.outputs["evaluation"]
+    register_task = register(
+        dataset=dataset, student=distilled, evaluation=evaluation, seed=seed, name=register_name,
+        alias=register_alias, **common,
+    )
+    tasks = [
+        (prepare_task, prepare_gpus), (finetune_task, finetune_gpus), (prune_task, prune_gpus),
+        (distill_task, distill_gpus), (evaluate_task, evaluate_gpus), (register_task, register_gpus),
+    ]
+    for task, gpus in tasks:
+        _place(task, gpus, cpu, memory, image)
+# fmt: on
+
+
+if __name__ == "__main__":
+    compiler.Compiler().compile(compress, str(COMPILED))

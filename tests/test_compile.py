@@ -1,0 +1,89 @@
+"""The compiled pipelines that ship are what their sources say, and compiling them is light."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp import compiler
+
+from minitron.components.images import TRAINER
+from minitron.pipelines.compress import COMPILED, compress
+
+STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(COMPILED.read_text()))
+
+
+def test_the_golden_is_what_the_source_compiles_to(tmp_path: Path) -> None:
+    compiler.Compiler().compile(compress, str(tmp_path / "compress.yaml"))
+    assert (tmp_path / "compress.yaml").read_text() == COMPILED.read_text(), "run 'make compile'"
+
+
+def test_the_flow(documents: list[dict[str, Any]]) -> None:
+    tasks = documents[0]["root"]["dag"]["tasks"]
+    dependencies = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
+    assert dependencies == {
+        "prepare": set(),
+        "finetune": {"prepare"},
+        "prune": {"prepare", "finetune"},
+        "distill": {"prepare", "finetune", "prune"},
+        "evaluate": {"prepare", "finetune", "prune", "distill"},
+        "register": {"prepare", "distill", "evaluate"},
+    }
+
+
+def test_every_task_has_its_image_gpus_memory_retries_and_no_kfp_cache(documents: list[dict[str, Any]]) -> None:
+    specification, platform = documents
+    parameters = specification["root"]["inputDefinitions"]["parameters"]
+    assert parameters["image"]["defaultValue"] == TRAINER
+    for stage in STAGES:
+        container = specification["deploymentSpec"]["executors"][f"exec-{stage}"]["container"]
+        resources = container["resources"]
+        task = specification["root"]["dag"]["tasks"][stage]
+        assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
+        assert f"{stage}_gpus" in str(task["inputs"]["parameters"])
+        assert parameters[f"{stage}_gpus"]["defaultValue"] == (0 if stage in ("prepare", "register") else 1)
+        assert (
+            resources["resourceCpuRequest"] and resources["resourceMemoryRequest"] and resources["resourceMemoryLimit"]
+        )
+        assert task["retryPolicy"] == {
+            "maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "900s",
+        }  # fmt: skip
+        assert not task["cachingOptions"].get("enableCache", False)
+        settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{stage}"]
+        assert settings["emptyDirMounts"][0] | {"sizeLimit": ""} == {
+            "medium": "Memory", "mountPath": "/dev/shm", "volumeName": "shared-memory", "sizeLimit": "",
+        }  # fmt: skip
+
+
+def test_artifacts_are_typed(documents: list[dict[str, Any]]) -> None:
+    kinds = {
+        stage: {
+            name: artifact["artifactType"]["schemaTitle"]
+            for name, artifact in documents[0]["components"][f"comp-{stage}"]["outputDefinitions"]["artifacts"].items()
+        }
+        for stage in STAGES
+    }
+    assert kinds == {
+        "prepare": {"dataset": "system.Dataset", "metrics": "system.Metrics"},
+        "finetune": {"corrected": "system.Model", "metrics": "system.Metrics"},
+        "prune": {"pruned": "system.Model", "metrics": "system.Metrics"},
+        "distill": {"distilled": "system.Model", "metrics": "system.Metrics"},
+        "evaluate": {"evaluation": "system.Artifact", "report": "system.HTML", "metrics": "system.Metrics"},
+        "register": {"registered": "system.Artifact", "metrics": "system.Metrics"},
+    }
+
+
+def test_compiling_imports_no_heavy_package() -> None:
+    program = (
+        "import sys, minitron.pipelines.compress\n"
+        "heavy = {'torch', 'transformers', 'nemo', 'mlflow'} & {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
