@@ -2,9 +2,10 @@
 
 Run it: `python benchmarks/prepare.py` (`make bench`).
 
-One side is `tokenizers`' encode_batch on the documents' text, which is already in memory and whose token ids nobody takes. The
-other is everything that prepare does between the corpus's files and the dataset's: reading, cleaning, deduplicating,
-splitting, tokenising, writing. Both have the same loaded tokenizer and all cores. They take turns.
+One side is `tokenizers`' encode_batch on the documents' text, which is already in memory and whose token ids nobody
+takes. The other is everything that prepare does between the corpus's files and the dataset's: reading, cleaning,
+deduplicating, splitting, tokenising, writing. Left out is what a start costs, whatever the corpus: loading the
+tokenizer (neither side does) and hashing the teacher. Both have all cores. They take turns.
 """
 
 import json

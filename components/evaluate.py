@@ -1,9 +1,9 @@
 """Measure teacher, pruned model and student, and write the report."""
 
-from typing import List, Optional
+from typing import Optional
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, HTML, Input, Metrics, Model, Output
+from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
 from minitron.components.images import TRAINER
 
@@ -22,10 +22,10 @@ def evaluate(
     sequence_length: int = 8192,
     micro_batch_size: int = 4,
     evaluation_sequences: int = 640,
-    tasks: List[str] = [],
+    tasks: list[str] = [],
     task_directory: Optional[str] = None,
     task_limit: Optional[int] = None,
-    prompts: List[str] = ["The history of the city began", "In physics, energy is"],
+    prompts: list[str] = ["The history of the city began", "In physics, energy is"],
     generation_tokens: int = 48,
     workspace: Optional[str] = None,
     tracking_uri: Optional[str] = None,

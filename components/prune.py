@@ -1,6 +1,6 @@
 """Cut the teacher to a smaller student by Minitron importance."""
 
-from typing import List, Optional
+from typing import Optional
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -22,7 +22,7 @@ def prune(
     num_attention_heads: Optional[int] = None,
     num_key_value_heads: Optional[int] = None,
     num_hidden_layers: Optional[int] = None,
-    drop_layers: Optional[List[int]] = None,
+    drop_layers: Optional[list[int]] = None,
     calibration_sequences: int = 1024,
     workspace: Optional[str] = None,
     tracking_uri: Optional[str] = None,

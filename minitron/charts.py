@@ -4,7 +4,6 @@ Used by minitron/report.py, which `python -m minitron.evaluate --config FILE` ca
 """
 
 import io
-import itertools
 import re
 from collections.abc import Sequence
 from html import escape
@@ -28,11 +27,13 @@ _PAGE_COLOURS = {
     ORANGE: "var(--orange)",
     GREEN: "var(--green)",
 }
-KEPT, CUT = GREEN, ORANGE
 MODEL_COLOURS = (GREY, BLUE, ORANGE, GREEN)
 
 MOST_POINTS = 400
 """A chart is about as many pixels wide: more points would only make the page larger."""
+
+WIDTH, WIDE = 5.6, 11.6
+"""Inches of a chart in half of the page and in all of it: so their texts are equally large."""
 
 _LOG_RATIO = 20
 _REWRITES = (
@@ -40,14 +41,15 @@ _REWRITES = (
     (r"<style.*?</style>", ""),  # it would hold for the whole page
     (r"font-family: [^;\"]*; ?", ""),
     (r'<g id="tip:([^"]*)">', r"<g><title>\1</title>"),
-    (r'<g id="[\w.]+_\d+">', "<g>"),
+    (r' id="[\w.]+_\d{1,4}"', ""),
     (r'<g id="([\w-]+)">', r'<g class="\1">'),
     *((colour, name) for colour, name in _PAGE_COLOURS.items()),
 )
 """What makes matplotlib's SVG part of a page; a gid becomes a class, or a tooltip when it is 'tip:TEXT'."""
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
+    "path.simplify": False,  # what is drawn is thinned already, by means
     "text.parse_math": False,
     "text.color": INK,
     "font.size": 9,
@@ -65,13 +67,15 @@ _SETTINGS: dict[str, Any] = {
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
 }
-Points = tuple[Sequence[float], Sequence[float]]
+_PALE = "#ffffff70"
+Points = tuple[list[Any], list[Any]]
 
 
+@matplotlib.rc_context(_SETTINGS)
 def curves(
     label: str,
     axis: str,
-    training: Points | None = None,
+    training: Points,
     validation: Points | None = None,
     floor: float | None = None,
     kept: int | None = None,
@@ -86,66 +90,58 @@ def curves(
         floor: the teacher's value, drawn as a line.
         kept: the step whose weights the stage kept.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure()
-        if training and len(training[0]):
-            steps, values = (thin(numbers) for numbers in training)
-            axes.plot(steps, values, color=BLUE, linewidth=1, alpha=0.75, label="training", gid="training")
-        if validation and len(validation[0]):
-            axes.plot(*validation, color=ORANGE, marker="o", markersize=4, label="validation", gid="validation")
-            if kept in validation[0]:
-                at = kept, validation[1][list(validation[0]).index(kept)]
-                ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
-                axes.plot(*[[value] for value in at], color=INK, label=f"kept: step {kept}", gid="kept", **ring)
-        if floor is not None:
-            axes.axhline(floor, color=GREEN, linestyle="--", linewidth=1.4, label=f"teacher: {floor:.3f}", gid="floor")
-        axes.set(xlabel="optimizer step", ylabel=axis)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y")
-        _legend(figure, axes)
-        return _svg(figure, label)
+    figure, axes = _figure()
+    axes.plot(*map(thin, training), color=BLUE, linewidth=1, alpha=0.75, label="training", gid="training")
+    if validation:
+        axes.plot(*validation, color=ORANGE, marker="o", markersize=4, label="validation", gid="validation")
+        if kept is not None and kept in validation[0]:
+            best = [kept], [validation[1][validation[0].index(kept)]]
+            axes.scatter(*best, 70, "none", edgecolors=INK, zorder=3, label=f"kept: step {kept}", gid="kept")
+    if floor is not None:
+        axes.axhline(floor, color=GREEN, linestyle="--", linewidth=1.4, label=f"teacher: {floor:.3f}", gid="floor")
+    axes.set(xlabel="optimizer step", ylabel=axis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y")
+    _legend(figure, axes.get_legend_handles_labels()[0] if validation else [])
+    return _svg(figure, label)
 
 
+@matplotlib.rc_context(_SETTINGS)
 def layers(label: str, scores: Sequence[float], kept: set[int]) -> Markup:
-    """Draw the block influence of every layer, the dropped ones hatched; layers are counted from 0 here, 1 on the axis."""
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure()
-        numbers = range(1, len(scores) + 1)
-        for number, score in zip(numbers, scores, strict=True):
-            style = _mark(number - 1 in kept)
-            [bar] = axes.bar(number, score, 0.8, **style)
-            bar.set_gid(f"tip:Layer {number}: {score:.4g}, {'kept' if number - 1 in kept else 'dropped'}")
-        axes.set(xlabel="layer", ylabel=_scale(axes, scores, "block influence"))
-        axes.set_xlim(0.3, len(scores) + 0.7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(axis="y")
-        _legend(figure, axes, _kept_and("dropped" if len(kept) < len(scores) else None))
-        return _svg(figure, label)
+    """Draw the block influence of every layer, the dropped ones hatched; `kept` is counted from 0, the axis from 1."""
+    figure, axes = _figure(width=WIDE)
+    for layer, score in enumerate(scores):
+        [bar] = axes.bar(layer + 1, score, 0.8, **_look(layer in kept))
+        bar.set_gid(f"tip:Layer {layer + 1}: {score:.4g}, {'kept' if layer in kept else 'dropped'}")
+    axes.set(xlabel="layer", ylabel=_scale(axes, scores, "block influence"), xlim=(0.3, len(scores) + 0.7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y")
+    _legend(figure, _states("dropped" if len(kept) < len(scores) else None))
+    return _svg(figure, label)
 
 
+@matplotlib.rc_context(_SETTINGS)
 def ranked(label: str, scores: Sequence[float], kept: Sequence[int]) -> Markup:
     """Draw the scores of channels from the highest to the lowest, the kept ones and the cut ones apart."""
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure()
-        is_kept = np.isin(np.arange(len(scores)), kept)
-        start = 1
-        for part, state in ((is_kept, True), (~is_kept, False)):
-            values = np.sort(np.asarray(scores)[part])[::-1]
-            if not len(values):
-                continue
-            places = np.arange(start, start + len(values))
-            drawn = axes.fill_between(thin(places), thin(values), step="mid", **_mark(state))
-            drawn.set_gid(f"tip:{len(values)} channels {'kept' if state else 'cut'}, {values[0]:.4g} to {values[-1]:.4g}")
+    figure, axes = _figure()
+    stays, start = np.isin(np.arange(len(scores)), kept), 1
+    for part, state in ((stays, "kept"), (~stays, "cut")):
+        values = np.sort(np.asarray(scores)[part])[::-1]
+        if len(values):
+            places = thin(np.arange(start, start + len(values)))
+            area = axes.fill_between(places, thin(values), step="mid", **_look(state == "kept"))
+            area.set_gid(f"tip:{len(values)} channels {state}: {values[0]:.4g} to {values[-1]:.4g}")
             start += len(values)
-        axes.set(xlabel="channels, most important first", ylabel=_scale(axes, scores, "importance"))
-        axes.set_xlim(0.5, len(scores) + 0.5)
-        axes.grid(axis="y")
-        _legend(figure, axes, _kept_and("cut" if len(kept) < len(scores) else None))
-        return _svg(figure, label)
+    ylabel = _scale(axes, scores, "importance")
+    axes.set(xlabel="channels, most important first", ylabel=ylabel, xlim=(0.5, len(scores) + 0.5))
+    axes.grid(axis="y")
+    _legend(figure, _states("cut" if len(kept) < len(scores) else None))
+    return _svg(figure, label)
 
 
+@matplotlib.rc_context(_SETTINGS)
 def ranked_by_layer(label: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], count: int) -> Markup:
-    """Draw the scores of every layer's channels, sorted, as one row of colours; what is cut is hatched.
+    """Draw the scores of every layer's channels, sorted, as one row of colours; what is cut is pale.
 
     Args:
         label: what the chart shows, for those who cannot see it.
@@ -153,28 +149,25 @@ def ranked_by_layer(label: str, scores: Sequence[Sequence[float]], kept_layers: 
         kept_layers: counted from 0.
         count: channels kept in each of them.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure()
-        ordered = -np.sort(-np.asarray(scores, dtype=float), axis=1)
-        total, width = ordered.shape
-        drawn = np.stack([thin(row) for row in _logarithm(ordered)])
-        _image(figure, axes, drawn, (0, width, total + 0.5, 0.5), "importance (log10)")
-        for layer in range(total):
-            left = count if layer in kept_layers else 0
-            state = f"{count} of {width} channels kept" if left else "dropped with its layer"
-            axes.barh(layer + 1, width - left, 1, left, **_CUT_CELLS, gid=None)[0].set_gid(
-                f"tip:Layer {layer + 1}: {state}"
-            )
-        if count < width:
-            axes.axvline(count, color="white", linewidth=1.6)
-        axes.set(xlabel="channels, most important first", ylabel="layer", xlim=(0, width), ylim=(total + 0.5, 0.5))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _legend(figure, axes, [Patch(**_CUT_CELLS, label="cut")] if count < width or len(kept_layers) < total else [])
-        return _svg(figure, label)
+    figure, axes = _figure()
+    ordered = -np.sort(-np.asarray(scores, dtype=float), axis=1)
+    total, width = ordered.shape
+    relative = ordered / np.maximum(np.median(ordered, axis=1, keepdims=True), np.finfo(float).tiny)
+    drawn = np.log10(np.maximum(np.stack([thin(row) for row in relative]), 1e-3))
+    _image(figure, axes, drawn, (0, width, total + 0.5, 0.5), "times the layer's median (log10)")
+    for layer in range(total):
+        left = count if layer in kept_layers else 0
+        state = f"{count} of {width} channels kept" if left else "dropped with its channels"
+        [bar] = axes.barh(layer + 1, width - left, 1, left, color=_PALE, linewidth=0)
+        bar.set_gid(f"tip:Layer {layer + 1}: {state}")
+    axes.set(xlabel="channels, most important first", ylabel="layer", xlim=(0, width), ylim=(total + 0.5, 0.5))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return _svg(figure, label)
 
 
+@matplotlib.rc_context(_SETTINGS)
 def cells(
-    label: str, axis: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], kept: list[list[int]]
+    label: str, axis: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], kept: Sequence[Sequence[int]]
 ) -> Markup:
     """Draw the score of every head of every layer, relative to its layer's highest; what is cut is crossed out.
 
@@ -185,32 +178,32 @@ def cells(
         kept_layers: counted from 0.
         kept: heads kept in each of them.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure()
-        values = np.asarray(scores, dtype=float)
-        total, width = values.shape
-        relative = values / np.maximum(values.max(axis=1, keepdims=True), np.finfo(float).tiny)
-        _image(figure, axes, relative, (0.5, width + 0.5, total + 0.5, 0.5), "share of the layer's highest")
-        stays = set(itertools.chain.from_iterable(((layer, head) for head in heads) for layer, heads in zip(kept_layers, kept, strict=True)))
-        cut = [(layer, head) for layer in range(total) for head in range(width) if (layer, head) not in stays]
-        if cut:
-            rows, columns = (np.array(part) + 1 for part in zip(*cut, strict=True))
-            size = 200 / max(total, width) ** 1.0
-            for colour, stroke in (("black", 2.4), ("white", 1.1)):
-                axes.scatter(columns, rows, size, colour, "x", linewidths=stroke, gid=f"cut-{colour}", label="cut")
-        axes.set(xlabel=axis, ylabel="layer", ylim=(total + 0.5, 0.5))
-        for direction in (axes.xaxis, axes.yaxis):
-            direction.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        return _svg(figure, label)
+    figure, axes = _figure()
+    values = np.asarray(scores, dtype=float)
+    total, width = values.shape
+    relative = values / np.maximum(values.max(axis=1, keepdims=True), np.finfo(float).tiny)
+    _image(figure, axes, relative, (0.5, width + 0.5, total + 0.5, 0.5), "share of the layer's highest")
+    cut = np.ones_like(values, dtype=bool)
+    for layer, heads in zip(kept_layers, kept, strict=True):
+        cut[layer, list(heads)] = False
+    rows, columns = np.nonzero(cut)
+    for colour, stroke in (("black", 2.2), ("white", 1.0)):
+        size, name = 250 / max(total, 6), f"cut-{colour}"
+        axes.scatter(columns + 1, rows + 1, s=size, c=colour, marker="x", linewidths=stroke, gid=name)
+    axes.set(xlabel=axis, ylabel="layer", ylim=(total + 0.5, 0.5))
+    for direction in (axes.xaxis, axes.yaxis):
+        direction.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return _svg(figure, label)
 
 
+@matplotlib.rc_context(_SETTINGS)
 def grouped_bars(
     label: str,
     axis: str,
     groups: list[str],
     series: dict[str, list[float | None]],
     errors: dict[str, list[float | None]] | None = None,
-    form: str = "{:.3f}",
+    digits: int = 3,
 ) -> Markup:
     """Draw one bar per series in each group.
 
@@ -220,36 +213,38 @@ def grouped_bars(
         groups: names under the axis.
         series: values by name, one per group, in the order of MODEL_COLOURS; None leaves a gap.
         errors: half the length of each error bar.
-        form: how a value is written.
+        digits: after the point of a value.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure(width=max(5.6, 1.6 * len(groups)))
-        step = 0.84 / len(series)
-        for place, (name, values) in enumerate(series.items()):
-            for group, value in enumerate(values):
-                if value is None:
-                    continue
+    figure, axes = _figure(width=max(WIDTH, 1.6 * len(groups)))
+    width = 0.84 / len(series)
+    for place, (name, values) in enumerate(series.items()):
+        for group, value in enumerate(values):
+            if value is not None:
+                centre = group + (place + 0.5) * width - 0.42
+                bar = axes.bar(centre, value, 0.9 * width, color=MODEL_COLOURS[place])[0]
                 error = errors[name][group] if errors else None
-                left = group - 0.42 + (place + 0.5) * step
-                [bar] = axes.bar(left, value, step * 0.9, color=MODEL_COLOURS[place])
-                written = form.format(value) + (f" ± {form.format(error)}" if error else "")
-                bar.set_gid(f"tip:{name}, {groups[group]}: {written}")
-                if error:
-                    axes.errorbar(left, value, error, color=INK, linewidth=1, capsize=2.5)
-                axes.annotate(
-                    form.format(value), (left, value + (error or 0)), (0, 2), textcoords="offset points",
-                    ha="center", fontsize=7.5,
-                )
-        axes.set_xticks(range(len(groups)), groups)
-        axes.tick_params(axis="x", length=0)
-        axes.set_ylabel(axis)
-        axes.margins(y=0.12)
-        axes.grid(axis="y")
-        _legend(figure, axes, [Patch(color=MODEL_COLOURS[place], label=name) for place, name in enumerate(series)])
-        return _svg(figure, label)
+                text = _annotate(axes, centre, value, error, digits)
+                bar.set_gid(f"tip:{name}, {groups[group]}: {text}")
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(axis)
+    axes.margins(y=0.12)
+    axes.grid(axis="y")
+    _legend(figure, [Patch(color=colour, label=name) for name, colour in zip(series, MODEL_COLOURS, strict=True)])
+    return _svg(figure, label)
 
 
-def thin(values: Sequence[float]) -> np.ndarray:
+def _annotate(axes: Axes, centre: float, value: float, error: float | None, digits: int) -> str:
+    """Draw a bar's error bar and value; return the two as text."""
+    text = f"{value:.{digits}f}"
+    axes.annotate(text, (centre, value + (error or 0)), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+    if error is None:
+        return text
+    axes.errorbar(centre, value, error, color=INK, linewidth=1, capsize=2.5)
+    return f"{text} ± {error:.{digits}f}"
+
+
+def thin(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return at most MOST_POINTS values, each the mean of as many neighbours as need be."""
     numbers = np.asarray(values, dtype=float)
     if len(numbers) <= MOST_POINTS:
@@ -257,16 +252,15 @@ def thin(values: Sequence[float]) -> np.ndarray:
     return np.array([part.mean() for part in np.array_split(numbers, MOST_POINTS)])
 
 
-_CUT_CELLS: dict[str, Any] = {"facecolor": "#ffffff55", "edgecolor": "#ffffff", "hatch": "////", "linewidth": 0}
+def _look(kept: bool) -> dict[str, Any]:
+    """Return how something kept or cut is drawn: not by its colour alone."""
+    if kept:
+        return {"facecolor": GREEN, "edgecolor": GREEN}
+    return {"facecolor": "none", "edgecolor": ORANGE, "hatch": "////"}
 
 
-def _mark(kept: bool) -> dict[str, Any]:
-    """Return the look of what is kept or cut: they differ in more than their colour."""
-    return {"facecolor": KEPT if kept else "none", "edgecolor": KEPT if kept else CUT, "hatch": None if kept else "////"}
-
-
-def _kept_and(cut: str | None) -> list[Patch]:
-    return [Patch(**_mark(True), label="kept"), *([Patch(**_mark(False), label=cut)] if cut else [])]
+def _states(cut: str | None) -> list[Patch]:
+    return [Patch(**_look(True), label="kept"), *([Patch(**_look(False), label=cut)] if cut else [])]
 
 
 def _scale(axes: Axes, scores: Sequence[float], label: str) -> str:
@@ -282,27 +276,25 @@ def _scale(axes: Axes, scores: Sequence[float], label: str) -> str:
     return f"{label} (log scale)"
 
 
-def _logarithm(values: np.ndarray) -> np.ndarray:
-    positive = values[values > 0]
-    return np.log10(np.maximum(values, positive.min() if len(positive) else 1.0))
-
-
-def _image(figure: Figure, axes: Axes, values: np.ndarray, extent: tuple[float, ...], label: str) -> None:
-    drawn = axes.imshow(values, "cividis", aspect="auto", interpolation="none", extent=extent)
-    bar = figure.colorbar(drawn, ax=axes, label=label, fraction=0.05, pad=0.02)
-    bar.solids.set_rasterized(True)
+def _image(
+    figure: Figure, axes: Axes, values: np.ndarray, extent: tuple[float, float, float, float], label: str
+) -> None:
+    lowest, highest = np.percentile(values, (1, 99))  # a few outliers would leave one colour for all others
+    limits: dict[str, Any] = {"vmin": lowest, "vmax": highest, "extent": extent}
+    drawn = axes.imshow(values, "cividis", aspect="auto", interpolation="none", **limits)
+    bar = figure.colorbar(drawn, ax=axes, label=label, fraction=0.05, pad=0.02, extend="both")
+    bar.solids.set_rasterized(True)  # type: ignore[union-attr]  # 256 shapes otherwise
     bar.outline.set_visible(False)
 
 
-def _figure(width: float = 5.6, height: float = 3.1) -> tuple[Figure, Axes]:
+def _figure(width: float = WIDTH, height: float = 3.1) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, axes: Axes, handles: list[Any] | None = None) -> None:
-    found = axes.get_legend_handles_labels()[0] if handles is None else handles
-    if found:
-        figure.legend(handles=found, loc="outside upper left", ncols=4, fontsize=8.5, handlelength=1.4)
+def _legend(figure: Figure, handles: list[Any]) -> None:
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8.5, handlelength=1.4)
 
 
 def _svg(figure: Figure, label: str) -> Markup:

@@ -4,13 +4,16 @@ Run a compiled pipeline on this machine: `minitron run compress --preset demo --
 """
 
 import contextlib
+import io
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 import yaml
@@ -19,6 +22,10 @@ from minitron import __version__, samples, summary
 from minitron.errors import MinitronError, RunError
 from minitron.presets import SAMPLES, check_arguments, compiled_pipeline, read_arguments
 from minitron.stage import FAILURE
+
+_INDENTATION = " " * 4
+_CURSOR_UP = "\x1b[A"
+"""With it tqdm ends a nested bar, which would overwrite the line above."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -67,11 +74,10 @@ def _run(pipeline: str, preset: str, settings: list[str], work_dir: Path) -> Non
     if sample:
         inputs = samples.paths(sample, work_dir / "inputs")
         arguments = {name: str(path) for name, path in inputs.items()} | arguments
-    required = [name for name, entry in parameters.items() if not entry.get("isOptional")]
-    check_arguments(arguments, required)
+    arguments = check_arguments(arguments, parameters)
     if sample:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         samples.build(sample, work_dir / "inputs")
-        os.environ["HF_HUB_OFFLINE"] = "1"
     arguments.setdefault("tracking_uri", os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db")
     results = _run_locally(documents, arguments, work_dir)
     summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
@@ -85,8 +91,7 @@ def _run_locally(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     """
     from kfp import components, local
 
-    for task in documents[0]["root"]["dag"]["tasks"].values():
-        task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+    _adapt(documents[0], arguments)
     workspace, results = work_dir / "workspace", work_dir / "results"
     failure = workspace / FAILURE
     failure.unlink(missing_ok=True)
@@ -96,11 +101,30 @@ def _run_locally(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(results))
     run_pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
     try:
-        with _quiet():
+        with _only_the_stages_output():
             run_pipeline(**arguments)
     except RuntimeError as error:
         raise _explain(failure) from error
     return next(path for path in results.glob("*") if path not in earlier)
+
+
+def _adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
+    _drop_unset(specification["root"], arguments)
+    for task in specification["root"]["dag"]["tasks"].values():
+        parameters, inputs = specification["root"]["inputDefinitions"]["parameters"], task["inputs"]["parameters"]
+        for name, source in list(inputs.items()):
+            if source.get("componentInputParameter", name) not in parameters | inputs:
+                del inputs[name]
+        _drop_unset(specification["components"][task["componentRef"]["name"]], inputs)
+        task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+
+
+def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> None:
+    """Delete optional parameters without a value: a cluster leaves them to the function, kfp.local fails on them."""
+    parameters = component["inputDefinitions"]["parameters"]
+    for name in [name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given]:
+        del parameters[name]
 
 
 def _explain(failure: Path) -> MinitronError:
@@ -113,16 +137,38 @@ def _explain(failure: Path) -> MinitronError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the KFP executor says of itself: it would bury the progress bars."""
-    stdout = sys.stdout
+def _only_the_stages_output() -> Iterator[None]:
+    """Leave out what kfp.local and the KFP executor say of themselves: it would bury the progress bars."""
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(_StagesOutput(sys.stdout)):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
-    class Filter:
-        def write(self, text: str) -> int:
-            return len(text) if "[KFP Executor" in text else stdout.write(text)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(stdout, name)
+class _StagesOutput(io.TextIOBase):
+    """The lines that the stages print, from kfp.local's output: those it indents, the executor's own left out."""
 
-    with contextlib.redirect_stdout(Filter()):  # type: ignore[type-var]
-        yield
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._line, self._skipping = stream, "", False
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._pass_on(line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def _pass_on(self, line: str) -> None:
+        text = line.removeprefix(_INDENTATION)
+        if "[KFP Executor" in line:
+            self._skipping = line.endswith("Got executor_input:")  # JSON follows, over many lines
+        elif self._skipping:
+            self._skipping = text != "}"
+        elif text != line and text.strip():
+            self._stream.write(text.replace(_CURSOR_UP, "") + "\n")
+            self._stream.flush()

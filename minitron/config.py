@@ -156,8 +156,10 @@ class EvaluateConfig(SequenceConfig):
     tasks: list[str] = Field([], description="lm-eval tasks.")
     task_directory: Annotated[Path | None, INPUT] = Field(None, description="Directory of local lm-eval task files.")
     task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all of them.")
-    prompts: list[str] = Field(
-        ["The history of the city began", "In physics, energy is"], description="Beginnings that every model continues."
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        ["The history of the city began", "In physics, energy is"],
+        min_length=1,
+        description="Beginnings that every model continues.",
     )
     generation_tokens: PositiveInt = Field(48, description="New tokens per prompt.")
 

@@ -3,7 +3,7 @@
 Everything is read as a stream, one record at a time. A document is
 
 - a record of a .jsonl, .json or .parquet file, or of a hub's dataset (of its split `train`);
-- a .txt file as a whole: a blank line ends a paragraph, not a document;
+- what stands between two blank lines of a .txt file, and between its ends;
 - an article, where the records, or the lines of a .txt file, are WikiText's: it reaches from its ` = Title = ` line to
   the next one, over the end of a file too, as an article may be split between two shards.
 
@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, dropwhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Corpus:
 
     @property
     def position(self) -> int:
-        """Bytes read so far, as `size` counts them."""
+        """Bytes read so far, as `size` counts them; characters of a dataset on a hub."""
         return self._done + self._position_in_file()
 
     def __iter__(self) -> Iterator[str]:
@@ -74,7 +74,8 @@ class Corpus:
             if begins and document:
                 yield "".join(document)
                 document = []
-            document.append(piece)
+            if begins or document or piece.strip():
+                document.append(piece)
         if document:
             yield "".join(document)
 
@@ -84,10 +85,10 @@ class Corpus:
             head, is_wikitext = _look_ahead(records)
             records = chain(head, records)
             if is_wikitext:
-                for record, begins in dropwhile(lambda line: not line[0].strip(), _titles(records)):
+                for record, begins in _titles(records):
                     yield begins, record if record.endswith("\n") else record + "\n"
             elif lines_of_text:
-                yield True, "".join(records)
+                yield from _paragraphs(records)
             else:
                 yield from ((True, record) for record in records)
 
@@ -104,7 +105,7 @@ class Corpus:
         number = 0
         try:
             for number, record in self._read(path):
-                yield record if isinstance(record, str) else self._text(record, f"{path}: record {number}")
+                yield record if _kind(path) == ".txt" else self._text(record, f"{path}: record {number}")
         except MinitronError:
             raise
         except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
@@ -117,7 +118,9 @@ class Corpus:
         try:
             settings = {"split": "train", "streaming": True, "revision": dataset.commit}
             for number, record in enumerate(load_dataset(dataset.repository, dataset.config, **settings), 1):
-                yield self._text(record, f"{self._address}: record {number}")
+                text = self._text(record, f"{self._address}: record {number}")
+                self._done += len(text)
+                yield text
         except MinitronError:
             raise
         except Exception as error:  # every kind of builder and network library has its own
@@ -195,6 +198,16 @@ def _look_ahead(records: Iterator[str]) -> tuple[list[str], bool]:
         if begins or size > _LOOK_AHEAD or "\n" in record.strip():
             return head, begins
     return head, False
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[bool, str]]:
+    """Yield every line that is not blank, with whether it is the first one, or the first behind a blank line."""
+    blank = True
+    for line in lines:
+        filled = bool(line.strip())
+        if filled:
+            yield blank, line
+        blank = not filled
 
 
 def _titles(records: Iterable[str]) -> Iterator[tuple[str, bool]]:

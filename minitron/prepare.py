@@ -62,7 +62,9 @@ def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str,
     teacher = local_path(config.teacher)
     tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(Corpus(config.corpus, config.text_field), config)
+    started = time.monotonic()
     tokens = write(selection, tokenizer, directory, tracker)
+    speed = sum(tokens.values()) / (time.monotonic() - started)
     selection.check()
     counts = selection.counts() | {"tokens": tokens}
     manifest = counts | {
@@ -75,7 +77,7 @@ def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str,
         "seed": config.seed,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return {"metrics": _flat(counts)}
+    return {"metrics": _flat(counts) | {"tokens_per_second": round(speed)}}
 
 
 class Selection:
@@ -143,7 +145,7 @@ class Selection:
                 remedy = f"raise {split}_fraction" if split != "train" else "lower the fractions of the other splits"
                 raise ConfigError(
                     f"corpus {corpus}: {split} gets none of its {total} distinct documents; {remedy}, or give more "
-                    "documents (a .txt file is one)"
+                    "documents (blank lines separate those of a .txt file)"
                 )
 
 

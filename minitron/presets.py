@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from minitron.config import STAGES, parse
 from minitron.errors import ConfigError
 from minitron.stage import read_yaml
 
 SAMPLES = "samples"
+
+_KINDS: dict[str, TypeAdapter[Any]] = {
+    "STRING": TypeAdapter(str, config=ConfigDict(coerce_numbers_to_str=True)),
+    "NUMBER_INTEGER": TypeAdapter(int),
+    "NUMBER_DOUBLE": TypeAdapter(float),
+    "BOOLEAN": TypeAdapter(bool),
+    "LIST": TypeAdapter(list),
+    "STRUCT": TypeAdapter(dict),
+}
+"""Kubeflow's parameter types."""
 
 
 def pipelines_directory() -> Path:
@@ -43,7 +54,8 @@ def read_arguments(preset: str, settings: list[str], known: list[str]) -> dict[s
 
     Args:
         preset: name of a preset that ships with the package, or path of a YAML file.
-        settings: `key=value` strings, the value in YAML; `stage.key` or a parameter's name. They win over the preset.
+        settings: `key=value` strings, the value in YAML; `stage.key` or a parameter's name. They win over the preset;
+            null gives the default back.
         known: the pipeline's parameters.
 
     Raises:
@@ -62,35 +74,57 @@ def read_arguments(preset: str, settings: list[str], known: list[str]) -> dict[s
     for name, key in arguments.items():
         if name not in [*known, SAMPLES]:
             raise ConfigError(f"{key}: unknown key; {_suggest(name, known)}")
-    return {name: values[key] for name, key in arguments.items()}
+    return {name: values[key] for name, key in arguments.items() if values[key] is not None}
 
 
-def check_arguments(arguments: dict[str, Any], required: list[str]) -> None:
-    """Validate the arguments against every stage's configuration.
+def check_arguments(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Validate the arguments against the pipeline's parameters and every stage's configuration.
+
+    Args:
+        arguments: what `read_arguments` returned, with the paths of the samples.
+        parameters: the `inputDefinitions.parameters` of the compiled pipeline.
+
+    Returns:
+        The arguments as the types that Kubeflow insists on: YAML reads `1e-4`, without a point, as text.
 
     Raises:
         ConfigError: one is missing or has a value of the wrong kind.
     """
-    for name in required:
-        if arguments.get(name) is None:
+    for name, entry in parameters.items():
+        if not entry.get("isOptional") and name not in arguments:
             raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
+    typed = {name: _typed(name, value, parameters[name]["parameterType"]) for name, value in arguments.items()}
     for stage in STAGES:
-        parse(stage, stage_values(stage, arguments))
+        parse(stage, stage_values(stage, typed))
+    return typed
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    try:
+        return _KINDS[kind].validate_python(value)
+    except ValidationError as error:
+        wrong = error.errors()[0]["msg"]
+        raise ConfigError(f"{_dotted(name)}: {wrong[0].lower()}{wrong[1:]} (found {value!r}); give one") from None
 
 
 def stage_values(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the arguments that a stage gets; paths that other stages write have placeholder values."""
-    values = {}
-    for name, field in STAGES[stage].model_fields.items():
-        value = arguments.get(f"{stage}_{name}", arguments.get(name))
-        if value is not None or field.is_required():
-            values[name] = "placeholder" if value is None else value
-    return values
+    required = {name for name, field in STAGES[stage].model_fields.items() if field.is_required()}
+    given = {name: arguments[parameter] for parameter, name in _parameters(stage, arguments).items()}
+    return dict.fromkeys(required, "placeholder") | given
+
+
+def _parameters(stage: str, arguments: dict[str, Any]) -> dict[str, str]:
+    """Map the arguments that a stage gets to its fields: `distill_max_steps` or, shared by all stages, `seed`."""
+    fields = STAGES[stage].model_fields
+    return {name: name for name in fields if name in arguments} | {
+        f"{stage}_{name}": name for name in fields if f"{stage}_{name}" in arguments
+    }
 
 
 def _flatten(preset: dict[str, Any]) -> dict[str, Any]:
     """Turn the sections of the stages into `stage.key` entries."""
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in preset.items():
         if key in STAGES and isinstance(value, dict):
             values |= {f"{key}.{name}": entry for name, entry in value.items()}

@@ -11,33 +11,49 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
-from minitron import __version__, charts
+from minitron import __version__, figures
 from minitron.config import STAGES, EvaluateConfig
+from minitron.figures import MODELS, tasks_of
+from minitron.formats import FORMS, count, decimal, loss, megabytes, number, share, signed
 from minitron.storage import read_record
 
 REPORT = "report.html"
 
-MODELS = {
-    "teacher_before": "Base model",
-    "teacher": "Teacher",
-    "pruned": "Pruned student",
-    "student": "Distilled student",
-}
-"""The four models in the order of the flow, as evaluation.json and the page name them."""
-
-_ROWS = (
+_ROWS: tuple[tuple[str, str, str, str, str | None, int], ...] = (
     # key, label, note, how it is written, how its difference to the teacher is written, the better direction
-    ("parameters", "Parameters", "", "count", "percent", -1),
-    ("weights_mb", "Weights", "size on disk", "megabytes", "percent", -1),
-    ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "percent", 1),
+    ("parameters", "Parameters", "", "count", "relative", -1),
+    ("weights_mb", "Weights", "", "megabytes", "relative", -1),
+    ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "relative", 1),
     ("validation_loss", "Validation loss", "nats per token", "loss", "loss", -1),
     ("test_loss", "Test loss", "nats per token", "loss", "loss", -1),
-    ("perplexity", "Perplexity", "validation", "decimal", "decimal", -1),
-    ("kl", "Divergence from the teacher", "forward KL, nats per token", "loss", "", -1),
-    ("top1_agreement", "Agreement with the teacher", "same most likely next token", "share", "", 1),
+    ("perplexity", "Perplexity", "", "decimal", "decimal", -1),
+    ("kl", "Divergence from the teacher", "forward KL, nats per token", "loss", None, -1),
+    ("top1_agreement", "Agreement with the teacher", "same most likely next token", "share", None, 1),
 )
+
+_TEACHER = list(MODELS).index("teacher")
+
+_SIZES = {
+    "num_hidden_layers": "Layers",
+    "hidden_size": "Hidden channels",
+    "intermediate_size": "MLP channels per layer",
+    "num_attention_heads": "Query heads per layer",
+    "num_key_value_heads": "Key-value groups per layer",
+    "parameters": "Parameters",
+}
+
+_GLOSSARY = {
+    "Validation loss": "How surprised a model is, on average, by the next token of text it has not seen; in nats, "
+    "lower is better. The test loss is the same on a second part of the corpus that decided nothing.",
+    "Perplexity": "The loss as a number of equally likely choices per token: e to the power of the loss.",
+    "Gap closed": "Pruning raises the validation loss; this is the share of the rise that distillation took back: "
+    "(pruned - student) / (pruned - teacher).",
+    "Forward KL": "How far a model's next-token distribution is from the teacher's, in nats per token; 0 is identical.",
+    "Block influence": "How much a layer changes what passes through it; those that change least go first.",
+    "Accuracy": "Share of multiple-choice questions for which the right answer is the most likely; length-normalised "
+    "when answers are compared per character.",
+}
 
 
 def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, Any]) -> None:
@@ -45,37 +61,35 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
 
     Args:
         directory: gets the file.
-        config: names the four models and the dataset, whose records are shown.
+        config: names the four models and the dataset; the records in their directories are shown.
         evaluation: the content of evaluation.json.
     """
-    records = _records(config)
-    pruning = _pruning(config.pruned)
-    page = _environment().from_string(Path(__file__).with_name("report.html.j2").read_text())
-    text = page.render(
-        models=MODELS,
-        evaluation=evaluation,
-        verdict=_verdict(evaluation),
-        rows=_rows(evaluation),
-        comparison=_comparison(evaluation),
-        training=_training(records),
-        pruning=pruning,
-        cuts=_cuts(pruning),
-        importance=_importance(pruning),
-        stages=_costs(records),
-        records=records,
-        settings=config.model_dump(mode="json", exclude={"tracking_uri"}),
-        names=_names(config),
-        version=__version__,
-        written=datetime.now(UTC),
-    )
-    (directory / REPORT).write_text(text, encoding="utf-8")
-
-
-def _environment() -> Environment:
-    """Return a template environment that escapes everything: generated text is not to be trusted."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= FORMS | {"moment": lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"}
-    return environment
+    environment.filters |= FORMS
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    (directory / REPORT).write_text(template.render(_content(config, evaluation)), encoding="utf-8")
+
+
+def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, Any]:
+    records, pruning = _records(config), _pruning(config.pruned)
+    return {
+        "models": MODELS,
+        "evaluation": evaluation,
+        "verdict": _verdict(evaluation),
+        "rows": _rows(evaluation),
+        "comparison": figures.comparison(evaluation),
+        "training": figures.training(records),
+        "pruning": pruning,
+        "cuts": _cuts(pruning) if pruning else [],
+        "importance": figures.importance(pruning) if pruning else [],
+        "samples": _samples(evaluation),
+        "stages": _costs(records),
+        "records": records,
+        "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
+        "glossary": _GLOSSARY,
+        "version": __version__,
+        "written": datetime.now(UTC).timestamp(),
+    }
 
 
 def _records(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
@@ -90,251 +104,119 @@ def _pruning(pruned: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _names(config: EvaluateConfig) -> dict[str, str]:
-    return {model: str(getattr(config, model)) for model in MODELS}
-
-
 def _verdict(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers of the headline and the words for the gap."""
+    """Return the headline's numbers, the sentence under it, and the figures on cards."""
+    teacher, student, gap = evaluation["teacher"], evaluation["student"], evaluation["gap_closed"]
+    if gap is None:
+        words = "Pruning alone cost no validation loss, so there was no gap to close."
+    elif gap < 0:
+        words = f"Distillation did harm: the gap in validation loss that pruning opened grew by {share(-gap)}."
+    else:
+        words = f"Distillation closed {share(gap)} of the gap in validation loss that pruning had opened."
+    cost = student["validation_loss"] - teacher["validation_loss"]
+    words += (
+        f" What remains: a validation loss {loss(abs(cost))} nats per token {'above' if cost > 0 else 'below'} the "
+        f"teacher's, a perplexity of {decimal(student['perplexity'])} against {decimal(teacher['perplexity'])}."
+    )
+    return {"ratio": student["parameters"] / teacher["parameters"], "gap": gap, "words": words} | {
+        "facts": [fact for fact in _facts(evaluation) if fact]
+    }
+
+
+def _facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     teacher, pruned, student = (evaluation[model] for model in ("teacher", "pruned", "student"))
     gap = evaluation["gap_closed"]
-    if gap is None:
-        words = "pruning alone cost no validation loss, so there was no gap to close"
-    elif gap < 0:
-        words = f"distillation made it worse: the gap that pruning opened grew by {share(-gap)}"
-    else:
-        words = f"distillation closed {share(gap)} of the gap in validation loss that pruning had opened"
-    return {
-        "ratio": student["parameters"] / teacher["parameters"],
-        "gap": gap,
-        "words": words,
-        "loss_cost": student["validation_loss"] - teacher["validation_loss"],
-        "speed": _ratio(student, teacher, "generation_tokens_per_second"),
-        "pruned_cost": pruned["validation_loss"] - teacher["validation_loss"],
-    }
+    losses = f"loss {loss(pruned['validation_loss'])} → {loss(student['validation_loss'])}"
+    facts = [
+        _fact("Parameters", count(student["parameters"]), f"the teacher has {count(teacher['parameters'])}"),
+        _fact("Gap closed", share(gap), f"{losses}, teacher {loss(teacher['validation_loss'])}", gap),
+    ]
+    if speed := _ratio(student, teacher, "generation_tokens_per_second"):
+        rates = [decimal(model["generation_tokens_per_second"]) for model in (student, teacher)]
+        facts.append(
+            _fact("Generation speed", f"{speed:.2f}\N{MULTIPLICATION SIGN}", f"{rates[0]} tokens/s, teacher {rates[1]}")
+        )
+    if _ratio(student, teacher, "weights_mb"):
+        weights = f"the teacher's take {megabytes(teacher['weights_mb'])}"
+        facts.append(_fact("Weights", megabytes(student["weights_mb"]), weights))
+    return facts
+
+
+def _fact(label: str, value: str, note: str, fill: float | None = None) -> dict[str, Any]:
+    return {"label": label, "value": value, "note": note, "fill": None if fill is None else min(max(fill, 0), 1)}
 
 
 def _ratio(over: dict[str, Any], under: dict[str, Any], key: str) -> float | None:
-    return over[key] / under[key] if over.get(key) and under.get(key) else None
+    return over[key] / under[key] if number(over.get(key)) and number(under.get(key)) else None
 
 
 def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the table of models; a row without a value in any model is left out."""
-    rows = [_row(evaluation, *row) for row in _ROWS]
-    rows += [_task_row(evaluation, task, metric) for task in _tasks(evaluation) for metric in ("acc", "acc_norm")]
+    """Return the rows of the table of models; a row without any value is left out."""
+    rows: list[dict[str, Any]] = []
+    for key, label, note, form, difference, better in _ROWS:
+        values = [number(evaluation[model].get(key)) for model in MODELS]
+        rows.append({"label": label, "note": note, "cells": _cells(values, form, difference, better)})
+    for task in tasks_of(evaluation):
+        for metric, note in (("acc", "accuracy"), ("acc_norm", "accuracy, length-normalised")):
+            cells = _scores(evaluation, task, metric)
+            rows.append({"label": task, "note": f"{note} ± standard error", "cells": cells})
     return [row for row in rows if any(cell["value"] is not None for cell in row["cells"])]
 
 
-def _row(evaluation: dict[str, Any], key: str, label: str, note: str, form: str, delta: str, better: int) -> dict[str, Any]:
-    values = [_number(evaluation[model].get(key)) for model in MODELS]
-    return {"label": label, "note": note, "better": better, "cells": _cells(values, form, delta, better)}
+def _scores(evaluation: dict[str, Any], task: str, metric: str) -> list[dict[str, Any]]:
+    """Write a task's scores with their standard errors; a difference within that of the two is not marked."""
+    found = [evaluation[model]["tasks"].get(task, {}) for model in MODELS]
+    cells = _cells([number(scores.get(metric)) for scores in found], "share", "points", 1)
+    errors = [number(scores.get(f"{metric}_stderr")) for scores in found]
+    teacher = cells[_TEACHER]["value"]
+    for cell, error in zip(cells, errors, strict=True):
+        if error is None or cell["value"] is None:
+            continue
+        cell["text"] = f"{100 * cell['value']:.1f} ± {share(error)}"
+        if teacher is not None and abs(cell["value"] - teacher) <= math.hypot(error, errors[_TEACHER] or 0):
+            cell["trend"] = ""
+    return cells
 
 
-def _task_row(evaluation: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
-    found = [evaluation[model].get("tasks", {}).get(task, {}) for model in MODELS]
-    values = [_number(scores.get(metric)) for scores in found]
-    cells = _cells(values, "share", "points", 1)
-    for cell, scores in zip(cells, found, strict=True):
-        cell["error"] = _number(scores.get(f"{metric}_stderr"))
-    note = {"acc": "accuracy ± standard error", "acc_norm": "accuracy, length-normalised"}[metric]
-    return {"label": task, "note": note, "better": 1, "cells": cells}
+def _cells(values: list[float | None], form: str, difference: str | None, better: int) -> list[dict[str, Any]]:
+    """Write the values of the four models, and their differences to the teacher's."""
+    teacher = values[_TEACHER]
+    cells: list[dict[str, Any]] = []
+    for model, value in zip(MODELS, values, strict=True):
+        cell = {"value": value, "text": FORMS[form](value), "difference": "", "trend": ""}
+        if difference and value is not None and teacher and model != "teacher":
+            cell["difference"] = _difference(value, teacher, difference)
+            gain = (value - teacher) * better
+            cell["trend"] = "better" if gain > 0 else "worse" if gain < 0 else ""
+        cells.append(cell)
+    return cells
 
 
-def _cells(values: list[float | None], form: str, delta: str, better: int) -> list[dict[str, Any]]:
-    """Write values and their differences to the teacher's, which is the second."""
-    teacher = values[1]
-    return [_cell(value, None if place == 1 else teacher, form, delta, better) for place, value in enumerate(values)]
-
-
-def _cell(value: float | None, teacher: float | None, form: str, delta: str, better: int) -> dict[str, Any]:
-    cell: dict[str, Any] = {"value": value, "text": FORMS[form](value), "delta": "", "trend": "", "error": None}
-    if value is None or teacher is None or not delta:
-        return cell
-    difference = value - teacher
-    match delta:
-        case "percent":
-            cell["delta"] = f"{difference / teacher:+.1%}".replace("%", " %") if teacher else ""
+def _difference(value: float, teacher: float, form: str) -> str:
+    match form:
+        case "relative":
+            return f"{signed(100 * (value / teacher - 1), 1)} %"
         case "points":
-            cell["delta"] = f"{100 * difference:+.1f} points"
+            return f"{signed(100 * (value - teacher), 1)} points"
         case "loss":
-            cell["delta"] = f"{difference:+.3f}"
+            return signed(value - teacher, 3)
         case _:
-            cell["delta"] = f"{difference:+.1f}"
-    cell["delta"] = cell["delta"].replace("-", "\N{MINUS SIGN}")
-    cell["trend"] = "" if not difference else "better" if difference * better > 0 else "worse"
-    return cell
+            return signed(value - teacher, 1)
 
 
-def _tasks(evaluation: dict[str, Any]) -> list[str]:
-    return list(evaluation["teacher"].get("tasks", {}))
-
-
-def _comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the bar charts of loss and of accuracy."""
-    splits = {"validation": "validation_loss", "test": "test_loss"}
-    losses = {name: [_number(evaluation[model].get(key)) for key in splits.values()] for model, name in MODELS.items()}
-    figures = [
-        {
-            "title": "Loss, lower is better",
-            "chart": charts.grouped_bars(_spoken("Loss in nats per token", losses, splits), "nats per token", list(splits), losses),
-            "caption": "Mean next-token cross-entropy on text that no model was trained or pruned on.",
-        }
-    ]
-    if tasks := _tasks(evaluation):
-        figures.append(_accuracy(evaluation, tasks))
-    return figures
-
-
-def _accuracy(evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    def read(metric: str) -> dict[str, list[float | None]]:
-        return {
-            name: [_percent(evaluation[model].get("tasks", {}).get(task, {}).get(metric)) for task in tasks]
-            for model, name in MODELS.items()
-        }
-
-    accuracy, errors = read("acc"), read("acc_stderr")
-    label = _spoken("Accuracy in percent", accuracy, tasks)
-    return {
-        "title": "Accuracy on downstream tasks, higher is better",
-        "chart": charts.grouped_bars(label, "accuracy (%)", tasks, accuracy, errors, "{:.1f}"),
-        "caption": "Error bars are one standard error either way: differences within them may be chance.",
-    }
-
-
-def _spoken(title: str, series: dict[str, list[float | None]], groups: Any) -> str:
-    parts = [f"{name} {', '.join(FORMS['loss'](value) for value in values)}" for name, values in series.items()]
-    return f"{title} ({', '.join(groups)}): {'; '.join(parts)}"
-
-
-def _training(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the curves of the training stages that ran."""
-    titles = {"finetune": "Correcting the teacher (finetune)", "distill": "Teaching the student (distill)"}
+def _cuts(pruning: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the sizes of teacher and student."""
+    pairs = [(label, pruning["teacher"][key], pruning["student"][key]) for key, label in _SIZES.items()]
     return [
-        {"title": title, "metrics": records[stage]["metrics"], "figures": _curves(stage, records[stage])}
-        for stage, title in titles.items()
-        if records.get(stage, {}).get("history")
+        {"label": label, "before": before, "after": after, "ratio": after / before} for label, before, after in pairs
     ]
 
 
-def _curves(stage: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    history, metrics = record["history"], record["metrics"]
-    validation, floor = _points(history, "validation_loss"), metrics.get("teacher_validation_loss")
-    label = f"{stage}: validation loss {validation[1][0]:.3f} at step 0, {metrics['validation_loss']:.3f} when kept"
-    label += f"; the teacher's is {floor:.3f}" if floor is not None else ""
-    loss = charts.curves(
-        label, "cross-entropy (nats per token)", _points(history, "cross_entropy"), validation, floor, metrics["best_step"]
-    )
-    figures = [{"title": "Next-token loss, lower is better", "chart": loss, "caption": _loss_caption(history, floor)}]
-    for key, title, axis in (
-        ("kl", "Divergence from the teacher, lower is better", "forward KL (nats per token)"),
-        ("top1_agreement", "Agreement with the teacher, higher is better", "share of tokens"),
-    ):
-        if (points := _points(history, key))[0]:
-            label = f"{stage}: {axis} on training batches, from {points[1][0]:.3f} to {points[1][-1]:.3f}"
-            figures.append({"title": title, "chart": charts.curves(label, axis, points), "caption": _KL_CAPTIONS[key]})
-    return figures
-
-
-_KL_CAPTIONS = {
-    "kl": "What distillation minimises: how far the student's next-token distribution is from the teacher's.",
-    "top1_agreement": "How often student and teacher hold the same next token for the most likely.",
-}
-
-
-def _loss_caption(history: list[dict[str, Any]], floor: float | None) -> str:
-    words = "Training: each batch as it comes. Validation: always the same held-out sequences, step 0 before training."
-    if floor is not None:
-        words += " The dashed line is the teacher's own validation loss: the floor the student is pulled towards."
-    steps = len(_points(history, "cross_entropy")[0])
-    if steps > charts.MOST_POINTS:
-        words += f" Each point is the mean of about {round(steps / charts.MOST_POINTS)} steps."
-    return words
-
-
-def _points(history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    rows = [row for row in history if key in row]
-    return [row["step"] for row in rows], [row[key] for row in rows]
-
-
-def _cuts(pruning: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return what was cut: the sizes of teacher and student."""
-    if pruning is None:
-        return []
-    labels = {
-        "num_hidden_layers": "Layers",
-        "hidden_size": "Hidden channels",
-        "intermediate_size": "MLP channels per layer",
-        "num_attention_heads": "Query heads per layer",
-        "num_key_value_heads": "Key-value groups per layer",
-        "parameters": "Parameters",
-    }
-    pairs = [(key, label, pruning["teacher"][key], pruning["student"][key]) for key, label in labels.items()]
+def _samples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"key": key, "label": label, "before": before, "after": after, "ratio": after / before}
-        for key, label, before, after in pairs
+        {"prompt": prompt, "texts": {model: evaluation[model]["samples"][place].strip() for model in MODELS}}
+        for place, prompt in enumerate(evaluation["prompts"])
     ]
-
-
-def _importance(pruning: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the charts of the scores that the cut was decided by."""
-    if pruning is None or not pruning["scores"]:
-        return []
-    scores, kept = pruning["scores"], pruning["kept"]
-    return [
-        _layers(scores["layers"], kept["layers"], pruning["dropped_layers"]),
-        _hidden(scores["hidden"], kept["hidden"]),
-        _intermediate(scores["intermediate"], kept["layers"], kept["intermediate"]),
-        _heads("Query heads", "query head", scores["heads"], kept["layers"], kept["heads"]),
-        _heads("Key-value groups", "key-value group", scores["key_value"], kept["layers"], kept["key_value"]),
-    ]
-
-
-def _layers(scores: list[float], kept: list[int], dropped: list[int]) -> dict[str, Any]:
-    words = f"dropped: {', '.join(map(str, dropped))}" if dropped else "none was dropped"
-    return {
-        "title": f"Layers: {len(kept)} of {len(scores)} kept",
-        "chart": charts.layers(f"Block influence of {len(scores)} layers; {words}", scores, set(kept)),
-        "caption": "Block influence: how much a layer changes what passes through it (1 − cosine similarity of its "
-        f"input and output, summed over calibration batches). Layers {words}."
-    }
-
-
-def _hidden(scores: list[float], kept: list[int]) -> dict[str, Any]:
-    words = f"{len(kept)} of {len(scores)} kept"
-    held = _held([scores], [kept])
-    return {
-        "title": f"Hidden channels: {words}",
-        "chart": charts.ranked(f"Importance of the hidden channels, sorted; {words}, {held}", scores, kept),
-        "caption": f"One ranking for the whole model, read from the outputs of its norms; {held}.",
-    }
-
-
-def _intermediate(scores: list[list[float]], layers: list[int], kept: list[list[int]]) -> dict[str, Any]:
-    words = f"{len(kept[0])} of {len(scores[0])} kept per layer"
-    held = _held([scores[layer] for layer in layers], kept)
-    label = f"Importance of the MLP channels of {len(scores)} layers, sorted; {words}, {held}"
-    return {
-        "title": f"MLP channels: {words}",
-        "chart": charts.ranked_by_layer(label, scores, layers, len(kept[0])),
-        "caption": f"One row per layer, its channels sorted; brighter is more important. In the layers kept, {held}.",
-    }
-
-
-def _heads(title: str, axis: str, scores: list[list[float]], layers: list[int], kept: list[list[int]]) -> dict[str, Any]:
-    words = f"{len(kept[0])} of {len(scores[0])} kept per layer"
-    held = _held([scores[layer] for layer in layers], kept)
-    label = f"Importance of the {title.lower()} of {len(scores)} layers; {words}, {held}"
-    return {
-        "title": f"{title}: {words}",
-        "chart": charts.cells(label, axis, scores, layers, kept),
-        "caption": f"One row per layer; brighter is more important, a cross marks what was cut. In the layers kept, {held}.",
-    }
-
-
-def _held(scores: list[list[float]], kept: list[list[int]]) -> str:
-    total = sum(map(sum, scores))
-    part = sum(row[index] for row, indices in zip(scores, kept, strict=True) for index in indices)
-    return f"what is kept holds {share(part / total if total else 1.0)} of the score"
 
 
 def _costs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -346,62 +228,7 @@ def _costs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "width": record["seconds"] / longest,
             "memory": record["peak_rss_mb"],
             "gpu": record["peak_gpu_mb"],
-            "tokens": record["metrics"].get("tokens") or record["metrics"].get("calibration_tokens"),
             "speed": record["metrics"].get("tokens_per_second"),
         }
         for stage, record in records.items()
     ]
-
-
-def _number(value: Any) -> float | None:
-    """Return a finite number, or None: lm-eval writes 'N/A' where there is no standard error."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
-
-
-def _percent(value: Any) -> float | None:
-    return None if (number := _number(value)) is None else 100 * number
-
-
-def count(value: float | None) -> str:
-    """Write a count with its magnitude: 134.5 M."""
-    if value is None:
-        return "–"
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1e3 if suffix == 'k' else size):.4g} {suffix}"
-    return f"{value:,.0f}"
-
-
-def share(value: float | None) -> str:
-    """Write a fraction as a percentage."""
-    return "–" if value is None else f"{value:.1%}".replace("%", " %").replace("-", "\N{MINUS SIGN}")
-
-
-def duration(seconds: float | None) -> str:
-    """Write seconds as people say them: 1 min 40 s."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def megabytes(value: float | None) -> str:
-    """Write megabytes as MB or GB."""
-    if value is None:
-        return "–"
-    return f"{value / 1000:.2f} GB" if value >= 1000 else f"{value:.1f} MB"
-
-
-FORMS = {
-    "count": count,
-    "share": share,
-    "duration": duration,
-    "megabytes": megabytes,
-    "loss": lambda value: "–" if value is None else f"{value:.3f}",
-    "decimal": lambda value: "–" if value is None else f"{value:,.1f}",
-}
-"""How a figure is written, by name: what the template's filters are."""

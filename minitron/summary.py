@@ -37,7 +37,7 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
     console.print(_models_table(evaluation))
     console.print(_stages_table(found["stages"]))
     registered = found["registered"]
-    console.print(f"gap closed: {evaluation['gap_closed']:.0%} of the validation loss between pruned and teacher")
+    console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
     console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
     console.print(f"MLflow:     mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
@@ -83,6 +83,10 @@ def _stages_table(stages: dict[str, Any]) -> Table:
     table.add_row("seconds", *(f"{entry['seconds']:.0f}" for entry in stages.values()))
     table.add_row("peak memory, MB", *(f"{entry['peak_rss_mb']:.0f}" for entry in stages.values()))
     return table
+
+
+def _closed(gap: float | None) -> str:
+    return "none to close" if gap is None else f"{gap:.0%} of the validation loss between pruned and teacher"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Rewrite the compiled pipeline beside this file: `python -m minitron.pipelines.co
 """
 
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Optional
 
 from kfp import compiler, dsl, kubernetes
 
@@ -18,6 +18,10 @@ WORKSPACE_SIZE = "200Gi"
 SHARED_MEMORY = "16Gi"
 """Limit of /dev/shm, through which data loaders and NCCL pass tensors; the default of 64 MB ends in a bus error."""
 
+RETRY_PERIOD = "2592000s"
+"""30 days. Kubeflow's "maximum back-off" is Argo's maxDuration, which counts from the first attempt's start and ends the
+last: with the default of an hour, a stage lost in its second hour is not tried again."""
+
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
 """Keys of the optional secret `minitron` that the tasks get as environment variables."""
 
@@ -28,7 +32,7 @@ def _place(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any, image: Any)
     task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
     # A lost spot node: the stage resumes from its checkpoint in the workspace.
-    task.set_retry(num_retries=3, backoff_duration="60s", backoff_factor=2, backoff_max_duration="900s")
+    task.set_retry(3, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
     # Kubeflow's own cache compares addresses, not what lies there; the stages compare content (`caching`).
     task.set_caching_options(False)
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)
@@ -77,7 +81,7 @@ def compress(
     prune_num_attention_heads: Optional[int] = None,
     prune_num_key_value_heads: Optional[int] = None,
     prune_num_hidden_layers: Optional[int] = None,
-    prune_drop_layers: Optional[List[int]] = None,
+    prune_drop_layers: Optional[list[int]] = None,
     prune_calibration_sequences: int = 1024,
     prune_gpus: int = 1,
     distill_micro_batch_size: int = 4,
@@ -101,10 +105,10 @@ def compress(
     distill_gpus: int = 1,
     evaluate_micro_batch_size: int = 4,
     evaluate_evaluation_sequences: int = 640,
-    evaluate_tasks: List[str] = [],
+    evaluate_tasks: list[str] = [],
     evaluate_task_directory: Optional[str] = None,
     evaluate_task_limit: Optional[int] = None,
-    evaluate_prompts: List[str] = ["The history of the city began", "In physics, energy is"],
+    evaluate_prompts: list[str] = ["The history of the city began", "In physics, energy is"],
     evaluate_generation_tokens: int = 48,
     evaluate_gpus: int = 1,
     register_name: str = "minitron",

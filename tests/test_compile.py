@@ -53,7 +53,7 @@ def test_every_task_has_its_image_gpus_memory_retries_and_no_kfp_cache(documents
             resources["resourceCpuRequest"] and resources["resourceMemoryRequest"] and resources["resourceMemoryLimit"]
         )
         assert task["retryPolicy"] == {
-            "maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "900s",
+            "maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "2592000s",
         }  # fmt: skip
         assert not task["cachingOptions"].get("enableCache", False)
         settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{stage}"]

@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 from minitron import components
-from minitron.config import STAGES, parameter_table
+from minitron.config import STAGES, parameter_table, parse
 from minitron.pipelines.compress import compress
 from minitron.presets import compiled_pipeline, pipelines_directory, read_arguments, stage_values
-from minitron.config import parse
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))

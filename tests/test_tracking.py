@@ -174,16 +174,21 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     uri, name = mlflow_file, tmp_path.name
     values = {"output": f"{tmp_path}/out", "teacher": f"{teacher}", "dataset": f"{dataset}", "tracking_uri": uri}
     values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 60}
-    values |= {"checkpoint_interval": 2, "validation_interval": 60, "validation_sequences": 2, "experiment": name}
+    values |= {"checkpoint_interval": 10, "validation_interval": 60, "validation_sequences": 2, "experiment": name}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "minitron.finetune", "--config", str(tmp_path / "finetune.yaml")]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    run = _wait_for_step(uri, name, 3)
+    options: dict[str, Any] = {
+        "cwd": tmp_path,
+        "stderr": subprocess.DEVNULL,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+    }
+    process = subprocess.Popen(command, **options)
+    run = _wait_for_step(uri, name, 12)
     assert run.info.status == "RUNNING"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert [run.info.status for run in _runs(uri, name)] == ["KILLED"]
-    subprocess.run(command, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, **options)
     runs = _runs(uri, name)
     assert [(r.info.run_id, r.info.status) for r in runs] == [(run.info.run_id, "FINISHED")]
     assert max(_steps(uri, run.info.run_id)) == 60
@@ -198,7 +203,7 @@ def _wait_for_step(uri: str, experiment_name: str, step: int) -> Any:
         for run in client.search_runs([experiment.experiment_id]) if experiment else []:
             if max(_steps(uri, run.info.run_id), default=0) >= step:
                 return run
-        time.sleep(0.05)
+        time.sleep(0.02)
     raise TimeoutError(f"step {step} was never logged")
 
 

@@ -213,7 +213,9 @@ class _Report(TrainerCallback):
         numbers = {name: value for name, value in logs.items() if name in LOGGED}
         self._tracker.log(numbers, state.global_step)
         if "loss" in logs:
-            self._bar.set_postfix(step=f"{state.global_step}/{state.max_steps}", loss=f"{logs['loss']:.3f}")
+            self._bar.set_postfix(
+                {"step": f"{state.global_step}/{state.max_steps}", "loss": f"{logs['loss']:.3f}"}, refresh=False
+            )
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any

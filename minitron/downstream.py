@@ -1,0 +1,236 @@
+"""Downstream tasks, asked through lm-eval: from its own catalogue or from local task files, without a network.
+
+Used by `python -m minitron.evaluate --config FILE`.
+
+T = tokens of one forward pass, R = predicted tokens among them, H = hidden size, V = vocabulary.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minitron.config import EvaluateConfig
+from minitron.errors import ConfigError, RunError
+
+FORWARD_TOKENS = {"cpu": 256, "cuda": 2048}
+"""Tokens per forward pass: enough for efficient matrix products, few enough for attention over all of them."""
+
+BATCH_SIZE = 8
+"""Texts per forward pass where a task has the model generate, or has texts longer than its window of attention."""
+
+BOOTSTRAP_ITERATIONS = 100
+"""For the standard error of metrics that are not means; a mean's has a formula."""
+
+_Request = tuple[Any, list[int], list[int]]
+
+
+@contextmanager
+def loaded_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
+    """Give the tasks with their questions, or None; what the datasets library keeps of local files is deleted then.
+
+    Args:
+        config: names the tasks and the directory of their files.
+        directory: gets the temporary files.
+
+    Raises:
+        ConfigError: a task is not known, or the files of a local one cannot be used.
+        RunError: the data of a task of lm-eval's catalogue cannot be fetched.
+    """
+    if not config.tasks:
+        yield None
+    elif config.task_directory is None:
+        yield _load(config, TaskManager(), Path())
+    else:
+        cache = datasets.config.HF_DATASETS_CACHE
+        manager = TaskManager(include_path=str(config.task_directory.absolute()), include_defaults=False)
+        with TemporaryDirectory(dir=directory.absolute()) as temporary:
+            datasets.config.HF_DATASETS_CACHE = Path(temporary)
+            try:
+                yield _load(config, manager, config.task_directory)
+            finally:
+                datasets.config.HF_DATASETS_CACHE = cache
+
+
+def _load(config: EvaluateConfig, manager: TaskManager, directory: Path) -> Any:
+    """Load the tasks in `directory`, which the file names in them are relative to."""
+    if unknown := [name for name in config.tasks if name not in manager.all_tasks]:
+        raise ConfigError(_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
+    try:
+        with chdir(directory):
+            tasks = manager.load(config.tasks)
+            for task in tasks["tasks"].values():
+                task.set_fewshot_seed(config.seed)
+                task.build_all_requests(limit=1, rank=0, world_size=1)  # fails when templates do not fit the data
+    except Exception as error:  # a task file can name anything
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        reason = f"evaluate.tasks: {', '.join(config.tasks)} cannot be asked ({reason}); "
+        if config.task_directory is None:
+            raise RunError(f"{reason}check the network and HF_TOKEN, or give a task_directory") from error
+        raise ConfigError(f"{reason}correct the files in {config.task_directory}") from error
+    return tasks
+
+
+def _unknown_task(name: str, known: list[str], directory: Path | None) -> str:
+    if directory is None:
+        close = " or ".join(difflib.get_close_matches(name, known, n=3)) or "a name that 'lm-eval ls tasks' lists"
+        return f"evaluate.tasks: {name} is not a task of lm-eval; give {close}, or a task_directory of your own"
+    if known:
+        return f"evaluate.tasks: {name} is not a task in {directory}; give one of {', '.join(known)}"
+    return f"evaluate.task_directory: {directory} holds no task; give a directory with lm-eval's .yaml files"
+
+
+def ask(
+    tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, dict[str, float]]:
+    """Put the questions to a model.
+
+    Args:
+        tasks: what `loaded_tasks` gave.
+        model: the model, in eval mode, on the device to compute on.
+        tokenizer: its tokenizer.
+        limit: questions per task; None: all of them.
+
+    Returns:
+        Per task, metrics by name, each with its `_stderr` where it has one; a group stands in place of its tasks.
+    """
+    if tasks is None:
+        return {}
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done here on purpose
+    answerer = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+    found = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
+    assert found is not None  # only a process that is not the first of several gets nothing
+    parts = {part for group in found.get("groups", {}) for part in found["group_subtasks"][group]}
+    numbers = {task: _numbers(row) for task, row in found["results"].items() if task not in parts}
+    return {task: metrics for task, metrics in numbers.items() if metrics}
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Turn lm-eval's keys into names: acc,none is acc; exact_match_stderr,strict is exact_match_strict_stderr."""
+    numbers = {}
+    for key, value in row.items():
+        metric, comma, variant = key.partition(",")
+        if comma and isinstance(value, int | float) and math.isfinite(value):
+            name = metric.removesuffix("_stderr") + ("" if variant == "none" else f"_{variant}")
+            numbers[f"{name}_stderr" if metric.endswith("_stderr") else name] = float(value)
+    return numbers
+
+
+class SharedContextLM(HFLM):
+    """lm-eval's transformers model, except that answers to the same question share one pass over it.
+
+    Tokens are laid out as question, answer, answer, …, question, answer, …; an answer sees its question and itself,
+    at the positions it would have alone, and logits are computed for answers only.
+    """
+
+    def _loglikelihood_tokens(
+        self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of every continuation, and whether it is the greedy one."""
+        window = min(self.max_length, getattr(self.config, "sliding_window", None) or self.max_length)
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        long = []
+        for index, (_, context, continuation) in enumerate(requests):
+            if len(context) + len(continuation) - 1 > window:
+                long.append(index)  # truncation and sliding windows are left to the library
+            else:
+                by_context.setdefault(tuple(context), []).append(index)
+        answers: dict[int, tuple[float, bool]] = {}
+        if long:
+            beyond = super()._loglikelihood_tokens([requests[index] for index in long], disable_tqdm, override_bs)
+            answers = dict(zip(long, beyond, strict=True))
+        with tqdm(total=len(requests), desc="answers", unit="answer", disable=disable_tqdm) as bar:
+            for groups in _batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)):
+                answers |= self._forward(requests, groups)
+                bar.update(sum(map(len, groups)))
+        return [answers[index] for index in range(len(requests))]
+
+    def _forward(self, requests: list[_Request], groups: list[list[int]]) -> dict[int, tuple[float, bool]]:
+        """Score the answers to a few questions in one pass; a group is the requests with one context."""
+        layout = _Layout(requests, groups)
+        tokens_T, mask_TT, positions_T = (part.to(self.device) for part in layout.inputs(self.model.dtype))
+        states = self.model.model(
+            input_ids=tokens_T[None], attention_mask=mask_TT[None, None], position_ids=positions_T[None], use_cache=False
+        )
+        states_RH = states.last_hidden_state[0, layout.rows]
+        log_p_RV = self.model.get_output_embeddings()(states_RH).float().log_softmax(-1)
+        targets_R = torch.tensor(layout.targets, device=self.device)
+        log_likelihoods = log_p_RV.gather(1, targets_R[:, None])[:, 0].tolist()
+        greedy = (log_p_RV.argmax(-1) == targets_R).tolist()
+        answers = {index: (0.0, True) for group in groups for index in group}
+        for index, log_likelihood, agrees in zip(layout.owners, log_likelihoods, greedy, strict=True):
+            total, all_agree = answers[index]
+            answers[index] = total + log_likelihood, all_agree and agrees
+        return answers
+
+
+class _Layout:
+    """Where the tokens of questions and answers lie in one sequence.
+
+    Attributes:
+        rows: positions in the sequence whose logits predict an answer's token.
+        targets: those tokens.
+        owners: the requests they belong to.
+    """
+
+    def __init__(self, requests: list[_Request], groups: list[list[int]]) -> None:
+        self.rows: list[int] = []
+        self.targets: list[int] = []
+        self.owners: list[int] = []
+        self._tokens: list[int] = []
+        self._places: list[tuple[int, int, int]] = []  # question, answer (0: the question itself), position
+        for question, group in enumerate(groups):
+            context = requests[group[0]][1]
+            self._add(context, question, 0, 0)
+            last = len(self._tokens) - 1
+            for answer, index in enumerate(group, 1):
+                continuation = requests[index][2]
+                start = len(self._tokens)
+                self._add(continuation[:-1], question, answer, len(context))
+                self.rows += [last, *range(start, len(self._tokens))]
+                self.targets += continuation
+                self.owners += [index] * len(continuation)
+
+    def _add(self, tokens: list[int], question: int, answer: int, start: int) -> None:
+        self._tokens += tokens
+        self._places += [(question, answer, start + offset) for offset in range(len(tokens))]
+
+    def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return token ids [T], what is added to the attention scores [T, T], and position ids [T]."""
+        question, answer, position = torch.tensor(self._places).unbind(1)
+        sees = (question[:, None] == question) & (position[:, None] >= position)
+        sees &= (answer == 0) | (answer[:, None] == answer)
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        return torch.tensor(self._tokens), mask, position
+
+
+def _batches(
+    requests: list[_Request], by_context: dict[tuple[int, ...], list[int]], most: int
+) -> Iterator[list[list[int]]]:
+    """Yield groups of requests that together have at most `most` tokens, or one group that has more."""
+    batch: list[list[int]] = []
+    total = 0
+    for context, group in by_context.items():
+        size = len(context) + sum(len(requests[index][2]) - 1 for index in group)
+        if batch and total + size > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(group)
+        total += size
+    if batch:
+        yield batch

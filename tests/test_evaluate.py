@@ -1,0 +1,402 @@
+"""evaluate on real small models: its numbers against plain transformers, its tasks offline, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from minitron import evaluate
+from minitron.checkpoint import save_model
+from minitron.config import EvaluateConfig, parse
+from minitron.data import PackedDataset
+from minitron.errors import ConfigError, RunError
+
+MODELS = ("teacher_before", "teacher", "pruned", "student")
+SEQUENCES = 6
+PROMPTS = ["bako dilu", "a b"]
+TASK = "tiny_continuation"
+
+
+def save_llama(like: Path, directory: Path, layers: int, seed: int) -> Path:
+    """Save a random model of the tiny teacher's shape with fewer layers; large weights, so that models disagree."""
+    config = LlamaConfig.from_pretrained(like)
+    config.num_hidden_layers, config.initializer_range = layers, 0.2
+    torch.manual_seed(seed)
+    save_model(LlamaForCausalLM(config), directory, tokenizer_from=like)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def job(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Four different models, and everything evaluate does with them."""
+    base, root = inputs["teacher"], tmp_path_factory.mktemp("models")
+    return {
+        "teacher_before": str(base),
+        "teacher": save_llama(base, root / "teacher", 4, seed=1),
+        "pruned": save_llama(base, root / "pruned", 3, seed=2),
+        "student": save_llama(base, root / "student", 2, seed=3),
+        "dataset": dataset,
+        "sequence_length": 32,
+        "micro_batch_size": 4,
+        "evaluation_sequences": SEQUENCES,
+        "tasks": [TASK],
+        "task_directory": inputs["evaluate_task_directory"],
+        "task_limit": 15,
+        "prompts": PROMPTS,
+        "generation_tokens": 5,
+    }
+
+
+@pytest.fixture(scope="module")
+def result(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("evaluate") / "evaluation"
+    evaluate.run(EvaluateConfig(output=output, **job))
+    return output
+
+
+@pytest.fixture(scope="module")
+def found(result: Path) -> dict[str, Any]:
+    return json.loads((result / "evaluation.json").read_text())
+
+
+def logits(directory: Path | str, rows: Tensor) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=rows).logits
+
+
+def split(dataset: Path, name: str) -> tuple[Tensor, Tensor]:
+    """The first sequences of a split, as PackedDataset (tested apart) gives them: inputs and next tokens [N, S]."""
+    packed = PackedDataset(dataset / name, 32, seed=1234)
+    items = [packed[index] for index in range(SEQUENCES)]
+    return torch.stack([item["input_ids"] for item in items]), torch.stack([item["labels"] for item in items])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_are_those_of_plain_transformers(model: str, job: dict[str, Any], found: dict[str, Any]) -> None:
+    for name in ("validation", "test"):
+        rows, labels = split(job["dataset"], name)
+        expected = F.cross_entropy(logits(job[model], rows).flatten(0, 1), labels.flatten())
+        assert found[model][f"{name}_loss"] == pytest.approx(expected.item(), abs=1e-4)
+        if name == "validation":
+            assert found[model]["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_closeness_to_the_teacher_is_that_of_plain_pytorch(
+    model: str, job: dict[str, Any], found: dict[str, Any]
+) -> None:
+    rows, _ = split(job["dataset"], "validation")
+    guide, own = (logits(job[name], rows).flatten(0, 1).log_softmax(-1) for name in ("teacher", model))
+    kl = F.kl_div(own, guide, reduction="batchmean", log_target=True)
+    assert found[model]["kl"] == pytest.approx(kl.item(), abs=1e-4)
+    agreement = (own.argmax(-1) == guide.argmax(-1)).double().mean()
+    assert found[model]["top1_agreement"] == pytest.approx(agreement.item(), abs=1e-9)
+    assert (found[model]["kl"] > 0.1) == (model != "teacher")
+
+
+def likelihood(model: Any, tokenizer: Any, question: str, choice: str) -> float:
+    """The log probability of " choice" after the question, which lm-eval joins by one space."""
+    context = tokenizer(question)["input_ids"]
+    answer = tokenizer(f"{question} {choice}")["input_ids"][len(context) :]
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([context + answer])).logits[0].log_softmax(-1)
+    return sum(scores[len(context) + place - 1, token].item() for place, token in enumerate(answer))
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_task_accuracy_is_that_of_an_independent_count(
+    model: str, job: dict[str, Any], found: dict[str, Any]
+) -> None:
+    network, tokenizer = (cls.from_pretrained(job[model]) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    rows = (job["task_directory"] / f"{TASK}.jsonl").read_text().splitlines()[: job["task_limit"]]
+    right, right_per_character = [], []
+    for row in map(json.loads, rows):
+        scores = [likelihood(network, tokenizer, row["question"], choice) for choice in row["choices"]]
+        per_character = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        right.append(float(scores.index(max(scores)) == row["label"]))
+        right_per_character.append(float(per_character.index(max(per_character)) == row["label"]))
+    expected = {}
+    for metric, hits in (("acc", right), ("acc_norm", right_per_character)):
+        mean = sum(hits) / len(hits)
+        deviation = (sum((hit - mean) ** 2 for hit in hits) / (len(hits) - 1)) ** 0.5
+        expected |= {metric: mean, f"{metric}_stderr": deviation / len(hits) ** 0.5}
+    assert 0 < expected["acc"] < 1
+    assert found[model]["tasks"] == {TASK: pytest.approx(expected, abs=1e-9)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_samples_are_greedy_continuations(model: str, job: dict[str, Any], found: dict[str, Any]) -> None:
+    network, tokenizer = (cls.from_pretrained(job[model]) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    expected = []
+    for prompt in PROMPTS:
+        start = tokenizer(prompt)["input_ids"]
+        tokens = list(start)
+        while len(tokens) < len(start) + 5 and tokens[-1:] != [tokenizer.eos_token_id]:
+            with torch.no_grad():
+                tokens.append(network(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
+        expected.append(tokenizer.decode(tokens[len(start) :], skip_special_tokens=True))
+    assert found[model]["samples"] == expected
+    assert found[model]["generation_tokens_per_second"] > 0
+
+
+def test_sizes_gap_and_circumstances(job: dict[str, Any], found: dict[str, Any]) -> None:
+    for model in MODELS:
+        network = AutoModelForCausalLM.from_pretrained(job[model], dtype=torch.float32)
+        count = sum(parameter.numel() for parameter in network.parameters())
+        assert found[model]["parameters"] == count
+        assert found[model]["weights_mb"] == pytest.approx(4 * count / 2**20, rel=0.01)
+    pruned, student, teacher = (found[name]["validation_loss"] for name in ("pruned", "student", "teacher"))
+    expected = (pruned - student) / (pruned - teacher) if pruned > teacher else None
+    assert found["gap_closed"] == (expected and pytest.approx(expected))
+    assert found["sequences"] == {"validation": SEQUENCES, "test": SEQUENCES}
+    assert found["prompts"] == PROMPTS
+
+
+def test_the_gap_is_the_share_of_the_damage_that_was_repaired() -> None:
+    assert evaluate.gap_closed(pruned=4.0, student=3.25, teacher=3.0) == pytest.approx(0.75)
+    assert evaluate.gap_closed(pruned=4.0, student=4.5, teacher=3.0) == pytest.approx(-0.5)
+    assert evaluate.gap_closed(pruned=3.0, student=2.5, teacher=3.0) is None
+
+
+def test_the_layout_of_evaluation_json(found: dict[str, Any]) -> None:
+    assert set(found) == {*MODELS, "gap_closed", "sequences", "prompts"}
+    for model in MODELS:
+        assert set(found[model]) == {
+            "parameters", "validation_loss", "test_loss", "perplexity", "kl", "top1_agreement", "tasks",
+            "generation_tokens_per_second", "weights_mb", "samples",
+        }  # fmt: skip
+
+
+def test_the_record_has_every_number_under_one_name(result: Path, found: dict[str, Any]) -> None:
+    metrics = json.loads((result / "stage.json").read_text())["metrics"]
+    assert metrics["student_kl"] == found["student"]["kl"]
+    assert metrics["pruned_test_loss"] == found["pruned"]["test_loss"]
+    assert metrics[f"teacher_before_{TASK}_acc"] == found["teacher_before"]["tasks"][TASK]["acc"]
+    assert metrics["parameters_ratio"] == found["student"]["parameters"] / found["teacher"]["parameters"]
+    assert metrics.get("gap_closed") == found["gap_closed"]
+    assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_only_the_result_is_left(result: Path) -> None:
+    assert sorted(path.name for path in result.parent.rglob("*")) == [
+        "evaluation", "evaluation.json", "report.html", "stage.json",
+    ]  # fmt: skip
+
+
+def test_models_with_equal_weights_are_measured_once(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pruned model stands in for student too, in another directory; every forward pass of a model is counted."""
+    copy = save_llama(Path(job["teacher_before"]), tmp_path / "copy", 3, seed=2)
+    calls: list[int] = []
+    forward = LlamaForCausalLM.forward
+
+    def counted(self: LlamaForCausalLM, *arguments: Any, **named: Any) -> Any:
+        calls.append(self.config.num_hidden_layers)
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    output = tmp_path / "out"
+    settings = job | {"student": copy, "teacher": Path(job["teacher_before"]), "prompts": ["a b"]}
+    evaluate.run(EvaluateConfig(output=output, **settings))
+    found = json.loads((output / "evaluation.json").read_text())
+    assert found["teacher"] == found["teacher_before"] and found["student"] == found["pruned"]
+    assert found["teacher"] != found["student"] and found["teacher"]["kl"] == 0
+    task_passes, generated = 4, 1 + 5  # 15 questions with two answers, 8 at a time; a first token, then five
+    assert {layers: calls.count(layers) for layers in set(calls)} == dict.fromkeys((4, 3), task_passes + generated)
+
+
+def test_generation_is_greedy_whatever_the_model_asks_for(
+    job: dict[str, Any], found: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A generation_config.json that samples changes neither the samples nor brings warnings."""
+    student = save_llama(Path(job["teacher_before"]), tmp_path / "student", 2, seed=3)
+    settings = json.loads((student / "generation_config.json").read_text())
+    wild = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "repetition_penalty": 3.0}
+    (student / "generation_config.json").write_text(json.dumps(settings | wild))
+    script = (
+        "from pathlib import Path\nfrom minitron import evaluate\nfrom minitron.config import EvaluateConfig\n"
+        f"evaluate.run(EvaluateConfig(**{ {**job, 'student': student, 'output': tmp_path / 'out'}!r}))"
+    ).replace("PosixPath", "Path")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert again["student"]["samples"] == found["student"]["samples"]
+    noise = [line for line in done.stderr.splitlines() if "arn" in line.lower() and "%|" not in line]
+    assert noise == []
+    assert done.stderr.count("student: tasks") and "Running loglikelihood" not in done.stderr
+
+
+def test_without_tasks_and_test_documents(job: dict[str, Any], tmp_path: Path) -> None:
+    """What there is nothing of is left empty: no task, and a corpus without a test split."""
+    from minitron.data import IndexedWriter
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in Path(job["dataset"]).iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    IndexedWriter(data / "test", 512).close()
+    settings = job | {"dataset": data, "tasks": [], "task_directory": None, "prompts": ["a"]}
+    record = evaluate.run(EvaluateConfig(output=tmp_path / "out", **settings))
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert all(found[model]["test_loss"] is None and found[model]["tasks"] == {} for model in MODELS)
+    assert found["sequences"] == {"validation": SEQUENCES, "test": 0}
+    assert "student_test_loss" not in record["metrics"]
+
+
+def write_task(directory: Path, rows: str, **changes: Any) -> Path:
+    """Write a task of one question's shape under the name `own`."""
+    directory.mkdir()
+    (directory / "own.jsonl").write_text(rows)
+    task = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "own.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (directory / "own.yaml").write_text(yaml.safe_dump(task | changes))
+    return directory
+
+
+ROW = '{"question": "a b", "choices": ["c", "d"], "label": 1}\n'
+
+
+def refused(job: dict[str, Any], output: Path, **changes: Any) -> str:
+    """Run a job that must be refused before a model is loaded, leaving nothing behind; return the message."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(ConfigError) as caught:
+        evaluate.run(EvaluateConfig(output=output, **job | changes))
+    assert sorted(output.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> None:
+        raise AssertionError(f"{path} was loaded")
+
+    monkeypatch.setattr(evaluate, "_load", load)
+
+
+@pytest.mark.usefixtures("no_model")
+class TestRefusedBeforeAModelIsLoaded:
+    def test_an_unknown_task(self, job: dict[str, Any], tmp_path: Path) -> None:
+        message = refused(job, tmp_path / "out", tasks=["tiny_continuatoin"])
+        assert message == (
+            f"evaluate.tasks: tiny_continuatoin is not in {job['task_directory']}; choose from tiny_continuation"
+        )
+
+    def test_a_task_that_the_harness_does_not_have(self, job: dict[str, Any], tmp_path: Path) -> None:
+        message = refused(job, tmp_path / "out", tasks=["helaswag"], task_directory=None)
+        assert message.startswith("evaluate.tasks: helaswag is not a task of lm-eval; did you mean hellaswag")
+
+    def test_a_directory_without_tasks(self, job: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        message = refused(job, tmp_path / "out", task_directory=tmp_path / "empty")
+        assert message == (
+            f"evaluate.task_directory: no task file in {tmp_path / 'empty'}; give a directory of lm-eval's .yaml files"
+        )
+
+    def test_a_missing_directory(self, job: dict[str, Any], tmp_path: Path) -> None:
+        message = refused(job, tmp_path / "out", task_directory=tmp_path / "none")
+        assert message.startswith(f"{tmp_path / 'none'}: no such file or directory")
+
+    def test_a_missing_data_file(self, job: dict[str, Any], tmp_path: Path) -> None:
+        tasks = write_task(tmp_path / "tasks", ROW)
+        (tasks / "own.jsonl").unlink()
+        message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+        assert message.startswith("evaluate.tasks: own not loaded (FileNotFoundError: ")
+        assert "own.jsonl" in message and message.endswith(f"correct the files in {tasks}")
+
+    @pytest.mark.parametrize(
+        ("rows", "changes", "named"),
+        [
+            (ROW, {"doc_to_text": "{{query}}"}, "query"),
+            (ROW, {"doc_to_choice": "{{options}}"}, "options"),
+            (ROW, {"test_split": "dev"}, "dev"),
+            ("not JSON\n", {}, "JSON"),
+        ],
+    )
+    def test_a_task_that_does_not_fit_its_data(
+        self, rows: str, changes: dict[str, Any], named: str, job: dict[str, Any], tmp_path: Path
+    ) -> None:
+        tasks = write_task(tmp_path / "tasks", rows, **changes)
+        message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+        assert message.startswith("evaluate.tasks: own not loaded (") and named in message
+
+    def test_a_local_task_with_data_on_a_hub_is_not_fetched(self, job: dict[str, Any], tmp_path: Path) -> None:
+        tasks = write_task(tmp_path / "tasks", ROW, dataset_path="org/name", dataset_kwargs={})
+        message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+        assert "offline" in message.lower() or "org/name" in message
+
+    def test_a_tokenizer_of_another_model(self, job: dict[str, Any], tmp_path: Path) -> None:
+        other = save_llama(Path(job["teacher_before"]), tmp_path / "other", 1, seed=4)
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": None}, indent=1))
+        message = refused(job, tmp_path / "out", pruned=other)
+        assert message.startswith(f"{other}: tokenizer ") and str(job["dataset"]) in message
+
+    def test_sequences_longer_than_a_model_takes(self, job: dict[str, Any], tmp_path: Path) -> None:
+        message = refused(job, tmp_path / "out", sequence_length=257)
+        assert message == (
+            "evaluate.sequence_length: 257 is above max_position_embeddings 256 of teacher_before "
+            f"{job['teacher_before']}; choose at most 256"
+        )
+
+    def test_a_split_shorter_than_a_sequence(self, job: dict[str, Any], tmp_path: Path) -> None:
+        from minitron.data import IndexedWriter
+
+        data = tmp_path / "data"
+        data.mkdir()
+        for path in Path(job["dataset"]).iterdir():
+            (data / path.name).write_bytes(path.read_bytes())
+        writer = IndexedWriter(data / "test", 512)
+        writer.add([[5, 6, 1]])
+        writer.close()
+        message = refused(job, tmp_path / "out", dataset=data)
+        assert message.startswith(f"{data / 'test'}: 3 tokens are fewer than one sequence of 32 + 1")
+
+    @pytest.mark.parametrize("prompts", [[], [""]])
+    def test_no_prompt(self, prompts: list[str], job: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"evaluate\.prompts"):
+            parse("evaluate", job | {"prompts": prompts, "output": tmp_path / "out"})
+
+
+def test_damaged_weights_end_the_run_and_leave_nothing(job: dict[str, Any], tmp_path: Path) -> None:
+    broken = save_llama(Path(job["teacher_before"]), tmp_path / "broken", 1, seed=5)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RunError, match="weights cannot be read"):
+        evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"student": broken}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_nothing_is_cached_in_the_home_directory(job: dict[str, Any], tmp_path: Path) -> None:
+    """The command, with an empty Hugging Face home and no way out: it stays empty, and a second run returns at once."""
+    config = tmp_path / "evaluate.yaml"
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in job.items()}
+    config.write_text(yaml.safe_dump(settings | {"output": str(tmp_path / "out")}))
+    nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "HTTP", "HTTPS")}
+    environment = os.environ | nowhere | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "minitron.evaluate", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    before = (tmp_path / "out" / "stage.json").stat().st_mtime_ns
+    assert evaluate.run(EvaluateConfig(output=tmp_path / "out", **job))["stage"] == "evaluate"
+    assert (tmp_path / "out" / "stage.json").stat().st_mtime_ns == before

@@ -1,0 +1,103 @@
+"""The rules between layers of docs/architecture.md, read from the sources' import statements."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from minitron.config import STAGES
+
+REPOSITORY = Path(__file__).parent.parent
+LIBRARY = sorted(path for path in (REPOSITORY / "minitron").rglob("*.py"))
+COMPONENTS = sorted((REPOSITORY / "components").glob("*.py"))
+PIPELINES = sorted((REPOSITORY / "pipelines").glob("*.py"))
+TRAINING = {"torch", "transformers", "nemo", "megatron", "mlflow"}
+
+
+def imported(source: str, module_level_only: bool = False) -> set[str]:
+    """Return the dotted names that a source imports: `from a import b` counts as a and as a.b."""
+    tree = ast.parse(source)
+    names = set()
+    for node in tree.body if module_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide a layer; import by the full name"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path.read_text())}
+
+
+def within(names: set[str], module: str) -> set[str]:
+    return {name for name in names if name == module or name.startswith(f"{module}.")}
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_every_form_of_import_is_seen() -> None:
+    source = "import a.b as c\nfrom d import e\ndef f():\n    from g.h import i\n    import j"
+    assert imported(source) == {"a.b", "d", "d.e", "g.h", "g.h.i", "j"}
+    assert imported(source, module_level_only=True) == {"a.b", "d", "d.e"}
+
+
+def test_the_sources_are_where_this_test_looks() -> None:
+    assert {path.stem for path in LIBRARY} > set(STAGES) | {"config", "cli", "tracking", "storage", "hf"}
+    assert {path.stem for path in COMPONENTS} == set(STAGES) | {"__init__", "images"}
+    assert "compress" in {path.stem for path in PIPELINES}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=label)
+def test_the_library_knows_neither_kubeflow_nor_the_layers_above(path: Path) -> None:
+    names = imported(path.read_text())
+    assert not within(names, "minitron.components") | within(names, "minitron.pipelines")
+    if path.name != "cli.py":
+        assert not packages(path) & {"kfp", "kfp_kubernetes", "kubernetes"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_no_other_stage(stage: str) -> None:
+    names = imported((REPOSITORY / "minitron" / f"{stage}.py").read_text())
+    assert not {other for other in STAGES if other != stage and within(names, f"minitron.{other}")}
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.stem not in STAGES], ids=label)
+def test_what_the_stages_share_imports_no_stage(path: Path) -> None:
+    names = imported(path.read_text())
+    assert not {stage for stage in STAGES if within(names, f"minitron.{stage}")}
+
+
+@pytest.mark.parametrize(("package", "owner"), [("mlflow", "tracking.py"), ("google", "storage.py")])
+def test_a_service_has_one_user(package: str, owner: str) -> None:
+    users = {label(path) for path in [*LIBRARY, *COMPONENTS, *PIPELINES] if package in packages(path)}
+    assert users <= {f"minitron/{owner}"}
+
+
+@pytest.mark.parametrize("name", ["config.py", "errors.py", "storage.py", "results.py", "stage.py", "presets.py"])
+def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
+    assert not packages(REPOSITORY / "minitron" / name) & TRAINING
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=label)
+def test_a_component_imports_kfp_its_image_and_in_its_body_the_stage(path: Path) -> None:
+    source = path.read_text()
+    minitron = within(imported(source, module_level_only=True), "minitron")
+    allowed = within(minitron, "minitron.components") | within(minitron, "minitron.config")
+    assert minitron - allowed <= {"minitron", "minitron.__version__"}
+    assert packages(path) <= {"kfp", "minitron", "typing", "shutil"}
+    if path.stem in STAGES:
+        assert imported(source) - imported(source, module_level_only=True) - {"shutil"} == {
+            "minitron.stage",
+            "minitron.stage.launch",
+        }
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=label)
+def test_a_pipeline_imports_kfp_and_the_components(path: Path) -> None:
+    minitron = within(imported(path.read_text()), "minitron")
+    assert minitron <= within(minitron, "minitron.components") | within(minitron, "minitron.config")
+    assert packages(path) <= {"kfp", "minitron", "pathlib", "typing"}

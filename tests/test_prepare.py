@@ -1,0 +1,571 @@
+"""prepare on small real corpora: what counts as a document, the splits, the tokens, and input that is refused."""
+
+import gzip
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from minitron import prepare, storage
+from minitron.checkpoint import load_tokenizer
+from minitron.config import PrepareConfig, parse
+from minitron.corpus import Corpus
+from minitron.data import MANIFEST, SPLITS, IndexedDataset, check_tokenizer
+from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.prepare import Selection, normalise, split_of
+from minitron.tracking import Tracker
+
+WIKITEXT = """
+ = Robert Boulter = 
+
+ Robert Boulter is an English film , television and theatre actor .
+
+ = = Career = = 
+
+ In 2006 , Boulter starred in the play Citizenship . Here = is an equals sign .
+ = 1 / s and a formula = 
+
+ = = = 2000 – 2005 = = = 
+
+ In 2000 Boulter had a guest role .
+
+ = 2 + 2 = 5 = 
+
+ A slogan .
+"""
+ARTICLES = [
+    """ = Robert Boulter =
+
+ Robert Boulter is an English film , television and theatre actor .
+
+ = = Career = =
+
+ In 2006 , Boulter starred in the play Citizenship . Here = is an equals sign .
+ = 1 / s and a formula =
+
+ = = = 2000 – 2005 = = =
+
+ In 2000 Boulter had a guest role .""",
+    """ = 2 + 2 = 5 =
+
+ A slogan .""",
+]
+
+
+def documents_of(address: Path, field: str = "text") -> list[str]:
+    return [text for raw in Corpus(str(address), field) if (text := normalise(raw))]
+
+
+def json_lines(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def words(count: int, seed: int = 0) -> list[str]:
+    """Distinct short documents that a 512-token vocabulary has to spell."""
+    rng = random.Random(seed)
+    return [f"{number} " + " ".join(rng.choices(["alpha", "beta", "γάμμα", "δ"], k=9)) for number in range(count)]
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.fixture
+def prepared(teacher: Path, tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Run prepare; return the directory, the manifest and the metrics."""
+
+    def run(corpus: Path | str, name: str = "dataset", **settings: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+        output = tmp_path / name
+        shares = {"validation_fraction": 0.1, "test_fraction": 0.1}
+        values = {"corpus": str(corpus), "teacher": str(teacher), "output": output} | shares | settings
+        record = prepare.run(PrepareConfig(**values))
+        return output, json.loads((output / MANIFEST).read_text()), record["metrics"]
+
+    return run
+
+
+def decoded(directory: Path, teacher: Path) -> dict[str, list[str]]:
+    """The documents of every split, decoded; each must end with the one EOS it has."""
+    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    eos = tokenizer.token_to_id("</s>")
+    texts: dict[str, list[str]] = {}
+    for split in SPLITS:
+        read = IndexedDataset(directory / split)
+        documents = [read[index].tolist() for index in range(len(read))]
+        assert all(ids.index(eos) == len(ids) - 1 for ids in documents)
+        texts[split] = [tokenizer.decode(ids[:-1]) for ids in documents]
+    return texts
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
+    texts = words(300)
+    records = json_lines(texts)
+    array = json.dumps([{"text": text, "id": number} for number, text in enumerate(texts)], ensure_ascii=False)
+    contents = {
+        "a.jsonl": records.encode(),
+        "a.jsonl.gz": gzip.compress(records.encode()),
+        "a.jsonl.zst": zstandard.compress(records.encode()),
+        "a.json": array.encode(),
+        "a.JSON.gz": gzip.compress(json.dumps([{"text": text} for text in texts], indent=2).encode()),
+        "a.txt": "\n\n".join(texts).encode(),
+        "windows.txt": b"\xef\xbb\xbf" + "\r\n \r\n\r\n".join(texts).encode(),
+    }
+    for name, content in contents.items():
+        assert documents_of(written(tmp_path / name, content)) == texts, name
+    table = pyarrow.table({"id": list(range(300)), "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    assert documents_of(tmp_path / "a.parquet") == texts
+
+
+def test_a_directory_is_read_recursively_in_the_order_of_names(tmp_path: Path) -> None:
+    written(tmp_path / "b" / "2.jsonl", json_lines(["four"]))
+    written(tmp_path / "b" / "1.txt", "two\nlines of it\n\nthree")
+    written(tmp_path / "a.jsonl", json_lines(["one"]))
+    written(tmp_path / "c.jsonl.gz", gzip.compress(json_lines(["five"]).encode()))
+    written(tmp_path / "README.md", "not a document")
+    written(tmp_path / ".hidden.txt", "not a document")
+    assert documents_of(tmp_path) == ["one", "two\nlines of it", "three", "four", "five"]
+
+
+def test_articles_of_wikitext_in_a_text_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "wiki.train.txt", WIKITEXT)
+    assert documents_of(path) == ARTICLES
+    assert all(map(normalise, Corpus(str(path), "text"))), "the blank line before the first title is no document"
+
+
+def test_articles_of_wikitext_whose_lines_are_records(tmp_path: Path) -> None:
+    lines = WIKITEXT.splitlines(keepends=True)
+    parquet.write_table(pyarrow.table({"text": lines}), tmp_path / "train.parquet", row_group_size=3)
+    assert documents_of(tmp_path / "train.parquet") == ARTICLES
+    assert documents_of(written(tmp_path / "train.jsonl", json_lines([line.strip() for line in lines]))) == [
+        "\n".join(line.strip() for line in article.splitlines()) for article in ARTICLES
+    ]
+
+
+@pytest.mark.parametrize("end", [6, 7, 12])
+def test_an_article_may_reach_over_the_end_of_a_file(end: int, tmp_path: Path) -> None:
+    # The second shard begins in the middle of the first article: with a blank line, after one, in the last section.
+    lines = WIKITEXT.replace(" = 1 / s and a formula = \n", "").splitlines(keepends=True)
+    for name, part in (("train-0.parquet", lines[:end]), ("train-1.parquet", lines[end:])):
+        parquet.write_table(pyarrow.table({"text": part}), tmp_path / name)
+    assert documents_of(tmp_path) == [ARTICLES[0].replace("\n = 1 / s and a formula =", ""), ARTICLES[1]]
+
+
+def test_wikitext_without_blank_lines(tmp_path: Path) -> None:
+    lines = [line for line in WIKITEXT.splitlines() if line.strip() and "formula" not in line]
+    texts = [article.replace("\n = 1 / s and a formula =", "").replace("\n\n", "\n") for article in ARTICLES]
+    assert documents_of(written(tmp_path / "a.txt", "\n".join(lines))) == texts
+
+
+def test_records_of_other_texts_stay_documents(tmp_path: Path) -> None:
+    texts = ["x = 1", "a\n\n = Title =\n\nb", "= = Section = =", "one line"]
+    assert documents_of(written(tmp_path / "a.jsonl", json_lines(texts))) == texts
+
+
+def test_a_json_array_is_read_in_pieces(tmp_path: Path) -> None:
+    # Longer than what is read at once, with braces, quotes and escapes where a piece may end.
+    texts = [f'{number} {{"a": [1, "\\", ü€𝄞\\u00e9]}}' * 40 for number in range(2000)]
+    for ascii_only in (True, False):
+        content = json.dumps([{"text": text, "n": 1.5e3} for text in texts], ensure_ascii=ascii_only)
+        assert len(content) > 2 << 20
+        assert documents_of(written(tmp_path / "a.json", content)) == texts
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("Cafe\u0301", "Café"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("a  \nb\t \n\n", "a\nb"),
+        ("\n\n  indented", "  indented"),
+        ("a\x00b\x1b[0m\x7f\x85c\td", "ab[0mc\td"),
+        ("half \ud83d of a pair", "half  of a pair"),
+        (" \n\t\r\n", ""),
+    ],
+)
+def test_normalise(raw: str, expected: str) -> None:
+    assert normalise(raw) == expected
+    assert normalise(expected) == expected
+    assert unicodedata.is_normalized("NFC", expected)
+
+
+# --- the dataset -------------------------------------------------------------------------------------------------
+
+
+def test_the_dataset_is_what_its_manifest_says(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
+    texts = words(400)
+    noisy = [texts[0] + "  \r\n", texts[1], "", *texts, " \n", "\x00", texts[5]]
+    directory, manifest, metrics = prepared(written(tmp_path / "a.jsonl", json_lines(noisy)), licence="CC0-1.0")
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    by_split = decoded(directory, teacher)
+    assert sorted(text for split in SPLITS for text in by_split[split]) == sorted(texts)  # complete, and disjoint
+    for split, documents in by_split.items():
+        expected = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents)
+        assert manifest["tokens"][split] == metrics[f"{split}_tokens"] == expected
+        assert manifest["documents"][split] == metrics[f"{split}_documents"] == len(documents)
+        assert manifest["characters"][split] == sum(map(len, documents))
+        assert manifest["sha256"][split] == sha256((directory / f"{split}.bin").read_bytes()).hexdigest()
+    assert 20 <= len(by_split["validation"]) <= 60  # 40 expected, standard deviation 6
+    assert 20 <= len(by_split["test"]) <= 60
+    assert (manifest["duplicates"], manifest["empty"]) == (metrics["duplicates"], metrics["empty"]) == (3, 3)
+    assert metrics["documents"] == 400
+    assert metrics["tokens_per_second"] > 0
+    assert manifest["tokenizer_sha256"] == sha256((teacher / "tokenizer.json").read_bytes()).hexdigest()
+    assert {key: manifest[key] for key in ("vocab_size", "eos_token_id", "licence", "seed")} == {
+        "vocab_size": 512,
+        "eos_token_id": 1,
+        "licence": "CC0-1.0",
+        "seed": 1234,
+    }
+    check_tokenizer(directory, teacher)
+
+
+def test_the_split_of_a_document_depends_on_its_text_and_the_seed_alone(
+    prepared: Callable, teacher: Path, tmp_path: Path
+) -> None:
+    texts = words(300)
+    plain = written(tmp_path / "a.jsonl", json_lines(texts))
+    shuffled = written(tmp_path / "b" / "b.txt", "\n\n".join(random.Random(1).sample(texts, 300)) + "\n\nanother one")
+    one, two, three = (
+        decoded(prepared(corpus, name, seed=seed)[0], teacher)
+        for corpus, name, seed in ((plain, "one", 1), (shuffled, "two", 1), (plain, "three", 2))
+    )
+    for split in SPLITS:
+        assert set(two[split]) - {"another one"} == set(one[split])
+        assert set(three[split]) != set(one[split])
+
+
+def test_the_same_run_gives_the_same_bytes(prepared: Callable, tmp_path: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", json_lines(words(300)))
+    (one, first, _), (two, second, _) = prepared(corpus, "one"), prepared(corpus, "two")
+    assert first == second
+    for split in SPLITS:
+        assert (one / f"{split}.idx").read_bytes() == (two / f"{split}.idx").read_bytes()
+
+
+def test_a_second_run_returns_at_once(prepared: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = written(tmp_path / "a.jsonl", json_lines(words(300)))
+    directory, _, _ = prepared(corpus)
+    before = (directory / "train.bin").stat().st_mtime_ns
+    prepared(corpus)
+    assert "is already in" in capsys.readouterr().out
+    assert (directory / "train.bin").stat().st_mtime_ns == before
+
+
+def test_a_split_that_is_not_asked_for_is_empty(prepared: Callable, tmp_path: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", json_lines(words(100)))
+    directory, manifest, _ = prepared(corpus, validation_fraction=0.3, test_fraction=0.0)
+    assert manifest["documents"]["test"] == 0
+    assert len(IndexedDataset(directory / "test")) == 0
+
+
+def test_words_that_look_like_special_tokens_are_text(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
+    texts = [f"{text} </s> <s>" for text in words(100)]
+    directory, _, _ = prepared(written(tmp_path / "a.jsonl", json_lines(texts)))
+    by_split = decoded(directory, teacher)  # would find an EOS in mid-document
+    assert {text for documents in by_split.values() for text in documents} == set(texts)
+
+
+def test_long_documents_are_not_cut_and_batches_lose_nothing(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
+    texts = ["long " * 150_000 + "end", *words(20_000)]  # several batches; the first document alone fills one
+    directory, manifest, _ = prepared(written(tmp_path / "a.jsonl.zst", zstandard.compress(json_lines(texts).encode())))
+    lengths = [length for split in SPLITS for length in IndexedDataset(directory / split).lengths.tolist()]
+    assert len(lengths) == 20_001
+    assert sum(lengths) == sum(manifest["tokens"].values())
+    assert max(lengths) >= 150_000
+    last = {split: IndexedDataset(directory / split) for split in SPLITS}
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    assert texts[-1] in {tokenizer.decode(read[len(read) - 1][:-1]) for read in last.values()}
+
+
+def test_memory_does_not_grow_with_the_corpus(teacher: Path, tmp_path: Path) -> None:
+    def peak(megabytes: int) -> int:
+        """Peak resident kilobytes of a run on its own."""
+        corpus = tmp_path / f"{megabytes}.jsonl"
+        with corpus.open("w") as stream:
+            for number in range(megabytes * 250):
+                stream.write(json.dumps({"text": f"{number} " + "abcdefg " * 500}) + "\n")
+        settings = {"corpus": str(corpus), "teacher": str(teacher), "output": str(tmp_path / f"out{megabytes}")}
+        config = written(tmp_path / f"{megabytes}.yaml", json.dumps(settings))
+        subprocess.run([sys.executable, "-m", "minitron.prepare", "--config", config], check=True, capture_output=True)
+        record = json.loads((tmp_path / f"out{megabytes}" / "stage.json").read_text())
+        return int(record["peak_rss_mb"])
+
+    assert peak(20) - peak(4) < 12  # MB: between runs it differs by 6; the text alone has 16 more, its tokens far more
+
+
+def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder(Tracker):
+        rows: list[tuple[int, float]] = []  # noqa: RUF012
+
+        def log(self, metrics: dict[str, float], step: int = 0) -> None:
+            self.rows.append((step, metrics["tokens"]))
+
+    monkeypatch.setattr(prepare, "_LOG_SECONDS", 0)
+    corpus = Corpus(str(written(tmp_path / "a.jsonl", json_lines(words(30_000)))), "text")
+    selection = Selection(corpus, PrepareConfig(output=tmp_path, corpus="a", teacher=str(teacher)))
+    tokens = prepare.write(selection, load_tokenizer(teacher), tmp_path, Recorder())
+    logged = [count for _, count in Recorder.rows]
+    assert len(logged) >= 2 and logged == sorted(logged)
+    assert logged[-1] == sum(tokens.values())
+    assert corpus.position == corpus.size == (tmp_path / "a.jsonl").stat().st_size
+
+
+def test_a_document_in_two_splits_is_caught(tmp_path: Path) -> None:
+    config = PrepareConfig(output=tmp_path, corpus="a", teacher="b", test_fraction=0)
+    corpus = Corpus(str(written(tmp_path / "a.txt", "one\n\ntwo")), "text")
+    selection = Selection(corpus, config)
+    selection.digests["train"] |= {b"1" * 16, b"2" * 16}
+    selection.digests["validation"] |= {b"2" * 16}
+    with pytest.raises(RunError, match="1 documents are both in train and in validation"):
+        selection.check()
+
+
+def test_the_shares_of_the_splits() -> None:
+    config = PrepareConfig(output=Path("x"), corpus="a", teacher="b", validation_fraction=0.2, test_fraction=0.1)
+    splits = [split_of(number.to_bytes(16, "big"), config) for number in range(20_000)]
+    assert splits.count("validation") == pytest.approx(4000, abs=200)  # standard deviation 57
+    assert splits.count("test") == pytest.approx(2000, abs=200)
+
+
+# --- a dataset on a hub ------------------------------------------------------------------------------------------
+
+COMMIT = "c" * 40
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The part of a hub's protocol that `datasets` reads a dataset of two configurations by."""
+
+    card = """---
+configs:
+- {config_name: plain, data_files: [{split: train, path: plain/a.jsonl}, {split: test, path: other/a.jsonl}]}
+- {config_name: wiki, data_files: [{split: train, path: wiki/a.jsonl}]}
+---
+"""
+    files = {  # noqa: RUF012
+        "README.md": card.encode(),
+        "plain/a.jsonl": json_lines(words(200)).encode(),
+        "other/a.jsonl": json_lines(["of another split"]).encode(),
+        "wiki/a.jsonl": json_lines(WIKITEXT.splitlines(keepends=True)).encode(),
+    }
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        entries = [
+            {"type": "file", "path": name, "size": len(content), "oid": sha256(content).hexdigest()[:40]}
+            for name, content in self.files.items()
+        ]
+        api, files = "/api/datasets/org/name", f"/datasets/org/name/resolve/{COMMIT}/"
+        if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+            self.reply(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": []}).encode())
+        elif path.startswith(f"{api}/tree/{COMMIT}"):
+            under = path.removeprefix(f"{api}/tree/{COMMIT}").strip("/")
+            self.reply(json.dumps([entry for entry in entries if str(entry["path"]).startswith(under)]).encode())
+        elif path.startswith(f"{api}/paths-info/{COMMIT}"):
+            self.reply(json.dumps(entries).encode())
+        elif (name := path.removeprefix(files)) in self.files:
+            self.reply(self.files[name])
+        else:
+            self.reply(b"", 404)
+
+    do_HEAD = do_POST = do_GET
+
+    def reply(self, content: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{sha256(content).hexdigest()}"',
+            "Content-Length": str(len(content)),
+            "Content-Type": "application/json",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def run_apart(settings: dict[str, Any], directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run prepare from the command line: the hub libraries read the environment when they are imported."""
+    config = written(directory / "prepare.yaml", json.dumps(settings, default=str))
+    command = [sys.executable, "-m", "minitron.prepare", "--config", str(config)]
+    environment = os.environ | {"HF_HOME": str(directory / "hf")} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_dataset_on_a_hub(hub: str, teacher: Path, tmp_path: Path) -> None:
+    corpora = {"plain": "hf://org/name/plain", "wiki": "hf://org/name@main/wiki", "wrong": "hf://org/name/plian"}
+    shared = {"teacher": str(teacher), "validation_fraction": 0.1, "test_fraction": 0, "seed": 3}
+    jobs = [shared | {"corpus": address, "output": str(tmp_path / name)} for name, address in corpora.items()]
+    jobs[1]["validation_fraction"] = 0
+    script = written(
+        tmp_path / "script.py",
+        f"""
+from minitron import prepare
+from minitron.config import PrepareConfig
+for job in {jobs!r}:
+    prepare.run(PrepareConfig(**job))
+""",
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
+    by_split = decoded(tmp_path / "plain", teacher)
+    assert {text for documents in by_split.values() for text in documents} == set(words(200))
+    record = json.loads((tmp_path / "plain" / "stage.json").read_text())
+    assert record["inputs"]["corpus"] == {"address": "hf://org/name/plain", "sha256": f"{COMMIT}/plain"}
+    assert json.loads((tmp_path / "plain" / MANIFEST).read_text())["corpus_sha256"] == f"{COMMIT}/plain"
+    assert decoded(tmp_path / "wiki", teacher)["train"] == ARTICLES
+    complaint = done.stderr.splitlines()[-1]
+    assert complaint.startswith("minitron.errors.RunError: hf://org/name/plian: cannot be read (BuilderConfig 'plian'")
+    assert "Available: ['plain', 'wiki']" in complaint and "check the configuration after the name" in complaint
+    assert not (tmp_path / "wrong").exists() and not (tmp_path / "wrong.partial").exists()
+
+
+def test_a_hub_that_cannot_be_reached(teacher: Path, tmp_path: Path) -> None:
+    settings = {"teacher": teacher, "output": tmp_path / "out", "corpus": "hf://org/name"}
+    done = run_apart(settings, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: hf://org/name: not fetched (")
+    assert "check the name, HF_TOKEN and the network, or give a local path" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["hf://", "hf://a/b/c/d", "hf://a/b@"])
+def test_an_address_that_is_no_datasets(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"not a dataset's address; give hf://org/name\[@revision\]\[/config\]"):
+        storage.hub_dataset(address)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+GOOD = json_lines(words(50))
+BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] = {
+    "empty file": ("a.jsonl", "", ConfigError, ["/corpus: no text (0 empty documents)"]),
+    "nothing but blanks": ("a.jsonl", json_lines(["", "\n"]), ConfigError, ["no text (2 empty documents)", "give one"]),
+    "no supported file": ("a.pdf", "%PDF", ConfigError, ["no file of a supported kind (found: a.pdf)", "give .txt"]),
+    "no text field": (
+        "a.jsonl",
+        GOOD + '{"body": "x", "id": 1}\n',
+        ConfigError,
+        ["a.jsonl: record 51: no field 'text' (found: body, id)", "set text_field to the field that holds the text"],
+    ),
+    "text that is none": ("a.jsonl", '{"text": 5}', ConfigError, ["record 1: field 'text' is int, not text"]),
+    "record that is none": ("a.json", '["x"]', ConfigError, ["a.json: record 1: str, not an object"]),
+    "broken line": (
+        "a.jsonl",
+        GOOD + '{"text": "x\n',
+        RunError,
+        ["a.jsonl: cannot be read after record 50", "line 51"],
+    ),
+    "broken array": ("a.json", '[{"text": "x"}, {"te', RunError, ["after record 1", "repair the file or get it again"]),
+    "array without end": ("a.json", '[{"text": "x"}', RunError, ["the array has no end"]),
+    "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-20], RunError, ["a.jsonl.gz: cannot be read"]),
+    "no gzip": ("a.jsonl.gz", GOOD, RunError, ["a.jsonl.gz: cannot be read after record 0", "get it again"]),
+    "truncated zst": ("a.jsonl.zst", zstandard.compress(GOOD.encode())[:-9], RunError, ["a.jsonl.zst: cannot be read"]),
+    "no parquet": ("a.parquet", GOOD, RunError, ["a.parquet: cannot be read after record 0", "get it again"]),
+    "not UTF-8": ("a.txt", "Ärger".encode("latin-1"), RunError, ["a.txt: cannot be read", "save it as UTF-8"]),
+    "one document": ("a.txt", "one\ntext", ConfigError, ["gets none of its 1 distinct documents", "more documents"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CORPORA)
+def test_a_bad_corpus_is_refused(case: str, prepared: Callable, tmp_path: Path) -> None:
+    name, content, kind, messages = BAD_CORPORA[case]
+    written(tmp_path / "corpus" / name, content)
+    with pytest.raises(kind) as caught:
+        prepared(tmp_path / "corpus")
+    for message in messages:
+        assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"], "something half-written was left"
+
+
+def test_damaged_gzip_content_is_refused(prepared: Callable, tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(json_lines(words(3000)).encode()))
+    content[len(content) // 2] ^= 0xFF
+    written(tmp_path / "corpus" / "a.jsonl.gz", bytes(content))
+    with pytest.raises(RunError, match=r"a\.jsonl\.gz: cannot be read after record \d+"):
+        prepared(tmp_path / "corpus")
+
+
+def test_a_parquet_file_without_the_field(prepared: Callable, tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"content": ["x"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet: record 1: no field 'text' \(found: content, id\)"):
+        prepared(tmp_path / "a.parquet")
+    assert documents_of(tmp_path / "a.parquet", "content") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("fractions", "split", "remedy"),
+    [((1e-9, 0.4), "validation", "raise validation_fraction"), ((0.4, 1e-9), "test", "raise test_fraction")],
+)
+def test_a_split_without_documents_is_refused(
+    fractions: tuple[float, float], split: str, remedy: str, prepared: Callable, tmp_path: Path
+) -> None:
+    corpus = written(tmp_path / "a.jsonl", json_lines(words(100)))
+    with pytest.raises(ConfigError, match=f"{split} gets none of its 100 distinct documents; {remedy}"):
+        prepared(corpus, validation_fraction=fractions[0], test_fraction=fractions[1])
+
+
+def test_a_corpus_that_is_not_there(prepared: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing: no such file or directory; give an existing path"):
+        prepared(tmp_path / "nothing")
+
+
+def test_a_teacher_without_a_tokenizer(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", GOOD)
+    other = tmp_path / "teacher"
+    other.mkdir()
+    (other / "config.json").write_text((teacher / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"teacher: no tokenizer.*; put its tokenizer\.json beside the weights"):
+        prepared(corpus, teacher=str(other))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "teacher"]
+
+
+def test_a_fraction_out_of_range() -> None:
+    values = {"corpus": "a", "teacher": "b", "output": "c", "validation_fraction": 0.5}
+    with pytest.raises(ConfigError, match=r"prepare\.validation_fraction: .*less than 0\.5 \(found 0\.5\)"):
+        parse("prepare", values)
+
+
+def test_the_command_line_refuses_with_one_line_and_status_2(teacher: Path, tmp_path: Path) -> None:
+    settings = {"teacher": teacher, "output": tmp_path / "out", "corpus": written(tmp_path / "a.jsonl", "")}
+    done = run_apart(settings, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: corpus {tmp_path}/a.jsonl: no text")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
