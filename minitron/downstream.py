@@ -6,16 +6,19 @@ T = tokens of one forward pass, R = predicted tokens among them, H = hidden size
 """
 
 import difflib
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import torch
+from huggingface_hub import constants as hub
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -32,7 +35,7 @@ BATCH_SIZE = 8
 """Texts per forward pass where a task has the model generate, or has texts longer than its window of attention."""
 
 BOOTSTRAP_ITERATIONS = 100
-"""For the standard error of metrics that are not means; a mean's has a formula."""
+"""For the standard error of metrics that are not means; a mean's has a formula, but 0 would leave that out too."""
 
 _Request = tuple[Any, list[int], list[int]]
 
@@ -54,22 +57,33 @@ def loaded_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
     elif config.task_directory is None:
         yield _load(config, TaskManager(), Path())
     else:
-        cache = datasets.config.HF_DATASETS_CACHE
         manager = TaskManager(include_path=str(config.task_directory.absolute()), include_defaults=False)
-        with TemporaryDirectory(dir=directory.absolute()) as temporary:
-            datasets.config.HF_DATASETS_CACHE = Path(temporary)
-            try:
-                yield _load(config, manager, config.task_directory)
-            finally:
-                datasets.config.HF_DATASETS_CACHE = cache
+        with (
+            TemporaryDirectory(dir=directory.absolute()) as cache,
+            _set(datasets.config, HF_DATASETS_CACHE=Path(cache), HF_HUB_OFFLINE=True),
+            _set(hub, HF_HUB_OFFLINE=True),
+        ):
+            yield _load(config, manager, config.task_directory)
+
+
+@contextmanager
+def _set(module: Any, **values: Any) -> Iterator[None]:
+    """Change a library's settings for a while: it has read their environment variables already."""
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _load(config: EvaluateConfig, manager: TaskManager, directory: Path) -> Any:
     """Load the tasks in `directory`, which the file names in them are relative to."""
     if unknown := [name for name in config.tasks if name not in manager.all_tasks]:
         raise ConfigError(_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
+    _quieten()
     try:
-        with chdir(directory):
+        with chdir(directory), redirect_stderr(io.StringIO()):
             tasks = manager.load(config.tasks)
             for task in tasks["tasks"].values():
                 task.set_fewshot_seed(config.seed)
@@ -95,8 +109,13 @@ def _unknown_task(name: str, known: list[str], directory: Path | None) -> str:
     return f"evaluate.task_directory: {directory} holds no task; give a directory with lm-eval's .yaml files"
 
 
+def _quieten() -> None:
+    """Silence what lm-eval says of things that are done here on purpose, such as giving it a model in memory."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
 def ask(
-    tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None, description: str
 ) -> dict[str, dict[str, float]]:
     """Put the questions to a model.
 
@@ -105,15 +124,18 @@ def ask(
         model: the model, in eval mode, on the device to compute on.
         tokenizer: its tokenizer.
         limit: questions per task; None: all of them.
+        description: label of the progress bar.
 
     Returns:
         Per task, metrics by name, each with its `_stderr` where it has one; a group stands in place of its tasks.
     """
     if tasks is None:
         return {}
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done here on purpose
-    answerer = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
-    found = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
+    _quieten()
+    with tqdm(desc=description, unit="answer", file=sys.stderr) as bar, redirect_stderr(io.StringIO()):
+        # lm-eval draws bars of its own for every task and step, most of them nameless.
+        answerer = SharedContextLM(bar, pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+        found = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
     assert found is not None  # only a process that is not the first of several gets nothing
     parts = {part for group in found.get("groups", {}) for part in found["group_subtasks"][group]}
     numbers = {task: _numbers(row) for task, row in found["results"].items() if task not in parts}
@@ -135,8 +157,27 @@ class SharedContextLM(HFLM):
     """lm-eval's transformers model, except that answers to the same question share one pass over it.
 
     Tokens are laid out as question, answer, answer, …, question, answer, …; an answer sees its question and itself,
-    at the positions it would have alone, and logits are computed for answers only.
+    at the positions it would have alone, and logits are computed for answers only. One progress bar counts answers.
     """
+
+    def __init__(self, bar: tqdm, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._bar = bar
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score texts after contexts."""
+        self._bar.reset(len(requests))
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue contexts."""
+        self._bar.reset(len(requests))
+        return super().generate_until(requests, disable_tqdm)
+
+    def _model_generate(self, context: Any, *arguments: Any, **named: Any) -> Any:
+        generated = super()._model_generate(context, *arguments, **named)
+        self._bar.update(len(context))
+        return generated
 
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -154,10 +195,10 @@ class SharedContextLM(HFLM):
         if long:
             beyond = super()._loglikelihood_tokens([requests[index] for index in long], disable_tqdm, override_bs)
             answers = dict(zip(long, beyond, strict=True))
-        with tqdm(total=len(requests), desc="answers", unit="answer", disable=disable_tqdm) as bar:
-            for groups in _batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)):
-                answers |= self._forward(requests, groups)
-                bar.update(sum(map(len, groups)))
+            self._bar.update(len(long))
+        for groups in _batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)):
+            answers |= self._forward(requests, groups)
+            self._bar.update(sum(map(len, groups)))
         return [answers[index] for index in range(len(requests))]
 
     def _forward(self, requests: list[_Request], groups: list[list[int]]) -> dict[int, tuple[float, bool]]:
@@ -165,7 +206,10 @@ class SharedContextLM(HFLM):
         layout = _Layout(requests, groups)
         tokens_T, mask_TT, positions_T = (part.to(self.device) for part in layout.inputs(self.model.dtype))
         states = self.model.model(
-            input_ids=tokens_T[None], attention_mask=mask_TT[None, None], position_ids=positions_T[None], use_cache=False
+            input_ids=tokens_T[None],
+            attention_mask=mask_TT[None, None],
+            position_ids=positions_T[None],
+            use_cache=False,
         )
         states_RH = states.last_hidden_state[0, layout.rows]
         log_p_RV = self.model.get_output_embeddings()(states_RH).float().log_softmax(-1)
@@ -222,15 +266,22 @@ class _Layout:
 def _batches(
     requests: list[_Request], by_context: dict[tuple[int, ...], list[int]], most: int
 ) -> Iterator[list[list[int]]]:
-    """Yield groups of requests that together have at most `most` tokens, or one group that has more."""
+    """Yield groups of requests that together have at most `most` tokens, or one request that has more.
+
+    A group that does not fit is divided, and its context repeated.
+    """
     batch: list[list[int]] = []
     total = 0
     for context, group in by_context.items():
-        size = len(context) + sum(len(requests[index][2]) - 1 for index in group)
-        if batch and total + size > most:
-            yield batch
-            batch, total = [], 0
-        batch.append(group)
-        total += size
+        start = True  # of a group: its context has to be laid out
+        for index in group:
+            size = len(requests[index][2]) - 1
+            if batch and total + size + start * len(context) > most:
+                yield batch
+                batch, total, start = [], 0, True
+            if start:
+                batch.append([])
+            batch[-1].append(index)
+            total, start = total + size + start * len(context), False
     if batch:
         yield batch

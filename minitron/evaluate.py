@@ -17,7 +17,7 @@ from minitron import stage
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
 from minitron.config import EvaluateConfig
 from minitron.data import IndexedDataset, PackedDataset, check_tokenizer
-from minitron.downstream import answer, load_tasks
+from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.figures import MODELS
@@ -45,7 +45,7 @@ def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str
     paths = {name: local_path(getattr(config, name)) for name in MODELS}
     _check(config, paths)
     splits = _splits(config)
-    with load_tasks(config, directory) as tasks:
+    with loaded_tasks(config, directory) as tasks:
         evaluation = _measure(config, paths, splits, tasks, tracker)
     write_atomically(directory / "evaluation.json", evaluation)
     write_report(directory, config, evaluation)
@@ -100,7 +100,7 @@ def _measure(
     tokenizer = load_tokenizer(paths["teacher"])
     for name in list(models):
         model = models.pop(name)
-        found[name] |= {"tasks": answer(name, model, tokenizer, tasks, config.task_limit)}
+        found[name] |= {"tasks": ask(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
         found[name] |= _continue(config, model, tokenizer)
         del model
         gc.collect()  # a model has reference cycles: its memory is given back before the next one is asked

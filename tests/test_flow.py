@@ -1,0 +1,132 @@
+"""The whole flow, as a user starts it: `minitron run` on the checked-in compiled pipeline."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
+
+
+def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("minitron")), *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of the preset tiny: its directory, what it printed, its summary, its seconds."""
+    directory = tmp_path_factory.mktemp("flow")
+    started = time.monotonic()
+    done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(directory))
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    summary = json.loads((directory / "summary.json").read_text())
+    return {"directory": directory, "stdout": done.stdout, "summary": summary, "seconds": seconds}
+
+
+def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
+    summary = flow["summary"]
+    assert summary["pipeline"] == "compress"
+    assert list(summary["stages"]) == STAGES
+    assert all(entry["seconds"] > 0 and entry["peak_rss_mb"] > 50 for entry in summary["stages"].values())
+    for model in ("teacher_before", "teacher", "pruned", "student"):
+        assert summary[model].keys() == {"parameters", "validation_loss", "perplexity", "tasks"}
+        assert "acc" in summary[model]["tasks"]["tiny_continuation"]
+    assert summary["student"]["parameters"] < summary["teacher"]["parameters"]
+    assert summary["teacher"]["validation_loss"] < summary["teacher_before"]["validation_loss"]
+    assert summary["student"]["validation_loss"] < summary["pruned"]["validation_loss"]
+    assert summary["distill"]["tokens"] == 60 * 8 * 64 and summary["distill"]["tokens_per_second"] > 0
+    assert summary["registered"] == {"name": "tiny", "version": summary["registered"]["version"], "alias": "challenger"}
+
+
+def test_it_prints_the_table_the_version_and_the_next_command(flow: dict[str, Any]) -> None:
+    for text in (
+        "teacher before correction",
+        "registered: tiny version",
+        "report.html",
+        "mlflow ui --backend-store-uri",
+    ):
+        assert text in flow["stdout"]
+
+
+def test_the_student_loads_with_plain_transformers(flow: dict[str, Any]) -> None:
+    (student,) = flow["directory"].glob("results/*/distill/distilled")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    assert model.config.num_hidden_layers == 3 and model.config.intermediate_size == 96
+    assert model(**tokenizer("a b", return_tensors="pt")).logits.shape[-1] == 512
+
+
+def test_mlflow_has_a_parent_run_a_run_per_stage_and_the_version(flow: dict[str, Any]) -> None:
+    client = MlflowClient(f"sqlite:///{flow['directory']}/mlflow.db")
+    experiment = client.get_experiment_by_name("minitron")
+    runs = client.search_runs([experiment.experiment_id])
+    nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert sorted(run.info.run_name for run in nested) == sorted(STAGES)
+    assert len(runs) == 7 and len({run.data.tags["mlflow.parentRunId"] for run in nested}) == 1
+    assert all(run.info.status == "FINISHED" for run in runs)
+    version = client.get_model_version_by_alias("tiny", "challenger")
+    assert str(version.version) == str(flow["summary"]["registered"]["version"])
+
+
+def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
+    done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(flow["directory"]))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
+    again = json.loads((flow["directory"] / "summary.json").read_text())
+    assert again == flow["summary"]
+
+
+def test_a_misspelt_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(directory), "--set", "distill.max_step=3")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: distill.max_step: unknown key; did you mean 'distill.max_steps'?"
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compres", "--preset", "tiny"], "pipeline compres: unknown; did you mean 'compress'?"),
+        (["compress", "--preset", "tinny"], "preset tinny: no such file or preset; did you mean 'tiny'?"),
+        (["compress", "--preset", "tiny", "--set", "seed"], "--set seed: no '='; write key=value"),
+        (
+            ["compress", "--preset", "tiny", "--set", "distill.max_steps=many"],
+            "distill.max_steps: Input should be a valid integer, unable to parse string as an integer (found 'many')",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = minitron("run", *arguments, "--work-dir", str(tmp_path / "run"))
+    assert (done.returncode, done.stderr.strip()) == (2, f"error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_refuses_is_one_line_with_its_status(tmp_path: Path) -> None:
+    done = minitron(
+        "run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path), "--set", "prune.hidden_size=128",
+        "--set", "finetune.enabled=false",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: prune: prune.hidden_size: 128 is larger than the teacher's 64")
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_the_version_is_shown() -> None:
+    from minitron import __version__
+
+    assert minitron("--version").stdout.strip() == __version__
