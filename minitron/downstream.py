@@ -161,6 +161,7 @@ class SharedContextLM(HFLM):
     """
 
     def __init__(self, bar: tqdm, **settings: Any) -> None:
+        """Wrap a model in memory: `settings` are lm-eval's own."""
         super().__init__(**settings)
         self._bar = bar
 

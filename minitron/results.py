@@ -104,7 +104,7 @@ def _is_intact(directory: Path, key: str) -> bool:
 
 def publish_copy(home: Path, output: Path, key: str) -> None:
     """Make `output` equal to `home`: by hard links where the file system allows, else by copies."""
-    if _is_intact(output, key):
+    if _is_intact(output, key) and read_record(output) == read_record(home):
         return
     staging = _partial(output)
     for directory in (staging, output):

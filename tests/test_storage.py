@@ -1,0 +1,73 @@
+"""Addresses become verified local paths."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from minitron.errors import ConfigError, RunError
+from minitron.storage import content_hash, hub_dataset, local_path, read_record, verified_hash
+
+
+def test_paths_and_file_addresses_are_local(tmp_path: Path) -> None:
+    assert local_path(tmp_path) == local_path(str(tmp_path)) == local_path(f"file://{tmp_path}") == tmp_path
+
+
+def test_an_address_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"nowhere: no such file or directory; give an existing path or hf://org/name"
+    ):
+        local_path(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"ftp://host/x: unknown scheme 'ftp://'; give a path, file:// or hf://org/n"):
+        local_path("ftp://host/x")
+
+
+@pytest.mark.parametrize("fetch", [local_path, hub_dataset])
+def test_a_hub_that_is_not_there_is_one_line(fetch: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError) as caught:
+        fetch("hf://nobody/nothing")  # type: ignore[operator]
+    message = str(caught.value)
+    assert message.startswith("hf://nobody/nothing: not fetched (") and "\n" not in message
+    assert message.endswith("check the name, HF_TOKEN and the network, or give a local path")
+
+
+def test_a_datasets_address_has_a_form() -> None:
+    assert hub_dataset("corpus.txt") is None
+    with pytest.raises(ConfigError, match=r"hf://a/b/c/d: not a dataset's address; give hf://org/name\[@revision\]"):
+        hub_dataset("hf://a/b/c/d")
+
+
+def test_the_hash_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_text("bee")
+    (tmp_path / "a").write_text("ay")
+    a, b = (hashlib.sha256(text).hexdigest() for text in (b"ay", b"bee"))
+    expected = hashlib.sha256(f"a\0{a}\nsub/b\0{b}\n".encode()).hexdigest()
+    assert content_hash(tmp_path) == expected and content_hash(tmp_path / "a") == a
+    (tmp_path / "stage.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step").write_text("1")
+    assert content_hash(tmp_path, leave_out=("checkpoints",)) == expected != content_hash(tmp_path)
+    (tmp_path / "sub" / "stage.json").write_text("{}")
+    assert content_hash(tmp_path, leave_out=("checkpoints",)) != expected
+
+
+def test_an_input_is_checked_against_its_record(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("1")
+    found = verified_hash(tmp_path)
+    assert found == content_hash(tmp_path)
+    record = {"stage": "prune", "key": "k", "output_sha256": found}
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    assert verified_hash(tmp_path) == found and read_record(tmp_path) == record
+    (tmp_path / "weights").write_text("2")
+    with pytest.raises(RunError, match=rf"content hash \w{{12}} is not the {found[:12]} its stage.json records"):
+        verified_hash(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"stage": "prune"}'])
+def test_what_is_no_record_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stage.json").write_text(text)
+    assert read_record(tmp_path) is None and read_record(tmp_path / "stage.json") is None
+    assert verified_hash(tmp_path) == hashlib.sha256(b"").hexdigest()
