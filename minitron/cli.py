@@ -110,21 +110,22 @@ def _run_locally(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
 
 def _adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
-    _drop_unset(specification["root"], arguments)
+    unset = _drop_unset(specification["root"], arguments)
     for task in specification["root"]["dag"]["tasks"].values():
-        parameters, inputs = specification["root"]["inputDefinitions"]["parameters"], task["inputs"]["parameters"]
-        for name, source in list(inputs.items()):
-            if source.get("componentInputParameter", name) not in parameters | inputs:
-                del inputs[name]
+        inputs = task["inputs"]["parameters"]
+        for name in [name for name, source in inputs.items() if source.get("componentInputParameter") in unset]:
+            del inputs[name]
         _drop_unset(specification["components"][task["componentRef"]["name"]], inputs)
         task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
 
 
-def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> None:
-    """Delete optional parameters without a value: a cluster leaves them to the function, kfp.local fails on them."""
+def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> set[str]:
+    """Drop optional parameters without a value: a cluster leaves them to the function, kfp.local fails on them."""
     parameters = component["inputDefinitions"]["parameters"]
-    for name in [name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given]:
+    unset = {name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given}
+    for name in unset:
         del parameters[name]
+    return unset
 
 
 def _explain(failure: Path) -> MinitronError:

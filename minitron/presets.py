@@ -103,8 +103,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     try:
         return _KINDS[kind].validate_python(value)
     except ValidationError as error:
-        wrong = error.errors()[0]["msg"]
-        raise ConfigError(f"{_dotted(name)}: {wrong[0].lower()}{wrong[1:]} (found {value!r}); give one") from None
+        raise ConfigError(f"{_dotted(name)}: {error.errors()[0]['msg']} (found {value!r})") from None
 
 
 def stage_values(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:

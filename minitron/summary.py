@@ -40,7 +40,8 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
     console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
     console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
-    console.print(f"MLflow:     mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
+    page = tracking_uri if tracking_uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking_uri}"
+    console.print(f"MLflow:     {page}", soft_wrap=True)
 
 
 def summarise(pipeline: str, outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ SHARED_MEMORY = "16Gi"
 """Limit of /dev/shm, through which data loaders and NCCL pass tensors; the default of 64 MB ends in a bus error."""
 
 RETRY_PERIOD = "2592000s"
-"""30 days. Kubeflow's "maximum back-off" is Argo's maxDuration: it counts from the start of the first attempt, so with the
-default of an hour a stage lost in its second hour is not tried again."""
+"""30 days. What Kubeflow calls the maximum back-off is Argo's maxDuration, counted from the start of the first attempt:
+with the default of an hour, a stage lost in its second hour is not tried again."""
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
 """Keys of the optional secret `minitron` that the tasks get as environment variables."""

@@ -125,6 +125,26 @@ def test_every_stage_joins_the_earliest_parent(uri: str, make: Callable[..., Sta
     assert len(runs) == 3 and late in {run.info.run_id for run in runs}
 
 
+def test_a_parent_made_too_late_is_taken_back(
+    mlflow_file: str, make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another stage makes the parent between this one's search and its own."""
+    client = tracking.connect(mlflow_file)
+    create_run, rivals = client.create_run, []
+
+    def slowly(experiment_id: str, tags: dict[str, str], run_name: str) -> Any:
+        if "kfp.run_id" in tags:
+            rivals.append(create_run(experiment_id, start_time=1000, tags=tags, run_name="rival").info.run_id)
+        return create_run(experiment_id, tags=tags, run_name=run_name)
+
+    monkeypatch.setattr(client, "create_run", slowly)
+    monkeypatch.setattr(tracking, "connect", lambda uri: client)
+    stage.run(make("prepare", mlflow_file, pipeline_run_id="p"), _work)
+    runs = {run.info.run_name: run for run in _runs(mlflow_file, tmp_path.name)}
+    assert runs.keys() == {"rival", "prepare"}
+    assert [runs["prepare"].data.tags["mlflow.parentRunId"]] == rivals == [runs["rival"].info.run_id]
+
+
 def test_metrics_are_visible_in_mid_run(uri: str, make: Callable[..., StageConfig], tmp_path: Path) -> None:
     seen = []
 

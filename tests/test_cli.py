@@ -1,0 +1,209 @@
+"""What `minitron run` does before and after the stages: arguments, the adapted pipeline, output, failures, summary.
+
+The run itself is in test_flow.py.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from minitron import cli, summary
+from minitron.config import STAGES
+from minitron.errors import ConfigError
+from minitron.presets import check_arguments, compiled_pipeline, read_arguments
+
+PLACES = {"teacher": "teacher", "corpus": "corpus"}
+
+
+@pytest.fixture
+def specification() -> dict[str, Any]:
+    return compiled_pipeline("compress")[0]
+
+
+@pytest.fixture
+def parameters(specification: dict[str, Any]) -> dict[str, Any]:
+    return specification["root"]["inputDefinitions"]["parameters"]
+
+
+def preset(directory: Path, **values: Any) -> str:
+    path = directory / "mine.yaml"
+    path.write_text(yaml.safe_dump(PLACES | values))
+    return str(path)
+
+
+def test_a_preset_file_has_shared_keys_and_a_section_per_stage(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    path = preset(tmp_path, seed=7, distill={"max_steps": 5}, finetune_max_steps=6)
+    assert read_arguments(path, [], list(parameters)) == PLACES | {
+        "seed": 7,
+        "distill_max_steps": 5,
+        "finetune_max_steps": 6,
+    }
+
+
+def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
+    tmp_path: Path, parameters: dict[str, Any]
+) -> None:
+    path = preset(tmp_path, seed=7, prune={"num_hidden_layers": 3, "hidden_size": 32})
+    settings = ["prune.num_hidden_layers=null", "prune.drop_layers=[2, 3]", "prune_hidden_size=48", "corpus=a=b"]
+    assert read_arguments(path, settings, list(parameters)) == {
+        "teacher": "teacher",
+        "corpus": "a=b",
+        "seed": 7,
+        "prune_drop_layers": [2, 3],
+        "prune_hidden_size": 48,
+    }
+
+
+def test_arguments_get_the_types_that_kubeflow_insists_on(parameters: dict[str, Any]) -> None:
+    given = {"distill_learning_rate": "1e-3", "distill_max_steps": 4.0, "finetune_weight_decay": 1, "cpu": 2}
+    checked = check_arguments(PLACES | given, parameters)
+    values = {name: checked[name] for name in given}
+    assert values == {
+        "distill_learning_rate": 0.001,
+        "distill_max_steps": 4,
+        "finetune_weight_decay": 1.0,
+        "cpu": "2",
+    }
+    assert [type(value) for value in values.values()] == [float, int, float, str]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
+        ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
+        ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill."),
+        ({"teacher": None}, "teacher: missing; give it in the preset or by --set teacher=…"),
+        ({"distill": {"gpus": "two"}}, "distill.gpus: Input should be a valid integer"),
+        ({"evaluate": {"tasks": "mmlu"}}, "evaluate.tasks: Input should be a valid list (found 'mmlu')"),
+        ({"prune": {"num_hidden_layers": 2, "drop_layers": [1]}}, "prune: drop_layers and num_hidden_layers are both"),
+        ({"finetune": {"micro_batch_size": 3}}, "finetune: global_batch_size 128 is not a multiple of"),
+    ],
+)
+def test_a_bad_preset_is_refused(
+    tmp_path: Path, parameters: dict[str, Any], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_arguments(read_arguments(preset(tmp_path, **values), [], list(parameters)), parameters)
+    assert str(refused.value).startswith(message)
+
+
+def test_kfp_local_gets_no_parameter_without_a_value_and_no_retry(specification: dict[str, Any]) -> None:
+    cli._adapt(specification, PLACES | {"prune_hidden_size": 32})
+    root, tasks = specification["root"]["inputDefinitions"]["parameters"], specification["root"]["dag"]["tasks"]
+    assert "prune_hidden_size" in root and "prune_num_hidden_layers" not in root and "tracking_uri" not in root
+    for task in tasks.values():
+        component = specification["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]
+        inputs = task["inputs"]["parameters"]
+        assert "retryPolicy" not in task and "tracking_uri" not in inputs and "tracking_uri" not in component
+        assert all(source.get("componentInputParameter", "seed") in root for source in inputs.values())
+        assert all(name in inputs or "defaultValue" in entry for name, entry in component.items())
+    assert "hidden_size" in tasks["prune"]["inputs"]["parameters"]
+    assert "num_hidden_layers" not in tasks["prune"]["inputs"]["parameters"]
+
+
+def test_of_the_output_only_the_stages_own_lines_remain() -> None:
+    stream = io.StringIO()
+    output = cli._StagesOutput(stream)
+    for piece in (
+        "-" * 80 + "\n",
+        "    [KFP Executor 1 INFO]: Got executor_input:\n",
+        '    {\n        "inputs": {\n        }\n    }\n',
+        "    ",
+        "training:  50%\n",
+        "    \n",
+        "    validation: 100%\x1b[A\n",
+        "    error: prune: too large\n",
+        "    [KFP Executor 2 INFO]: Wrote executor output file to x.\n",
+        "\n\n",
+    ):
+        output.write(piece)
+    assert stream.getvalue() == "training:  50%\nvalidation: 100%\nerror: prune: too large\n"
+
+
+def test_a_stage_that_left_no_message_is_a_run_error(tmp_path: Path) -> None:
+    error = cli._explain(tmp_path / "failure.json")
+    assert error.exit_status == 1 and str(error).startswith("a stage ended without a message")
+
+
+def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
+    (tmp_path / "failure.json").write_text('{"stage": "prune", "exit_status": 2, "message": "hidden_size: too large"}')
+    error = cli._explain(tmp_path / "failure.json")
+    assert (str(error), error.exit_status) == ("prune: hidden_size: too large", 2)
+
+
+def test_debug_adds_the_traceback(tmp_path: Path) -> None:
+    arguments = ["run", "compress", "--preset", preset(tmp_path, sed=1), "--work-dir", str(tmp_path / "run")]
+    plain, debug = CliRunner().invoke(cli.app, arguments), CliRunner().invoke(cli.app, [*arguments, "--debug"])
+    assert plain.exit_code == debug.exit_code == 2
+    assert plain.stderr == "error: sed: unknown key; did you mean 'seed'?\n"
+    assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
+
+
+def test_an_unreachable_tracking_server_is_one_line_and_status_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from minitron.cli import main; main()", "run", "compress", "--preset", "tiny"]
+    command += ["--work-dir", str(tmp_path), "--set", "tracking_uri=http://127.0.0.1:9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: prepare: ") and "http://127.0.0.1:9" in line
+    assert not (tmp_path / "summary.json").exists() and not list((tmp_path / "workspace").glob("prepare/*"))
+
+
+def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with_its_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from minitron.cli import main; main()", "run", "compress", "--preset", "tiny"]
+    command += ["--work-dir", str(tmp_path), "--set", "finetune.max_steps=200", "--set", "prune.hidden_size=128"]
+    command += ["--set", "finetune.checkpoint_interval=20", "--set", "finetune.validation_interval=100"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not list(tmp_path.glob("workspace/finetune/*.partial/checkpoints/**/trainer_state.json")):
+        assert first.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    killed_at = time.time()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "prepare: result" in done.stdout
+    start = next(line for line in done.stdout.splitlines() if line.startswith("training:"))
+    assert 10 <= int(start.removeprefix("training:").partition("%")[0]) < 100, start
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("workspace/finetune/*/stage.json"))
+    assert record["started"] > killed_at and record["metrics"]["tokens"] == 200 * 8 * 64
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert done.stderr.startswith("error: prune: prune.hidden_size: 128 is larger than the teacher's 64")
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None:
+    outputs = {stage: tmp_path / stage for stage in STAGES}
+    for number, directory in enumerate(outputs.values()):
+        directory.mkdir()
+        record = {"seconds": number + 0.5, "peak_rss_mb": 100.0 + number, "seed": 1}
+        record["metrics"] = {"tokens": 640, "tokens_per_second": 32.0, "validation_loss": 2.0}
+        (directory / "stage.json").write_text(json.dumps(record))
+    (outputs["register"] / "registered.json").write_text(
+        '{"name": "n", "version": 3, "alias": "challenger", "model_uri": "models:/n/3", "run_id": "r"}'
+    )
+    model = {"parameters": 10, "validation_loss": 2.0, "perplexity": 7.4, "tasks": {"t": {"acc": 0.5}}, "kl": 0.1}
+    found = summary.summarise("compress", outputs, dict.fromkeys(summary.MODELS, model))
+    del model["kl"]
+    assert found == {
+        "pipeline": "compress",
+        "stages": {
+            stage: {"seconds": number + 0.5, "peak_rss_mb": 100.0 + number} for number, stage in enumerate(STAGES)
+        },
+        "teacher_before": model,
+        "teacher": model,
+        "pruned": model,
+        "student": model,
+        "distill": {"tokens": 640, "tokens_per_second": 32.0},
+        "registered": {"name": "n", "version": 3, "alias": "challenger"},
+    }
