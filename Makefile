@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODULES := minitron components pipelines tests benchmarks
+# Torch's threads wait without spinning: else anything else on a core makes training several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test lint compile bench clean
 help: ## list the commands
