@@ -7,14 +7,17 @@ transformers 4.57 (the NeMo image) and 5.x (a laptop).
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from minitron.errors import ConfigError, RunError
 from minitron.storage import content_hash
+
+if TYPE_CHECKING:  # it imports every part of transformers: two seconds that prepare, which reads a tokenizer, can save
+    from transformers import PreTrainedModel
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures that prune knows how to cut."""
@@ -31,7 +34,7 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_model(directory: Path, dtype: torch.dtype | str = "auto") -> "PreTrainedModel":
     """Load a causal language model in eval mode, on the CPU.
 
     Raises:
@@ -92,7 +95,7 @@ def tokenizer_hash(directory: Path) -> str:
     return content_hash(path)
 
 
-def save_model(model: PreTrainedModel, directory: Path, tokenizer_from: Path) -> None:
+def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) -> None:
     """Write a model directory: safetensors, config with an explicit head_dim, the tokenizer's files unchanged."""
     if getattr(model.config, "head_dim", None) is None:
         model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
@@ -115,7 +118,7 @@ def _write_for_both_transformers(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def parameter_count(model: PreTrainedModel) -> int:
+def parameter_count(model: "PreTrainedModel") -> int:
     """Count the parameters; tied embeddings count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,12 @@ def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of the preset tiny: its directory, what it printed, its summary, its seconds."""
+    """A run of the preset tiny: its directory, what it printed, its summary."""
     directory = tmp_path_factory.mktemp("flow")
-    started = time.monotonic()
     done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(directory))
-    seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = json.loads((directory / "summary.json").read_text())
-    return {"directory": directory, "stdout": done.stdout, "summary": summary, "seconds": seconds}
+    return {"directory": directory, "stdout": done.stdout, "summary": summary}
 
 
 def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
@@ -44,7 +41,7 @@ def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
     assert summary["student"]["parameters"] < summary["teacher"]["parameters"]
     assert summary["teacher"]["validation_loss"] < summary["teacher_before"]["validation_loss"]
     assert summary["student"]["validation_loss"] < summary["pruned"]["validation_loss"]
-    assert summary["distill"]["tokens"] == 60 * 8 * 64 and summary["distill"]["tokens_per_second"] > 0
+    assert summary["distill"]["tokens"] == 40 * 8 * 64 and summary["distill"]["tokens_per_second"] > 0
     assert summary["registered"] == {"name": "tiny", "version": summary["registered"]["version"], "alias": "challenger"}
 
 
@@ -61,7 +58,7 @@ def test_it_prints_the_table_the_version_and_the_next_command(flow: dict[str, An
 def test_the_student_loads_with_plain_transformers(flow: dict[str, Any]) -> None:
     (student,) = flow["directory"].glob("results/*/distill/distilled")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
-    assert model.config.num_hidden_layers == 3 and model.config.intermediate_size == 96
+    assert model.config.num_hidden_layers == 3 and model.config.intermediate_size == 64
     assert model(**tokenizer("a b", return_tensors="pt")).logits.shape[-1] == 512
 
 
@@ -109,21 +106,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str]
     done = minitron("run", *arguments, "--work-dir", str(tmp_path / "run"))
     assert (done.returncode, done.stderr.strip()) == (2, f"error: {message}")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_stage_that_refuses_is_one_line_with_its_status(tmp_path: Path) -> None:
-    done = minitron(
-        "run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path), "--set", "prune.hidden_size=128",
-        "--set", "finetune.enabled=false",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith("error: prune: prune.hidden_size: 128 is larger than the teacher's 64")
-    )
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "summary.json").exists()
 
 
 def test_the_version_is_shown() -> None:
