@@ -12,7 +12,9 @@ Watch a local run:
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -95,18 +97,18 @@ class MlflowTracker(Tracker):
         self.client.log_outputs(self.pipeline_run_id, [LoggedModelOutput(model_id, step=0)])
         source, run_id = f"models:/{model_id}", self.pipeline_run_id
         # A registry in a database looks the model up where the environment says, not where it is itself.
-        with _environment({"MLFLOW_TRACKING_URI": self.client.tracking_uri}):
+        with _environment({"MLFLOW_TRACKING_URI": self.client.tracking_uri}), _undisturbed():
             return int(self.client.create_model_version(name, source, run_id, tags=tags, model_id=model_id).version)
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage."""
         with self._unharmed(f"its run could not be marked {status}"), _hurry():
-            if error:
-                self._send()
-                self.client.set_tag(self.run_id, "minitron.error", f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
             self.client.set_terminated(self.run_id, status)
             if self._owns_parent:
                 self.client.set_terminated(self.pipeline_run_id, status)
+            if error:
+                self.client.set_tag(self.run_id, "minitron.error", f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
+                self._send()
 
     def _open(self, config: StageConfig, parent_id: str | None) -> str:
         """Continue the run that a killed attempt left, or create one; return its id."""
@@ -154,7 +156,8 @@ class MlflowTracker(Tracker):
     def _unharmed(self, consequence: str) -> Iterator[None]:
         """Turn whatever goes wrong with MLflow into a warning: hours of training must not end with its server."""
         try:
-            yield
+            with _undisturbed():
+                yield
         except Exception as error:
             self._silent_until = time.monotonic() + _PAUSE_SECONDS
             print(f"warning: {self.identity['stage']}: MLflow: {reason(error)}; {consequence}", file=sys.stderr)
@@ -175,7 +178,7 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
     if config.tracking_uri is None:
         yield Tracker()
         return
-    with explained(config.tracking_uri), _hurry():
+    with explained(config.tracking_uri), _hurry(), _undisturbed():
         tracker = MlflowTracker(connect(config.tracking_uri), config, identity)
     print(f"{identity['stage']}: MLflow run {tracker.run_id} at {_shown(config.tracking_uri)}", flush=True)
     try:
@@ -326,6 +329,22 @@ def _silence() -> None:
 def _hurry() -> AbstractContextManager[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
     return _environment({name: value for name, value in _HURRY.items() if name not in os.environ})
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let SIGTERM wait for the end of a call: its exception, raised inside one, can leave the database locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if arrived:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

@@ -227,6 +227,33 @@ def _wait_for_step(uri: str, experiment_name: str, step: int) -> Any:
     raise TimeoutError(f"step {step} was never logged")
 
 
+def test_sigterm_waits_for_the_end_of_a_call(
+    uri: str, make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in a commit, SQLite stays locked, and the run could not be marked."""
+    sent = []
+
+    def work(config: Any, directory: Path, tracker: Any) -> dict[str, Any]:
+        def log_batch(*arguments: Any, **values: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            sent.append(send(*arguments, **values))
+
+        send = tracker.client.log_batch
+        monkeypatch.setattr(tracker.client, "log_batch", log_batch)
+        tracker.log({"loss": 1.0}, 1)
+        return {"metrics": {}}
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            stage.run(make("prepare", uri), work)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (run,) = _runs(uri, tmp_path.name)
+    assert run.info.status == "KILLED" and run.data.tags["minitron.error"] == "SystemExit: 143"
+    assert _history(uri, run.info.run_id, "loss") == [(1, 1.0)] and len(sent) == 1
+
+
 @pytest.mark.parametrize("listening", [False, True], ids=["refused", "silent"])
 def test_an_unreachable_server_is_one_line(
     make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listening: bool
