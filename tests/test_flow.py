@@ -2,8 +2,14 @@
 
 import json
 import os
+import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +18,38 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+
+MAKE_DEMO, MAKE_TEST = "make demo", "make test"
+RUN = "minitron run compress --preset tiny --work-dir runs/tiny"
+RUN_LONGER = "minitron run compress --preset tiny --work-dir runs/tiny --set distill.max_steps=80"
+HELP = "minitron run --help"
+MLFLOW = "mlflow ui --backend-store-uri sqlite:///runs/tiny/mlflow.db"
+
+
+def execute(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README, word for word, in a directory."""
+    program, *arguments = shlex.split(command)
+    return subprocess.run(
+        [str(BIN / program), *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=directory
+    )
 
 
 def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("minitron")), *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run([str(BIN / "minitron"), *arguments], capture_output=True, text=True, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of the preset tiny: its directory, what it printed, its summary."""
-    directory = tmp_path_factory.mktemp("flow")
-    done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(directory))
+    """The README's run of the preset tiny: its directory, what it printed, its summary."""
+    root = tmp_path_factory.mktemp("flow")
+    directory = root / "runs" / "tiny"
+    done = execute(RUN, root)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = json.loads((directory / "summary.json").read_text())
-    return {"directory": directory, "stdout": done.stdout, "summary": summary}
+    return {"root": root, "directory": directory, "stdout": done.stdout, "summary": summary}
 
 
 def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
@@ -75,7 +97,7 @@ def test_mlflow_has_a_parent_run_a_run_per_stage_and_the_version(flow: dict[str,
 
 
 def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
-    done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(flow["directory"]))
+    done = execute(RUN, flow["root"])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
     again = json.loads((flow["directory"] / "summary.json").read_text())
@@ -112,3 +134,64 @@ def test_the_version_is_shown() -> None:
     from minitron import __version__
 
     assert minitron("--version").stdout.strip() == __version__
+
+
+def test_these_are_the_commands_of_the_readme() -> None:
+    blocks = re.findall(r"```\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [line for line in lines if re.match(r"(make|minitron|mlflow|python) ", line)]
+    assert commands == [MAKE_DEMO, MAKE_TEST, RUN, RUN_LONGER, HELP, MLFLOW]
+
+
+def test_the_make_commands_start_the_demo_and_the_tests() -> None:
+    """Only what they would run: the demo takes ten minutes, and these are the tests."""
+    for command, started in (
+        (MAKE_DEMO, ".venv/bin/minitron run compress --preset demo --work-dir runs/demo"),
+        (MAKE_TEST, ".venv/bin/pytest --cov=minitron"),
+    ):
+        done = subprocess.run([*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert started in done.stdout
+
+
+def test_a_changed_setting_runs_only_what_depends_on_it(flow: dict[str, Any]) -> None:
+    done = execute(RUN_LONGER, flow["root"])
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    reused = [stage for stage in STAGES if f"{stage}: result" in done.stdout]
+    assert reused == ["prepare", "finetune", "prune"]
+    summary = json.loads((flow["directory"] / "summary.json").read_text())
+    assert summary["distill"]["tokens"] == 2 * flow["summary"]["distill"]["tokens"]
+    assert int(summary["registered"]["version"]) == int(flow["summary"]["registered"]["version"]) + 1
+
+
+def test_the_help_names_every_option(tmp_path: Path) -> None:
+    done = execute(HELP, tmp_path)
+    assert done.returncode == 0
+    assert all(option in done.stdout for option in ("--preset", "--set", "--work-dir", "--debug"))
+
+
+def test_the_mlflow_page_opens(flow: dict[str, Any]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program, *arguments = shlex.split(MLFLOW)
+    command = [str(BIN / program), *arguments, "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        command, cwd=flow["root"], env=ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        page = _wait_for(f"http://127.0.0.1:{port}/", server)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert "MLflow" in page
+
+
+def _wait_for(address: str, server: subprocess.Popen) -> str:
+    deadline = time.monotonic() + 120
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            return urllib.request.urlopen(address, timeout=5).read().decode()
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"no page at {address}")
