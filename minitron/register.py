@@ -134,14 +134,17 @@ def _create_version(
     config: RegisterConfig, tracker: tracking.MlflowTracker, model_id: str, tags: dict[str, str]
 ) -> int:
     """Return the number of a new version that has the alias; there is none if the alias cannot be given."""
-    version = tracker.create_version(config.name, model_id, tags)
+    version = 0
     try:
-        tracker.client.set_registered_model_alias(config.name, config.alias, str(version))
-        link = json.dumps([{"name": config.name, "version": str(version)}])  # as mlflow.register_model writes it
-        tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
+        with tracking.undisturbed():
+            version = tracker.create_version(config.name, model_id, tags)
+            tracker.client.set_registered_model_alias(config.name, config.alias, str(version))
+            link = json.dumps([{"name": config.name, "version": str(version)}])  # as mlflow.register_model writes it
+            tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
     except BaseException:
-        with suppress(Exception):
-            tracker.client.delete_model_version(config.name, str(version))
+        if version:
+            with suppress(Exception):
+                tracker.client.delete_model_version(config.name, str(version))
         raise
     return version
 

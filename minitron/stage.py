@@ -121,7 +121,7 @@ def main(stage: str) -> None:
 
 
 def _module(stage: str) -> Any:
-    """Import a stage; the garbage collector, which would look through all that torch brings, waits: a fifth faster."""
+    """Import a stage; the garbage collector, which would look through all that torch brings, waits: a third faster."""
     gc.disable()
     module = importlib.import_module(f"minitron.{stage}")
     gc.freeze()

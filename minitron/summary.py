@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from minitron.config import STAGES
 from minitron.storage import RECORD
+from minitron.tracking import shown
 
 MODELS = {
     "teacher_before": "teacher before correction",
@@ -40,8 +42,7 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
     console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
     console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
-    page = tracking_uri if tracking_uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking_uri}"
-    console.print(f"MLflow:     {page}", soft_wrap=True)
+    console.print(f"MLflow:     {_page(tracking_uri)}", soft_wrap=True)
 
 
 def summarise(pipeline: str, outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +59,14 @@ def summarise(pipeline: str, outputs: dict[str, Path], evaluation: dict[str, Any
         "distill": {key: records["distill"]["metrics"][key] for key in ("tokens", "tokens_per_second")},
         "registered": {key: registered[key] for key in ("name", "version", "alias")},
     }
+
+
+def _page(tracking_uri: str) -> str:
+    """Return the address of the MLflow page, or the command that opens it, as it can be typed here."""
+    if tracking_uri.startswith("http"):
+        return shown(tracking_uri)
+    program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
+    return f"{program} ui --backend-store-uri {shown(tracking_uri)}"
 
 
 def _models_table(evaluation: dict[str, Any]) -> Table:

@@ -97,11 +97,14 @@ class MlflowTracker(Tracker):
         self.client.log_outputs(self.pipeline_run_id, [LoggedModelOutput(model_id, step=0)])
         source, run_id = f"models:/{model_id}", self.pipeline_run_id
         # A registry in a database looks the model up where the environment says, not where it is itself.
-        with _environment({"MLFLOW_TRACKING_URI": self.client.tracking_uri}), _undisturbed():
+        with _environment({"MLFLOW_TRACKING_URI": self.client.tracking_uri}):
             return int(self.client.create_model_version(name, source, run_id, tags=tags, model_id=model_id).version)
 
     def close(self, status: str, error: BaseException | None = None) -> None:
-        """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage."""
+        """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.
+
+        The status goes first: the server may take no more than one call before Kubernetes ends the task.
+        """
         with self._unharmed(f"its run could not be marked {status}"), _hurry():
             self.client.set_terminated(self.run_id, status)
             if self._owns_parent:
@@ -156,7 +159,7 @@ class MlflowTracker(Tracker):
     def _unharmed(self, consequence: str) -> Iterator[None]:
         """Turn whatever goes wrong with MLflow into a warning: hours of training must not end with its server."""
         try:
-            with _undisturbed():
+            with undisturbed():
                 yield
         except Exception as error:
             self._silent_until = time.monotonic() + _PAUSE_SECONDS
@@ -178,9 +181,9 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
     if config.tracking_uri is None:
         yield Tracker()
         return
-    with explained(config.tracking_uri), _hurry(), _undisturbed():
+    with explained(config.tracking_uri), _hurry(), undisturbed():
         tracker = MlflowTracker(connect(config.tracking_uri), config, identity)
-    print(f"{identity['stage']}: MLflow run {tracker.run_id} at {_shown(config.tracking_uri)}", flush=True)
+    print(f"{identity['stage']}: MLflow run {tracker.run_id} at {shown(config.tracking_uri)}", flush=True)
     try:
         yield tracker
     except BaseException as error:
@@ -207,7 +210,7 @@ def connect(uri: str) -> "MlflowClient":
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ImportError as error:
         remedy = "pip install mlflow, or give a server's http(s)://HOST"
-        raise ConfigError(f"tracking_uri {_shown(uri)}: needs the package {error.name}; {remedy}") from error
+        raise ConfigError(f"tracking_uri {shown(uri)}: needs the package {error.name}; {remedy}") from error
 
 
 @contextmanager
@@ -224,7 +227,7 @@ def explained(uri: str | None) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         raise RunError(
-            f"MLflow at {_shown(uri or '')}: {reason(error)}; check tracking_uri and that the server runs"
+            f"MLflow at {shown(uri or '')}: {reason(error)}; check tracking_uri and that the server runs"
         ) from error
 
 
@@ -234,6 +237,27 @@ def reason(error: BaseException) -> str:
     if "Caused by" in text:
         text = text.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')(")
     return text[:300]
+
+
+def shown(uri: str) -> str:
+    """Return a URI without its user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let SIGTERM wait for the end of a call: its exception, raised inside one, can leave the database locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if arrived:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int) -> None:
@@ -315,11 +339,6 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _shown(uri: str) -> str:
-    """Return a URI without its user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
 def _silence() -> None:
     """Keep mlflow from logging and telephoning; it reads this when it is imported."""
     for name, value in _QUIET.items():
@@ -329,22 +348,6 @@ def _silence() -> None:
 def _hurry() -> AbstractContextManager[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
     return _environment({name: value for name, value in _HURRY.items() if name not in os.environ})
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let SIGTERM wait for the end of a call: its exception, raised inside one, can leave the database locked."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-    handler = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        if arrived:
-            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

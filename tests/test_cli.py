@@ -182,6 +182,15 @@ def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_the_last_line_can_be_typed_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert summary._page("https://user:secret@host/mlflow") == "https://host/mlflow"
+    monkeypatch.setenv("PATH", "/nowhere")
+    program, *arguments = summary._page("sqlite:////data/mlflow.db").split()
+    assert Path(program).is_file() and arguments == ["ui", "--backend-store-uri", "sqlite:////data/mlflow.db"]
+    monkeypatch.setenv("PATH", str(Path(program).parent))
+    assert summary._page("sqlite:////data/mlflow.db").startswith("mlflow ui ")
+
+
 def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None:
     outputs = {stage: tmp_path / stage for stage in STAGES}
     for number, directory in enumerate(outputs.values()):

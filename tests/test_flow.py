@@ -4,16 +4,14 @@ import json
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import free_port, serving
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +21,7 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
 
 MAKE_DEMO, MAKE_TEST = "make demo", "make test"
+ACTIVATE = ". .venv/bin/activate"
 RUN = "minitron run compress --preset tiny --work-dir runs/tiny"
 RUN_LONGER = "minitron run compress --preset tiny --work-dir runs/tiny --set distill.max_steps=80"
 HELP = "minitron run --help"
@@ -30,15 +29,16 @@ MLFLOW = "mlflow ui --backend-store-uri sqlite:///runs/tiny/mlflow.db"
 
 
 def execute(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README, word for word, in a directory."""
-    program, *arguments = shlex.split(command)
-    return subprocess.run(
-        [str(BIN / program), *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=directory
-    )
+    """Run a command of the README, word for word, in a directory with .venv."""
+    return subprocess.run(_shell(command), capture_output=True, text=True, env=ENVIRONMENT, cwd=directory)
 
 
 def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(BIN / "minitron"), *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def _shell(command: str) -> list[str]:
+    return ["bash", "-ec", f"{ACTIVATE}\n{command}"]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The README's run of the preset tiny: its directory, what it printed, its summary."""
     root = tmp_path_factory.mktemp("flow")
     directory = root / "runs" / "tiny"
+    (root / ".venv").symlink_to(BIN.parent)
     done = execute(RUN, root)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = json.loads((directory / "summary.json").read_text())
@@ -138,7 +139,7 @@ def test_the_version_is_shown() -> None:
 
 def test_these_are_the_commands_of_the_readme() -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert "".join(blocks).splitlines() == [MAKE_DEMO, MAKE_TEST, RUN, RUN_LONGER, HELP, MLFLOW]
+    assert "".join(blocks).splitlines() == [MAKE_DEMO, MAKE_TEST, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW]
 
 
 def test_the_make_commands_start_the_demo_and_the_tests() -> None:
@@ -161,35 +162,18 @@ def test_a_changed_setting_runs_only_what_depends_on_it(flow: dict[str, Any]) ->
     assert int(summary["registered"]["version"]) == int(flow["summary"]["registered"]["version"]) + 1
 
 
-def test_the_help_names_every_option(tmp_path: Path) -> None:
-    done = execute(HELP, tmp_path)
+def test_the_help_names_every_option(flow: dict[str, Any]) -> None:
+    done = execute(HELP, flow["root"])
     assert done.returncode == 0
     assert all(option in done.stdout for option in ("--preset", "--set", "--work-dir", "--debug"))
 
 
 def test_the_mlflow_page_opens(flow: dict[str, Any]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program, *arguments = shlex.split(MLFLOW)
-    command = [str(BIN / program), *arguments, "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(
-        command, cwd=flow["root"], env=ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        page = _wait_for(f"http://127.0.0.1:{port}/", server)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    assert "MLflow" in page
-
-
-def _wait_for(address: str, server: subprocess.Popen) -> str:
-    deadline = time.monotonic() + 120
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            return urllib.request.urlopen(address, timeout=5).read().decode()
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"no page at {address}")
+    """At a free port: something may use the default one."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    with (
+        serving(_shell(f"{MLFLOW} --port {port}"), flow["root"], uri, ENVIRONMENT),
+        urllib.request.urlopen(uri) as page,
+    ):
+        assert "<title>MLflow" in page.read().decode()

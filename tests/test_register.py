@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,12 +168,12 @@ def test_another_registry_gets_its_own_version(
         assert int(tracking.connect(uri).get_model_version_by_alias(tmp_path.name, "challenger").version) == 1
 
 
-def _assert_nothing_is_registered(uri: str, name: str) -> None:
+def _assert_nothing_is_registered(uri: str, name: str, status: str = "FAILED") -> None:
     client = tracking.connect(uri)
     experiment = client.get_experiment_by_name(name).experiment_id
     assert not client.search_registered_models(f"name = '{name}'")
     assert not client.search_logged_models([experiment])
-    assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
+    assert [run.info.status for run in client.search_runs([experiment])] == [status]
 
 
 @pytest.mark.parametrize("fault", ["weights", "upload", "version", "alias"])
@@ -203,6 +204,29 @@ def test_a_failure_leaves_no_orphan(
     assert "\n" not in str(caught.value)
     _assert_nothing_is_registered(mlflow_file, tmp_path.name)
     assert not config.output.exists() and not config.output.with_name("out.partial").exists()
+
+
+def test_terminated_between_version_and_alias_it_leaves_nothing_and_registers_when_run_again(
+    mlflow_file: str, make: Callable[..., RegisterConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = type(tracking.connect(mlflow_file))
+    set_alias = client.set_registered_model_alias
+
+    def terminated(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        set_alias(*arguments)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            patch.setattr(client, "set_registered_model_alias", terminated)
+            register.run(make(mlflow_file))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _assert_nothing_is_registered(mlflow_file, tmp_path.name, "KILLED")
+    version = register.run(make(mlflow_file))["registered"]["version"]
+    found = tracking.connect(mlflow_file).get_model_version_by_alias(tmp_path.name, "challenger")
+    assert int(found.version) == version
 
 
 def test_a_failure_leaves_the_earlier_version(

@@ -285,9 +285,7 @@ def test_sizes_that_were_cut(page: Page, config: EvaluateConfig) -> None:
 def test_cost_and_lineage(page: Page, config: EvaluateConfig) -> None:
     for directory in (config.teacher, config.pruned, config.student):
         record = record_of(directory)
-        megabytes = record["peak_rss_mb"]
-        memory = f"{megabytes:.1f} MB" if megabytes < 1024 else f"{megabytes / 1024:.2f} GB"
-        row = f"{record['stage']} {record['seconds']:.1f} s {memory}"
+        row = f"{record['stage']} {record['seconds']:.1f} s {formats.megabytes(record['peak_rss_mb'])}"
         assert row in page.text["cost"]
         for entry in record["inputs"].values():
             assert f"sha256 {entry['sha256']}" in page.text["lineage"]
