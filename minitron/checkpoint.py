@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage import content_hash
+from minitron.results import link_or_copy
+from minitron.storage import RECORD, content_hash
 
 if TYPE_CHECKING:  # it imports every part of transformers: two seconds that prepare, which reads a tokenizer, can save
     from transformers import PreTrainedModel
@@ -104,6 +105,12 @@ def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) 
     for name in TOKENIZER_FILES:
         if tokenizer_from != directory and (tokenizer_from / name).is_file():
             shutil.copy2(tokenizer_from / name, directory / name)
+
+
+def copy_model(source: Path, directory: Path) -> None:
+    """Put a model directory's files into another one, by hard links where the file system allows."""
+    ignore = shutil.ignore_patterns(RECORD, ".*")
+    shutil.copytree(source, directory, copy_function=link_or_copy, ignore=ignore, dirs_exist_ok=True)
 
 
 def _write_for_both_transformers(path: Path) -> None:

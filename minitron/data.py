@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from minitron.checkpoint import tokenizer_hash
+from minitron.config import TrainingConfig
 from minitron.errors import ConfigError, RunError
 
 MANIFEST = "manifest.json"
@@ -138,6 +139,39 @@ class PackedDataset(Dataset):
             pieces.append(piece)
             start, count, document = start + len(piece), count - len(piece), document + 1
         return np.concatenate(pieces).astype(np.int64)
+
+
+class TrainingSequences(Dataset):
+    """The sequences of a whole training, in the order in which both engines read them.
+
+    Every epoch has a seeded order of its own; a batch may hold the end of one and the beginning of the next, so that
+    all batches are full.
+    """
+
+    def __init__(self, dataset: PackedDataset, count: int, seed: int) -> None:
+        """Lay out `count` items of a dataset."""
+        self._dataset, self._count, self._seed = dataset, count, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        """Return the number of sequences that the training reads."""
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the sequence at a place of the training; items are those of PackedDataset."""
+        epoch, place = divmod(index, len(self._dataset))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._dataset), generator=generator)
+        return self._dataset[int(self._order[place])]
+
+
+def training_data(config: TrainingConfig) -> tuple[TrainingSequences, PackedDataset]:
+    """Return what a training reads, and what it is validated on: the first sequences, in order."""
+    train, validation = (
+        PackedDataset(config.dataset / split, config.sequence_length, config.seed) for split in ("train", "validation")
+    )
+    return TrainingSequences(train, config.max_steps * config.global_batch_size, config.seed), validation
 
 
 def read_manifest(dataset: Path) -> dict[str, Any]:

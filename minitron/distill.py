@@ -6,13 +6,10 @@ Run it: `python -m minitron.distill --config distill.yaml`.
 from pathlib import Path
 from typing import Any
 
-from minitron import stage
-from minitron.checkpoint import load_model, read_config, save_model
+from minitron import engines, stage
 from minitron.config import DistillConfig
-from minitron.data import PackedDataset, check_tokenizer
-from minitron.engines import hf
+from minitron.data import check_tokenizer
 from minitron.losses import LossWeights
-from minitron.scoring import score
 from minitron.tracking import Tracker
 
 
@@ -32,16 +29,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
 def _work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     for model in (config.teacher, config.student):
         check_tokenizer(config.dataset, model)
-    teacher: Any = load_model(config.teacher, hf.compute_dtype())
-    teacher.requires_grad_(False).to(hf.device())
-    validation = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
-    sequences, micro_batch_size = config.validation_sequences, config.micro_batch_size
-    floor = score({"teacher": teacher}, validation, sequences, micro_batch_size, description="teacher validation")
     weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)
-    student, found = hf.train(config, config.student, weights, directory, tracker, teacher)
-    save_model(student.to(read_config(config.student).dtype), directory, tokenizer_from=config.student)
-    found["metrics"]["teacher_validation_loss"] = floor["teacher"]["loss"]
-    return found
+    return engines.get(config.engine).train(config, config.student, weights, directory, tracker, config.teacher)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 Run it: `python -m minitron.finetune --config finetune.yaml`.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from minitron import stage
-from minitron.checkpoint import read_config, save_model
+from minitron import engines, stage
+from minitron.checkpoint import copy_model
 from minitron.config import FinetuneConfig
 from minitron.data import check_tokenizer
-from minitron.engines import hf
 from minitron.losses import LossWeights
-from minitron.results import link_or_copy
-from minitron.storage import RECORD, local_path
+from minitron.storage import local_path
 from minitron.tracking import Tracker
 
 
@@ -36,13 +33,10 @@ def _work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str
     check_tokenizer(config.dataset, base)
     found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:
-        model, found = hf.train(config, base, LossWeights(cross_entropy=1.0), directory, tracker)
+        found = engines.get(config.engine).train(config, base, LossWeights(cross_entropy=1.0), directory, tracker)
         found["metrics"]["corrected"] = int(found["metrics"]["best_step"] > 0)
-    if found["metrics"]["corrected"]:
-        save_model(model.to(read_config(base).dtype), directory, tokenizer_from=base)
     else:
-        ignore = shutil.ignore_patterns(RECORD, ".*")
-        shutil.copytree(base, directory, copy_function=link_or_copy, ignore=ignore, dirs_exist_ok=True)
+        copy_model(base, directory)
     return found
 
 

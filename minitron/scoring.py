@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from minitron.config import TrainingConfig
 from minitron.data import PackedDataset
 from minitron.losses import LossWeights, linear_loss
 
@@ -65,6 +66,16 @@ def score(
     for name, model in models.items():
         model.train(modes[name])
     return {name: _means(total / tokens, reference is not None) for name, total in sums.items()}
+
+
+def teacher_metrics(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:
+    """Return the loss of the teacher where a student is validated: what distillation can reach."""
+    validation = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
+    scores = score(
+        {"teacher": teacher}, validation, config.validation_sequences, config.micro_batch_size, None,
+        "teacher validation",
+    )  # fmt: skip
+    return {"teacher_validation_loss": scores["teacher"]["loss"]}
 
 
 def _means(means: Tensor, referred: bool) -> dict[str, float]:

@@ -1,1 +1,9 @@
-"""Who trains, with the same input and the same output."""
+"""Who trains: hf (transformers) or nemo (NeMo, Megatron). Same configuration, same data, same directories."""
+
+import importlib
+from typing import Any
+
+
+def get(name: str) -> Any:
+    """Return an engine's module, which has `train`; only the one that is used is imported."""
+    return importlib.import_module(f"minitron.engines.{name}")

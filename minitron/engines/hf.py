@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from minitron.checkpoint import load_model
+from minitron.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.config import TrainingConfig
-from minitron.data import PackedDataset
+from minitron.data import training_data
 from minitron.losses import LossWeights, linear_loss
 from minitron.results import CHECKPOINTS
-from minitron.scoring import hidden_states, output_head, score
+from minitron.scoring import hidden_states, output_head, score, teacher_metrics
 from minitron.tracking import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
@@ -51,27 +52,30 @@ def train(
     weights: LossWeights,
     directory: Path,
     tracker: Tracker,
-    teacher: PreTrainedModel | None = None,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Train the model in `initial` and return its best state by validation loss, the untrained one included.
+    teacher: Path | None = None,
+) -> dict[str, Any]:
+    """Train the model in `initial`; write its best state by validation loss, the untrained one included.
 
     Args:
         config: steps, batch sizes, optimizer, validation and checkpoint intervals.
         initial: model directory to start from; it is not changed.
         weights: of the loss's terms.
-        directory: the stage's directory of work in progress; checkpoints lie in its CHECKPOINTS subdirectory.
+        directory: the stage's directory of work in progress, which becomes a Hugging Face model directory; checkpoints
+            lie in its CHECKPOINTS subdirectory.
         tracker: gets the metrics while the training runs.
-        teacher: model on the same device whose logits are learnt; none: cross-entropy alone.
+        teacher: model directory whose logits are learnt; none: cross-entropy alone.
 
     Returns:
-        The best model on the CPU, and `{"metrics", "history"}` for the stage's record.
+        `{"metrics", "history"}` for the stage's record.
     """
     set_seed(config.seed)
+    guide = None if teacher is None else load_model(teacher, compute_dtype()).requires_grad_(False).to(device())
+    metrics = {} if guide is None else teacher_metrics(config, guide)
     checkpoints = directory / CHECKPOINTS
     last = _last_complete_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
     trainer = _LinearLossTrainer(
-        config, load_model(initial, torch.float32), weights, teacher, checkpoints, last is None
+        config, load_model(initial, torch.float32), weights, guide, checkpoints, last is None
     )
     trainer.add_callback(_Report(config, tracker, best))
     started = time.perf_counter()
@@ -80,14 +84,15 @@ def train(
     step_tokens = config.global_batch_size * config.sequence_length
     steps_done = config.max_steps - (int(last.name.partition("-")[2]) if last else 0)
     history = _history(trainer.state.log_history)
-    metrics = {
+    metrics |= {
         "tokens": config.max_steps * step_tokens,
         "tokens_per_second": round(steps_done * step_tokens / seconds, 1),
         "validation_loss_before": next(row["validation_loss"] for row in history if "validation_loss" in row),
         "validation_loss": best.loss,
         "best_step": best.step,
     }
-    return best.load(trainer.model, config.max_steps), {"metrics": metrics, "history": history}
+    best.write(trainer.model, config.max_steps, directory)
+    return {"metrics": metrics, "history": history}
 
 
 class BestModel:
@@ -115,11 +120,13 @@ class BestModel:
         shutil.rmtree(self._directory, ignore_errors=True)
         staging.rename(self._directory)
 
-    def load(self, model: Any, step: int) -> PreTrainedModel:
-        """Return the best model on the CPU; `model` is its state at `step`."""
-        if step == self.step:
-            return model.cpu().eval()
-        return load_model(self._directory if self.step else self._initial, torch.float32)
+    def write(self, model: Any, step: int, directory: Path) -> None:
+        """Write the best model in the dtype of the initial one; `model` is its state at `step`."""
+        if not self.step:
+            copy_model(self._initial, directory)
+            return
+        model = model.cpu().eval() if step == self.step else load_model(self._directory, torch.float32)
+        save_model(model.to(read_config(self._initial).dtype), directory, tokenizer_from=self._initial)
 
 
 class _LinearLossTrainer(Trainer):
@@ -137,10 +144,7 @@ class _LinearLossTrainer(Trainer):
         model.config.use_cache = False
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        train_set, validation_set = (
-            PackedDataset(config.dataset / split, config.sequence_length, config.seed)
-            for split in ("train", "validation")
-        )
+        train_set, validation_set = training_data(config)
         arguments = _arguments(config, checkpoints, validate_first)
         super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
         self._validation_set = validation_set
@@ -149,6 +153,10 @@ class _LinearLossTrainer(Trainer):
         self._config, self._teacher, self._weights = config, teacher, weights
         self._sums, self._tokens = torch.zeros(len(TERMS), device=self.args.device), 0
         self.validation_seconds = 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """Read in the order of TrainingSequences."""
+        return SequentialSampler(train_dataset or self.train_dataset)
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list, Any]:
         """Count every label of the step: they are already shifted and none is masked."""
