@@ -15,6 +15,7 @@ def prune(
     pruned: Output[Model],
     metrics: Output[Metrics],
     seed: int = 1234,
+    engine: str = "hf",
     sequence_length: int = 8192,
     micro_batch_size: int = 4,
     hidden_size: Optional[int] = None,
@@ -35,7 +36,7 @@ def prune(
 
     # fmt: off
     launch(
-        "prune", metrics, dataset=dataset.path, teacher=teacher.path, output=pruned.path, seed=seed,
+        "prune", metrics, dataset=dataset.path, teacher=teacher.path, output=pruned.path, seed=seed, engine=engine,
         sequence_length=sequence_length, micro_batch_size=micro_batch_size, hidden_size=hidden_size,
         intermediate_size=intermediate_size, num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads, num_hidden_layers=num_hidden_layers, drop_layers=drop_layers,

@@ -101,6 +101,11 @@ def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) 
     if getattr(model.config, "head_dim", None) is None:
         model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
     model.save_pretrained(directory)
+    finish_model(directory, tokenizer_from)
+
+
+def finish_model(directory: Path, tokenizer_from: Path) -> None:
+    """Make a saved model loadable in both transformers, with a tokenizer's files unchanged."""
     _write_for_both_transformers(directory / "config.json")
     for name in TOKENIZER_FILES:
         if tokenizer_from != directory and (tokenizer_from / name).is_file():
@@ -128,6 +133,12 @@ def _write_for_both_transformers(path: Path) -> None:
 def parameter_count(model: "PreTrainedModel") -> int:
     """Count the parameters; tied embeddings count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_parameters(config: Any) -> int:
+    """Count the parameters of the model that a transformers config describes, without its weights."""
+    with torch.device("meta"):
+        return parameter_count(AutoModelForCausalLM.from_config(config))
 
 
 def read_config(directory: Path) -> Any:

@@ -69,7 +69,7 @@ def run(
 def _run(pipeline: str, preset: str, settings: list[str], work_dir: Path) -> None:
     documents = compiled_pipeline(pipeline)
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
-    arguments = read_arguments(preset, settings, list(parameters))
+    arguments = {"engine": "hf"} | read_arguments(preset, settings, list(parameters))  # a laptop has no NeMo
     sample = arguments.pop(SAMPLES, None)
     if sample:
         inputs = samples.paths(sample, work_dir / "inputs")

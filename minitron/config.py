@@ -28,6 +28,12 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+Engine = Annotated[
+    Literal["hf", "nemo"],
+    Field(description="Who does it: hf (transformers, one process) or nemo (NeMo and Megatron, one process per GPU)."),
+]
+
+
 class StageConfig(BaseModel):
     """What every stage has: where it writes, where it reports, and its seed."""
 
@@ -72,7 +78,7 @@ class SequenceConfig(StageConfig):
 class TrainingConfig(SequenceConfig):
     """What fine-tuning and distillation share: they differ by their loss."""
 
-    engine: Literal["hf"] = Field("hf", description="Who trains: hf (transformers).")
+    engine: Engine = "hf"
     max_steps: PositiveInt = Field(30, description="Optimizer steps.")
     global_batch_size: PositiveInt = Field(128, description="Sequences per optimizer step.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate.")
@@ -86,6 +92,18 @@ class TrainingConfig(SequenceConfig):
     validation_interval: PositiveInt = Field(10, description="Steps between validations; there is one at step 0 too.")
     validation_sequences: PositiveInt = Field(640, description="Sequences per validation, or all there are.")
     checkpoint_interval: PositiveInt = Field(10, description="Steps between checkpoints to resume from.")
+    tensor_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
+        1, description="GPUs that share every layer (engine nemo)."
+    )
+    pipeline_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
+        1, description="GPUs that have a part of the layers each (engine nemo)."
+    )
+    context_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
+        1, description="GPUs that share every sequence (engine nemo)."
+    )
+    sequence_parallel: Annotated[bool, EXECUTION] = Field(
+        False, description="Split the activations between layers too, over the tensor-parallel GPUs."
+    )
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "TrainingConfig":
@@ -100,6 +118,22 @@ class TrainingConfig(SequenceConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _engine_can_be_parallel(self) -> "TrainingConfig":
+        if self.engine == "hf" and self.model_parallel_size > 1:
+            raise ValueError(
+                f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine hf "
+                "runs in one process: use engine nemo, or set them to 1"
+            )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ValueError("sequence_parallel needs a tensor_parallel_size above 1: raise it, or switch it off")
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        """GPUs that one copy of the model takes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
 
 class FinetuneConfig(TrainingConfig):
     """Base model → corrected teacher (cross-entropy on the corpus)."""
@@ -112,6 +146,7 @@ class PruneConfig(SequenceConfig):
     """Teacher → smaller student. A size that is not given is not cut."""
 
     teacher: InputPath = Field(description="Model to prune.")
+    engine: Engine = "hf"
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width of the MLP.")
     num_attention_heads: PositiveInt | None = Field(None, description="Query heads per layer.")
@@ -137,11 +172,16 @@ class DistillConfig(TrainingConfig):
     temperature: Positive = Field(1.0, description="Softens both distributions; the KL is scaled by its square.")
     kl_weight: NonNegative = Field(1.0, description="Weight of the forward KL divergence.")
     cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
+    intermediate_layers: list[tuple[PositiveInt, PositiveInt]] = Field(
+        [], description="Pairs of student and teacher layers, from 1, whose outputs are matched too (engine nemo)."
+    )
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "DistillConfig":
         if self.kl_weight == self.cross_entropy_weight == 0:
             raise ValueError("kl_weight and cross_entropy_weight are both 0: give one a weight")
+        if self.engine == "hf" and self.intermediate_layers:
+            raise ValueError("intermediate_layers are matched by engine nemo only: use it, or leave them out")
         return self
 
 

@@ -11,13 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from minitron import stage
-from minitron.checkpoint import check_architecture, load_model, parameter_count, read_config, save_model
+from minitron.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
 from minitron.config import PruneConfig
 from minitron.data import PackedDataset, check_tokenizer
-from minitron.engines import hf
+from minitron.engines import hf, nemo
 from minitron.errors import ConfigError
 from minitron.pruning.importance import Importance, measure
 from minitron.pruning.surgery import Plan, Shape, choose, cut
@@ -45,13 +43,17 @@ def _work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, A
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)
     shape = target_shape(config, teacher_config)
-    importance, sequences = _importance(config, teacher_config, shape)
-    teacher = load_model(config.teacher)
-    plan = choose(importance, shape, _layers_kept_by_hand(config, teacher_config.num_hidden_layers))
-    student = cut(teacher, plan)
-    save_model(student, directory, tokenizer_from=config.teacher)
+    layers = _layers_kept_by_hand(config, teacher_config.num_hidden_layers)
+    if config.engine == "nemo":
+        importance, sequences = nemo.prune(config, _sizes(shape, teacher_config), directory)
+        plan = choose(importance, shape, layers)
+    else:
+        importance, sequences = _importance(config, teacher_config, shape)
+        plan = choose(importance, shape, layers)
+        save_model(cut(load_model(config.teacher), plan), directory, tokenizer_from=config.teacher)
     calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
-    account = _account(teacher, student, plan, importance if sequences else None, calibration)
+    student_config = read_config(directory)
+    account = _account(teacher_config, student_config, plan, importance if sequences else None, calibration)
     _write_lines(directory / PRUNING, account)
     return {"metrics": _metrics(account)}
 
@@ -132,6 +134,14 @@ def _layers_kept_by_hand(config: PruneConfig, total: int) -> list[int] | None:
     return [layer for layer in range(total) if layer + 1 not in dropped]
 
 
+def _sizes(shape: Shape, teacher_config: Any) -> dict[str, int]:
+    """Return the sizes to cut; heads and groups belong together."""
+    sizes, teacher = asdict(shape), asdict(Shape.of(teacher_config))
+    heads = ("num_attention_heads", "num_key_value_heads")
+    wanted = {name for name in sizes if sizes[name] != teacher[name]}
+    return {name: size for name, size in sizes.items() if name in wanted or (name in heads and wanted & {*heads})}
+
+
 def _importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance, int]:
     """Return the scores and the sequences they were read on: none when no axis is chosen by its scores."""
     teacher = Shape.of(teacher_config)
@@ -148,20 +158,24 @@ def _importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple
 
 
 def _account(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    teacher: Any,
+    student: Any,
     plan: Plan,
     importance: Importance | None,
     calibration: dict[str, int],
 ) -> dict[str, Any]:
-    """Return what pruning.json holds; layers are counted from 0, but from 1 in dropped_layers, as in NeMo."""
+    """Return what pruning.json holds, of the models' configs.
+
+    Layers are counted from 0, but from 1 in dropped_layers, as in NeMo. Engine nemo keeps the same channels and heads,
+    the most important first.
+    """
     kept = set(plan.layers)
     scores = importance and {axis: _rounded(values.tolist()) for axis, values in vars(importance).items()}
     return {
-        "teacher": asdict(Shape.of(teacher.config)) | {"parameters": parameter_count(teacher)},
-        "student": asdict(Shape.of(student.config)) | {"parameters": parameter_count(student)},
+        "teacher": asdict(Shape.of(teacher)) | {"parameters": count_parameters(teacher)},
+        "student": asdict(Shape.of(student)) | {"parameters": count_parameters(student)},
         "calibration": calibration,
-        "dropped_layers": [layer + 1 for layer in range(teacher.config.num_hidden_layers) if layer not in kept],
+        "dropped_layers": [layer + 1 for layer in range(teacher.num_hidden_layers) if layer not in kept],
         "kept": asdict(plan),
         "scores": scores,
     }

@@ -50,6 +50,7 @@ def compress(
     corpus: str,
     sequence_length: int = 8192,
     seed: int = 1234,
+    engine: str = "nemo",
     tracking_uri: Optional[str] = None,
     experiment: str = "minitron",
     caching: bool = True,
@@ -59,7 +60,6 @@ def compress(
     prepare_licence: str = "unknown",
     prepare_gpus: int = 0,
     finetune_micro_batch_size: int = 4,
-    finetune_engine: str = "hf",
     finetune_max_steps: int = 30,
     finetune_global_batch_size: int = 128,
     finetune_learning_rate: float = 0.0001,
@@ -73,6 +73,10 @@ def compress(
     finetune_validation_interval: int = 10,
     finetune_validation_sequences: int = 640,
     finetune_checkpoint_interval: int = 10,
+    finetune_tensor_parallel_size: int = 1,
+    finetune_pipeline_parallel_size: int = 1,
+    finetune_context_parallel_size: int = 1,
+    finetune_sequence_parallel: bool = False,
     finetune_enabled: bool = True,
     finetune_gpus: int = 1,
     prune_micro_batch_size: int = 4,
@@ -85,7 +89,6 @@ def compress(
     prune_calibration_sequences: int = 1024,
     prune_gpus: int = 1,
     distill_micro_batch_size: int = 4,
-    distill_engine: str = "hf",
     distill_max_steps: int = 30,
     distill_global_batch_size: int = 128,
     distill_learning_rate: float = 0.0001,
@@ -99,9 +102,14 @@ def compress(
     distill_validation_interval: int = 10,
     distill_validation_sequences: int = 640,
     distill_checkpoint_interval: int = 10,
+    distill_tensor_parallel_size: int = 1,
+    distill_pipeline_parallel_size: int = 1,
+    distill_context_parallel_size: int = 1,
+    distill_sequence_parallel: bool = False,
     distill_temperature: float = 1.0,
     distill_kl_weight: float = 1.0,
     distill_cross_entropy_weight: float = 0.0,
+    distill_intermediate_layers: list = [],
     distill_gpus: int = 1,
     evaluate_micro_batch_size: int = 4,
     evaluate_evaluation_sequences: int = 640,
@@ -126,6 +134,8 @@ def compress(
             hf://dataset[/config].
         sequence_length: Tokens per packed sequence.
         seed: Seed of every random choice.
+        engine: Who finetunes, prunes and distils: nemo (NeMo and Megatron, one process per GPU) or hf
+            (transformers, one process).
         tracking_uri: MLflow server; none: no logging.
         experiment: MLflow experiment.
         caching: Reuse a finished result that has the same inputs' content and settings.
@@ -135,7 +145,6 @@ def compress(
         prepare_licence: Licence of the corpus, carried into manifest and model card.
         prepare_gpus: GPUs of the prepare task.
         finetune_micro_batch_size: Sequences per forward pass.
-        finetune_engine: Who trains: hf (transformers).
         finetune_max_steps: Optimizer steps.
         finetune_global_batch_size: Sequences per optimizer step.
         finetune_learning_rate: Peak learning rate.
@@ -149,6 +158,10 @@ def compress(
         finetune_validation_interval: Steps between validations; there is one at step 0 too.
         finetune_validation_sequences: Sequences per validation, or all there are.
         finetune_checkpoint_interval: Steps between checkpoints to resume from.
+        finetune_tensor_parallel_size: GPUs that share every layer (engine nemo).
+        finetune_pipeline_parallel_size: GPUs that have a part of the layers each (engine nemo).
+        finetune_context_parallel_size: GPUs that share every sequence (engine nemo).
+        finetune_sequence_parallel: Split the activations between layers too, over the tensor-parallel GPUs.
         finetune_enabled: False: pass the base model on as it is.
         finetune_gpus: GPUs of the finetune task.
         prune_micro_batch_size: Sequences per forward pass.
@@ -161,7 +174,6 @@ def compress(
         prune_calibration_sequences: Training sequences that importance is read on.
         prune_gpus: GPUs of the prune task.
         distill_micro_batch_size: Sequences per forward pass.
-        distill_engine: Who trains: hf (transformers).
         distill_max_steps: Optimizer steps.
         distill_global_batch_size: Sequences per optimizer step.
         distill_learning_rate: Peak learning rate.
@@ -175,9 +187,15 @@ def compress(
         distill_validation_interval: Steps between validations; there is one at step 0 too.
         distill_validation_sequences: Sequences per validation, or all there are.
         distill_checkpoint_interval: Steps between checkpoints to resume from.
+        distill_tensor_parallel_size: GPUs that share every layer (engine nemo).
+        distill_pipeline_parallel_size: GPUs that have a part of the layers each (engine nemo).
+        distill_context_parallel_size: GPUs that share every sequence (engine nemo).
+        distill_sequence_parallel: Split the activations between layers too, over the tensor-parallel GPUs.
         distill_temperature: Softens both distributions; the KL is scaled by its square.
         distill_kl_weight: Weight of the forward KL divergence.
         distill_cross_entropy_weight: Weight of the cross-entropy on the corpus.
+        distill_intermediate_layers: Pairs of student and teacher layers, from 1, whose outputs are
+            matched too (engine nemo).
         distill_gpus: GPUs of the distill task.
         evaluate_micro_batch_size: Sequences per forward pass.
         evaluate_evaluation_sequences: Sequences per split, or all there are.
@@ -209,17 +227,20 @@ def compress(
     dataset = prepare_task.outputs["dataset"]
     finetune_task = finetune(
         dataset=dataset, teacher=teacher, seed=seed, sequence_length=sequence_length,
-        micro_batch_size=finetune_micro_batch_size, engine=finetune_engine, max_steps=finetune_max_steps,
+        micro_batch_size=finetune_micro_batch_size, engine=engine, max_steps=finetune_max_steps,
         global_batch_size=finetune_global_batch_size, learning_rate=finetune_learning_rate,
         min_learning_rate=finetune_min_learning_rate, warmup_steps=finetune_warmup_steps,
         weight_decay=finetune_weight_decay, adam_beta1=finetune_adam_beta1, adam_beta2=finetune_adam_beta2,
         gradient_clipping=finetune_gradient_clipping, gradient_checkpointing=finetune_gradient_checkpointing,
         validation_interval=finetune_validation_interval, validation_sequences=finetune_validation_sequences,
-        checkpoint_interval=finetune_checkpoint_interval, enabled=finetune_enabled, **common,
+        checkpoint_interval=finetune_checkpoint_interval, tensor_parallel_size=finetune_tensor_parallel_size,
+        pipeline_parallel_size=finetune_pipeline_parallel_size,
+        context_parallel_size=finetune_context_parallel_size, sequence_parallel=finetune_sequence_parallel,
+        enabled=finetune_enabled, **common,
     )
     corrected = finetune_task.outputs["corrected"]
     prune_task = prune(
-        dataset=dataset, teacher=corrected, seed=seed, sequence_length=sequence_length,
+        dataset=dataset, teacher=corrected, seed=seed, engine=engine, sequence_length=sequence_length,
         micro_batch_size=prune_micro_batch_size, hidden_size=prune_hidden_size,
         intermediate_size=prune_intermediate_size, num_attention_heads=prune_num_attention_heads,
         num_key_value_heads=prune_num_key_value_heads, num_hidden_layers=prune_num_hidden_layers,
@@ -228,14 +249,18 @@ def compress(
     pruned = prune_task.outputs["pruned"]
     distill_task = distill(
         dataset=dataset, teacher=corrected, student=pruned, seed=seed, sequence_length=sequence_length,
-        micro_batch_size=distill_micro_batch_size, engine=distill_engine, max_steps=distill_max_steps,
+        micro_batch_size=distill_micro_batch_size, engine=engine, max_steps=distill_max_steps,
         global_batch_size=distill_global_batch_size, learning_rate=distill_learning_rate,
         min_learning_rate=distill_min_learning_rate, warmup_steps=distill_warmup_steps,
         weight_decay=distill_weight_decay, adam_beta1=distill_adam_beta1, adam_beta2=distill_adam_beta2,
         gradient_clipping=distill_gradient_clipping, gradient_checkpointing=distill_gradient_checkpointing,
         validation_interval=distill_validation_interval, validation_sequences=distill_validation_sequences,
-        checkpoint_interval=distill_checkpoint_interval, temperature=distill_temperature,
-        kl_weight=distill_kl_weight, cross_entropy_weight=distill_cross_entropy_weight, **common,
+        checkpoint_interval=distill_checkpoint_interval, tensor_parallel_size=distill_tensor_parallel_size,
+        pipeline_parallel_size=distill_pipeline_parallel_size,
+        context_parallel_size=distill_context_parallel_size, sequence_parallel=distill_sequence_parallel,
+        temperature=distill_temperature,
+        kl_weight=distill_kl_weight, cross_entropy_weight=distill_cross_entropy_weight,
+        intermediate_layers=distill_intermediate_layers, **common,
     )
     distilled = distill_task.outputs["distilled"]
     evaluate_task = evaluate(

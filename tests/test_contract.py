@@ -15,7 +15,7 @@ from minitron.presets import compiled_pipeline, pipelines_directory, read_argume
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))
 REPOSITORY = Path(__file__).parent.parent
-SHARED = {"teacher", "corpus", "sequence_length", "seed", "tracking_uri", "experiment", "caching"}
+SHARED = {"teacher", "corpus", "sequence_length", "seed", "engine", "tracking_uri", "experiment", "caching"}
 
 
 def test_the_components_are_the_stages_in_the_order_of_the_flow() -> None:
@@ -62,7 +62,8 @@ def test_the_pipeline_offers_every_setting_with_its_default() -> None:
             if name in {"output", "workspace", "pipeline_run_id", "teacher_before"} | (ARTIFACTS - {"teacher"}):
                 continue
             parameter = name if name in SHARED else f"{stage}_{name}"
-            assert inputs[parameter].default == (None if field.is_required() else field.default), parameter
+            expected = "nemo" if name == "engine" else None if field.is_required() else field.default
+            assert inputs[parameter].default == expected, parameter
 
 
 def test_every_pipeline_parameter_is_documented() -> None:
@@ -100,11 +101,12 @@ def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any])
     values = yaml.safe_load((pipelines_directory() / "presets" / f"{preset}.yaml").read_text())
     assert values["sequence_length"] == 8192
     assert values["prune"] == cut | {"calibration_sequences": 1024}
-    training = parse("distill", stage_values("distill", {f"distill_{k}": v for k, v in values["distill"].items()}))
+    flat = {"engine": "nemo"} | {f"distill_{name}": value for name, value in values["distill"].items()}
+    training = parse("distill", stage_values("distill", flat))
     expected = {
         "max_steps": 30, "global_batch_size": 128, "micro_batch_size": 4, "learning_rate": 1e-4,
         "min_learning_rate": 1e-5, "warmup_steps": 2, "validation_interval": 10, "validation_sequences": 5 * 128,
-        "temperature": 1.0, "kl_weight": 1.0, "cross_entropy_weight": 0.0,
+        "tensor_parallel_size": 8, "temperature": 1.0, "kl_weight": 1.0, "cross_entropy_weight": 0.0,
     }  # fmt: skip
     assert {name: getattr(training, name) for name in expected} == expected
 

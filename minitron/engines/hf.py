@@ -69,14 +69,12 @@ def train(
         `{"metrics", "history"}` for the stage's record.
     """
     set_seed(config.seed)
-    guide = None if teacher is None else load_model(teacher, compute_dtype()).requires_grad_(False).to(device())
-    metrics = {} if guide is None else teacher_metrics(config, guide)
+    guide: Any = None if teacher is None else load_model(teacher, compute_dtype()).requires_grad_(False)
+    metrics = {} if guide is None else teacher_metrics(config, guide.to(device()))
     checkpoints = directory / CHECKPOINTS
     last = _last_complete_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
-    trainer = _LinearLossTrainer(
-        config, load_model(initial, torch.float32), weights, guide, checkpoints, last is None
-    )
+    trainer = _LinearLossTrainer(config, load_model(initial, torch.float32), weights, guide, checkpoints, last is None)
     trainer.add_callback(_Report(config, tracker, best))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -142,6 +140,8 @@ class _LinearLossTrainer(Trainer):
         validate_first: bool,
     ) -> None:
         model.config.use_cache = False
+        # where padding and end of document are one token, it would keep the embedding it has: nothing here is padded
+        model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         train_set, validation_set = training_data(config)
@@ -154,9 +154,10 @@ class _LinearLossTrainer(Trainer):
         self._sums, self._tokens = torch.zeros(len(TERMS), device=self.args.device), 0
         self.validation_seconds = 0.0
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         """Read in the order of TrainingSequences."""
-        return SequentialSampler(train_dataset or self.train_dataset)
+        dataset: Any = self.train_dataset
+        return SequentialSampler(dataset)
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list, Any]:
         """Count every label of the step: they are already shifted and none is masked."""

@@ -53,6 +53,44 @@ class Importance:
             key_value=torch.zeros(layers, config.num_key_value_heads),
         )
 
+    @classmethod
+    def of_squares(
+        cls, config: Any, influence: Tensor, norms: Tensor, intermediate: Tensor, attention: Tensor
+    ) -> "Importance":
+        """Turn sums of squares over the calibration into scores.
+
+        Args:
+            config: the model's sizes.
+            influence: block influence [L], a score already.
+            norms: outputs of the layers' two norms [2 L, H].
+            intermediate: inputs of the MLPs' last matrix [L, I].
+            attention: inputs of the attentions' last matrix [L, A D].
+        """
+        channels = attention.sqrt()
+        heads = channels.unflatten(1, (config.num_attention_heads, -1))
+        groups = channels.unflatten(1, (config.num_key_value_heads, -1))  # a group's heads are neighbours
+        return cls(
+            layers=influence.cpu(),
+            hidden=norms.sqrt().sum(dim=0).cpu(),
+            intermediate=intermediate.sqrt().cpu(),
+            heads=torch.linalg.vector_norm(heads, dim=2).cpu(),
+            key_value=torch.linalg.vector_norm(groups, dim=2).cpu(),
+        )
+
+    def check_finite(self) -> "Importance":
+        """Return it.
+
+        Raises:
+            RunError: a score is infinite or not a number.
+        """
+        for axis, scores in vars(self).items():
+            if not scores.isfinite().all():
+                raise RunError(
+                    f"importance of {axis}: {int((~scores.isfinite()).sum())} scores are not finite; "
+                    "the model overflows or its weights are damaged: check its validation loss"
+                )
+        return self
+
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Importance:
@@ -75,14 +113,7 @@ def measure(model: PreTrainedModel, dataset: PackedDataset, sequences: int, micr
                 hooks.callback(handle.remove)
         for input_ids in _batches(dataset, sequences, micro_batch_size):
             model.model(input_ids=input_ids.to(model.device), use_cache=False)
-    importance = sums.importance(model.config)
-    for axis, scores in vars(importance).items():
-        if not scores.isfinite().all():
-            raise RunError(
-                f"importance of {axis}: {int((~scores.isfinite()).sum())} scores are not finite; "
-                "the model overflows or its weights are damaged: check its validation loss"
-            )
-    return importance
+    return sums.importance(model.config).check_finite()
 
 
 class _Sums:
@@ -109,15 +140,8 @@ class _Sums:
 
     def importance(self, config: Any) -> Importance:
         """Turn the sums of squares into scores."""
-        channels = self._attention.sqrt()
-        heads = channels.unflatten(1, (config.num_attention_heads, -1))
-        groups = channels.unflatten(1, (config.num_key_value_heads, -1))  # a group's heads are neighbours
-        return Importance(
-            layers=self._influence.cpu(),
-            hidden=self._norms.sqrt().sum(dim=(0, 1)).cpu(),
-            intermediate=self._intermediate.sqrt().cpu(),
-            heads=torch.linalg.vector_norm(heads, dim=2).cpu(),
-            key_value=torch.linalg.vector_norm(groups, dim=2).cpu(),
+        return Importance.of_squares(
+            config, self._influence, self._norms.flatten(0, 1), self._intermediate, self._attention
         )
 
 

@@ -1,0 +1,96 @@
+"""Start an engine's workers, one process per GPU, by torchrun; follow them, and end them with this process.
+
+A job is JSON: `{"job": name, ...}`. Its worker is a module with `main()`, guarded, so that it is safe under spawn.
+"""
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import ConfigError, MinitronError, RunError
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS, _GRACE_SECONDS = 0.2, 20
+
+
+def launch(
+    worker: str, job: dict[str, Any], directory: Path, processes: int, follow: Callable[[], None] = lambda: None
+) -> None:
+    """Run a job in `processes` workers and wait for its end.
+
+    Args:
+        worker: module that torchrun runs in every process; its argument is the job's file.
+        job: what to do; `<directory>/<job>.log` gets the workers' output.
+        directory: where job, log and a failure's explanation lie.
+        processes: workers on this machine.
+        follow: called while they run, and once after their end.
+
+    Raises:
+        MinitronError: a worker failed, with its own message, or one that names the log.
+    """
+    name = job["job"]
+    path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
+    path.write_text(json.dumps(job))
+    failure.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "-m", worker, str(path)], stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
+        )
+    try:
+        while process.poll() is None:
+            follow()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        _end(process)
+    follow()
+    if process.returncode:
+        raise _explain(name, log, failure)
+
+
+def report_failure(job: Path, error: BaseException) -> None:
+    """Leave in a worker what `launch` raises: the first worker that fails is the one that explains it."""
+    kind = type(error).__name__
+    entry = {"message": str(error) if isinstance(error, MinitronError) else f"{kind}: {error}", "kind": kind}
+    try:
+        with job.with_suffix(".failure").open("x") as stream:
+            json.dump(entry, stream)
+    except FileExistsError:
+        pass
+
+
+def end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its parent is gone, even if that was killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End torchrun, which ends its workers."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _explain(job: str, log: Path, failure: Path) -> MinitronError:
+    if not failure.is_file():
+        return RunError(
+            f"{job}: a worker was ended from outside; the log {log} may say more. If the machine ran out of memory, "
+            "give the task more, or lower micro_batch_size"
+        )
+    found = json.loads(failure.read_text())
+    if found["kind"] == ConfigError.__name__:
+        return ConfigError(found["message"])
+    message = " ".join(found["message"].split())[:500]
+    if "OutOfMemory" in found["kind"]:
+        message += "; lower micro_batch_size, raise tensor_parallel_size, or set gradient_checkpointing"
+    return RunError(message if found["kind"] == RunError.__name__ else f"{job}: {message}; the whole log is {log}")

@@ -1,0 +1,290 @@
+"""The NeMo engine: NeMo 2's own import, fine-tuning, pruning, distillation and export, on Megatron's parallelism.
+
+This module checks, launches and follows; NeMo itself runs in the workers (nemo_worker.py), one process per GPU. Models
+come and go as Hugging Face directories. Everything in between lies in the work in progress, CHECKPOINTS, so that a
+killed stage finds it again.
+"""
+
+import gc
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minitron.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
+from minitron.config import DistillConfig, PruneConfig, TrainingConfig
+from minitron.data import PackedDataset
+from minitron.engines.launcher import launch
+from minitron.errors import ConfigError
+from minitron.losses import LossWeights
+from minitron.pruning.importance import Importance
+from minitron.results import CHECKPOINTS
+from minitron.scoring import teacher_metrics
+from minitron.tracking import Tracker
+
+WORKER = "minitron.engines.nemo_worker"
+HISTORY, BEST, FINISHED, SCORES = "history.jsonl", "best", "finished.json", "scores.pt"
+"""What the workers leave in CHECKPOINTS: a row per step and validation, the best state, the end, the importance."""
+
+WIDTH_MULTIPLE = 64
+"""Model-Optimizer's step of the hidden and intermediate sizes."""
+
+SUPPORTED = ("LlamaForCausalLM",)
+"""Architectures whose conversion in both directions is tested to the last bit."""
+
+
+def train(
+    config: TrainingConfig,
+    initial: Path,
+    weights: LossWeights,
+    directory: Path,
+    tracker: Tracker,
+    teacher: Path | None = None,
+) -> dict[str, Any]:
+    """Train the model in `initial`; write its best state by validation loss, the untrained one included.
+
+    Arguments and result are those of `minitron.engines.hf.train`.
+
+    Raises:
+        ConfigError: NeMo is not installed, or a parallel size does not divide what it splits.
+        RunError: a worker failed.
+    """
+    check_installed()
+    models = [initial] if teacher is None else [initial, teacher]
+    for model in models:
+        check_parallelism(config, check_architecture(model), model, gpus(config))
+    work = directory / CHECKPOINTS
+    work.mkdir(exist_ok=True)
+    metrics = {} if teacher is None else _teacher_metrics(config, teacher)
+    sources = {name: str(path) for name, path in zip(("student", "teacher"), models, strict=False)}
+    _launch({"job": "import", "models": sources}, work)
+    stage = "distill" if isinstance(config, DistillConfig) else "finetune"
+    job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
+    with _Progress(config, work, tracker) as progress:
+        _launch(job, work, gpus(config), progress)
+    best = json.loads((work / BEST / "best.json").read_text())
+    if best["step"]:
+        _export(work / BEST, initial, directory)
+    else:
+        copy_model(initial, directory)
+    return _found(config, work, progress.history, best) | {"metrics": metrics | _metrics(config, work, progress, best)}
+
+
+def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[Importance, int]:
+    """Prune the teacher by Model-Optimizer and write the student.
+
+    Args:
+        config: the stage's settings.
+        sizes: the student's sizes that differ from the teacher's, under the names of config.json.
+        directory: the stage's directory of work in progress.
+
+    Returns:
+        The scores that Model-Optimizer found, and the sequences it read: none where nothing is chosen by scores.
+
+    Raises:
+        ConfigError: NeMo is not installed, or Model-Optimizer cannot cut to such a size.
+        RunError: the worker failed, or the scores are not finite.
+    """
+    check_installed()
+    check_architecture_is_supported(check_architecture(config.teacher), config.teacher)
+    _check_sizes(config, sizes)
+    teacher_config = read_config(config.teacher)
+    if not sizes:
+        copy_model(config.teacher, directory)
+        return Importance.equal(teacher_config), 0
+    work = directory / CHECKPOINTS
+    work.mkdir(exist_ok=True)
+    _launch({"job": "import", "models": {"teacher": str(config.teacher)}}, work)
+    _launch({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
+    _export(work / "pruned", config.teacher, directory)
+    if config.drop_layers:
+        return Importance.equal(teacher_config), 0
+    return _importance(work / SCORES, teacher_config), calibration_sequences(config)
+
+
+def _check_sizes(config: PruneConfig, sizes: dict[str, int]) -> None:
+    for name in ("hidden_size", "intermediate_size"):
+        if (size := sizes.get(name, 0)) % WIDTH_MULTIPLE:
+            raise ConfigError(
+                f"prune.{name}: {size} is not a multiple of {WIDTH_MULTIPLE}, the step of Model-Optimizer; choose "
+                f"{size // WIDTH_MULTIPLE * WIDTH_MULTIPLE or WIDTH_MULTIPLE} or another multiple, or use engine hf"
+            )
+    if config.drop_layers and set(sizes) != {"num_hidden_layers"}:
+        raise ConfigError(
+            "prune.drop_layers: engine nemo drops layers by hand or cuts the width: choose one, or use hf"
+        )
+
+
+def _importance(scores: Path, config: Any) -> Importance:
+    """Read the sums that Model-Optimizer collected, by the names of its modules; layers are counted from 1 there."""
+    found = torch.load(scores, weights_only=True)
+    (activations,) = found["activations"]  # of one process
+    layers = range(config.num_hidden_layers)
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.stack(
+            [next(v for k, v in activations.items() if k.endswith(f"layers.{i}.{name}")) for i in layers]
+        )
+
+    norms = next(value for value in activations.values() if isinstance(value, dict))
+    return Importance.of_squares(
+        config,
+        torch.tensor([found["layers"][layer + 1] for layer in layers]),
+        torch.stack(list(norms.values())),
+        stack("mlp"),
+        stack("self_attention"),
+    ).check_finite()
+
+
+def calibration_sequences(config: PruneConfig) -> int:
+    """Return how many sequences importance is read on: whole micro-batches, which is what NeMo takes."""
+    train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+    batches = max(1, min(config.calibration_sequences, len(train)) // config.micro_batch_size)
+    return batches * config.micro_batch_size
+
+
+def check_installed() -> None:
+    """Refuse to start without the NeMo that has the language models.
+
+    Raises:
+        ConfigError: nemo_toolkit 2 is not installed.
+    """
+    try:
+        version = importlib.metadata.version("nemo_toolkit")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    if not version.startswith("2."):
+        raise ConfigError(
+            f"engine nemo: it needs nemo_toolkit 2, found {version}; run it in the package's image, or use engine hf"
+        )
+
+
+def gpus(config: TrainingConfig) -> int:
+    """Return the number of workers: one per GPU, or on a CPU as many as one copy of the model takes."""
+    return torch.cuda.device_count() or config.model_parallel_size
+
+
+def check_architecture_is_supported(architecture: dict[str, Any], model: Path) -> None:
+    """Refuse a model that this engine would not convert back to the last bit."""
+    if (found := architecture["architectures"][0]) not in SUPPORTED:
+        raise ConfigError(f"{model}: engine nemo converts {', '.join(SUPPORTED)}, found {found}; use engine hf")
+
+
+def check_parallelism(config: TrainingConfig, architecture: dict[str, Any], model: Path, gpus: int) -> None:
+    """Refuse sizes that do not divide what they split, before anything is loaded.
+
+    Args:
+        config: the parallel and batch sizes.
+        architecture: the model's config.json.
+        model: its directory, for the message.
+        gpus: workers.
+
+    Raises:
+        ConfigError: one does not divide; the message names the sizes that do.
+    """
+    check_architecture_is_supported(architecture, model)
+    for name, key in (
+        ("tensor_parallel_size", "num_attention_heads"),
+        ("tensor_parallel_size", "num_key_value_heads"),
+        ("tensor_parallel_size", "intermediate_size"),
+        ("tensor_parallel_size", "vocab_size"),
+        ("pipeline_parallel_size", "num_hidden_layers"),
+    ):
+        _check_divides(name, getattr(config, name), f"{key} of {model}", architecture[key])
+    length = config.sequence_length
+    if config.context_parallel_size > 1:
+        _check_divides("2 x context_parallel_size", 2 * config.context_parallel_size, "sequence_length", length)
+    if config.sequence_parallel:
+        _check_divides("tensor_parallel_size", config.tensor_parallel_size, "sequence_length", length)
+    _check_divides("tensor x pipeline x context parallel size", config.model_parallel_size, "number of GPUs", gpus)
+    copies = gpus // config.model_parallel_size
+    micro_batches = config.global_batch_size // config.micro_batch_size
+    _check_divides(
+        "number of model copies",
+        copies,
+        "number of micro-batches (global_batch_size / micro_batch_size)",
+        micro_batches,
+    )
+
+
+def _check_divides(name: str, size: int, what: str, total: int) -> None:
+    if total % size:
+        valid = ", ".join(str(number) for number in range(1, min(total, 1024) + 1) if total % number == 0)
+        raise ConfigError(f"{name}: {size} does not divide the {what}, {total}; choose one of {valid}")
+
+
+def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = lambda: None) -> None:
+    launch(WORKER, job | {"work": str(work)}, work, processes, follow)
+
+
+def _export(checkpoint: Path, like: Path, directory: Path) -> None:
+    """Write a NeMo checkpoint as a Hugging Face directory with the settings and tokenizer of the model `like`."""
+    work = directory / CHECKPOINTS
+    exported = work / "exported"
+    shutil.rmtree(exported, ignore_errors=True)
+    _launch({"job": "export", "checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}, work)
+    finish_model(exported, tokenizer_from=like)
+    copy_model(exported, directory)
+
+
+def _teacher_metrics(config: TrainingConfig, teacher: Path) -> dict[str, float]:
+    """Score the teacher, and give its memory back before the workers start."""
+    from minitron.engines import hf
+
+    model: Any = load_model(teacher, hf.compute_dtype())
+    metrics = teacher_metrics(config, model.to(hf.device()))
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return metrics
+
+
+def _metrics(config: TrainingConfig, work: Path, progress: "_Progress", best: dict[str, Any]) -> dict[str, float]:
+    end = json.loads((work / FINISHED).read_text())
+    step_tokens = config.global_batch_size * config.sequence_length
+    return {
+        "tokens": config.max_steps * step_tokens,
+        "tokens_per_second": round(end["steps"] * step_tokens / end["seconds"], 1),
+        "validation_loss_before": progress.history[0]["validation_loss"],
+        "validation_loss": best["loss"],
+        "best_step": best["step"],
+    }
+
+
+def _found(config: TrainingConfig, work: Path, history: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any]:
+    end = json.loads((work / FINISHED).read_text())
+    return {"history": history, "gpus": gpus(config)} | {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
+
+
+class _Progress:
+    """Follows the history that the workers write: rows to the tracker, tokens to a progress bar with ETA."""
+
+    def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
+        self._path, self._tracker = work / HISTORY, tracker
+        self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
+        self.history: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "_Progress":
+        total = self._max_steps * self._step_tokens
+        self._bar = tqdm(total=total, desc="training", unit="tok", unit_scale=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self) -> None:
+        """Read the rows that are new; after a kill the workers drop those of the steps that were lost."""
+        if not self._path.is_file():
+            return
+        rows = [json.loads(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        for row in rows[len(self.history) :]:
+            self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+            if "loss" in row:
+                self._bar.set_postfix({"step": f"{row['step']}/{self._max_steps}", "loss": f"{row['loss']:.3f}"}, False)
+        self.history = rows
+        self._bar.n = max((row["step"] for row in rows), default=0) * self._step_tokens
+        self._bar.refresh() if rows and self._bar.n == self._bar.total else self._bar.update(0)

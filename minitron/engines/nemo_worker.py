@@ -1,0 +1,135 @@
+"""What torchrun starts for engine nemo, in every process: `python -m minitron.engines.nemo_worker JOB.json`.
+
+Jobs: import (Hugging Face → NeMo checkpoint), train (llm.finetune or llm.distill), prune (llm.prune), export (→ Hugging
+Face). Megatron saves checkpoints with the help of a spawned process, which imports this module again: hence the guard
+at the end, and no import at the top that takes time.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "hidden_size": "target_hidden_size",
+    "intermediate_size": "target_ffn_hidden_size",
+    "num_attention_heads": "target_num_attention_heads",
+    "num_key_value_heads": "target_num_query_groups",
+    "num_hidden_layers": "target_num_layers",
+}
+"""The names of config.json, and NeMo's."""
+
+
+def main() -> None:
+    """Run the job whose file is the argument."""
+    from minitron.engines.launcher import end_with_parent, report_failure
+
+    end_with_parent()
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
+    try:
+        JOBS[job["job"]](job, Path(job["work"]))
+    except BaseException as error:
+        report_failure(path, error)
+        raise
+
+
+def import_models(job: dict[str, Any], work: Path) -> None:
+    """Convert Hugging Face directories to NeMo checkpoints, those that an earlier attempt converted excepted."""
+    from nemo.collections import llm
+
+    for name, source in job["models"].items():
+        if (work / name).exists():
+            continue
+        partial = work / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        # the importer reads the real sizes from config.json; this only says which importer
+        llm.import_ckpt(
+            llm.LlamaModel(llm.LlamaConfig(num_layers=1, num_attention_heads=1, hidden_size=1)),
+            f"hf://{source}",
+            partial,
+        )
+        partial.rename(work / name)
+
+
+def export_model(job: dict[str, Any], work: Path) -> None:
+    """Convert a NeMo checkpoint to a Hugging Face directory whose settings are those of the model it came from."""
+    from nemo.collections import llm
+    from nemo.collections.llm.api import load_connector_from_trainer_ckpt
+
+    from minitron.checkpoint import read_config
+
+    reference = read_config(Path(job["like"]))
+
+    def connect(path: Path, target: str) -> Any:
+        connector = load_connector_from_trainer_ckpt(path, target)
+        sizes = connector.config
+        for size in (*SIZES, "head_dim"):
+            setattr(reference, size, getattr(sizes, size))
+        # NeMo would cut the embedding to the tokenizer's size, and write a tokenizer of its own
+        return type("Exporter", (type(connector),), {"config": reference, "tokenizer": None})(path)
+
+    llm.export_ckpt(Path(job["checkpoint"]), "hf", Path(job["output"]), load_connector=connect)
+
+
+def prune(job: dict[str, Any], work: Path) -> None:
+    """Prune the teacher; keep the importance that Model-Optimizer found."""
+    import torch
+    from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronSearcher
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt import PruningConfig
+
+    from minitron.config import parse
+    from minitron.data import PackedDataset
+    from minitron.engines.nemo import SCORES, calibration_sequences
+    from minitron.engines.nemo_training import Batches, data_module
+
+    config: Any = parse("prune", job["config"])
+    run_search = MCoreMinitronSearcher.run_search
+
+    def recorded(searcher: Any) -> None:
+        run_search(searcher)
+        torch.save({"activations": searcher.activations_per_rank, "layers": searcher.layer_scores}, work / SCORES)
+
+    MCoreMinitronSearcher.run_search = recorded
+    _rank_groups_by_their_own_heads()
+    shutil.rmtree(work / "pruned", ignore_errors=True)
+    sequences = calibration_sequences(config)
+    if config.drop_layers:
+        target, data = PruningConfig(drop_layers=config.drop_layers), None
+    else:
+        target = PruningConfig(**{SIZES[name]: size for name, size in job["sizes"].items()})
+        train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+        data = data_module(config, Batches(train, sequences), None, config.micro_batch_size)
+    llm.prune(str(work / "teacher"), str(work / "pruned"), target, num_train_samples=sequences, data=data)
+
+
+def _rank_groups_by_their_own_heads() -> None:
+    """Mend a group's score in Model-Optimizer 0.37, which reads the channels as [heads per group, groups, D].
+
+    They lie group by group, as it reads them itself when it ranks heads: its score mixes heads of different groups.
+    """
+    import torch
+    from modelopt.torch.nas.plugins.megatron import _DynamicSelfAttention
+
+    def importance(attention: Any) -> torch.Tensor:
+        groups = attention.get_hparam("num_query_groups").max
+        return torch.linalg.vector_norm(attention._activations.sqrt().view(groups, -1), dim=1)
+
+    _DynamicSelfAttention._estimate_query_group_importance = importance
+
+
+def train(job: dict[str, Any], work: Path) -> None:
+    """Fine-tune or distil, from the last checkpoint if there is one."""
+    from minitron.config import parse
+    from minitron.engines import nemo_training
+    from minitron.losses import LossWeights
+
+    nemo_training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
+
+
+JOBS = {"import": import_models, "train": train, "prune": prune, "export": export_model}
+
+if __name__ == "__main__":
+    main()
