@@ -18,10 +18,14 @@ INPUT = "input"
 HUB_DATASET = "hub dataset"
 """Marks an input whose hf:// address names a dataset, read over the network: its commit stands for its content."""
 
+MODEL = "model"
+"""Marks an input that is the address of a model: minitron/sources.py fetches it."""
+
 EXECUTION = "execution"
 """Marks a field that says where and how to run: it has no influence on the result."""
 
 InputPath = Annotated[Path, INPUT]
+ModelAddress = Annotated[str, INPUT, MODEL]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -60,7 +64,7 @@ class PrepareConfig(StageConfig):
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
         description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, or hf://dataset[/config]."
     )
-    teacher: Annotated[str, INPUT] = Field(description="Model whose tokenizer is used: a directory or hf://org/name.")
+    teacher: ModelAddress = Field(description="Model whose tokenizer is used; its address is finetune's.")
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
     validation_fraction: Fraction = Field(0.01, description="Share of the documents kept for validation.")
     test_fraction: Fraction = Field(0.01, description="Share of the documents kept for the test.")
@@ -138,7 +142,10 @@ class TrainingConfig(SequenceConfig):
 class FinetuneConfig(TrainingConfig):
     """Base model → corrected teacher (cross-entropy on the corpus)."""
 
-    teacher: Annotated[str, INPUT] = Field(description="Base model: a directory or hf://org/name; never modified.")
+    teacher: ModelAddress = Field(
+        description="Base model, never modified: a directory (Hugging Face's or NeMo 2's), hf://org/name, "
+        "gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
+    )
     enabled: bool = Field(True, description="False: pass the base model on as it is.")
 
 
@@ -188,7 +195,7 @@ class DistillConfig(TrainingConfig):
 class EvaluateConfig(SequenceConfig):
     """Models and data → evaluation.json and report.html."""
 
-    teacher_before: Annotated[str, INPUT] = Field(description="Base model: a directory or hf://org/name.")
+    teacher_before: ModelAddress = Field(description="Base model; its address is finetune's.")
     teacher: InputPath = Field(description="Corrected teacher.")
     pruned: InputPath = Field(description="Student before distillation.")
     student: InputPath = Field(description="Student after distillation.")

@@ -24,7 +24,8 @@ from minitron.figures import MODELS
 from minitron.report import write_report
 from minitron.results import write_atomically
 from minitron.scoring import score
-from minitron.storage import content_hash, local_path
+from minitron.sources import resolve
+from minitron.storage import content_hash
 from minitron.tracking import Tracker
 
 
@@ -42,7 +43,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
-    paths = {name: local_path(getattr(config, name)) for name in MODELS}
+    paths = {name: resolve(getattr(config, name), config) for name in MODELS}
     _check(config, paths)
     splits = _splits(config)
     with loaded_tasks(config, directory) as tasks:

@@ -11,7 +11,7 @@ from minitron.checkpoint import copy_model
 from minitron.config import FinetuneConfig
 from minitron.data import check_tokenizer
 from minitron.losses import LossWeights
-from minitron.storage import local_path
+from minitron.sources import resolve
 from minitron.tracking import Tracker
 
 
@@ -29,7 +29,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
-    base = local_path(config.teacher)
+    base = resolve(config.teacher, config)
     check_tokenizer(config.dataset, base)
     found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:

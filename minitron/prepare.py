@@ -32,6 +32,7 @@ from minitron.config import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import MANIFEST, SPLITS, IndexedWriter
 from minitron.errors import ConfigError, RunError
+from minitron.sources import resolve
 from minitron.storage import content_hash, hub_dataset, local_path
 from minitron.tracking import Tracker
 
@@ -59,7 +60,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
-    teacher = local_path(config.teacher)
+    teacher = resolve(config.teacher, config)
     tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(Corpus(config.corpus, config.text_field), config)
     started = time.monotonic()

@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from minitron import __version__, tracking
-from minitron.config import EXECUTION, HUB_DATASET, INPUT, STAGES, StageConfig, fields_marked, parse
+from minitron import __version__, sources, tracking
+from minitron.config import EXECUTION, HUB_DATASET, INPUT, MODEL, STAGES, StageConfig, fields_marked, parse
 from minitron.errors import ConfigError, MinitronError
 from minitron.results import (
     CHECKPOINTS,
@@ -181,10 +181,14 @@ def _hash_inputs(config: StageConfig) -> dict[str, Any]:
 def _hash_input(config: StageConfig, name: str, address: str | Path) -> str:
     if name in fields_marked(type(config), HUB_DATASET) and (dataset := hub_dataset(str(address))):
         return dataset.identity
-    path = local_path(address)
+    is_model = name in fields_marked(type(config), MODEL)
+    path = sources.resolve(address, config) if is_model else local_path(address)
     if config.output.absolute().is_relative_to(path.absolute()):
         raise ConfigError(f"output {config.output}: lies inside {name} {address} and would change it; move it out")
-    return verified_hash(path)
+    found = verified_hash(path)
+    if is_model:
+        sources.check(path, found)
+    return found
 
 
 def _key(stage: str, config: StageConfig, inputs: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ Watch a local run:
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -39,6 +40,8 @@ _QUIET = {
 }
 _HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _PAUSE_SECONDS = 30
+_MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
+_ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # MLflow's limits: characters of a parameter and of a tag, parameters and metrics per request.
 _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL, _METRICS_PER_CALL = 6000, 5000, 100, 1000
@@ -211,6 +214,41 @@ def connect(uri: str) -> "MlflowClient":
     except ImportError as error:
         remedy = "pip install mlflow, or give a server's http(s)://HOST"
         raise ConfigError(f"tracking_uri {shown(uri)}: needs the package {error.name}; {remedy}") from error
+
+
+def model_version(uri: str, address: str) -> str:
+    """Return models:/NAME/VERSION for models:/NAME@alias, and that itself.
+
+    Raises:
+        ConfigError: the address has another form.
+        RunError: the registry cannot be reached, or has no such alias or version.
+    """
+    if not (match := _MODEL.fullmatch(address)):
+        raise ConfigError(
+            f"{address}: not a model of MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
+        )
+    name, alias, number = match.groups()
+    with explained(uri):
+        client = connect(uri)
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    return f"models:/{name}/{found.version}"
+
+
+def download_version(uri: str, identity: str, target: Path) -> None:
+    """Put the files of a model version into a directory, as they were before it was registered.
+
+    Raises:
+        RunError: the registry cannot be reached.
+    """
+    with explained(uri), undisturbed():
+        from mlflow.artifacts import download_artifacts
+
+        connect(uri)
+        with _environment({"MLFLOW_REGISTRY_URI": uri}):
+            download_artifacts(artifact_uri=identity, dst_path=str(target), tracking_uri=uri)
+    for name in _ADDED_BY_MLFLOW:
+        path = target / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

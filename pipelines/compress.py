@@ -22,7 +22,7 @@ RETRY_PERIOD = "2592000s"
 """30 days. What Kubeflow calls the maximum back-off is Argo's maxDuration, counted from the start of the first attempt:
 with the default of an hour, a stage lost in its second hour is not tried again."""
 
-CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "NGC_API_KEY")
 """Keys of the optional secret `minitron` that the tasks get as environment variables."""
 
 
@@ -129,7 +129,8 @@ def compress(
     """Compress a large language model: correct the teacher, prune it, distil it back, evaluate, register.
 
     Args:
-        teacher: Base model: a directory every task can read, or hf://org/name.
+        teacher: Base model: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name,
+            gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version.
         corpus: Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, or
             hf://dataset[/config].
         sequence_length: Tokens per packed sequence.

@@ -1,5 +1,6 @@
 """Small real inputs, made once per session and never changed."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,6 +20,9 @@ from minitron.data import MANIFEST, IndexedWriter
 from minitron.storage import content_hash
 
 SEQUENCE = 32
+
+collect_ignore = [] if importlib.util.find_spec("nemo") else ["nemo"]
+"""`make test-nemo` runs those, in an environment of its own."""
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,24 @@ def _importance(scores: Path, config: Any) -> Importance:
     ).check_finite()
 
 
+def export_checkpoint(checkpoint: Path, target: Path) -> None:
+    """Write a NeMo 2 checkpoint as a Hugging Face directory.
+
+    Raises:
+        RunError: it is damaged, or no language model that NeMo can export.
+    """
+    output = target / "exported"
+    shutil.rmtree(output, ignore_errors=True)
+    job = {"job": "export", "checkpoint": str(checkpoint), "like": None, "output": str(output)}
+    _launch(job, target)
+    finish_model(output, tokenizer_from=output)
+    for path in list(output.iterdir()):
+        path.rename(target / path.name)
+    output.rmdir()
+    for name in ("export.json", "export.log"):
+        (target / name).unlink()
+
+
 def calibration_sequences(config: PruneConfig) -> int:
     """Return how many sequences importance is read on: whole micro-batches, which is what NeMo takes."""
     train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)

@@ -162,7 +162,7 @@ def _trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         enable_checkpointing=False,  # Course saves
-        enable_progress_bar=False,
+        enable_progress_bar=False,  # NeMo's gathers timers on rank 0 alone, and the others then wait for ever
         enable_model_summary=False,
         logger=False,
     )
@@ -276,6 +276,11 @@ class Course(pl.Callback):
         for loss in model._layers_to_loss.values():
             if hasattr(loss, "_temperature"):
                 loss._temperature = self._config.temperature
+        cross_entropy = model.compute_language_model_loss
+        # Megatron's turns fp32 logits into probabilities in place: the KL, computed after it, would be of those
+        model.compute_language_model_loss = lambda labels, logits: cross_entropy(
+            labels, logits.clone() if logits.dtype == torch.float32 else logits
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Drop what a kill lost, and validate the untrained model."""

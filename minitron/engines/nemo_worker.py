@@ -54,20 +54,22 @@ def import_models(job: dict[str, Any], work: Path) -> None:
 
 
 def export_model(job: dict[str, Any], work: Path) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face directory whose settings are those of the model it came from."""
+    """Convert a NeMo checkpoint to a Hugging Face directory, with the settings of the model it came from if given."""
     from nemo.collections import llm
     from nemo.collections.llm.api import load_connector_from_trainer_ckpt
+    from nemo.lightning.io import load_context
 
     from minitron.checkpoint import read_config
-
-    reference = read_config(Path(job["like"]))
 
     def connect(path: Path, target: str) -> Any:
         connector = load_connector_from_trainer_ckpt(path, target)
         sizes = connector.config
+        if job["like"] is None:  # NeMo would cut the embedding to the tokenizer's size
+            sizes.vocab_size = load_context(path / "context", subpath="model.config").vocab_size or sizes.vocab_size
+            return type("Exporter", (type(connector),), {"config": sizes})(path)
+        reference = read_config(Path(job["like"]))
         for size in (*SIZES, "head_dim"):
             setattr(reference, size, getattr(sizes, size))
-        # NeMo would cut the embedding to the tokenizer's size, and write a tokenizer of its own
         return type("Exporter", (type(connector),), {"config": reference, "tokenizer": None})(path)
 
     llm.export_ckpt(Path(job["checkpoint"]), "hf", Path(job["output"]), load_connector=connect)

@@ -1,0 +1,133 @@
+"""Where a model comes from: an address becomes a verified local Hugging Face directory, fetched once.
+
+    /models/llama                     a directory, of Hugging Face or a NeMo 2 checkpoint
+    hf://org/name[@revision]          Hugging Face's hub
+    gs://bucket/path                  Google Cloud Storage
+    models:/NAME@alias, models:/NAME/VERSION        MLflow's registry
+    ngc://org/team/model:version      NVIDIA's catalogue (its key in NGC_API_KEY)
+
+What is fetched lies in `models` of the workspace, so that a killed download goes on and all stages of a run share one;
+a movable address (alias, branch, prefix) is resolved once per pipeline run.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from minitron import ngc, tracking
+from minitron.config import StageConfig
+from minitron.errors import ConfigError, RunError
+from minitron.results import CHECKPOINTS, disk_errors, partial_directory, publish, write_atomically
+from minitron.storage import content_hash, download_prefix, hub_model, local_path, snapshot
+
+__all__ = ["check", "resolve"]
+
+
+def resolve(address: str | Path, config: StageConfig) -> Path:
+    """Return the local directory of a model, fetching and converting what is not there.
+
+    Args:
+        address: one of the forms above.
+        config: its workspace keeps what is fetched, its tracking_uri is the registry of models:/.
+
+    Raises:
+        ConfigError: nothing is there, the scheme is unknown, or a key or server that it needs is not given.
+        RunError: it cannot be reached, or what came is damaged.
+    """
+    scheme, separator, _ = str(address).partition(":/")
+    if not separator or scheme == "file":
+        found = local_path(address)
+    elif scheme == "hf":
+        found = local_path(_resolved_once(str(address), hub_model, config))
+    else:
+        found = _fetched(str(address), config)
+    return _exported(found, config) if _is_nemo(found) else found
+
+
+def check(path: Path, sha256: str) -> None:
+    """Compare a model's content hash with the one it had when it was fetched.
+
+    Raises:
+        RunError: it changed.
+    """
+    record = _record(path)
+    if record.is_file() and (expected := json.loads(record.read_text())["sha256"]) != sha256:
+        raise RunError(
+            f"{path}: content hash {sha256[:12]} is not the {expected[:12]} that was fetched: a file is damaged or was "
+            "changed; delete the directory and run the stage again"
+        )
+
+
+def _fetched(address: str, config: StageConfig) -> Path:
+    find: Callable[[str], str]
+    fetch: Callable[[str, Path], None]
+    match address.partition(":/")[0]:
+        case "gs":
+            find, fetch = snapshot, download_prefix
+        case "models":
+            if not (uri := config.tracking_uri):
+                raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
+            find, fetch = partial(tracking.model_version, uri), partial(tracking.download_version, uri)
+        case "ngc":
+            find, fetch = ngc.check_address, ngc.download
+        case scheme:
+            raise ConfigError(
+                f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "
+                "models:/NAME@alias or ngc://org/team/model:version"
+            )
+    identity = _resolved_once(address, find, config)
+    return _kept(identity, partial(fetch, identity), config)
+
+
+def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
+    """Return what a movable address names; within one pipeline run, what it named first."""
+    note = _models(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
+    if config.pipeline_run_id and note.is_file():
+        return json.loads(note.read_text())["identity"]
+    identity = find(address)
+    if config.pipeline_run_id:
+        write_atomically(note, {"address": address, "identity": identity})
+    return identity
+
+
+def _kept(identity: str, fetch: Callable[[Path], None], config: StageConfig) -> Path:
+    """Return the directory that holds an identity's files; they come to be there in one rename."""
+    home = _models(config) / _digest(identity)
+    if home.is_dir() and _record(home).is_file():
+        return home
+    with disk_errors(home), partial_directory(home, identity) as directory:
+        arriving = directory / CHECKPOINTS  # it outlives a kill
+        arriving.mkdir(exist_ok=True)
+        fetch(arriving)
+        for path in list(arriving.iterdir()):
+            path.rename(directory / path.name)
+        arriving.rmdir()
+        publish(directory, home)
+        write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
+    return home
+
+
+def _is_nemo(path: Path) -> bool:
+    return (path / "context").is_dir() and (path / "weights").is_dir()
+
+
+def _exported(checkpoint: Path, config: StageConfig) -> Path:
+    """Return a NeMo 2 checkpoint as a Hugging Face directory, exported by engine nemo."""
+    from minitron.engines import nemo
+
+    nemo.check_installed()
+    return _kept(f"nemo {content_hash(checkpoint)}", partial(nemo.export_checkpoint, checkpoint), config)
+
+
+def _models(config: StageConfig) -> Path:
+    return (config.workspace or Path.home() / ".cache" / "minitron") / "models"
+
+
+def _record(home: Path) -> Path:
+    return home.with_name(f"{home.name}.json")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
