@@ -1,11 +1,13 @@
 # Two commands do everything: `make demo` and `make test`; each sets up .venv on its first run.
 PYTHON ?= python3
 BIN := .venv/bin
+# The NeMo that is tested is the image's; .ci/run tests the last one that has language models, too.
+NEMO ?= nemo_toolkit==2.6.2 megatron-core==0.15.0
 MODULES := minitron components pipelines tests benchmarks
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint compile bench clean
+.PHONY: help setup demo test test-nemo lint compile bench clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -23,6 +25,16 @@ demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a 
 test: setup ## run the tests with coverage
 	$(BIN)/pytest --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
 
+test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: ten minutes
+	.venv-nemo/bin/pip install --quiet --no-deps $(NEMO)
+	.venv-nemo/bin/pytest -rs tests/nemo
+
+.venv-nemo/ready: constraints-nemo.txt
+	$(PYTHON) -m venv .venv-nemo
+	.venv-nemo/bin/pip install --quiet --no-deps --requirement constraints-nemo.txt
+	.venv-nemo/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 lint: setup ## ruff, ruff format, mypy
 	$(BIN)/ruff check $(MODULES)
 	$(BIN)/ruff format --check $(MODULES)
@@ -34,5 +46,5 @@ compile: setup ## rewrite the compiled pipelines beside their sources
 bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/prepare.py
 
-clean: ## delete .venv and the runs
-	rm -rf .venv runs
+clean: ## delete the environments and the runs
+	rm -rf .venv .venv-nemo runs

@@ -64,6 +64,7 @@ def train(
     _launch({"job": "import", "models": sources}, work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
+    _forget_lost_steps(work)
     with _Progress(config, work, tracker) as progress:
         _launch(job, work, gpus(config), progress)
     best = json.loads((work / BEST / "best.json").read_text())
@@ -72,6 +73,28 @@ def train(
     else:
         copy_model(initial, directory)
     return _found(config, work, progress.history, best) | {"metrics": metrics | _metrics(config, work, progress, best)}
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the newest complete checkpoint to resume from; one that a kill left half-written has another name."""
+    return max(work.glob("step-*[0-9]"), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step at which a checkpoint was saved."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _forget_lost_steps(work: Path) -> None:
+    """Drop half-written checkpoints, and the history after the last whole one: those steps are done again."""
+    for path in work.glob("*.saving"):
+        shutil.rmtree(path)
+    last, history = last_checkpoint(work), work / HISTORY
+    if last and history.is_file():
+        rows = [row for row in history.read_text().splitlines(keepends=True) if row.endswith("\n")]
+        history.write_text("".join(row for row in rows if json.loads(row)["step"] <= step_of(last)))
+    else:
+        history.unlink(missing_ok=True)
 
 
 def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[Importance, int]:
@@ -148,8 +171,8 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     """
     output = target / "exported"
     shutil.rmtree(output, ignore_errors=True)
-    job = {"job": "export", "checkpoint": str(checkpoint), "like": None, "output": str(output)}
-    _launch(job, target)
+    exports = [{"checkpoint": str(checkpoint), "like": None, "output": str(output)}]
+    _launch({"job": "export", "exports": exports}, target)
     finish_model(output, tokenizer_from=output)
     for path in list(output.iterdir()):
         path.rename(target / path.name)
@@ -244,7 +267,8 @@ def _export(checkpoint: Path, like: Path, directory: Path) -> None:
     work = directory / CHECKPOINTS
     exported = work / "exported"
     shutil.rmtree(exported, ignore_errors=True)
-    _launch({"job": "export", "checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}, work)
+    exports = [{"checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}]
+    _launch({"job": "export", "exports": exports}, work)
     finish_model(exported, tokenizer_from=like)
     copy_model(exported, directory)
 
@@ -285,24 +309,26 @@ class _Progress:
         self._path, self._tracker = work / HISTORY, tracker
         self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
         self.history: list[dict[str, Any]] = []
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> "_Progress":
-        total = self._max_steps * self._step_tokens
-        self._bar = tqdm(total=total, desc="training", unit="tok", unit_scale=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar:
+            self._bar.close()
 
     def __call__(self) -> None:
-        """Read the rows that are new; after a kill the workers drop those of the steps that were lost."""
+        """Read the rows that are new."""
         if not self._path.is_file():
             return
         rows = [json.loads(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        for row in rows[len(self.history) :]:
+        new, self.history = rows[len(self.history) :], rows
+        for row in new:
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+            if self._bar is None:  # not before: starting NeMo is no part of the training's speed
+                done, total = row["step"] * self._step_tokens, self._max_steps * self._step_tokens
+                self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
             if "loss" in row:
                 self._bar.set_postfix({"step": f"{row['step']}/{self._max_steps}", "loss": f"{row['loss']:.3f}"}, False)
-        self.history = rows
-        self._bar.n = max((row["step"] for row in rows), default=0) * self._step_tokens
-        self._bar.refresh() if rows and self._bar.n == self._bar.total else self._bar.update(0)
+                self._bar.update(row["step"] * self._step_tokens - self._bar.n)

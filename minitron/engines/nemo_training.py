@@ -32,7 +32,7 @@ from transformers import get_scheduler
 from minitron.config import DistillConfig, SequenceConfig, TrainingConfig
 from minitron.data import training_data
 from minitron.engines.hf import compute_dtype, device
-from minitron.engines.nemo import BEST, FINISHED, HISTORY, gpus
+from minitron.engines.nemo import BEST, FINISHED, HISTORY, gpus, last_checkpoint, step_of
 from minitron.losses import LossWeights
 
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -48,7 +48,7 @@ def train(config: Any, weights: LossWeights, work: Path) -> None:
     trainer = _trainer(config, validations)
     balancer = Balancer(weights)
     last = last_checkpoint(work)
-    trainer.callbacks.append(Course(config, work, sequences, balancer, 0 if last is None else _step(last)))
+    trainer.callbacks.append(Course(config, work, sequences, balancer, 0 if last is None else step_of(last)))
     if last:
         trainer.ckpt_path = last / "weights"
     common: dict[str, Any] = {
@@ -65,15 +65,6 @@ def train(config: Any, weights: LossWeights, work: Path) -> None:
         llm.distill(work / "student", work / "teacher", distillation_config_path=settings, **common)
     else:
         llm.finetune(load_context(work / "student" / "context", subpath="model"), **common)
-
-
-def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest complete checkpoint; one that a kill left half-written has another name."""
-    return max(work.glob("step-*[0-9]"), key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
 
 
 class Batches(Dataset):
@@ -259,7 +250,7 @@ class Course(pl.Callback):
     """
 
     def __init__(self, config: Any, work: Path, sequences: int, balancer: Balancer, step: int) -> None:
-        """Continue the history at `step`: rows of the steps that a kill lost are dropped."""
+        """Go on after `step`; `sequences` are validated on."""
         self._config, self._work, self._balancer = config, work, balancer
         self._sequences, self._first_step = sequences, step
         self._best = float("inf")
@@ -283,12 +274,7 @@ class Course(pl.Callback):
         )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Drop what a kill lost, and validate the untrained model."""
-        if trainer.is_global_zero:
-            _keep_history(self._work / HISTORY, self._first_step)
-            for path in self._work.glob("*.saving"):
-                shutil.rmtree(path)
-        torch.distributed.barrier()
+        """Validate the untrained model."""
         trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: False  # at the last step Lightning would, too
         if not self._first_step:
             self._validate(trainer, 0)
@@ -378,14 +364,8 @@ class Course(pl.Callback):
 
 def _delete_all_but(work: Path, step: int) -> None:
     for path in work.glob("step-*[0-9]"):
-        if _step(path) != step:
+        if step_of(path) != step:
             shutil.rmtree(path)
-
-
-def _keep_history(path: Path, step: int) -> None:
-    """Drop the rows after `step`; without a checkpoint, all of them."""
-    rows = path.read_text().splitlines() if step and path.is_file() else []
-    path.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
 
 
 def _peak_gpu_mb() -> float:

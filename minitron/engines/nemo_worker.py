@@ -53,26 +53,29 @@ def import_models(job: dict[str, Any], work: Path) -> None:
         partial.rename(work / name)
 
 
-def export_model(job: dict[str, Any], work: Path) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face directory, with the settings of the model it came from if given."""
+def export_models(job: dict[str, Any], work: Path) -> None:
+    """Convert NeMo checkpoints to Hugging Face directories, with the settings of the model they came from if given."""
     from nemo.collections import llm
     from nemo.collections.llm.api import load_connector_from_trainer_ckpt
     from nemo.lightning.io import load_context
 
     from minitron.checkpoint import read_config
 
-    def connect(path: Path, target: str) -> Any:
-        connector = load_connector_from_trainer_ckpt(path, target)
-        sizes = connector.config
-        if job["like"] is None:  # NeMo would cut the embedding to the tokenizer's size
-            sizes.vocab_size = load_context(path / "context", subpath="model.config").vocab_size or sizes.vocab_size
-            return type("Exporter", (type(connector),), {"config": sizes})(path)
-        reference = read_config(Path(job["like"]))
-        for size in (*SIZES, "head_dim"):
-            setattr(reference, size, getattr(sizes, size))
-        return type("Exporter", (type(connector),), {"config": reference, "tokenizer": None})(path)
+    for export in job["exports"]:
 
-    llm.export_ckpt(Path(job["checkpoint"]), "hf", Path(job["output"]), load_connector=connect)
+        def connect(path: Path, target: str, like: str | None = export["like"]) -> Any:
+            connector = load_connector_from_trainer_ckpt(path, target)
+            sizes = connector.config
+            if like is None:  # NeMo would cut the embedding to the tokenizer's size
+                source = load_context(path / "context", subpath="model.config")
+                sizes.vocab_size = source.vocab_size or sizes.vocab_size
+                return type("Exporter", (type(connector),), {"config": sizes})(path)
+            config = read_config(Path(like))
+            for size in (*SIZES, "head_dim"):
+                setattr(config, size, getattr(sizes, size))
+            return type("Exporter", (type(connector),), {"config": config, "tokenizer": None})(path)
+
+        llm.export_ckpt(Path(export["checkpoint"]), "hf", Path(export["output"]), load_connector=connect)
 
 
 def prune(job: dict[str, Any], work: Path) -> None:
@@ -131,7 +134,7 @@ def train(job: dict[str, Any], work: Path) -> None:
     nemo_training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
 
 
-JOBS = {"import": import_models, "train": train, "prune": prune, "export": export_model}
+JOBS = {"import": import_models, "train": train, "prune": prune, "export": export_models}
 
 if __name__ == "__main__":
     main()

@@ -208,3 +208,37 @@ if not torch.cuda.is_available():
         return _ag(out, inp.reshape(1) if inp.dim() == 0 else inp, *a, **k)
 
     _td.all_gather_into_tensor = _all_gather_into_tensor
+
+
+_pn3 = patch_nemo
+
+
+def patch_nemo():
+    _pn3()
+    # Megatron's distributed optimizer resumes with the optimizers of Transformer Engine and Apex. Torch's AdamW, which
+    # it takes without them, has no state before its first step, keeps the step per parameter and not per group, and
+    # would get one and the same tensor for all of them.
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    sharded_state_dict = DistributedOptimizer.sharded_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    def initialised(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    def with_step(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {"step": state["step"]} | tensors)
+
+    def with_own_steps(self, state_dict):
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    DistributedOptimizer.sharded_state_dict = initialised
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    DistributedOptimizer.load_state_dict = with_own_steps
