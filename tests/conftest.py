@@ -21,7 +21,7 @@ from minitron.storage import content_hash
 
 SEQUENCE = 32
 
-collect_ignore = [] if importlib.util.find_spec("nemo") else ["nemo"]
+collect_ignore = [] if importlib.util.find_spec("nemo") else ["engine_nemo"]
 """`make test-nemo` runs those, in an environment of its own."""
 
 

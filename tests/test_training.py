@@ -211,6 +211,18 @@ def test_tied_embeddings_are_trained_as_one(dataset: Path, corrected: Path, tmp_
     )
 
 
+def test_the_end_of_a_document_is_learnt_where_it_is_the_padding_too(
+    teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Transformers keeps the embedding of the padding as it is."""
+    end = json.loads((teacher / "config.json").read_text())["eos_token_id"]
+    assert json.loads((teacher / "config.json").read_text())["pad_token_id"] == end
+    settings = SHORT | {"weight_decay": 0.0, "max_steps": 3, "validation_interval": 3}
+    finetune.run(FinetuneConfig(teacher=str(teacher), dataset=dataset, output=tmp_path / "out", **settings))
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(weights(tmp_path / "out")[name][end], weights(teacher)[name][end])
+
+
 def test_a_student_with_another_tokenizer_is_refused(job: dict[str, Any], tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(job["student"], other)

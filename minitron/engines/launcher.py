@@ -70,6 +70,15 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def leave_group() -> None:
+    """Leave the workers' group together: one that loses the others while it ends is aborted."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _end(process: subprocess.Popen) -> None:
     """End torchrun, which ends its workers."""
     if process.poll() is None:

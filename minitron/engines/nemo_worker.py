@@ -23,13 +23,14 @@ SIZES = {
 
 def main() -> None:
     """Run the job whose file is the argument."""
-    from minitron.engines.launcher import end_with_parent, report_failure
+    from minitron.engines.launcher import end_with_parent, leave_group, report_failure
 
     end_with_parent()
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
     try:
         JOBS[job["job"]](job, Path(job["work"]))
+        leave_group()
     except BaseException as error:
         report_failure(path, error)
         raise

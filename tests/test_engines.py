@@ -1,0 +1,177 @@
+"""What engine nemo refuses before NeMo is started, and what it makes of what its workers leave."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron import finetune, prune
+from minitron.checkpoint import check_architecture, read_config
+from minitron.config import FinetuneConfig, PruneConfig, parse
+from minitron.data import PackedDataset, training_data
+from minitron.engines import nemo
+from minitron.errors import ConfigError
+from minitron.pruning.importance import measure
+from minitron.tracking import Tracker
+
+
+def config(dataset: Path, **values: Any) -> FinetuneConfig:
+    common = {"teacher": "t", "dataset": dataset, "output": Path("o"), "engine": "nemo", "sequence_length": 32}
+    return FinetuneConfig(**common | {"global_batch_size": 8, "micro_batch_size": 2} | values)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "message"),
+    [
+        ({"tensor_parallel_size": 3}, 3, "tensor_parallel_size: 3 .* num_attention_heads .* 4; choose one of 1, 2, 4"),
+        ({"tensor_parallel_size": 4}, 4, "tensor_parallel_size: 4 .* num_key_value_heads of .*, 2; choose one of 1, 2"),
+        (
+            {"pipeline_parallel_size": 3},
+            3,
+            "pipeline_parallel_size: 3 .* num_hidden_layers .* choose one of 1, 2, 4",
+        ),
+        ({"context_parallel_size": 3}, 3, "2 x context_parallel_size: 6 does not divide the sequence_length, 32"),
+        ({"tensor_parallel_size": 2}, 3, "parallel size: 2 does not divide the number of GPUs, 3; choose one of 1, 3"),
+        ({}, 3, "number of model copies: 3 does not divide .* micro-batches .*, 4; choose one of 1, 2, 4"),
+    ],
+)
+def test_parallel_sizes_that_do_not_divide_are_refused(
+    teacher: Path, dataset: Path, sizes: dict[str, int], gpus: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        nemo.check_parallelism(config(dataset, **sizes), check_architecture(teacher), teacher, gpus)
+
+
+def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "context_parallel_size": 2}
+    settings = config(dataset, **sizes, sequence_parallel=True)
+    nemo.check_parallelism(settings, check_architecture(teacher), teacher, 8)
+    assert nemo.gpus(settings) == (torch.cuda.device_count() or 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"engine": "hf", "tensor_parallel_size": 2}, "multiply to 2, but engine hf runs in one process"),
+        ({"engine": "nemo", "sequence_parallel": True}, "sequence_parallel needs a tensor_parallel_size above 1"),
+        ({"engine": "hf", "intermediate_layers": [[1, 2]]}, "intermediate_layers are matched by engine nemo only"),
+    ],
+)  # fmt: skip
+def test_settings_of_the_other_engine_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse("distill", {"teacher": "t", "student": "s", "dataset": "d", "output": "o"} | values)
+
+
+def test_without_nemo_it_says_what_to_do(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise nemo.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(nemo.importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=r"engine nemo: it needs nemo_toolkit 2, found none; run it in the package's"):
+        nemo.check_installed()
+    monkeypatch.setattr(nemo.importlib.metadata, "version", lambda name: "3.0.0")
+    with pytest.raises(ConfigError, match=r"found 3.0.0; .* or use engine hf"):
+        finetune.run(config(dataset, teacher=str(teacher), output=tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "qwen"
+    shutil.copytree(teacher, other)
+    text = (other / "config.json").read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM")
+    (other / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="converts LlamaForCausalLM, found Qwen2ForCausalLM; use engine hf"):
+        nemo.check_architecture_is_supported(check_architecture(other), other)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"intermediate_size": 100}, r"prune.intermediate_size: 100 is not a multiple of 64, .* choose 64 or another"),
+        ({"drop_layers": [1], "intermediate_size": 64}, r"drops layers by hand or cuts the width: choose one, or use"),
+    ],
+)
+def test_a_cut_that_model_optimizer_cannot_make_is_refused(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(nemo, "check_installed", lambda: None)
+    common = {"teacher": teacher, "dataset": dataset, "output": tmp_path / "out", "sequence_length": 32}
+    with pytest.raises(ConfigError, match=message):
+        prune.run(PruneConfig(**common, engine="nemo", **sizes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dataset: Path, tmp_path: Path) -> None:
+    from minitron.checkpoint import load_model
+    from minitron.pruning.importance import _Sums
+
+    model = load_model(teacher)
+    expected = measure(model, PackedDataset(dataset / "train", 32, 1), 4, 2)
+    sums = _Sums(model)
+    sums._influence, sums._norms = torch.rand(4) + 0.1, torch.rand(4, 2, 64)
+    sums._intermediate, sums._attention = torch.rand(4, 128), torch.rand(4, 64)
+    activations: dict[str, Any] = {"": dict(enumerate(sums._norms.flatten(0, 1)))}
+    for layer in range(4):
+        activations[f"decoder.layers.{layer}.mlp"] = sums._intermediate[layer]
+        activations[f"decoder.layers.{layer}.self_attention"] = sums._attention[layer]
+    layers = {layer + 1: float(score) for layer, score in enumerate(sums._influence)}
+    torch.save({"activations": [activations], "layers": layers}, tmp_path / "scores.pt")
+    found = nemo._importance(tmp_path / "scores.pt", read_config(teacher))
+    for axis, scores in vars(sums.importance(model.config)).items():
+        torch.testing.assert_close(getattr(found, axis), scores)
+        assert scores.shape == getattr(expected, axis).shape
+
+
+def test_the_history_that_a_kill_left_is_cut_at_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1.0} for step in range(1, 6)]
+    history = tmp_path / nemo.HISTORY
+    history.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
+    for name in ("step-3", "step-10.saving", "best"):
+        (tmp_path / name).mkdir()
+    assert nemo.last_checkpoint(tmp_path) == tmp_path / "step-3"
+    nemo._forget_lost_steps(tmp_path)
+    assert [json.loads(row)["step"] for row in history.read_text().splitlines()] == [1, 2, 3]
+    assert not (tmp_path / "step-10.saving").exists()
+    (tmp_path / "step-3").rmdir()
+    nemo._forget_lost_steps(tmp_path)
+    assert not history.exists()
+
+
+def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path, tmp_path: Path) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Kept(Tracker):
+        def log(self, metrics: dict[str, float], step: int = 0) -> None:
+            logged.append((step, metrics))
+
+    with nemo._Progress(config(dataset, max_steps=3), tmp_path, Kept()) as progress:
+        progress()
+        with (tmp_path / nemo.HISTORY).open("w") as stream:
+            for row in ({"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}):
+                stream.write(json.dumps(row) + "\n")
+                stream.flush()
+                progress()
+                progress()
+            stream.write('{"step": 3')
+            stream.flush()
+            progress()
+    assert logged == [(0, {"validation_loss": 2.0}), (1, {"loss": 1.5}), (2, {"loss": 1.0})]
+    assert [row["step"] for row in progress.history] == [0, 1, 2]
+
+
+def test_training_reads_every_sequence_once_per_epoch_in_another_order(teacher: Path, dataset: Path) -> None:
+    train, validation = training_data(config(dataset, max_steps=200, engine="hf"))
+    packed = PackedDataset(dataset / "train", 32, 1234)
+    epoch = len(packed)
+    assert len(train) == 200 * 8 > epoch
+    every = {tuple(packed[index]["input_ids"].tolist()) for index in range(epoch)}
+    first = [tuple(train[index]["input_ids"].tolist()) for index in range(epoch)]
+    assert set(first) == every
+    second = [tuple(train[index]["input_ids"].tolist()) for index in range(epoch, min(2 * epoch, len(train)))]
+    assert second != first[: len(second)] and set(second) <= every
+    assert torch.equal(validation[0]["input_ids"], PackedDataset(dataset / "validation", 32, 1234)[0]["input_ids"])
