@@ -5,7 +5,8 @@ FROM ${BASE_IMAGE}
 
 # kfp pins what the base image has in other versions; its executor needs none of that.
 RUN pip install --no-cache-dir --no-deps kfp==2.17.0 kfp-pipeline-spec==2.17.3 \
-    && pip install --no-cache-dir docstring-parser mlflow-skinny==3.17.2 lm-eval==0.4.13 zstandard
+    && pip install --no-cache-dir docstring-parser google-cloud-storage==3.17.1 \
+        mlflow-skinny==3.17.2 lm-eval==0.4.13 zstandard
 
 COPY pyproject.toml README.md /opt/minitron/
 COPY minitron /opt/minitron/minitron

@@ -259,6 +259,7 @@ def _check_divides(name: str, size: int, what: str, total: int) -> None:
 
 
 def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = lambda: None) -> None:
+    print(f"engine nemo: {job['job']}, {processes} process{'es' if processes > 1 else ''}", flush=True)
     launch(WORKER, job | {"work": str(work)}, work, processes, follow)
 
 

@@ -134,6 +134,7 @@ def _trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
         pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True,
+            check_for_nan_in_grad=True,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=on_gpu,
             overlap_param_gather=on_gpu,
@@ -228,7 +229,7 @@ class Balancer(DistillationLossBalancer):
 
     def means(self) -> dict[str, float]:
         """Return the mean of the terms since the last call, over all copies of the model."""
-        means = torch.zeros(len(LOSS_TERMS), device=self._sums.device) if not self._count else self._sums / self._count
+        means = (self._sums / max(self._count, 1)).to(device())  # where a stage without a loss has its zeros, too
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(means, group=group)
         means /= torch.distributed.get_world_size(group)
@@ -257,6 +258,16 @@ class Course(pl.Callback):
         self._sum, self._validated = 0.0, 0
         if (work / BEST / "best.json").is_file():
             self._best = json.loads((work / BEST / "best.json").read_text())["loss"]
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Say which activations are recomputed, before the model is built."""
+        if self._config.gradient_checkpointing:
+            settings = pl_module.config
+            settings.recompute_granularity, settings.recompute_method, settings.recompute_num_layers = (
+                "full",
+                "uniform",
+                1,
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Give the distillation our weights and temperature, which NeMo's settings do not have."""

@@ -79,8 +79,9 @@ def distilled(
 ) -> dict[str, dict[str, Any]]:
     """The records of one distillation: by engine hf, by engine nemo, and by it in two processes."""
     root = tmp_path_factory.mktemp("distilled")
+    two = {"tensor_parallel_size": 2, "sequence_parallel": True}
     weights = {"cross_entropy_weight": 0.5, "temperature": 2.0}
-    runs = {"hf": {}, "nemo": {"engine": "nemo"}, "two": {"engine": "nemo", "tensor_parallel_size": 2}}
+    runs = {"hf": {}, "nemo": {"engine": "nemo"}, "two": {"engine": "nemo", "gradient_checkpointing": True} | two}
     return {
         name: run_distill(root / name, dataset, wide, pruned["hf"], **weights, **settings)
         for name, settings in runs.items()
