@@ -275,6 +275,7 @@ class Course(pl.Callback):
             return
         model = unwrap_model(pl_module.module)
         model._loss_balancer = self._balancer
+        model._tensor_split_idx = pl_module.config.hidden_size  # pipeline: NeMo learns it in step 1, we validate before
         for loss in model._layers_to_loss.values():
             if hasattr(loss, "_temperature"):
                 loss._temperature = self._config.temperature

@@ -26,7 +26,7 @@ CUT = {
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
 }
 """Of the model `wide`: every axis."""
 
@@ -77,11 +77,15 @@ def pruned(wide: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
 def distilled(
     wide: Path, pruned: dict[str, Path], dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """The records of one distillation: by engine hf, by engine nemo, and by it in two processes."""
+    """The records of one distillation: by engine hf, by engine nemo, and by it in two processes of either kind."""
     root = tmp_path_factory.mktemp("distilled")
-    two = {"tensor_parallel_size": 2, "sequence_parallel": True}
     weights = {"cross_entropy_weight": 0.5, "temperature": 2.0}
-    runs = {"hf": {}, "nemo": {"engine": "nemo"}, "two": {"engine": "nemo", "gradient_checkpointing": True} | two}
+    runs = {
+        "hf": {},
+        "nemo": {"engine": "nemo"},
+        "tensor": {"engine": "nemo", "tensor_parallel_size": 2, "gradient_checkpointing": True},
+        "pipeline": {"engine": "nemo", "pipeline_parallel_size": 2},
+    }
     return {
         name: run_distill(root / name, dataset, wide, pruned["hf"], **weights, **settings)
         for name, settings in runs.items()
