@@ -88,7 +88,7 @@ def test_distillation_gives_the_curve_of_engine_hf(distilled: dict[str, dict[str
 
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 def test_two_processes_give_the_losses_of_one(distilled: dict[str, dict[str, Any]], kind: str) -> None:
-    """Parallel over gloo, through validations and checkpoints at intervals of their own; activations recomputed, too."""
+    """Over gloo, through validations and checkpoints at intervals of their own; with activations recomputed, too."""
     one, two = curves(distilled["nemo"]), curves(distilled[kind])
     assert len(two["loss"]) == TRAINING["max_steps"] and len(two["validation_loss"]) == 3
     for name, values in one.items():
