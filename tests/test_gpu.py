@@ -1,4 +1,4 @@
-"""The whole flow on a GPU, in bf16, with every engine that is installed: `pytest -m gpu`, in the package's image too."""
+"""The whole flow on a GPU, in bf16, with every engine that is installed: `pytest -m gpu`."""
 
 import importlib.util
 import json

@@ -59,20 +59,36 @@ def train(
         check_parallelism(config, check_architecture(model), model, gpus(config))
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
-    metrics = {} if teacher is None else _teacher_metrics(config, teacher)
-    sources = {name: str(path) for name, path in zip(("student", "teacher"), models, strict=False)}
-    _launch({"job": "import", "models": sources}, work)
+    metrics: dict[str, Any] = {} if teacher is None else _teacher_metrics(config, teacher)
+    _import(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
-    _forget_lost_steps(work)
-    with _Progress(config, work, tracker) as progress:
-        _launch(job, work, gpus(config), progress)
+    if not (work / FINISHED).is_file():  # else it was killed while it exported
+        _forget_lost_steps(work)
+        with _Progress(config, work, tracker) as progress:
+            _launch(job, work, gpus(config), progress)
     best = json.loads((work / BEST / "best.json").read_text())
     if best["step"]:
         _export(work / BEST, initial, directory)
     else:
         copy_model(initial, directory)
-    return _found(config, work, progress.history, best) | {"metrics": metrics | _metrics(config, work, progress, best)}
+    return _found(config, work, best, metrics)
+
+
+def _found(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what the stage's record gets, of what the workers left."""
+    history = [json.loads(row) for row in (work / HISTORY).read_text().splitlines()]
+    end = json.loads((work / FINISHED).read_text())
+    step_tokens = config.global_batch_size * config.sequence_length
+    metrics = metrics | {
+        "tokens": config.max_steps * step_tokens,
+        "tokens_per_second": round(end["steps"] * step_tokens / end["seconds"], 1),
+        "validation_loss_before": history[0]["validation_loss"],
+        "validation_loss": best["loss"],
+        "best_step": best["step"],
+    }
+    peaks = {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
+    return {"metrics": metrics, "history": history, "gpus": gpus(config)} | peaks
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -121,7 +137,7 @@ def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[
         return Importance.equal(teacher_config), 0
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
-    _launch({"job": "import", "models": {"teacher": str(config.teacher)}}, work)
+    _import({"teacher": config.teacher}, work)
     _launch({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
     _export(work / "pruned", config.teacher, directory)
     if config.drop_layers:
@@ -263,6 +279,13 @@ def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = l
     launch(WORKER, job | {"work": str(work)}, work, processes, follow)
 
 
+def _import(models: dict[str, Path], work: Path) -> None:
+    """Convert Hugging Face directories to NeMo checkpoints in `work`, by name; those that are there are whole."""
+    missing = {name: str(path) for name, path in models.items() if not (work / name).exists()}
+    if missing:
+        _launch({"job": "import", "models": missing}, work)
+
+
 def _export(checkpoint: Path, like: Path, directory: Path) -> None:
     """Write a NeMo checkpoint as a Hugging Face directory with the settings and tokenizer of the model `like`."""
     work = directory / CHECKPOINTS
@@ -286,30 +309,13 @@ def _teacher_metrics(config: TrainingConfig, teacher: Path) -> dict[str, float]:
     return metrics
 
 
-def _metrics(config: TrainingConfig, work: Path, progress: "_Progress", best: dict[str, Any]) -> dict[str, float]:
-    end = json.loads((work / FINISHED).read_text())
-    step_tokens = config.global_batch_size * config.sequence_length
-    return {
-        "tokens": config.max_steps * step_tokens,
-        "tokens_per_second": round(end["steps"] * step_tokens / end["seconds"], 1),
-        "validation_loss_before": progress.history[0]["validation_loss"],
-        "validation_loss": best["loss"],
-        "best_step": best["step"],
-    }
-
-
-def _found(config: TrainingConfig, work: Path, history: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any]:
-    end = json.loads((work / FINISHED).read_text())
-    return {"history": history, "gpus": gpus(config)} | {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
-
-
 class _Progress:
     """Follows the history that the workers write: rows to the tracker, tokens to a progress bar with ETA."""
 
     def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
         self._path, self._tracker = work / HISTORY, tracker
         self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
-        self.history: list[dict[str, Any]] = []
+        self._seen = 0
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "_Progress":
@@ -324,7 +330,7 @@ class _Progress:
         if not self._path.is_file():
             return
         rows = [json.loads(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        new, self.history = rows[len(self.history) :], rows
+        new, self._seen = rows[self._seen :], len(rows)
         for row in new:
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
             if self._bar is None:  # not before: starting NeMo is no part of the training's speed

@@ -263,11 +263,8 @@ class Course(pl.Callback):
         """Say which activations are recomputed, before the model is built."""
         if self._config.gradient_checkpointing:
             settings = pl_module.config
-            settings.recompute_granularity, settings.recompute_method, settings.recompute_num_layers = (
-                "full",
-                "uniform",
-                1,
-            )
+            settings.recompute_granularity, settings.recompute_method = "full", "uniform"
+            settings.recompute_num_layers = 1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Give the distillation our weights and temperature, which NeMo's settings do not have."""
@@ -302,7 +299,8 @@ class Course(pl.Callback):
             self._validating += time.perf_counter() - started
         if step % config.checkpoint_interval == 0 and step < config.max_steps:
             self._save(trainer, self._work / f"step-{step}", weights_only=False)
-            _delete_all_but(self._work, step) if trainer.is_global_zero else None
+            if trainer.is_global_zero:
+                _delete_all_but(self._work, step)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Tensor, *_: Any) -> None:
         """Add up the losses, each weighted by its sequences: the last batch may be filled up."""

@@ -37,12 +37,10 @@ def main() -> None:
 
 
 def import_models(job: dict[str, Any], work: Path) -> None:
-    """Convert Hugging Face directories to NeMo checkpoints, those that an earlier attempt converted excepted."""
+    """Convert Hugging Face directories to NeMo checkpoints, which get their names when they are whole."""
     from nemo.collections import llm
 
     for name, source in job["models"].items():
-        if (work / name).exists():
-            continue
         partial = work / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         # the importer reads the real sizes from config.json; this only says which importer
