@@ -116,7 +116,9 @@ def download_prefix(identity: str, target: Path) -> None:
     prefix = _prefix(address)[1]
     pairs = [(blob, target / blob.name.removeprefix(prefix)) for blob in _blobs(address)]
     missing = [(blob, path) for blob, path in pairs if not (path.is_file() and path.stat().st_size == blob.size)]
-    for _, path in missing:
+    for blob, path in missing:
+        if not path.resolve().is_relative_to(target.resolve()):
+            raise RunError(f"{address}: the object {blob.name} lies outside the model; delete it")
         path.parent.mkdir(parents=True, exist_ok=True)
     bytes_missing = sum(blob.size for blob, _ in missing)
     with _bucket_errors(address), tqdm(total=bytes_missing, desc=address, unit="B", unit_scale=True) as bar:

@@ -240,7 +240,7 @@ def download_version(uri: str, identity: str, target: Path) -> None:
     Raises:
         RunError: the registry cannot be reached.
     """
-    with explained(uri), undisturbed():
+    with explained(uri):
         from mlflow.artifacts import download_artifacts
 
         connect(uri)

@@ -255,6 +255,11 @@ def test_a_model_in_a_bucket_is_its_snapshot(bucket: Any, config: FinetuneConfig
     bucket.blob("models/llama/extra.json").upload_from_string("{}")
     assert sources.resolve("gs://bucket/models/llama/", config) != first
     assert sources.resolve("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1")) == first
+    bucket.blob("models/bad/../../../escape").upload_from_string("{}")
+    with pytest.raises(
+        RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the model; delete it"
+    ):
+        sources.resolve("gs://bucket/models/bad", config)
     with pytest.raises(ConfigError, match="gs://bucket/nothing: no objects there"):
         sources.resolve("gs://bucket/nothing", config)
     with pytest.raises(RunError, match=r"gs://nobucket/x: not fetched \(.*check the bucket's name"):

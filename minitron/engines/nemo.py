@@ -315,7 +315,7 @@ class _Progress:
     def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
         self._path, self._tracker = work / HISTORY, tracker
         self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
-        self._seen = 0
+        self._seen = self._size = 0
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "_Progress":
@@ -327,8 +327,10 @@ class _Progress:
 
     def __call__(self) -> None:
         """Read the rows that are new."""
-        if not self._path.is_file():
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        if size == self._size:
             return
+        self._size = size
         rows = [json.loads(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         new, self._seen = rows[self._seen :], len(rows)
         for row in new:
