@@ -27,7 +27,7 @@ test: setup ## run the tests with coverage
 
 test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: ten minutes
 	.venv-nemo/bin/pip install --quiet --no-deps $(NEMO)
-	.venv-nemo/bin/pytest tests/engine_nemo tests/test_gpu.py
+	.venv-nemo/bin/pytest -n 2 --dist loadfile tests/engine_nemo tests/test_gpu.py
 
 .venv-nemo/ready: constraints-nemo.txt
 	$(PYTHON) -m venv .venv-nemo

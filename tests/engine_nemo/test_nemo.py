@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from nemo_support import TRAINING, curves, logits, run_finetune, weights
+from nemo_support import TRAINING, curves, logits, run_distill, run_finetune, run_prune, weights
 from transformers import AutoModelForCausalLM
 
 from minitron.checkpoint import load_tokenizer
@@ -74,6 +74,32 @@ def test_the_two_students_are_one_function(pruned: dict[str, Path]) -> None:
     torch.testing.assert_close(logits(pruned["nemo"]), logits(pruned["hf"]), rtol=1e-3, atol=1e-4)
     model = AutoModelForCausalLM.from_pretrained(pruned["nemo"])
     assert model.config.head_dim == 24 and model.config.vocab_size == 600
+
+
+def test_layers_dropped_by_hand_leave_the_others_as_they_are(wide: Path, dataset: Path, tmp_path: Path) -> None:
+    accounts = {
+        engine: run_prune(tmp_path / engine, dataset, wide, engine=engine, drop_layers=[2, 3])
+        for engine in ("hf", "nemo")
+    }
+    assert accounts["nemo"]["kept"]["layers"] == [0, 3] and accounts["nemo"]["scores"] is None
+    assert accounts["nemo"] == accounts["hf"]
+    expected, found = weights(tmp_path / "hf"), weights(tmp_path / "nemo")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_intermediate_layers_are_matched_too(
+    wide: Path, pruned: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    """Their loss is scaled to the size of the KL, so that the whole is twice the KL; it reaches the history apart."""
+    settings = {"max_steps": 3, "validation_interval": 3, "engine": "nemo", "intermediate_layers": [[1, 2], [2, 4]]}
+    record = run_distill(tmp_path / "out", dataset, wide, pruned["hf"], **settings)
+    steps = [row for row in record["history"] if "loss" in row]
+    for row in steps:
+        assert row["loss"] == pytest.approx(2 * row["kl"], rel=1e-4) and 0 < row["intermediate"] < 2
+    assert steps[-1]["intermediate"] < steps[0]["intermediate"]
+    assert sorted(weights(tmp_path / "out")) == sorted(weights(pruned["hf"])), (
+        "the projection is no part of the student"
+    )
 
 
 def test_distillation_gives_the_curve_of_engine_hf(distilled: dict[str, dict[str, Any]]) -> None:
