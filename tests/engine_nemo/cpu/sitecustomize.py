@@ -4,12 +4,18 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from pathlib import Path
+
+
+HERE = str(Path(__file__).parent)
 
 
 class _Shim(importlib.abc.MetaPathFinder):
     """Patches torch before `nemo` is imported, and NeMo once `nemo.collections.llm` is."""
 
     def find_spec(self, name, path=None, target=None):
+        if name in ("nemo", "megatron", "nemo.collections.llm") and HERE not in sys.path:
+            sys.path.insert(0, HERE)  # pytest-xdist gives its processes a path of its own
         if name in ("nemo", "megatron"):
             import cpu_shim  # noqa: F401
         if name != "nemo.collections.llm":
