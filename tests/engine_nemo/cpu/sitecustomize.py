@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-
 HERE = str(Path(__file__).parent)
 
 
