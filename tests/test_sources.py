@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,12 +256,17 @@ def test_a_model_in_a_bucket_is_its_snapshot(bucket: Any, config: FinetuneConfig
     bucket.blob("models/llama/extra.json").upload_from_string("{}")
     assert sources.resolve("gs://bucket/models/llama/", config) != first
     assert sources.resolve("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1")) == first
-    bucket.blob("models/bad/../../../escape").upload_from_string("{}")
-    with pytest.raises(
-        RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the model; delete it"
-    ):
-        sources.resolve("gs://bucket/models/bad", config)
     with pytest.raises(ConfigError, match="gs://bucket/nothing: no objects there"):
         sources.resolve("gs://bucket/nothing", config)
     with pytest.raises(RunError, match=r"gs://nobucket/x: not fetched \(.*check the bucket's name"):
         sources.resolve("gs://nobucket/x", config)
+
+
+def test_an_object_outside_the_model_is_refused(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator refuses such a name, which a bucket takes: the listing is made here."""
+    listing = [SimpleNamespace(name="models/bad/../../../escape", generation=1, size=1)]
+    monkeypatch.setattr("minitron.storage._blobs", lambda address: listing)
+    with pytest.raises(
+        RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the model; delete it"
+    ):
+        sources.resolve("gs://bucket/models/bad", config)
