@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from minitron.config import StageConfig
 from minitron.errors import ConfigError, RunError
@@ -100,7 +101,7 @@ class MlflowTracker(Tracker):
         self.client.log_outputs(self.pipeline_run_id, [LoggedModelOutput(model_id, step=0)])
         source, run_id = f"models:/{model_id}", self.pipeline_run_id
         # A registry in a database looks the model up where the environment says, not where it is itself.
-        with _environment({"MLFLOW_TRACKING_URI": self.client.tracking_uri}):
+        with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": self.client.tracking_uri}):
             return int(self.client.create_model_version(name, source, run_id, tags=tags, model_id=model_id).version)
 
     def close(self, status: str, error: BaseException | None = None) -> None:
@@ -244,7 +245,8 @@ def download_version(uri: str, identity: str, target: Path) -> None:
         from mlflow.artifacts import download_artifacts
 
         connect(uri)
-        with _environment({"MLFLOW_REGISTRY_URI": uri}):
+        # it asks both stores; one that is not named would be a new database in the working directory
+        with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri}):
             download_artifacts(artifact_uri=identity, dst_path=str(target), tracking_uri=uri)
     for name in _ADDED_BY_MLFLOW:
         path = target / name
@@ -385,19 +387,4 @@ def _silence() -> None:
 
 def _hurry() -> AbstractContextManager[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
-    return _environment({name: value for name, value in _HURRY.items() if name not in os.environ})
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Change the environment for a while: for some things mlflow has no argument."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return patch.dict(os.environ, {name: value for name, value in _HURRY.items() if name not in os.environ})

@@ -205,8 +205,10 @@ def registry(mlflow_file: str, teacher: Path, dataset: Path, tmp_path: Path) -> 
 
 
 def test_a_registered_model_is_what_was_registered(
-    registry: dict[str, Any], config: FinetuneConfig, teacher: Path
+    registry: dict[str, Any], config: FinetuneConfig, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     config = changed(config, tracking_uri=registry["uri"])
     for version in ("@champion", "/1"):
         found = sources.resolve(f"models:/{registry['name']}{version}", config)
@@ -215,6 +217,7 @@ def test_a_registered_model_is_what_was_registered(
         sources.resolve(f"models:/{registry['name']}@nobody", config)
     with pytest.raises(ConfigError, match=r"give models:/NAME@alias or models:/NAME/VERSION"):
         sources.resolve("models:/name", config)
+    assert not list(Path().iterdir()), "MLflow made a database of its own"
 
 
 def test_an_alias_that_moves_means_one_version_within_a_pipeline_run(

@@ -6,6 +6,7 @@ at the end, and no import at the top that takes time.
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def main() -> None:
     from minitron.engines.launcher import end_with_parent, leave_group, report_failure
 
     end_with_parent()
-    path = Path(sys.argv[1])
+    path = Path(sys.argv[1]).absolute()
     job = json.loads(path.read_text())
     try:
         JOBS[job["job"]](job, Path(job["work"]))
@@ -90,11 +91,11 @@ def prune(job: dict[str, Any], work: Path) -> None:
     from minitron.engines.nemo_training import Batches, data_module
 
     config: Any = parse("prune", job["config"])
-    run_search = MCoreMinitronSearcher.run_search
+    run_search, scores = MCoreMinitronSearcher.run_search, (work / SCORES).absolute()
 
     def recorded(searcher: Any) -> None:
         run_search(searcher)
-        torch.save({"activations": searcher.activations_per_rank, "layers": searcher.layer_scores}, work / SCORES)
+        torch.save({"activations": searcher.activations_per_rank, "layers": searcher.layer_scores}, scores)
 
     MCoreMinitronSearcher.run_search = recorded
     _rank_groups_by_their_own_heads()
@@ -106,7 +107,9 @@ def prune(job: dict[str, Any], work: Path) -> None:
         target = PruningConfig(**{SIZES[name]: size for name, size in job["sizes"].items()})
         train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
         data = data_module(config, Batches(train, sequences), None, config.micro_batch_size)
-    llm.prune(str(work / "teacher"), str(work / "pruned"), target, num_train_samples=sequences, data=data)
+    teacher, pruned = (str((work / name).absolute()) for name in ("teacher", "pruned"))
+    os.chdir(work)  # llm.prune logs into the working directory
+    llm.prune(teacher, pruned, target, num_train_samples=sequences, data=data)
 
 
 def _rank_groups_by_their_own_heads() -> None:

@@ -76,7 +76,10 @@ def test_the_two_students_are_one_function(pruned: dict[str, Path]) -> None:
     assert model.config.head_dim == 24 and model.config.vocab_size == 600
 
 
-def test_layers_dropped_by_hand_leave_the_others_as_they_are(wide: Path, dataset: Path, tmp_path: Path) -> None:
+def test_layers_dropped_by_hand_leave_the_others_as_they_are(
+    wide: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     accounts = {
         engine: run_prune(tmp_path / engine, dataset, wide, engine=engine, drop_layers=[2, 3])
         for engine in ("hf", "nemo")
@@ -85,6 +88,7 @@ def test_layers_dropped_by_hand_leave_the_others_as_they_are(wide: Path, dataset
     assert accounts["nemo"] == accounts["hf"]
     expected, found = weights(tmp_path / "hf"), weights(tmp_path / "nemo")
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"], "NeMo wrote into the working directory"
 
 
 def test_intermediate_layers_are_matched_too(
