@@ -5,10 +5,10 @@ from typing import Optional
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
-from minitron.components.images import TRAINER
+from minitron.components.images import TOOLS
 
 
-@dsl.component(base_image=TRAINER, packages_to_install=[], install_kfp_package=False)
+@dsl.component(base_image=TOOLS, packages_to_install=[], install_kfp_package=False)
 def register(
     dataset: Input[Dataset],
     student: Input[Model],

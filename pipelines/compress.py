@@ -9,11 +9,12 @@ from typing import Any, Optional
 from kfp import compiler, dsl, kubernetes
 
 from minitron.components import distill, evaluate, finetune, prepare, prune, register
-from minitron.components.images import TRAINER
+from minitron.components.images import TOOLS, TRAINER
 
 COMPILED = Path(__file__).with_suffix(".yaml")
-WORKSPACE_SIZE = "200Gi"
-"""The run's volume: a teacher of 8 B parameters, its students, and the training checkpoints of one of them."""
+WORKSPACE = "/workspace"
+"""Where every task has the shared volume: results by key, fetched models, checkpoints of work in progress. It outlives
+the run, so that the next one finds them."""
 
 SHARED_MEMORY = "16Gi"
 """Limit of /dev/shm, through which data loaders and NCCL pass tensors; the default of 64 MB ends in a bus error."""
@@ -26,7 +27,7 @@ CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN
 """Keys of the optional secret `minitron` that the tasks get as environment variables."""
 
 
-def _place(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any, image: Any) -> None:
+def _place(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any, image: Any, claim: Any) -> None:
     """Say where a task runs. prepare and register ask for 0 GPUs by default: nobody pays for one that idles."""
     task.set_container_image(image)
     task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
@@ -35,6 +36,7 @@ def _place(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any, image: Any)
     task.set_retry(3, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
     # Kubeflow's own cache compares addresses, not what lies there; the stages compare content (`caching`).
     task.set_caching_options(False)
+    kubernetes.mount_pvc(task, claim, WORKSPACE)
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)
     kubernetes.use_secret_as_env(task, "minitron", {name: name for name in CREDENTIALS}, optional=True)
 
@@ -43,7 +45,6 @@ def _place(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any, image: Any)
 @dsl.pipeline(
     name="compress",
     description="Compress a large language model: prune it in width or depth and distil it back.",
-    pipeline_config=dsl.PipelineConfig(workspace=dsl.WorkspaceConfig(size=WORKSPACE_SIZE)),
 )
 def compress(
     teacher: str,
@@ -125,6 +126,8 @@ def compress(
     cpu: str = "8",
     memory: str = "64Gi",
     image: str = TRAINER,
+    tools_image: str = TOOLS,
+    workspace_claim: str = "minitron-workspace",
 ):
     """Compress a large language model: correct the teacher, prune it, distil it back, evaluate, register.
 
@@ -211,10 +214,12 @@ def compress(
         register_gpus: GPUs of the register task.
         cpu: CPU cores that each task requests.
         memory: Memory that each task requests, /dev/shm included.
-        image: Container image of every task.
+        image: Container image of every task but register.
+        tools_image: Container image of register.
+        workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany, if they run on several nodes.
     """
     common: Any = {
-        "workspace": dsl.WORKSPACE_PATH_PLACEHOLDER,
+        "workspace": WORKSPACE,
         "tracking_uri": tracking_uri,
         "experiment": experiment,
         "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
@@ -281,7 +286,7 @@ def compress(
         (distill_task, distill_gpus), (evaluate_task, evaluate_gpus), (register_task, register_gpus),
     ]
     for task, gpus in tasks:
-        _place(task, gpus, cpu, memory, image)
+        _place(task, gpus, cpu, memory, tools_image if task is register_task else image, workspace_claim)
 # fmt: on
 
 
