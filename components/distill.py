@@ -23,11 +23,11 @@ def distill(
     gradient_checkpointing: bool = False,
     validation_interval: int = 10, validation_sequences: int = 640, checkpoint_interval: int = 10,
     tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, context_parallel_size: int = 1,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool = False, num_nodes: int = 1, gpus_per_node: int = 8,
     temperature: float = 1.0, kl_weight: float = 1.0, cross_entropy_weight: float = 0.0,
     intermediate_layers: list = [],
     workspace: Optional[str] = None, tracking_uri: Optional[str] = None,
-    experiment: str = "minitron", pipeline_run_id: Optional[str] = None, caching: bool = True,
+    experiment: str = "minitron", pipeline_run_id: Optional[str] = None, caching: bool = True, gpus: int = 0,
 ):
     """Distil the teacher into the pruned student. Settings: minitron.config.DistillConfig."""
     from minitron.stage import launch
@@ -42,8 +42,9 @@ def distill(
         validation_interval=validation_interval, validation_sequences=validation_sequences,
         checkpoint_interval=checkpoint_interval, tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size, context_parallel_size=context_parallel_size,
-        sequence_parallel=sequence_parallel, temperature=temperature, kl_weight=kl_weight,
+        sequence_parallel=sequence_parallel, num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node, temperature=temperature, kl_weight=kl_weight,
         cross_entropy_weight=cross_entropy_weight, intermediate_layers=intermediate_layers, workspace=workspace,
-        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
     )
 # fmt: on

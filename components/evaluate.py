@@ -32,6 +32,7 @@ def evaluate(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
     caching: bool = True,
+    gpus: int = 0,
 ):
     """Measure teacher, pruned model and student, and write the report. Settings: minitron.config.EvaluateConfig."""
     import shutil
@@ -45,7 +46,7 @@ def evaluate(
         sequence_length=sequence_length, micro_batch_size=micro_batch_size,
         evaluation_sequences=evaluation_sequences, tasks=tasks, task_directory=task_directory,
         task_limit=task_limit, prompts=prompts, generation_tokens=generation_tokens, workspace=workspace,
-        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
     )
     # fmt: on
     shutil.copyfile(f"{evaluation.path}/report.html", report.path)

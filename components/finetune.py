@@ -22,10 +22,10 @@ def finetune(
     gradient_checkpointing: bool = False,
     validation_interval: int = 10, validation_sequences: int = 640, checkpoint_interval: int = 10,
     tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, context_parallel_size: int = 1,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool = False, num_nodes: int = 1, gpus_per_node: int = 8,
     enabled: bool = True,
     workspace: Optional[str] = None, tracking_uri: Optional[str] = None,
-    experiment: str = "minitron", pipeline_run_id: Optional[str] = None, caching: bool = True,
+    experiment: str = "minitron", pipeline_run_id: Optional[str] = None, caching: bool = True, gpus: int = 0,
 ):
     """Correct the teacher on the corpus, and keep the better of the two. Settings: minitron.config.FinetuneConfig."""
     from minitron.stage import launch
@@ -39,8 +39,9 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing, validation_interval=validation_interval,
         validation_sequences=validation_sequences, checkpoint_interval=checkpoint_interval,
         tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
-        context_parallel_size=context_parallel_size, sequence_parallel=sequence_parallel, enabled=enabled,
+        context_parallel_size=context_parallel_size, sequence_parallel=sequence_parallel, num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node, enabled=enabled,
         workspace=workspace, tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
-        caching=caching,
+        caching=caching, gpus=gpus,
     )
 # fmt: on

@@ -24,6 +24,7 @@ def prepare(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
     caching: bool = True,
+    gpus: int = 0,
 ):
     """Turn a corpus into a deduplicated, split, tokenised dataset. Settings: minitron.config.PrepareConfig."""
     from minitron.stage import launch
@@ -33,6 +34,6 @@ def prepare(
         "prepare", metrics, output=dataset.path, corpus=corpus, teacher=teacher, seed=seed,
         text_field=text_field, validation_fraction=validation_fraction, test_fraction=test_fraction,
         licence=licence, workspace=workspace, tracking_uri=tracking_uri, experiment=experiment,
-        pipeline_run_id=pipeline_run_id, caching=caching,
+        pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
     )
     # fmt: on

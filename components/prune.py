@@ -30,6 +30,7 @@ def prune(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
     caching: bool = True,
+    gpus: int = 0,
 ):
     """Cut the teacher to a smaller student by Minitron importance. Settings: minitron.config.PruneConfig."""
     from minitron.stage import launch
@@ -41,6 +42,6 @@ def prune(
         intermediate_size=intermediate_size, num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads, num_hidden_layers=num_hidden_layers, drop_layers=drop_layers,
         calibration_sequences=calibration_sequences, workspace=workspace, tracking_uri=tracking_uri,
-        experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching,
+        experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
     )
     # fmt: on

@@ -1,33 +1,43 @@
 """The `minitron` command.
 
-Run a compiled pipeline on this machine: `minitron run compress --preset demo --work-dir runs/demo`.
+Run a compiled pipeline on this machine: `minitron run compress --preset demo --work-dir runs/demo`. On a cluster:
+`minitron submit compress --preset llama-3.1-minitron-4b-width --set corpus=gs://bucket/text --host URL --wait`.
 """
 
 import contextlib
-import io
-import json
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
-import yaml
+from rich.console import Console
+from rich.table import Table
 
-from minitron import __version__, samples, summary
-from minitron.errors import MinitronError, RunError
-from minitron.presets import SAMPLES, check_arguments, compiled_pipeline, read_arguments
-from minitron.stage import FAILURE
-
-_INDENTATION = " " * 4
-_CURSOR_UP = "\x1b[A"
-"""With it tqdm ends a nested bar, which would overwrite the line above."""
+from minitron import __version__, cron, doctor, local, samples, summary
+from minitron.cluster import Kubeflow
+from minitron.config import parse_cluster
+from minitron.errors import ConfigError, MinitronError
+from minitron.presets import CLUSTER, SAMPLES, check_arguments, compiled_pipeline, configured, read_arguments
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress.")]
+Presets = Annotated[
+    list[str], typer.Option("--preset", help="Preset that ships with the package, or a YAML file; later ones win.")
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value over the presets; repeatable.")]
+Host = Annotated[
+    str | None, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines; none: in its cluster.")
+]
+Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace in which the tasks run.")]
+Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server wants one.")]
+IapClient = Annotated[
+    str | None, typer.Option(envvar="KF_PIPELINES_IAP_OAUTH2_CLIENT_ID", help="OAuth client of Google's IAP.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
@@ -50,15 +60,130 @@ def options(
 
 @app.command()
 def run(
-    pipeline: Annotated[str, typer.Argument(help="Pipeline to run: compress.")],
-    preset: Annotated[str, typer.Option(help="Name of a preset that ships with the package, or a YAML file.")],
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over the preset; repeatable.")] = None,
+    pipeline: Pipeline,
+    presets: Presets,
+    settings: Settings = None,
     work_dir: Annotated[Path, typer.Option(help="Inputs, results, tracking and summary of the run.")] = Path("runs"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Run a pipeline on this machine; run it again to resume it and to reuse what is finished."""
+    with _one_line(debug):
+        _run(pipeline, presets, settings or [], work_dir.absolute())
+
+
+@app.command()
+def submit(
+    pipeline: Pipeline,
+    presets: Presets,
+    settings: Settings = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; fail when it fails.")] = False,
+    host: Host = None,
+    namespace: Namespace = None,
+    token: Token = None,
+    iap_client_id: IapClient = None,
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline on a cluster."""
+    with _one_line(debug):
+        documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
+        kubeflow = Kubeflow(host, namespace, token, iap_client_id)
+        version = kubeflow.upload(pipeline, documents)
+        run_id = kubeflow.submit(version, arguments, _experiment(arguments), account)
+        print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.link(run_id)}", flush=True)
+        if wait:
+            kubeflow.wait(run_id)
+            print(f"run {run_id}: succeeded")
+
+
+@app.command()
+def schedule(
+    pipeline: Pipeline,
+    presets: Presets,
+    expression: Annotated[
+        str, typer.Option("--cron", help="Six fields, in UTC: second minute hour day month weekday.")
+    ],
+    settings: Settings = None,
+    name: Annotated[str | None, typer.Option(help="Name of the schedule; none: pipeline and first preset.")] = None,
+    host: Host = None,
+    namespace: Namespace = None,
+    token: Token = None,
+    iap_client_id: IapClient = None,
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline on a cluster again and again; the same command twice changes nothing, another one replaces it."""
+    with _one_line(debug):
+        first = cron.first_time(expression)
+        documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
+        name = name or f"{pipeline}-{Path(presets[0]).stem}"
+        kubeflow = Kubeflow(host, namespace, token, iap_client_id)
+        version = kubeflow.upload(pipeline, documents)
+        changed = kubeflow.schedule(name, expression, version, arguments, _experiment(arguments), account)
+        print(f"{'scheduled' if changed else 'unchanged'}: {name} runs {pipeline} {version.name} at {expression}")
+        print(f"first: {first:%Y-%m-%d %H:%M:%S} UTC")
+
+
+@app.command()
+def runs(
+    count: Annotated[int, typer.Option(min=1, max=200, help="How many.")] = 20,
+    host: Host = None,
+    namespace: Namespace = None,
+    token: Token = None,
+    iap_client_id: IapClient = None,
+    debug: Debug = False,
+) -> None:
+    """List the newest runs and the schedules of a cluster."""
+    with _one_line(debug):
+        kubeflow = Kubeflow(host, namespace, token, iap_client_id)
+        found, schedules = kubeflow.runs(count), kubeflow.schedules()
+        rows = [[entry.display_name, _state(entry.state), _when(entry.created_at), _length(entry)] for entry in found]
+        ids = [entry.run_id for entry in found]
+        _print_table(
+            ["run", "state", "started (UTC)", "hours", "id"], [[*row, i] for row, i in zip(rows, ids, strict=True)]
+        )
+        if schedules:
+            cells = [[entry.display_name, entry.trigger.cron_schedule.cron, entry.mode.lower()] for entry in schedules]
+            _print_table(["schedule", "cron (UTC)", "mode"], cells)
+
+
+@app.command()
+def unschedule(
+    name: Annotated[str, typer.Argument(help="Name of the schedule.")],
+    host: Host = None,
+    namespace: Namespace = None,
+    token: Token = None,
+    iap_client_id: IapClient = None,
+    debug: Debug = False,
+) -> None:
+    """Delete a schedule; runs that it started go on."""
+    with _one_line(debug):
+        Kubeflow(host, namespace, token, iap_client_id).unschedule(name)
+        print(f"deleted: schedule {name}")
+
+
+@app.command("doctor")
+def check_cluster(
+    host: Host = None,
+    namespace: Namespace = None,
+    token: Token = None,
+    iap_client_id: IapClient = None,
+    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server.")] = None,
+    bucket: Annotated[str | None, typer.Option(help="gs://bucket[/prefix] that the tasks write to.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Check that a cluster has what the pipelines need, and say what to do where it has not."""
+    with _one_line(debug):
+        connect = lambda: Kubeflow(host, namespace, token, iap_client_id)  # noqa: E731  (a check of its own)
+        checks = doctor.examine(connect, namespace or "kubeflow", tracking_uri, bucket)
+        _print_table(["", "check", "found", "remedy"], [[check.mark, *check[1:]] for check in checks])
+        if any(check.ok is False for check in checks):
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    """End a failure with one line and its exit status."""
     try:
-        _run(pipeline, preset, settings or [], work_dir.absolute())
+        yield
     except MinitronError as error:
         if debug:
             traceback.print_exc()
@@ -66,10 +191,12 @@ def run(
         raise typer.Exit(error.exit_status) from None
 
 
-def _run(pipeline: str, preset: str, settings: list[str], work_dir: Path) -> None:
+def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
     documents = compiled_pipeline(pipeline)
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
-    arguments = {"engine": "hf"} | read_arguments(preset, settings, list(parameters))  # a laptop has no NeMo
+    laptop = {"engine": "hf"} | {name: 0 for name in parameters if name.endswith("_gpus")}  # it has no NeMo
+    arguments = laptop | read_arguments(presets, settings, list(parameters))
+    arguments.pop(CLUSTER, None)
     sample = arguments.pop(SAMPLES, None)
     if sample:
         inputs = samples.paths(sample, work_dir / "inputs")
@@ -79,99 +206,56 @@ def _run(pipeline: str, preset: str, settings: list[str], work_dir: Path) -> Non
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         samples.build(sample, work_dir / "inputs")
     arguments.setdefault("tracking_uri", os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db")
-    results = _run_locally(documents, arguments, work_dir)
+    results = local.run_pipeline(documents, arguments, work_dir)
     summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
 
 
-def _run_locally(documents: list[dict[str, Any]], arguments: dict[str, Any], work_dir: Path) -> Path:
-    """Run the compiled pipeline in subprocesses of this Python; return the directory of the tasks' outputs.
-
-    Raises:
-        MinitronError: a stage failed, with the stage's own message and exit status.
-    """
-    from kfp import components, local
-
-    _adapt(documents[0], arguments)
-    workspace, results = work_dir / "workspace", work_dir / "results"
-    failure = workspace / FAILURE
-    failure.unlink(missing_ok=True)
-    earlier = set(results.glob("*"))
-    os.environ |= {"MINITRON_WORKSPACE": str(workspace), "PYTHONUNBUFFERED": "1"}
-    os.environ.setdefault("TQDM_MININTERVAL", "10")
-    # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(results))
-    run_pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
-    try:
-        with _only_the_stages_output():
-            run_pipeline(**arguments)
-    except RuntimeError as error:
-        raise _explain(failure) from error
-    return next(path for path in results.glob("*") if path not in earlier)
+def _for_cluster(
+    pipeline: str, presets: list[str], settings: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any], str | None]:
+    """Return the documents to upload, the arguments of the run and the account of its tasks, all checked."""
+    documents = compiled_pipeline(pipeline)
+    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+    arguments = read_arguments(presets, settings, list(parameters))
+    cluster = parse_cluster(arguments.pop(CLUSTER, {}))
+    if sample := arguments.pop(SAMPLES, None):
+        _refuse_samples(sample, arguments)
+    for name in ("teacher", "corpus"):
+        if str(arguments.get(name, "/")).startswith("."):
+            raise ConfigError(
+                f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks do not see; give "
+                "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
+            )
+    return configured(documents, cluster), check_arguments(arguments, parameters), cluster.service_account
 
 
-def _adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
-    unset = _drop_unset(specification["root"], arguments)
-    for task in specification["root"]["dag"]["tasks"].values():
-        inputs = task["inputs"]["parameters"]
-        for name in [name for name, source in inputs.items() if source.get("componentInputParameter") in unset]:
-            del inputs[name]
-        _drop_unset(specification["components"][task["componentRef"]["name"]], inputs)
-        task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:
+    if missing := [name for name in ("teacher", "corpus") if name not in arguments]:
+        wanted = " ".join(f"--set {name}=…" for name in missing)
+        raise ConfigError(f"samples: {sample} are made on this machine, by minitron run; for a cluster add {wanted}")
 
 
-def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> set[str]:
-    """Drop optional parameters without a value: a cluster leaves them to the function, kfp.local fails on them."""
-    parameters = component["inputDefinitions"]["parameters"]
-    unset = {name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given}
-    for name in unset:
-        del parameters[name]
-    return unset
+def _experiment(arguments: dict[str, Any]) -> str:
+    return arguments.get("experiment", "minitron")
 
 
-def _explain(failure: Path) -> MinitronError:
-    if not failure.is_file():
-        return RunError("a stage ended without a message; see its output above, then run the command again to resume")
-    found = json.loads(failure.read_text())
-    error = RunError(f"{found['stage']}: {found['message']}")
-    error.exit_status = found["exit_status"]
-    return error
+def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-@contextlib.contextmanager
-def _only_the_stages_output() -> Iterator[None]:
-    """Leave out what kfp.local and the KFP executor say of themselves: it would bury the progress bars."""
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(_StagesOutput(sys.stdout)):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+def _state(state: str | None) -> str:
+    return (state or "pending").lower()
 
 
-class _StagesOutput(io.TextIOBase):
-    """The lines that the stages print, from kfp.local's output: those it indents, the executor's own left out."""
+def _when(moment: Any) -> str:
+    return f"{moment:%Y-%m-%d %H:%M}" if moment else ""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._line, self._skipping = stream, "", False
 
-    def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            self._pass_on(line)
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def _pass_on(self, line: str) -> None:
-        text = line.removeprefix(_INDENTATION)
-        if "[KFP Executor" in line:
-            self._skipping = line.endswith("Got executor_input:")  # JSON follows, over many lines
-        elif self._skipping:
-            self._skipping = text != "}"
-        elif text != line and text.strip():
-            self._stream.write(text.replace(_CURSOR_UP, "") + "\n")
-            self._stream.flush()
+def _length(entry: Any) -> str:
+    finished = entry.finished_at
+    return f"{(finished - entry.created_at).total_seconds() / 3600:.1f}" if finished and finished.year > 1970 else ""

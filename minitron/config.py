@@ -6,7 +6,7 @@ Print the parameter table of the README: `python -m minitron.config`.
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -32,6 +32,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
 Engine = Annotated[
     Literal["hf", "nemo"],
     Field(description="Who does it: hf (transformers, one process) or nemo (NeMo and Megatron, one process per GPU)."),
@@ -54,6 +56,9 @@ class StageConfig(BaseModel):
     )
     caching: Annotated[bool, EXECUTION] = Field(
         True, description="Reuse a finished result that has the same inputs' content and settings."
+    )
+    gpus: Annotated[int, Field(ge=0), EXECUTION] = Field(
+        0, description="GPUs that the task asked for: it stops at once where it sees fewer."
     )
     seed: int = Field(1234, description="Seed of every random choice.")
 
@@ -108,6 +113,10 @@ class TrainingConfig(SequenceConfig):
     sequence_parallel: Annotated[bool, EXECUTION] = Field(
         False, description="Split the activations between layers too, over the tensor-parallel GPUs."
     )
+    num_nodes: Annotated[PositiveInt, EXECUTION] = Field(
+        1, description="Nodes to train on; several: the task starts a Kubeflow TrainJob and waits (engine nemo)."
+    )
+    gpus_per_node: Annotated[PositiveInt, EXECUTION] = Field(8, description="GPUs of each node, if there are several.")
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "TrainingConfig":
@@ -131,6 +140,21 @@ class TrainingConfig(SequenceConfig):
             )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ValueError("sequence_parallel needs a tensor_parallel_size above 1: raise it, or switch it off")
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> "TrainingConfig":
+        if self.num_nodes == 1:
+            return self
+        if self.engine == "hf":
+            raise ValueError(f"num_nodes is {self.num_nodes}, but engine hf runs in one process: use engine nemo")
+        if self.gpus:
+            raise ValueError(
+                f"gpus is {self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits: set gpus to 0, "
+                "gpus_per_node is what the nodes get"
+            )
+        if self.workspace is None:
+            raise ValueError(f"num_nodes is {self.num_nodes}, but the nodes share no workspace: give one")
         return self
 
     @property
@@ -229,6 +253,22 @@ class RegisterConfig(StageConfig):
         return self
 
 
+class ClusterConfig(BaseModel):
+    """What Kubeflow takes from the compiled pipeline, not from its parameters: `minitron submit` and `schedule` set it.
+
+    In a preset it is the section `cluster`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    service_account: str | None = Field(None, description="Account of the tasks; none: Kubeflow's own.")
+    shared_memory: str = Field("16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task.")
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="Attempts after the first, for lost (spot) nodes.")
+    timeout_hours: PositiveInt = Field(168, description="Longest time that one attempt at a task may take.")
+    ttl_hours: PositiveInt = Field(168, description="How long a run's pods and their logs are kept after its end.")
+    labels: dict[str, str] = Field({}, description="Labels of the tasks' pods, to account for them.")
+
+
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareConfig,
     "finetune": FinetuneConfig,
@@ -251,20 +291,33 @@ def parse(stage: str, values: dict[str, Any]) -> StageConfig:
     Raises:
         ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
     """
+    return _validated(stage, STAGES[stage], values)
+
+
+def parse_cluster(values: dict[str, Any]) -> ClusterConfig:
+    """Validate the section `cluster` of a preset.
+
+    Raises:
+        ConfigError: as for a stage.
+    """
+    return _validated("cluster", ClusterConfig, values)
+
+
+def _validated(section: str, model: type[Model], values: dict[str, Any]) -> Model:
     try:
-        return STAGES[stage].model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(stage, fault) for fault in error.errors())) from None
+        raise ConfigError("; ".join(_explain(section, model, fault) for fault in error.errors())) from None
 
 
-def _explain(stage: str, fault: Any) -> str:
-    """Turn one pydantic fault into 'stage.key: what is wrong (found …)'."""
+def _explain(section: str, model: type[BaseModel], fault: Any) -> str:
+    """Turn one pydantic fault into 'section.key: what is wrong (found …)'."""
     key = ".".join(str(part) for part in fault["loc"]) if fault["loc"] else ""
-    where = f"{stage}.{key}" if key else stage
+    where = f"{section}.{key}" if key else section
     match fault["type"]:
         case "extra_forbidden":
-            close = difflib.get_close_matches(key, STAGES[stage].model_fields, n=1)
-            remedy = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(STAGES[stage].model_fields)}"
+            close = difflib.get_close_matches(key, model.model_fields, n=1)
+            remedy = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(model.model_fields)}"
             return f"{where}: unknown key; {remedy}"
         case "missing":
             return f"{where}: missing; give it a value"
@@ -279,10 +332,11 @@ def parameter_table() -> str:
     shared = set(StageConfig.model_fields)
     sections = [_table("every stage", StageConfig, set())]
     sections += [_table(stage, model, shared) for stage, model in STAGES.items()]
+    sections += [_table("cluster (submit and schedule)", ClusterConfig, set())]
     return "\n\n".join(sections)
 
 
-def _table(title: str, model: type[StageConfig], left_out: set[str]) -> str:
+def _table(title: str, model: type[BaseModel], left_out: set[str]) -> str:
     rows = [
         f"| `{name}` | {'required' if field.is_required() else f'`{field.default}`'} | {field.description} |"
         for name, field in model.model_fields.items()

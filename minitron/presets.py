@@ -1,7 +1,8 @@
 """From a preset and --set values to the arguments of a pipeline, all checked before anything starts.
 
 A preset is YAML: pipeline parameters at the top level, one section per stage (`distill: {max_steps: 30}` is the
-parameter distill_max_steps), and `samples: tiny` or `samples: demo` for inputs that ship in Python packages.
+parameter distill_max_steps), a section `cluster` for what is no parameter, and `samples: tiny` or `samples: demo` for
+inputs that ship in Python packages.
 """
 
 import difflib
@@ -12,11 +13,11 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.config import STAGES, parse
+from minitron.config import STAGES, ClusterConfig, parse
 from minitron.errors import ConfigError
 from minitron.stage import read_yaml
 
-SAMPLES = "samples"
+SAMPLES, CLUSTER = "samples", "cluster"
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
     "STRING": TypeAdapter(str, config=ConfigDict(coerce_numbers_to_str=True)),
@@ -49,19 +50,21 @@ def compiled_pipeline(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(path.read_text()))
 
 
-def read_arguments(preset: str, settings: list[str], known: list[str]) -> dict[str, Any]:
-    """Return pipeline arguments, and SAMPLES where the preset names it.
+def read_arguments(presets: list[str], settings: list[str], known: list[str]) -> dict[str, Any]:
+    """Return pipeline arguments, and SAMPLES and CLUSTER where a preset has them.
 
     Args:
-        preset: name of a preset that ships with the package, or path of a YAML file.
-        settings: `key=value` strings, the value in YAML; `stage.key` or a parameter's name. They win over the preset;
+        presets: names of presets that ship with the package, or paths of YAML files; the later ones win.
+        settings: `key=value` strings, the value in YAML; `stage.key` or a parameter's name. They win over the presets;
             null gives the default back.
         known: the pipeline's parameters.
 
     Raises:
         ConfigError: the preset does not exist, a key is unknown, or a setting is not `key=value`.
     """
-    values = _flatten(read_yaml(_preset_path(preset)))
+    values: dict[str, Any] = {}
+    for preset in presets:
+        values |= _flatten(read_yaml(_preset_path(preset)))
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -70,11 +73,37 @@ def read_arguments(preset: str, settings: list[str], known: list[str]) -> dict[s
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting}: the value is not YAML; quote it") from error
+    cluster = {key: values.pop(key) for key in list(values) if key.startswith(f"{CLUSTER}.")}
     arguments = {key.replace(".", "_", 1) if key.partition(".")[0] in STAGES else key: key for key in values}
     for name, key in arguments.items():
         if name not in [*known, SAMPLES]:
             raise ConfigError(f"{key}: unknown key; {_suggest(name, known)}")
-    return {name: values[key] for name, key in arguments.items() if values[key] is not None}
+    found = {name: values[key] for name, key in arguments.items() if values[key] is not None}
+    if cluster:
+        found[CLUSTER] = {key.partition(".")[2]: value for key, value in cluster.items()}
+    return found
+
+
+def configured(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[dict[str, Any]]:
+    """Put the settings that are no parameters into a compiled pipeline, in place.
+
+    Args:
+        documents: the two of the compiled YAML: specification and platform.
+        cluster: the settings.
+
+    Returns:
+        The documents.
+    """
+    specification, platform = documents
+    kubernetes = platform["platforms"]["kubernetes"]
+    kubernetes["pipelineConfig"]["resourceTtlOnCompletion"] = cluster.ttl_hours * 3600
+    for executor in kubernetes["deploymentSpec"]["executors"].values():
+        executor["activeDeadlineSeconds"] = str(cluster.timeout_hours * 3600)
+        executor["emptyDirMounts"][0]["sizeLimit"] = cluster.shared_memory
+        executor["podMetadata"]["labels"] |= cluster.labels
+    for task in specification["root"]["dag"]["tasks"].values():
+        task["retryPolicy"]["maxRetryCount"] = cluster.retries
+    return documents
 
 
 def check_arguments(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -94,8 +123,9 @@ def check_arguments(arguments: dict[str, Any], parameters: dict[str, Any]) -> di
         if not entry.get("isOptional") and name not in arguments:
             raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
     typed = {name: _typed(name, value, parameters[name]["parameterType"]) for name, value in arguments.items()}
+    defaults = {name: entry["defaultValue"] for name, entry in parameters.items() if "defaultValue" in entry}
     for stage in STAGES:
-        parse(stage, stage_values(stage, typed))
+        parse(stage, stage_values(stage, defaults | typed))
     return typed
 
 
@@ -122,10 +152,10 @@ def _parameters(stage: str, arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def _flatten(preset: dict[str, Any]) -> dict[str, Any]:
-    """Turn the sections of the stages into `stage.key` entries."""
+    """Turn the sections into `section.key` entries."""
     values: dict[str, Any] = {}
     for key, value in preset.items():
-        if key in STAGES and isinstance(value, dict):
+        if key in (*STAGES, CLUSTER) and isinstance(value, dict):
             values |= {f"{key}.{name}": entry for name, entry in value.items()}
         else:
             values[key] = value

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from minitron import __version__, sources, tracking
+from minitron import __version__, gpus, sources, tracking
 from minitron.config import EXECUTION, HUB_DATASET, INPUT, MODEL, STAGES, StageConfig, fields_marked, parse
 from minitron.errors import ConfigError, MinitronError
 from minitron.results import (
@@ -61,9 +61,10 @@ def run(config: StageConfig, work: Work) -> dict[str, Any]:
 
     Raises:
         ConfigError: an input is missing or does not fit, or `output` holds something that is not a stage's result.
-        RunError: the run failed: disk full, damaged input, unreachable server.
+        RunError: the run failed: fewer GPUs than asked for, disk full, damaged input, unreachable server.
     """
     stage = stage_name(config)
+    gpus.check(config.gpus)
     _refuse_foreign(stage, config)
     inputs = _hash_inputs(config)
     key = _key(stage, config, inputs)

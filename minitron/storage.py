@@ -6,6 +6,7 @@ The only user of google-cloud-storage.
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,21 @@ def download_prefix(identity: str, target: Path) -> None:
                 raise_exception=True,
             )
             bar.update(sum(blob.size for blob, _ in part))
+
+
+def check_writable(address: str) -> None:
+    """Write an object below a gs:// address, and delete it again.
+
+    Raises:
+        RunError: the bucket is missing, or may not be written.
+    """
+    from google.cloud import storage
+
+    bucket, prefix = _prefix(address)
+    with _bucket_errors(address):
+        probe = storage.Client().bucket(bucket).blob(f"{prefix}minitron-doctor-{uuid.uuid4()}")
+        probe.upload_from_string(b"")
+        probe.delete()
 
 
 def _prefix(address: str) -> tuple[str, str]:

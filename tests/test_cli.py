@@ -17,7 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from minitron import cli, summary
+from minitron import cli, local, summary
 from minitron.config import STAGES
 from minitron.errors import ConfigError
 from minitron.presets import check_arguments, compiled_pipeline, read_arguments
@@ -43,7 +43,7 @@ def preset(directory: Path, **values: Any) -> str:
 
 def test_a_preset_file_has_shared_keys_and_a_section_per_stage(tmp_path: Path, parameters: dict[str, Any]) -> None:
     path = preset(tmp_path, seed=7, distill={"max_steps": 5}, finetune_max_steps=6)
-    assert read_arguments(path, [], list(parameters)) == PLACES | {
+    assert read_arguments([path], [], list(parameters)) == PLACES | {
         "seed": 7,
         "distill_max_steps": 5,
         "finetune_max_steps": 6,
@@ -55,7 +55,7 @@ def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
 ) -> None:
     path = preset(tmp_path, seed=7, prune={"num_hidden_layers": 3, "hidden_size": 32})
     settings = ["prune.num_hidden_layers=null", "prune.drop_layers=[2, 3]", "prune_hidden_size=48", "corpus=a=b"]
-    assert read_arguments(path, settings, list(parameters)) == {
+    assert read_arguments([path], settings, list(parameters)) == {
         "teacher": "teacher",
         "corpus": "a=b",
         "seed": 7,
@@ -65,14 +65,14 @@ def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
 
 
 def test_arguments_get_the_types_that_kubeflow_insists_on(parameters: dict[str, Any]) -> None:
-    given = {"distill_learning_rate": "1e-3", "distill_max_steps": 4.0, "finetune_weight_decay": 1, "cpu": 2}
+    given = {"distill_learning_rate": "1e-3", "distill_max_steps": 4.0, "finetune_weight_decay": 1, "distill_cpu": 2}
     checked = check_arguments(PLACES | given, parameters)
     values = {name: checked[name] for name in given}
     assert values == {
         "distill_learning_rate": 0.001,
         "distill_max_steps": 4,
         "finetune_weight_decay": 1.0,
-        "cpu": "2",
+        "distill_cpu": "2",
     }
     assert [type(value) for value in values.values()] == [float, int, float, str]
 
@@ -94,12 +94,12 @@ def test_a_bad_preset_is_refused(
     tmp_path: Path, parameters: dict[str, Any], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_arguments(read_arguments(preset(tmp_path, **values), [], list(parameters)), parameters)
+        check_arguments(read_arguments([preset(tmp_path, **values)], [], list(parameters)), parameters)
     assert str(refused.value).startswith(message)
 
 
 def test_kfp_local_gets_no_parameter_without_a_value_and_no_retry(specification: dict[str, Any]) -> None:
-    cli._adapt(specification, PLACES | {"prune_hidden_size": 32})
+    local.adapt(specification, PLACES | {"prune_hidden_size": 32})
     root, tasks = specification["root"]["inputDefinitions"]["parameters"], specification["root"]["dag"]["tasks"]
     assert "prune_hidden_size" in root and "prune_num_hidden_layers" not in root and "tracking_uri" not in root
     for task in tasks.values():
@@ -114,7 +114,7 @@ def test_kfp_local_gets_no_parameter_without_a_value_and_no_retry(specification:
 
 def test_of_the_output_only_the_stages_own_lines_remain() -> None:
     stream = io.StringIO()
-    output = cli._StagesOutput(stream)
+    output = local._StagesOutput(stream)
     for piece in (
         "-" * 80 + "\n",
         "    [KFP Executor 1 INFO]: Got executor_input:\n",
@@ -132,13 +132,13 @@ def test_of_the_output_only_the_stages_own_lines_remain() -> None:
 
 
 def test_a_stage_that_left_no_message_is_a_run_error(tmp_path: Path) -> None:
-    error = cli._explain(tmp_path / "failure.json")
+    error = local._explain(tmp_path / "failure.json")
     assert error.exit_status == 1 and str(error).startswith("a stage ended without a message")
 
 
 def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"stage": "prune", "exit_status": 2, "message": "hidden_size: too large"}')
-    error = cli._explain(tmp_path / "failure.json")
+    error = local._explain(tmp_path / "failure.json")
     assert (str(error), error.exit_status) == ("prune: hidden_size: too large", 2)
 
 

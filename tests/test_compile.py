@@ -49,9 +49,9 @@ def test_every_task_has_its_image_gpus_memory_retries_and_no_kfp_cache(documents
         assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
         assert f"{stage}_gpus" in str(task["inputs"]["parameters"])
         assert parameters[f"{stage}_gpus"]["defaultValue"] == (0 if stage in ("prepare", "register") else 1)
-        assert (
-            resources["resourceCpuRequest"] and resources["resourceMemoryRequest"] and resources["resourceMemoryLimit"]
-        )
+        for limit, parameter in (("Cpu", "cpu"), ("Memory", "memory")):
+            wanted = {f"resource{limit}Request", f"resource{limit}Limit"}
+            assert wanted <= resources.keys() and f"{stage}_{parameter}" in str(task["inputs"]["parameters"])
         assert task["retryPolicy"] == {
             "maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "2592000s",
         }  # fmt: skip
@@ -60,6 +60,29 @@ def test_every_task_has_its_image_gpus_memory_retries_and_no_kfp_cache(documents
         assert settings["emptyDirMounts"][0] | {"sizeLimit": ""} == {
             "medium": "Memory", "mountPath": "/dev/shm", "volumeName": "shared-memory", "sizeLimit": "",
         }  # fmt: skip
+
+
+def test_every_task_has_volume_credentials_labels_and_an_end(documents: list[dict[str, Any]]) -> None:
+    kubernetes = documents[1]["platforms"]["kubernetes"]
+    assert kubernetes["pipelineConfig"] == {"resourceTtlOnCompletion": 168 * 3600}
+
+    def parameter(name: str) -> dict[str, str]:
+        return {"componentInputParameter": name}
+
+    for stage in STAGES:
+        settings = kubernetes["deploymentSpec"]["executors"][f"exec-{stage}"]
+        (volume,) = settings["pvcMount"]
+        assert volume["mountPath"] == "/workspace" and volume["pvcNameParameter"] == parameter("workspace_claim")
+        (secret,) = settings["secretAsEnv"]
+        assert secret["optional"] and secret["secretNameParameter"] == parameter("secret")
+        assert settings["imagePullSecret"] == [{"secretNameParameter": parameter("image_pull_secret")}]
+        assert settings["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
+        assert int(settings["activeDeadlineSeconds"]) == 168 * 3600
+        on_gpu_nodes = stage not in ("prepare", "register")
+        assert ("tolerations" in settings, "nodeSelector" in settings) == (on_gpu_nodes, on_gpu_nodes)
+        if on_gpu_nodes:
+            assert settings["tolerations"] == [{"tolerationJson": parameter("gpu_tolerations")}]
+            assert settings["nodeSelector"] == {"nodeSelectorJson": parameter("gpu_node_selector")}
 
 
 def test_artifacts_are_typed(documents: list[dict[str, Any]]) -> None:

@@ -51,7 +51,7 @@ def launch(
         _end(process)
     follow()
     if process.returncode:
-        raise _explain(name, log, failure)
+        raise explain(name, log, failure)
 
 
 def report_failure(job: Path, error: BaseException) -> None:
@@ -90,7 +90,8 @@ def _end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def _explain(job: str, log: Path, failure: Path) -> MinitronError:
+def explain(job: str, log: Path, failure: Path) -> MinitronError:
+    """Return the error of a job that failed: what its first failing worker left, or that there is nothing."""
     if not failure.is_file():
         return RunError(
             f"{job}: a worker was ended from outside; the log {log} may say more. If the machine ran out of memory, "

@@ -22,13 +22,14 @@ from minitron.engines.launcher import launch
 from minitron.errors import ConfigError
 from minitron.losses import LossWeights
 from minitron.pruning.importance import Importance
-from minitron.results import CHECKPOINTS
+from minitron.results import CHECKPOINTS, KEY
 from minitron.scoring import teacher_metrics
 from minitron.tracking import Tracker
 
 WORKER = "minitron.engines.nemo_worker"
-HISTORY, BEST, FINISHED, SCORES = "history.jsonl", "best", "finished.json", "scores.pt"
-"""What the workers leave in CHECKPOINTS: a row per step and validation, the best state, the end, the importance."""
+HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"
+"""What the workers leave in CHECKPOINTS: a row per step and validation, the best state, the end, the importance, the
+teacher's scores."""
 
 WIDTH_MULTIPLE = 64
 """Model-Optimizer's step of the hidden and intermediate sizes."""
@@ -59,14 +60,19 @@ def train(
         check_parallelism(config, check_architecture(model), model, gpus(config))
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
-    metrics: dict[str, Any] = {} if teacher is None else _teacher_metrics(config, teacher)
+    if config.num_nodes > 1:
+        _check_shared(config, [config.dataset, *models])
+    metrics: dict[str, Any] = {} if teacher is None else _teacher_metrics(config, teacher, work)
     _import(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
     if not (work / FINISHED).is_file():  # else it was killed while it exported
         _forget_lost_steps(work)
         with _Progress(config, work, tracker) as progress:
-            _launch(job, work, gpus(config), progress)
+            if config.num_nodes == 1:
+                _launch(job, work, gpus(config), progress)
+            else:
+                _launch_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
     best = json.loads((work / BEST / "best.json").read_text())
     if best["step"]:
         _export(work / BEST, initial, directory)
@@ -222,6 +228,8 @@ def check_installed() -> None:
 
 def gpus(config: TrainingConfig) -> int:
     """Return the number of workers: one per GPU, or on a CPU as many as one copy of the model takes."""
+    if config.num_nodes > 1:
+        return config.num_nodes * config.gpus_per_node
     return torch.cuda.device_count() or config.model_parallel_size
 
 
@@ -279,6 +287,20 @@ def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = l
     launch(WORKER, job | {"work": str(work)}, work, processes, follow)
 
 
+def _launch_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, follow: Any = lambda: None) -> None:
+    """Run a job's workers in a TrainJob, named after the key of the stage whose work in progress this is."""
+    from minitron import trainjob
+
+    trainjob.launch(WORKER, job | {"work": str(work)}, work, nodes, gpus, (work.parent / KEY).read_text(), follow)
+
+
+def _check_shared(config: TrainingConfig, paths: list[Path]) -> None:
+    workspace = Path(config.workspace or "").resolve()
+    for path in paths:
+        if not path.resolve().is_relative_to(workspace):
+            raise ConfigError(f"{path}: lies outside the workspace {workspace}, which is all that the nodes share")
+
+
 def _import(models: dict[str, Path], work: Path) -> None:
     """Convert Hugging Face directories to NeMo checkpoints in `work`, by name; those that are there are whole."""
     missing = {name: str(path) for name, path in models.items() if not (work / name).exists()}
@@ -297,7 +319,18 @@ def _export(checkpoint: Path, like: Path, directory: Path) -> None:
     copy_model(exported, directory)
 
 
-def _teacher_metrics(config: TrainingConfig, teacher: Path) -> dict[str, float]:
+def _teacher_metrics(config: TrainingConfig, teacher: Path, work: Path) -> dict[str, float]:
+    """Score the teacher: here, or where the GPUs are."""
+    if config.num_nodes == 1:
+        return score_teacher(config, teacher)
+    scores = work / TEACHER
+    if not scores.is_file():
+        job = {"job": "score", "config": config.model_dump(mode="json"), "teacher": str(teacher)}
+        _launch_on_nodes(job, work, 1, 1)
+    return json.loads(scores.read_text())
+
+
+def score_teacher(config: TrainingConfig, teacher: Path) -> dict[str, float]:
     """Score the teacher, and give its memory back before the workers start."""
     from minitron.engines import hf
 

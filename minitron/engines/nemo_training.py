@@ -144,7 +144,8 @@ def _trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
     )
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=gpus(config),
+        devices=gpus(config) // config.num_nodes,
+        num_nodes=config.num_nodes,
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if on_gpu else "32", params_dtype=dtype),
         max_steps=config.max_steps,

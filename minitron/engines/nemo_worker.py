@@ -1,8 +1,8 @@
 """What torchrun starts for engine nemo, in every process: `python -m minitron.engines.nemo_worker JOB.json`.
 
-Jobs: import (Hugging Face → NeMo checkpoint), train (llm.finetune or llm.distill), prune (llm.prune), export (→ Hugging
-Face). Megatron saves checkpoints with the help of a spawned process, which imports this module again: hence the guard
-at the end, and no import at the top that takes time.
+Jobs: score (the teacher), import (Hugging Face → NeMo checkpoint), train (llm.finetune or llm.distill), prune
+(llm.prune), export (→ Hugging Face). Megatron saves checkpoints with the help of a spawned process, which imports this
+module again: hence the guard at the end, and no import at the top that takes time.
 """
 
 import json
@@ -136,7 +136,17 @@ def train(job: dict[str, Any], work: Path) -> None:
     nemo_training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
 
 
-JOBS = {"import": import_models, "train": train, "prune": prune, "export": export_models}
+def score(job: dict[str, Any], work: Path) -> None:
+    """Score the teacher of a distillation."""
+    from minitron.config import parse
+    from minitron.engines.nemo import TEACHER, score_teacher
+    from minitron.results import write_atomically
+
+    config: Any = parse("distill", job["config"])
+    write_atomically(work / TEACHER, score_teacher(config, Path(job["teacher"])))
+
+
+JOBS = {"score": score, "import": import_models, "train": train, "prune": prune, "export": export_models}
 
 if __name__ == "__main__":
     main()

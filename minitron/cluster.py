@@ -1,0 +1,303 @@
+"""The connection to Kubeflow Pipelines: submit, watch, schedule. The only user of its client.
+
+A pipeline is uploaded once per content: the version is named after the package's version and the hash of its YAML.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from minitron import __version__, trainjob
+from minitron.errors import ConfigError, MinitronError, RunError
+
+DONE = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+POLL_SECONDS = 10
+PATIENCE_SECONDS = 600
+"""How long `wait` tries again when the server does not answer; the run goes on meanwhile."""
+
+_IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+
+class Version(NamedTuple):
+    """A pipeline's version on the server."""
+
+    pipeline_id: str
+    version_id: str
+    name: str
+
+
+class Kubeflow:
+    """A connection to the API of Kubeflow Pipelines."""
+
+    def __init__(self, host: str | None, namespace: str | None, token: str | None, iap_client_id: str | None) -> None:
+        """Connect.
+
+        Args:
+            host: URL of the API; None in a pod of the cluster.
+            namespace: the user's, where Kubeflow has several users.
+            token: for a server that wants a bearer token; in a pod its own is taken.
+            iap_client_id: OAuth client of Google's Identity-Aware Proxy in front of the server.
+
+        Raises:
+            ConfigError: no host is given outside a cluster.
+            RunError: nothing that speaks the API answers there, or it refuses the token.
+        """
+        if host is None and not _IN_CLUSTER.is_file():
+            raise ConfigError("--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT")
+        self.host = host or "ml-pipeline in this cluster"
+        with self._explained():
+            self._client = _client(
+                host=host, existing_token=token, client_id=iap_client_id, credentials=_pod_credentials(host, token)
+            )
+            # The client's own answer has no version.
+            health, *_ = self._client._healthz_api.api_client.call_api(
+                "/apis/v2beta1/healthz", "GET", response_type="object", auth_settings=["Bearer"]
+            )
+        if not isinstance(health, dict):  # a page
+            raise self._not_kubeflow()
+        self.version: str = health.get("tag_name") or "unknown"
+        self.multi_user = bool(health.get("multi_user"))
+        if self.multi_user and not namespace:
+            raise ConfigError(f"--namespace: missing; {self.host} serves several users: give yours")
+        self.namespace = namespace if self.multi_user else None
+
+    def upload(self, name: str, documents: list[dict[str, Any]]) -> Version:
+        """Make sure that the server has a pipeline in exactly this form."""
+        text = yaml.safe_dump_all(documents, sort_keys=True)
+        version = f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        with self._explained(), tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / f"{name}.yaml"
+            path.write_text(text)
+            found = self._client.list_pipelines(filter=_named(name), namespace=self.namespace).pipelines
+            if found:
+                pipeline_id = found[0].pipeline_id
+            else:
+                pipeline_id = self._client.upload_pipeline(str(path), name, namespace=self.namespace).pipeline_id
+            versions = self._client.list_pipeline_versions(pipeline_id, filter=_named(version)).pipeline_versions
+            if not versions:
+                versions = [self._client.upload_pipeline_version(str(path), version, pipeline_id=pipeline_id)]
+        return Version(pipeline_id, versions[0].pipeline_version_id, version)
+
+    def submit(self, version: Version, arguments: dict[str, Any], experiment: str, account: str | None) -> str:
+        """Start a run; return its id."""
+        with self._explained():
+            started = self._client.run_pipeline(
+                self._experiment(experiment),
+                f"{version.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
+                params=arguments,
+                pipeline_id=version.pipeline_id,
+                version_id=version.version_id,
+                service_account=account,
+            )
+        return started.run_id
+
+    def wait(self, run_id: str) -> None:
+        """Follow a run to its end and print what its tasks do.
+
+        Raises:
+            RunError: it did not succeed; the message is the failed task's.
+        """
+        seen: dict[str, str] = {}
+        while True:
+            run = self._run(run_id)
+            tasks = (run.run_details and run.run_details.task_details) or []
+            for task in tasks:
+                if task.state and seen.get(task.display_name) != task.state and not _is_internal(task.display_name):
+                    seen[task.display_name] = task.state
+                    print(f"{datetime.now():%H:%M:%S} {task.display_name}: {task.state.lower()}", flush=True)
+            if run.state == "SUCCEEDED":
+                return
+            if run.state in DONE:
+                raise RunError(f"run {run_id}: {run.state.lower()}; {_reasons(run, tasks)}; see {self.link(run_id)}")
+            time.sleep(POLL_SECONDS)
+
+    def link(self, run_id: str) -> str:
+        """Return the address of a run's page."""
+        return f"{self._client._get_url_prefix()}/#/runs/details/{run_id}"
+
+    def runs(self, count: int) -> list[Any]:
+        """Return the newest runs, the newest first."""
+        with self._explained():
+            found = self._client.list_runs(page_size=count, sort_by="created_at desc", namespace=self.namespace)
+        return found.runs or []
+
+    def schedules(self, name: str | None = None) -> list[Any]:
+        """Return the recurring runs, or those of one name."""
+        with self._explained():
+            found = self._client.list_recurring_runs(
+                page_size=200, namespace=self.namespace, filter=_named(name) if name else None
+            )
+        return found.recurring_runs or []
+
+    def schedule(
+        self, name: str, cron: str, version: Version, arguments: dict[str, Any], experiment: str, account: str | None
+    ) -> bool:
+        """Make sure that exactly one recurring run of this name exists, with this content; say whether it was new.
+
+        The new one is there before an old one goes: a schedule that is changed never has a gap.
+        """
+        wanted = (cron, version.version_id, arguments, account or None)
+        old = self.schedules(name)
+        if same := [entry for entry in old if _content(entry) == wanted]:
+            self._delete(entry for entry in old if entry is not same[0])
+            return False
+        with self._explained():
+            self._client.create_recurring_run(
+                self._experiment(experiment),
+                name,
+                cron_expression=cron,
+                max_concurrency=1,
+                no_catchup=True,
+                params=arguments,
+                pipeline_id=version.pipeline_id,
+                version_id=version.version_id,
+                service_account=account,
+            )
+        self._delete(old)
+        return True
+
+    def unschedule(self, name: str) -> None:
+        """Delete the recurring run of a name.
+
+        Raises:
+            ConfigError: there is none; the message names those there are.
+        """
+        if not (found := self.schedules(name)):
+            known = sorted({entry.display_name for entry in self.schedules()})
+            raise ConfigError(f"{name}: no such schedule; there is {', '.join(known) or 'none'}")
+        self._delete(found)
+
+    def _delete(self, schedules: Any) -> None:
+        with self._explained():
+            for entry in schedules:
+                self._client.delete_recurring_run(entry.recurring_run_id)
+
+    def _experiment(self, name: str) -> str:
+        return self._client.create_experiment(name, namespace=self.namespace).experiment_id
+
+    def _run(self, run_id: str) -> Any:
+        """Return a run; try again while the server does not answer."""
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with self._explained():
+                    return self._client.get_run(run_id)
+            except _NoAnswerError as error:
+                if time.monotonic() > patience:
+                    raise
+                print(f"{error}; trying again", flush=True)
+                time.sleep(POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the client raises into one line; keep what it prints and warns of to itself."""
+        from kfp_server_api import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        except MinitronError:
+            raise
+        except ApiException as error:
+            raise self._explain(error) from error
+        except HTTPError as error:
+            reason = re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2].strip("')\"("))
+            raise _NoAnswerError(f"{self.host}: no answer ({reason}); check --host and the network") from error
+        except (ValueError, AttributeError, TypeError) as error:  # a page where JSON was expected
+            raise self._not_kubeflow() from error
+
+    def _explain(self, error: Any) -> RunError:
+        match error.status:
+            case 401:
+                return RunError(f"{self.host}: the token is refused (401): it expired, or is none of this server's; "
+                                "get a new one and give it by --token or MINITRON_TOKEN")  # fmt: skip
+            case 403:
+                return RunError(f"{self.host}: not allowed (403): {_message(error)}; ask for the role kubeflow-edit in "
+                                f"the namespace {self.namespace or 'of Kubeflow'}")  # fmt: skip
+            case 404 if "<" in str(error.body or "<"):
+                return self._not_kubeflow()
+            case 502 | 503 | 504:
+                return _NoAnswerError(
+                    f"{self.host}: no answer ({error.status} {error.reason}); is ml-pipeline running?"
+                )
+        return RunError(f"{self.host}: refused ({error.status}): {_message(error)}")
+
+    def _not_kubeflow(self) -> RunError:
+        return RunError(
+            f"{self.host}: answers, but not as Kubeflow Pipelines' API; give the URL under which its page is shown, "
+            "with the path (often …/pipeline), and the token that a login page asks for"
+        )
+
+
+class _NoAnswerError(RunError):
+    """The server cannot be reached just now."""
+
+
+def _client(**access: Any) -> Any:
+    """Return Kubeflow's client, which asks for its health once: its own asks five times, whatever the answer."""
+    from kfp.client import Client
+
+    class Quick(Client):
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+            trainjob.limit_waiting(self._healthz_api.api_client)  # all its services share it
+            return self._healthz_api.healthz_service_get_healthz()
+
+    return Quick(**access)
+
+
+def _pod_credentials(host: str | None, token: str | None) -> Any:
+    """Return the token that Kubernetes gives a pod for Kubeflow Pipelines, where there is one."""
+    from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH, ServiceAccountTokenVolumeCredentials
+
+    path = os.environ.get(KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH)
+    return ServiceAccountTokenVolumeCredentials() if host and not token and Path(path).is_file() else None
+
+
+def _named(name: str) -> str:
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    return json.dumps({"predicates": [predicate]})
+
+
+def _content(schedule: Any) -> tuple[str, str, dict[str, Any], str | None]:
+    """Return what makes two recurring runs the same; one that is switched off is like none."""
+    trigger = schedule.trigger and schedule.trigger.cron_schedule
+    version = schedule.pipeline_version_reference
+    if schedule.mode == "DISABLE" or not trigger or not version:
+        return "", "", {}, None
+    parameters = (schedule.runtime_config and schedule.runtime_config.parameters) or {}
+    return trigger.cron, version.pipeline_version_id, parameters, schedule.service_account or None
+
+
+def _is_internal(task: str) -> bool:
+    return task == "root" or task.endswith("-driver")
+
+
+def _reasons(run: Any, tasks: list[Any]) -> str:
+    """Return what the failed tasks say."""
+    failed = [task for task in tasks if task.state == "FAILED" and not _is_internal(task.display_name)]
+    reasons = [f"{task.display_name}: {task.error.message if task.error else 'failed'}" for task in failed]
+    return ". ".join(reasons) or (run.error.message if run.error else "no task says why")
+
+
+def _message(error: Any) -> str:
+    """Return the server's own words, in one line."""
+    try:
+        body = json.loads(error.body)
+        text = body.get("message") or body.get("error_message") or body.get("error") or ""
+    except (TypeError, ValueError, AttributeError):
+        text = str(error.body or error.reason)
+    return " ".join(str(text).split())[:300]

@@ -1,0 +1,20 @@
+"""The GPUs of this task."""
+
+from minitron.errors import RunError
+
+
+def check(wanted: int) -> None:
+    """Refuse to start on fewer GPUs than were asked for: the work would crawl on what is paid for.
+
+    Raises:
+        RunError: this process sees fewer.
+    """
+    if not wanted:
+        return
+    import torch
+
+    if (found := torch.cuda.device_count()) < wanted:
+        raise RunError(
+            f"gpus: {wanted} asked for, but this task sees {found}; look at the limit nvidia.com/gpu of its pod, the "
+            "driver on its node and CUDA_VISIBLE_DEVICES (gpus=0 runs it on what there is)"
+        )

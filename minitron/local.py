@@ -1,0 +1,115 @@
+"""Run a compiled pipeline on this machine, its tasks in subprocesses of this Python: what `minitron run` does."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from minitron.errors import MinitronError, RunError
+from minitron.stage import FAILURE
+
+_INDENTATION = " " * 4
+_CURSOR_UP = "\x1b[A"
+"""With it tqdm ends a nested bar, which would overwrite the line above."""
+
+
+def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], work_dir: Path) -> Path:
+    """Run the compiled pipeline in subprocesses of this Python; return the directory of the tasks' outputs.
+
+    Raises:
+        MinitronError: a stage failed, with the stage's own message and exit status.
+    """
+    from kfp import components, local
+
+    adapt(documents[0], arguments)
+    workspace, results = work_dir / "workspace", work_dir / "results"
+    failure = workspace / FAILURE
+    failure.unlink(missing_ok=True)
+    earlier = set(results.glob("*"))
+    os.environ |= {"MINITRON_WORKSPACE": str(workspace), "PYTHONUNBUFFERED": "1"}
+    os.environ.setdefault("TQDM_MININTERVAL", "10")
+    # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(results))
+    pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
+    try:
+        with _only_the_stages_output():
+            pipeline(**arguments)
+    except RuntimeError as error:
+        raise _explain(failure) from error
+    return next(path for path in results.glob("*") if path not in earlier)
+
+
+def adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
+    unset = _drop_unset(specification["root"], arguments)
+    for task in specification["root"]["dag"]["tasks"].values():
+        inputs = task["inputs"]["parameters"]
+        for name in [name for name, source in inputs.items() if source.get("componentInputParameter") in unset]:
+            del inputs[name]
+        _drop_unset(specification["components"][task["componentRef"]["name"]], inputs)
+        task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+
+
+def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> set[str]:
+    """Drop optional parameters without a value: a cluster leaves them to the function, kfp.local fails on them."""
+    parameters = component["inputDefinitions"]["parameters"]
+    unset = {name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given}
+    for name in unset:
+        del parameters[name]
+    return unset
+
+
+def _explain(failure: Path) -> MinitronError:
+    if not failure.is_file():
+        return RunError("a stage ended without a message; see its output above, then run the command again to resume")
+    found = json.loads(failure.read_text())
+    error = RunError(f"{found['stage']}: {found['message']}")
+    error.exit_status = found["exit_status"]
+    return error
+
+
+@contextlib.contextmanager
+def _only_the_stages_output() -> Iterator[None]:
+    """Leave out what kfp.local and the KFP executor say of themselves: it would bury the progress bars."""
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(_StagesOutput(sys.stdout)):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class _StagesOutput(io.TextIOBase):
+    """The lines that the stages print, from kfp.local's output: those it indents, the executor's own left out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._line, self._skipping = stream, "", False
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._pass_on(line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def _pass_on(self, line: str) -> None:
+        text = line.removeprefix(_INDENTATION)
+        if "[KFP Executor" in line:
+            self._skipping = line.endswith("Got executor_input:")  # JSON follows, over many lines
+        elif self._skipping:
+            self._skipping = text != "}"
+        elif text != line and text.strip():
+            self._stream.write(text.replace(_CURSOR_UP, "") + "\n")
+            self._stream.flush()

@@ -1,0 +1,403 @@
+"""Train on several nodes: a Kubeflow TrainJob, started and followed by the task. The only user of kubernetes.
+
+The job's pods are made like the task's own: image, volumes, credentials, tolerations, account. A job is named after its
+stage's key, so that a restarted task finds the one that is running; it ends with the task that waits for it.
+"""
+
+import calendar
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError
+
+from minitron.engines.launcher import explain
+from minitron.errors import ConfigError, MinitronError, RunError
+
+RUNTIME, GPU = "torch-distributed", "nvidia.com/gpu"
+"""The runtime that Kubeflow Trainer brings, and the resource."""
+
+POLL_SECONDS = 5
+_AWAY = (429, 500, 502, 503, 504)
+RETRY = Retry(20, backoff_factor=1, backoff_max=60, status_forcelist=_AWAY, allowed_methods=None)
+"""An API server that is away for a quarter of an hour costs nothing: the job trains on."""
+
+LAST_RETRY = Retry(4, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
+"""For the deletion: Kubernetes kills a task 30 seconds after it asked it to end."""
+
+STUCK_SECONDS = 120
+"""How long a pod may wait for an image or a secret, before the job is given up."""
+
+_STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError")
+_API = {"group": "trainer.kubeflow.org", "version": "v1alpha1"}
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_TAIL = 20
+_COPIED = ("MINITRON_", "HF_", "NCCL_", "TORCH_", "CUDA_", "OMP_")
+"""Variables of the task that its job gets, besides those from secrets."""
+
+
+def launch(
+    worker: str,
+    job: dict[str, Any],
+    directory: Path,
+    nodes: int,
+    gpus: int,
+    key: str,
+    follow: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a job's workers on several nodes and wait for their end: `engines.launcher.launch`, on a cluster.
+
+    Args:
+        worker: module that torchrun runs in every process; its argument is the job's file.
+        job: what to do; `<directory>/<job>.log` gets the output of the first node.
+        directory: on the volume that this task and the nodes share, under the same path.
+        nodes: how many.
+        gpus: of each node, with one process per GPU.
+        key: names the work: a TrainJob of the same job and key is taken up.
+        follow: called while they run, and once after their end.
+
+    Raises:
+        MinitronError: a worker failed, with its own message; or the job could not be started, or was deleted.
+    """
+    name = job["job"]
+    path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
+    path.write_text(json.dumps(job))
+    pod = _own_pod()
+    train_job = _TrainJob(f"minitron-{name}-{key[:12]}", pod.metadata.namespace, log)
+    command = ["python", "-m", "torch.distributed.run", "-m", worker, str(path)]
+    try:
+        train_job.start(lambda: _manifest(train_job.name, pod, command, nodes, gpus), failure)
+        # A worker that failed says so: waiting for the others, or for the pod's restarts, would cost GPUs.
+        while (state := train_job.state()) is None and not failure.is_file():
+            follow()
+            train_job.pass_on_log()
+            train_job.check_pods()
+            time.sleep(POLL_SECONDS)
+        train_job.pass_on_log()
+        follow()
+        if failure.is_file():
+            raise explain(name, log, failure)
+        if state != "Complete":
+            raise train_job.failed(name, str(state))
+    finally:
+        train_job.delete()
+
+
+class _TrainJob:
+    """One TrainJob, by its name."""
+
+    def __init__(self, name: str, namespace: str, log: Path) -> None:
+        self.name, self._namespace, self._log = name, namespace, log
+        self._place: dict[str, Any] = {**_API, "namespace": namespace, "plural": "trainjobs"}
+        self._jobs, self._core = client.CustomObjectsApi(_connection()), core_api()
+        self._last_line, self._stuck_since, self._refused = "", 0.0, False
+        self._tail: list[str] = []
+
+    def start(self, manifest: Callable[[], dict[str, Any]], failure: Path) -> None:
+        """Create the job, or take up the one that a lost task left."""
+        while True:
+            found = self._find()
+            if found is None:
+                failure.unlink(missing_ok=True)
+                self._log.unlink(missing_ok=True)
+                if self._create(manifest()):
+                    return
+            elif "deletionTimestamp" in found["metadata"]:
+                time.sleep(POLL_SECONDS)
+            elif _ended(found) in (None, "Complete"):
+                print(f"TrainJob {self.name}: taken up", flush=True)
+                return
+            else:  # an earlier attempt's
+                self.delete()
+
+    def _create(self, manifest: dict[str, Any]) -> bool:
+        """Say whether it is there now; another that came first is looked at again."""
+        try:
+            with _errors(f"TrainJob {self.name}", self._namespace):
+                self._jobs.create_namespaced_custom_object(body=manifest, **self._place)
+        except _ConflictError:
+            return False
+        except RunError as error:
+            self._refused = isinstance(error.__cause__, ApiException)
+            raise
+        spec = manifest["spec"]["trainer"]
+        print(f"TrainJob {self.name}: {spec['numNodes']} nodes of {spec['numProcPerNode']} GPUs", flush=True)
+        return True
+
+    def _find(self) -> dict[str, Any] | None:
+        try:
+            with _errors(f"TrainJob {self.name}", self._namespace):
+                return self._jobs.get_namespaced_custom_object(name=self.name, **self._place)
+        except _MissingError:
+            return None
+
+    def state(self) -> str | None:
+        """Return how the job ended: Complete, or why it failed; None while it is at work.
+
+        Raises:
+            RunError: it was deleted.
+        """
+        if (found := self._find()) is None:
+            raise RunError(f"TrainJob {self.name}: somebody deleted it; run it again, and it resumes")
+        return _ended(found)
+
+    def failed(self, job: str, reason: str) -> RunError:
+        """Return the error of a job whose workers left no explanation."""
+        lines = " | ".join(self._tail) or "none"
+        return RunError(f"{job}: TrainJob {self.name} failed ({reason}); its last lines: {lines}; see {self._log}")
+
+    def pass_on_log(self) -> None:
+        """Print what the first node said since the last time, and append it to the log."""
+        pod = next((pod for pod in self._pods() if _is_first(pod)), None)
+        if pod is None or pod.status.phase == "Pending":
+            return
+        since = {"since_seconds": _age(self._last_line)} if self._last_line else {}
+        with contextlib.suppress(_MissingError, _NotReadyError), _errors(f"pod {pod.metadata.name}", self._namespace):
+            text = self._core.read_namespaced_pod_log(pod.metadata.name, self._namespace, timestamps=True, **since)
+            self._pass_on([line for line in (text or "").splitlines() if line.partition(" ")[0] > self._last_line])
+
+    def _pass_on(self, lines: list[str]) -> None:
+        texts = [line.partition(" ")[2] for line in lines]
+        if not texts:
+            return
+        self._last_line = lines[-1].partition(" ")[0]
+        self._tail = [*self._tail, *filter(str.strip, texts)][-_TAIL:]
+        with self._log.open("a") as stream:
+            stream.writelines(f"{text}\n" for text in texts)
+        print("\n".join(texts), flush=True)
+
+    def check_pods(self) -> None:
+        """Give a job up that cannot start.
+
+        Raises:
+            RunError: an image cannot be pulled, a secret is missing, or a quota is exceeded.
+        """
+        pods = self._pods()
+        if not pods and (refusal := self._refusal()):
+            raise RunError(f"TrainJob {self.name}: its pods are refused: {refusal}; ask for less, or for more quota")
+        waiting = [reason for pod in pods for reason in _stuck(pod)]
+        self._stuck_since = (self._stuck_since or time.monotonic()) if waiting else 0.0
+        if waiting and time.monotonic() - self._stuck_since >= STUCK_SECONDS:
+            raise RunError(
+                f"TrainJob {self.name}: {waiting[0]}; correct the parameter image, or give image_pull_secret"
+            )
+
+    def _pods(self) -> list[Any]:
+        with _errors(f"pods of TrainJob {self.name}", self._namespace):
+            return self._core.list_namespaced_pod(
+                self._namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={self.name}"
+            ).items
+
+    def _refusal(self) -> str | None:
+        """Return why no pod could be created, if the quota forbids it."""
+        with _errors(f"events of TrainJob {self.name}", self._namespace):
+            events = self._core.list_namespaced_event(self._namespace, field_selector="reason=FailedCreate").items
+        messages = [event.message for event in events if event.involved_object.name.startswith(self.name)]
+        return next((message for message in messages if "exceeded quota" in message), None)
+
+    def delete(self) -> None:
+        """Delete the job and its pods; what cannot be deleted is named."""
+        if self._refused:
+            return
+        api = client.CustomObjectsApi(_connection(LAST_RETRY))
+        try:
+            with _errors(f"TrainJob {self.name}", self._namespace):
+                api.delete_namespaced_custom_object(name=self.name, propagation_policy="Background", **self._place)
+        except _MissingError:
+            pass
+        except MinitronError as error:
+            remedy = f"kubectl delete trainjob {self.name} -n {self._namespace}"
+            print(f"warning: it may still run: {error}; delete it by '{remedy}'", file=sys.stderr, flush=True)
+
+
+def core_api() -> client.CoreV1Api:
+    """Return the API of pods, claims and the like.
+
+    Raises:
+        ConfigError: this is no pod of a cluster, and there is no kubeconfig.
+    """
+    return client.CoreV1Api(_connection())
+
+
+def look(call: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what a call found and "", or None and what is wrong with it: missing, forbidden, or no answer."""
+    try:
+        return call(), ""
+    except ApiException as error:
+        return None, {403: "forbidden", 404: "missing"}.get(error.status, f"{error.status} {error.reason}")
+    except HTTPError as error:
+        return None, f"no answer ({type(error).__name__})"
+
+
+def runtime() -> Any:
+    """Return the runtime that trains."""
+    api = client.CustomObjectsApi(_connection(Retry(1)))
+    return api.get_cluster_custom_object(**_API, plural="clustertrainingruntimes", name=RUNTIME)
+
+
+def _connection(retries: Retry | None = None) -> client.ApiClient:
+    settings = client.Configuration()
+    try:
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config(client_configuration=settings)
+        else:
+            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
+    except config.ConfigException as error:
+        raise ConfigError(f"Kubernetes: no access ({error}); run it in a pod, or set KUBECONFIG") from error
+    settings.retries = retries or RETRY
+    return limit_waiting(client.ApiClient(settings))
+
+
+def limit_waiting(api: Any, seconds: float = 60) -> Any:
+    """Let no request of a generated API client wait for ever, as it does when a connection is lost in silence."""
+    request = api.rest_client.request
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        return request(*arguments, **options | {"_request_timeout": options.get("_request_timeout") or seconds})
+
+    api.rest_client.request = limited
+    return api
+
+
+def _own_pod() -> Any:
+    """Return the pod that this task runs in."""
+    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    namespace = os.environ.get("MINITRON_NAMESPACE") or (_NAMESPACE.is_file() and _NAMESPACE.read_text().strip())
+    if not namespace:
+        raise ConfigError(
+            "num_nodes: above 1 it needs a cluster, but this is no pod; run it on Kubeflow, or set it to 1"
+        )
+    with _errors(f"pod {name}", namespace):
+        return core_api().read_namespaced_pod(name, namespace)
+
+
+def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:
+    """Return the TrainJob: its nodes are like the pod's main container, with GPUs."""
+    main = next(container for container in pod.spec.containers if container.name == "main")
+    plain = client.ApiClient().sanitize_for_serialization
+    volumes = [volume for volume in pod.spec.volumes or [] if _is_shared(volume)]
+    names = {volume.name for volume in volumes}
+    resources = {**((main.resources and main.resources.limits) or {}), GPU: str(gpus)}
+    node = {
+        "name": "node",
+        "volumeMounts": plain([mount for mount in main.volume_mounts or [] if mount.name in names]),
+    }
+    patch = {
+        "serviceAccountName": pod.spec.service_account_name,
+        "imagePullSecrets": plain(pod.spec.image_pull_secrets),
+        "nodeSelector": pod.spec.node_selector,
+        "tolerations": plain(pod.spec.tolerations),
+        "volumes": plain(volumes),
+        "containers": [node],
+    }
+    metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "minitron"}}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        # With the workflow they go, too, whatever becomes of this task.
+        "metadata": metadata | {"ownerReferences": [_owner(owner) for owner in pod.metadata.owner_references or []]},
+        "spec": {
+            "runtimeRef": {"name": RUNTIME, "kind": "ClusterTrainingRuntime", "apiGroup": _API["group"]},
+            "trainer": {
+                "image": main.image,
+                "command": command,
+                "env": plain([variable for variable in main.env or [] if _is_copied(variable)]),
+                "numNodes": nodes,
+                "numProcPerNode": gpus,
+                "resourcesPerNode": {"requests": resources, "limits": resources},
+            },
+            "runtimePatches": [{"manager": "minitron.io/task", "trainingRuntimeSpec": _on_nodes(patch)}],
+        },
+    }
+
+
+def _on_nodes(patch: dict[str, Any]) -> dict[str, Any]:
+    """Wrap what is changed in the pods of the replicated job `node`; empty values are left out."""
+    spec = {name: value for name, value in patch.items() if value}
+    node = {"name": "node", "template": {"spec": {"template": {"spec": spec}}}}
+    return {"template": {"spec": {"replicatedJobs": [node]}}}
+
+
+def _owner(owner: Any) -> dict[str, Any]:
+    return {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid}
+
+
+def _is_shared(volume: Any) -> bool:
+    """Say whether the nodes need a volume: claims, /dev/shm and secrets, not what Kubeflow and Argo put there."""
+    in_memory = volume.empty_dir is not None and volume.empty_dir.medium == "Memory"
+    return volume.persistent_volume_claim is not None or volume.secret is not None or in_memory
+
+
+def _is_copied(variable: Any) -> bool:
+    source = variable.value_from
+    return (source is not None and source.secret_key_ref is not None) or variable.name.startswith(_COPIED)
+
+
+def _ended(train_job: dict[str, Any]) -> str | None:
+    for condition in (train_job.get("status") or {}).get("conditions") or []:
+        if condition["status"] == "True" and condition["type"] == "Complete":
+            return "Complete"
+        if condition["status"] == "True" and condition["type"] == "Failed":
+            return f"{condition.get('reason', '')}: {condition.get('message', '')}"
+    return None
+
+
+def _is_first(pod: Any) -> bool:
+    return (pod.metadata.labels or {}).get("batch.kubernetes.io/job-completion-index") == "0"
+
+
+def _stuck(pod: Any) -> Iterator[str]:
+    for status in pod.status.container_statuses or []:
+        waiting = status.state and status.state.waiting
+        if waiting and waiting.reason in _STUCK:
+            yield f"{waiting.reason} in pod {pod.metadata.name}: {waiting.message or status.image}"
+
+
+def _age(timestamp: str) -> int:
+    """Return the seconds since a line's timestamp, some more for clocks that differ."""
+    moment = calendar.timegm(time.strptime(timestamp[:19], "%Y-%m-%dT%H:%M:%S"))
+    return max(1, int(time.time()) - moment + 30)
+
+
+class _MissingError(RunError):
+    """404."""
+
+
+class _ConflictError(RunError):
+    """409."""
+
+
+class _NotReadyError(RunError):
+    """400: a container that has not started has no log."""
+
+
+@contextlib.contextmanager
+def _errors(what: str, namespace: str) -> Iterator[None]:
+    """Turn what the client raises into one line."""
+    try:
+        yield
+    except ApiException as error:
+        raise _explained(what, namespace, error) from error
+    except HTTPError as error:
+        raise RunError(f"{what}: the Kubernetes API does not answer ({type(error).__name__}); is it up?") from error
+
+
+def _explained(what: str, namespace: str, error: ApiException) -> RunError:
+    try:
+        message = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        message = error.reason
+    kinds = {400: _NotReadyError, 404: _MissingError, 409: _ConflictError}
+    if error.status == 403 and "exceeded quota" in message:
+        return RunError(f"{what}: {message}; ask for less, or for more quota in namespace {namespace}")
+    if error.status == 403:
+        return RunError(f"{what}: {message}; apply manifests/base, and run as its account minitron")
+    return kinds.get(error.status, RunError)(f"{what}: {error.status} {message}")

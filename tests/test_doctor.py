@@ -1,0 +1,120 @@
+"""`minitron doctor` on clusters that have everything, little, and nothing."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import free_port
+from kubeflow_server import kubeflow_server
+from kubernetes_server import KubernetesServer, kubernetes_server
+from typer.testing import CliRunner
+
+from minitron.cli import app
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    with kubernetes_server(tmp_path) as (state, config):
+        monkeypatch.setenv("KUBECONFIG", str(config))
+        for name in ("KF_PIPELINES_ENDPOINT", "MINITRON_NAMESPACE", "MINITRON_TOKEN", "MLFLOW_TRACKING_URI"):
+            monkeypatch.delenv(name, raising=False)
+        state.add("namespaces", "team", status={"phase": "Active"})
+        state.add("nodes", "cpu", status={"allocatable": {"cpu": "8"}})
+        state.add("nodes", "gpu", status={"allocatable": {"cpu": "96", "nvidia.com/gpu": "8"}})
+        claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}}
+        state.add("persistentvolumeclaims", "minitron-workspace", spec=claim, status={"phase": "Bound"})
+        state.add("secrets", "minitron", data={"HF_TOKEN": "eA=="})
+        state.add("clustertrainingruntimes", "torch-distributed")
+        yield state
+
+
+def doctor(*arguments: str) -> tuple[int, dict[str, str]]:
+    """Return the exit status, and the lines of the table by their check."""
+    done = CliRunner().invoke(app, ["doctor", "--namespace", "team", *arguments])
+    lines = [line for line in done.stdout.splitlines() if line[:1] in "✓✗–" and line.strip()]
+    return done.exit_code, {line[1:].strip().split("  ")[0]: line for line in lines}
+
+
+def test_a_cluster_that_has_everything(cluster: KubernetesServer, mlflow_server: str) -> None:
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url, "--tracking-uri", mlflow_server)
+    assert status == 0 and all(line.startswith("✓") for line in lines.values())
+    assert "version 2.15.0, one user" in lines["Kubeflow Pipelines"]
+    assert "8 allocatable on 1 of 2 nodes" in lines["GPUs"]
+    assert "Bound, ReadWriteMany, 1Ti" in lines["claim minitron-workspace"]
+    assert "HF_TOKEN" in lines["secret minitron"] and "eA==" not in str(lines)
+    assert lines.keys() == {
+        "Kubeflow Pipelines", "namespace team", "GPUs", "claim minitron-workspace", "secret minitron",
+        "training runtime torch-distributed", "MLflow",
+    }  # fmt: skip
+
+
+def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
+    for kind in ("namespaces", "persistentvolumeclaims", "secrets", "clustertrainingruntimes"):
+        cluster.objects[kind].clear()
+    del cluster.objects["nodes"]["gpu"]
+    status, lines = doctor("--host", f"http://127.0.0.1:{free_port()}")
+    assert status == 1
+    marks = {check: line[0] for check, line in lines.items()}
+    assert marks == {
+        "Kubeflow Pipelines": "✗", "namespace team": "✗", "claim minitron-workspace": "✗",
+        "GPUs": "–", "secret minitron": "–", "training runtime torch-distributed": "–",
+    }  # fmt: skip
+    assert (
+        "no answer (Connection refused)" in lines["Kubeflow Pipelines"]
+        and "check --host" in lines["Kubeflow Pipelines"]
+    )
+    assert "missing" in lines["claim minitron-workspace"] and "kubectl apply -k" in lines["claim minitron-workspace"]
+    assert "install Kubeflow Trainer 2.3" in lines["training runtime torch-distributed"]
+
+
+def test_what_one_may_not_see_is_no_failure(cluster: KubernetesServer) -> None:
+    cluster.forbidden |= {"nodes", "secrets", "clustertrainingruntimes"}
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url)
+    assert status == 0 and "not visible to you" in lines["GPUs"] and lines["GPUs"].startswith("–")
+
+
+def test_a_lost_volume_and_a_cluster_that_is_away(cluster: KubernetesServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.objects["persistentvolumeclaims"]["minitron-workspace"]["status"] = {"phase": "Lost"}
+    with kubeflow_server() as kubeflow:
+        assert "✗" in doctor("--host", kubeflow.url)[1]["claim minitron-workspace"]
+        monkeypatch.setenv("KUBECONFIG", "/nowhere")
+        status, lines = doctor("--host", kubeflow.url)
+    assert status == 0 and "no access" in lines["Kubernetes"] and lines.keys() == {"Kubeflow Pipelines", "Kubernetes"}
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "remedy"), [(200, "<html>", "check tracking_uri"), (403, "no", "start it with --allowed-hosts")]
+)
+def test_what_is_no_mlflow(cluster: KubernetesServer, status: int, text: str, remedy: str) -> None:
+    with _page(status, text) as uri, kubeflow_server() as kubeflow:
+        code, lines = doctor("--host", kubeflow.url, "--tracking-uri", uri)
+    assert code == 1 and remedy in lines["MLflow"] and str(status) in lines["MLflow"]
+
+
+def test_an_mlflow_that_is_away(cluster: KubernetesServer) -> None:
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url, "--tracking-uri", f"http://127.0.0.1:{free_port()}")
+    assert status == 1 and "ConnectionError" in lines["MLflow"]
+
+
+@contextmanager
+def _page(status: int, text: str) -> Iterator[str]:
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
