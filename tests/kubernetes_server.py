@@ -26,6 +26,54 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 Entry = dict[str, Any]
 
 
+TASK: dict[str, Any] = {
+    "metadata": {
+        "labels": {},
+        "ownerReferences": [
+            {
+                "apiVersion": "argoproj.io/v1alpha1",
+                "kind": "Workflow",
+                "name": "compress-x",
+                "uid": "w1",
+                "controller": True,
+            }
+        ],
+    },
+    "status": {"phase": "Running"},
+    "spec": {
+        "serviceAccountName": "minitron",
+        "imagePullSecrets": [{"name": "pull"}],
+        "nodeSelector": {"cloud.google.com/gke-spot": "true"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "volumes": [
+            {"name": "kfp-launcher", "emptyDir": {}},
+            {"name": "minitron-workspace", "persistentVolumeClaim": {"claimName": "minitron-workspace"}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
+        ],
+        "containers": [
+            {"name": "wait", "image": "argoexec"},
+            {
+                "name": "main",
+                "image": "registry/trainer:0.1.0",
+                "env": [
+                    {"name": "KFP_POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
+                    {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "minitron", "key": "HF_TOKEN"}}},
+                    {"name": "MINITRON_CACHE", "value": "/workspace/cache"},
+                    {"name": "SOMETHING", "value": "else"},
+                ],
+                "resources": {"limits": {"cpu": "8", "memory": "64Gi"}},
+                "volumeMounts": [
+                    {"name": "kfp-launcher", "mountPath": "/kfp-launcher"},
+                    {"name": "minitron-workspace", "mountPath": "/workspace"},
+                    {"name": "shared-memory", "mountPath": "/dev/shm"},
+                ],
+            },
+        ],
+    },
+}
+"""What Kubeflow makes of a task, as far as it matters: the content of its pod."""
+
+
 class Refused(Exception):
     """An answer that is an error."""
 

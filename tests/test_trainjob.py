@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubernetes_server import KubernetesServer, kubernetes_server
+from kubernetes_server import TASK, KubernetesServer, Refused, kubernetes_server
 from urllib3 import Retry
 
 from minitron import trainjob
@@ -36,53 +36,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernet
         monkeypatch.setattr(trainjob, "RETRY", Retry(20, allowed_methods=None, **quick))
         state.add("pods", "distill-task", **TASK)
         yield state
-
-
-TASK: dict[str, Any] = {
-    "metadata": {
-        "labels": {},
-        "ownerReferences": [
-            {
-                "apiVersion": "argoproj.io/v1alpha1",
-                "kind": "Workflow",
-                "name": "compress-x",
-                "uid": "w1",
-                "controller": True,
-            }
-        ],
-    },
-    "status": {"phase": "Running"},
-    "spec": {
-        "serviceAccountName": "minitron",
-        "imagePullSecrets": [{"name": "pull"}],
-        "nodeSelector": {"cloud.google.com/gke-spot": "true"},
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-        "volumes": [
-            {"name": "kfp-launcher", "emptyDir": {}},
-            {"name": "minitron-workspace", "persistentVolumeClaim": {"claimName": "minitron-workspace"}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
-        ],
-        "containers": [
-            {"name": "wait", "image": "argoexec"},
-            {
-                "name": "main",
-                "image": "registry/trainer:0.1.0",
-                "env": [
-                    {"name": "KFP_POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
-                    {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "minitron", "key": "HF_TOKEN"}}},
-                    {"name": "MINITRON_CACHE", "value": "/workspace/cache"},
-                    {"name": "SOMETHING", "value": "else"},
-                ],
-                "resources": {"limits": {"cpu": "8", "memory": "64Gi"}},
-                "volumeMounts": [
-                    {"name": "kfp-launcher", "mountPath": "/kfp-launcher"},
-                    {"name": "minitron-workspace", "mountPath": "/workspace"},
-                    {"name": "shared-memory", "mountPath": "/dev/shm"},
-                ],
-            },
-        ],
-    },
-}
 
 
 def launch(directory: Path, follow: Callable[[], None] = lambda: None, job: str = "add") -> None:
@@ -236,7 +189,7 @@ def test_two_tasks_that_create_it_at_once_follow_one_job(server: KubernetesServe
             server._create("trainjobs", _plain_job(name))
         elif kind != "trainjobs" or looks.count(name) > 1:
             return found(kind, name)
-        raise __import__("kubernetes_server").Refused(404, "not found")
+        raise Refused(404, "not found")
 
     server._found = first_not_there  # type: ignore[method-assign]
     later(server, lambda: server.end("Complete"))

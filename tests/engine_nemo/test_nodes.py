@@ -1,0 +1,59 @@
+"""Several nodes: a stage starts a TrainJob, whose nodes are processes of this machine, and waits for it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes_server import TASK, KubernetesServer, kubernetes_server
+from nemo_support import curves, run_distill, run_finetune
+
+from minitron import trainjob
+from minitron.errors import ConfigError
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    with kubernetes_server(tmp_path) as (state, config):
+        monkeypatch.setenv("KUBECONFIG", str(config))
+        monkeypatch.setenv("KFP_POD_NAME", "distill-task")
+        monkeypatch.setenv("MINITRON_NAMESPACE", "team")
+        monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.5)
+        state.add("pods", "distill-task", **TASK)
+        state.run_jobs = True
+        yield state
+
+
+NODES = {"engine": "nemo", "num_nodes": 2, "gpus_per_node": 1, "tensor_parallel_size": 2}
+
+
+def test_two_nodes_give_the_losses_of_one_process(
+    server: KubernetesServer,
+    wide: Path,
+    pruned: dict[str, Path],
+    dataset: Path,
+    distilled: dict[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    workspace = tmp_path / "workspace"
+    data, teacher, student = (
+        Path(shutil.copytree(path, workspace / name))
+        for name, path in (("data", dataset), ("teacher", wide), ("student", pruned["hf"]))
+    )
+    weights = {"cross_entropy_weight": 0.5, "temperature": 2.0}
+    record = run_distill(tmp_path / "out", data, teacher, student, workspace=workspace, **weights, **NODES)
+    expected = curves(distilled["nemo"])
+    for name, values in curves(record).items():
+        assert values == pytest.approx(expected[name], rel=1e-4), name
+    assert record["gpus"] == 2
+    scored = record["metrics"]["teacher_validation_loss"]
+    assert scored == pytest.approx(distilled["nemo"]["metrics"]["teacher_validation_loss"], rel=1e-6)
+    created = [request for request in server.requests if request.startswith("POST")]
+    assert len(created) == 2 and not server.objects["trainjobs"], "one scores the teacher on one GPU, one trains"
+
+
+def test_the_nodes_must_see_the_inputs(server: KubernetesServer, wide: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lies outside the workspace .*, which is all that the nodes share"):
+        run_finetune(tmp_path / "out", dataset, wide, workspace=tmp_path / "workspace", **NODES)
+    assert not any(request.startswith("POST") for request in server.requests)
