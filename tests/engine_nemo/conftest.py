@@ -15,22 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from nemo_support import run_distill, run_finetune, run_prune
+from nemo_support import CUT, run_distill, run_finetune, run_prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.checkpoint import save_model
 
 SHIM = Path(__file__).parent / "cpu"
-CUT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-}
-"""Of the model `wide`: every axis."""
-
-
 if not torch.cuda.is_available():  # under this process and every one that it starts
     sys.path.insert(0, str(SHIM))
     runpy.run_path(str(SHIM / "sitecustomize.py"))

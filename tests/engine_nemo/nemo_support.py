@@ -27,6 +27,16 @@ TRAINING = {
 """12 sequences are a batch and a half: the second is filled up. 3 does not divide 8: the intervals do not coincide."""
 
 
+CUT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+"""Of the model `wide`: every axis."""
+
+
 def run_finetune(output: Path, dataset: Path, teacher: Path, **settings: Any) -> dict[str, Any]:
     return finetune.run(FinetuneConfig(output=output, dataset=dataset, teacher=str(teacher), **TRAINING | settings))
 
