@@ -1,0 +1,12 @@
+# The MLflow server of manifests/: tracking, registry and artifacts, with what it needs for PostgreSQL and buckets. Build
+# it in the repository's root:
+#   docker build -f images/mlflow.Dockerfile -t minitron-pipelines/mlflow:3.17.2 .
+ARG BASE_IMAGE=python:3.11-slim
+FROM ${BASE_IMAGE}
+
+COPY constraints.txt /tmp/constraints.txt
+RUN pip install --no-cache-dir --constraint /tmp/constraints.txt mlflow psycopg2-binary google-cloud-storage \
+    && rm /tmp/constraints.txt
+
+USER 1000:1000
+ENTRYPOINT ["mlflow", "server"]

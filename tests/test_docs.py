@@ -1,0 +1,122 @@
+"""docs/deploy.md can be followed: its shell is correct, and what it names and calls is there."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from deploy_guide import GUIDE, REPOSITORY, blocks, created_secrets, follow
+
+from minitron.cli import app
+
+COMING = {"doctor", "submit", "schedule", "runs", "unschedule"}
+"""Commands that the guide may use before they exist: strictly expected to fail until then."""
+COMING_FILES = {"images/cloudbuild.yaml"}
+NAMED = re.compile(r"(?<![\w./:-])(?:manifests|images|docs|pipelines)/[\w./-]+")
+
+
+def commands() -> dict[str, click.Command]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    return group.commands  # type: ignore[union-attr, no-any-return]
+
+
+def mark(name: str, missing: bool, coming: set[str]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(strict=True, reason=f"{name} is not there yet")] if missing and name in coming else []
+
+
+def minitron_lines() -> list[list[str]]:
+    """Read the `minitron` commands off the text, variables as they are."""
+    joined = "\n".join(blocks()).replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in joined.splitlines() if line.startswith("minitron ")]
+
+
+def named_files() -> list[str]:
+    return sorted({name.rstrip("./") for name in NAMED.findall(GUIDE.read_text())})
+
+
+LINES = [
+    pytest.param(line, id=" ".join(line[:2]), marks=mark(line[0], line[0] not in commands(), COMING))
+    for line in minitron_lines()
+]
+FILES = [pytest.param(name, marks=mark(name, not (REPOSITORY / name).exists(), COMING_FILES)) for name in named_files()]
+
+
+@pytest.mark.parametrize("block", blocks(), ids=lambda block: block.split("\n")[0][:40])
+def test_the_shell_understands_it(block: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_command_runs_and_every_variable_is_set_before_it_is_used() -> None:
+    followed = follow()
+    assert followed.status == 0, followed.errors
+    assert followed.errors == ""
+    assert {"gcloud", "kubectl", "minitron", "docker", "kind", "git"} == {call[0] for call in followed.calls}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_it_names_exists(name: str) -> None:
+    assert (REPOSITORY / name).exists()
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_minitron_takes_its_commands(line: list[str]) -> None:
+    """Parse as the command does, without running it: unknown commands and flags, and missing ones, end here."""
+    command = commands()[line[0]]
+    command.make_context(line[0], line[1:])
+
+
+def test_a_flag_that_does_not_exist_is_found() -> None:
+    with pytest.raises(Exception, match="--frobnicate"):
+        commands()["run"].make_context("run", ["compress", "--preset", "tiny", "--frobnicate"])
+
+
+def test_the_guide_uses_all_that_talk_to_a_cluster() -> None:
+    assert {line[0] for line in minitron_lines()} == COMING
+
+
+def applied() -> list[Path]:
+    """Return our directories that the guide applies, in the copy that it has written its settings to."""
+    given = [call[call.index("-k") + 1] for call in follow().calls if call[:2] == ["kubectl", "apply"] and "-k" in call]
+    return [follow().root / name for name in given if name.startswith("manifests/")]
+
+
+def test_what_it_applies_renders_with_the_settings_it_writes() -> None:
+    assert [path.name for path in applied()] == ["gke", "kind"]
+    for path in applied():
+        done = subprocess.run(["kubectl", "kustomize", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not re.search(r"\b(PROJECT|BUCKET|DOMAIN|REPOSITORY|TASKS_ACCOUNT|MLFLOW_ACCOUNT)\b", done.stdout)
+    assert (
+        "gs://my-project-minitron/mlflow"
+        in subprocess.run(["kubectl", "kustomize", str(applied()[0])], capture_output=True, text=True).stdout
+    )
+
+
+def test_it_sets_every_setting_there_is() -> None:
+    name = "manifests/overlays/gke/settings.env"
+    keys = [
+        {line.split("=")[0] for line in (root / name).read_text().splitlines() if not line.startswith("#")}
+        for root in (REPOSITORY, follow().root)
+    ]
+    assert keys[0] == keys[1]
+
+
+def test_the_optional_secret_has_keys_that_the_tasks_read() -> None:
+    names = {name for _, name in created_secrets()}
+    assert names == {"minitron-postgres/password", "minitron/HF_TOKEN"}
+    compiled = (REPOSITORY / "pipelines/compress.yaml").read_text()
+    assert all(name.split("/")[1] in compiled for name in names if name.startswith("minitron/"))
+
+
+def test_the_accounts_it_binds_are_those_of_the_manifests() -> None:
+    bound = {part for call in follow().calls for part in re.findall(r"\[minitron/(\w+)\]", " ".join(call))}
+    rendered = subprocess.run(["kubectl", "kustomize", str(applied()[0])], capture_output=True, text=True).stdout
+    accounts = re.findall(
+        r"^kind: ServiceAccount\nmetadata:\n  annotations:\n.*?\n  name: (\w+)", rendered, re.MULTILINE
+    )
+    assert bound == set(accounts)
