@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from minitron import samples
-from minitron.data import MANIFEST, IndexedWriter
+from minitron.data import IndexedWriter
+from minitron.manifest import MANIFEST
 from minitron.storage import content_hash
 
 SEQUENCE = 32
