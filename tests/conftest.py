@@ -22,8 +22,8 @@ from minitron.storage import content_hash
 
 SEQUENCE = 32
 
-collect_ignore = [] if importlib.util.find_spec("nemo") else ["engine_nemo"]
-"""`make test-nemo` runs those, in an environment of its own."""
+collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_nemo", "images"]
+"""`make test-nemo` runs those of engine nemo, in an environment of its own; `make test-images` builds the images."""
 
 
 @pytest.fixture(scope="session")
