@@ -1,18 +1,30 @@
-# The image of every task: the NeMo image and this package. Build it in the repository's root:
-#   docker build -f images/trainer.Dockerfile -t minitron-pipelines/trainer:0.1.0 .
+# The image of every task but register: NVIDIA's NeMo image and this package. Build it in the repository's root:
+#   docker build -f images/trainer.Dockerfile --build-arg VERSION=0.1.0 -t minitron-pipelines/trainer:0.1.0 .
+# The base can be pinned by its digest: --build-arg BASE_IMAGE=nvcr.io/nvidia/nemo@sha256:…
 ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE_IMAGE}
+USER root
 
-# kfp pins what the base image has in other versions; its executor needs none of that.
-RUN pip install --no-cache-dir --no-deps kfp==2.17.0 kfp-pipeline-spec==2.17.3 \
-    && pip install --no-cache-dir docstring-parser google-cloud-storage==3.17.1 \
-        mlflow-skinny==3.17.2 lm-eval==0.4.13 zstandard
+COPY pyproject.toml README.md constraints.txt /tmp/minitron/
+COPY images/install.py /tmp/minitron/images/
+COPY minitron /tmp/minitron/minitron
+COPY components /tmp/minitron/components
+COPY pipelines /tmp/minitron/pipelines
+RUN python3 /tmp/minitron/images/install.py && rm -r /tmp/minitron
 
-COPY pyproject.toml README.md /opt/minitron/
-COPY minitron /opt/minitron/minitron
-COPY components /opt/minitron/components
-COPY pipelines /opt/minitron/pipelines
-RUN pip install --no-cache-dir --no-deps /opt/minitron && minitron --version
-
+# NVIDIA's image may have a user of this number already; the home is ours, and writable, either way.
+RUN (getent passwd 1000 || useradd --uid 1000 --home-dir /home/minitron minitron) \
+    && install -d -o 1000 -g 1000 /home/minitron
 # Progress bars go to the pod's log: one line every 30 seconds.
-ENV TQDM_MININTERVAL=30 PYTHONUNBUFFERED=1
+ENV HOME=/home/minitron TQDM_MININTERVAL=30 PYTHONUNBUFFERED=1
+WORKDIR /home/minitron
+USER 1000:1000
+
+# The label cannot be read from the package; it can be checked.
+ARG VERSION
+RUN test "$(minitron --version)" = "${VERSION}" \
+    || { echo "the package is version $(minitron --version): build with --build-arg VERSION=$(minitron --version)"; false; }
+LABEL org.opencontainers.image.title="minitron-pipelines/trainer" \
+      org.opencontainers.image.description="Every task of minitron-pipelines but register" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="Apache-2.0"

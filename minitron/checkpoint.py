@@ -5,20 +5,21 @@ transformers 4.57 (the NeMo image) and 5.x (a laptop).
 """
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
 
 from minitron.errors import ConfigError, RunError
 from minitron.results import link_or_copy
 from minitron.storage import RECORD, content_hash
 
-if TYPE_CHECKING:  # it imports every part of transformers: two seconds that prepare, which reads a tokenizer, can save
-    from transformers import PreTrainedModel
+if TYPE_CHECKING:  # register's image has neither torch nor transformers
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures that prune knows how to cut."""
@@ -34,14 +35,19 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+_OUTER = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+_LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
-def load_model(directory: Path, dtype: torch.dtype | str = "auto") -> "PreTrainedModel":
+
+def load_model(directory: Path, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
     """Load a causal language model in eval mode, on the CPU.
 
     Raises:
         ConfigError: not a model directory, or not one of the SUPPORTED architectures.
         RunError: a weight file is damaged or missing.
     """
+    from transformers import AutoModelForCausalLM
+
     check_architecture(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
@@ -71,12 +77,14 @@ def check_architecture(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load a fast tokenizer that has an end-of-sequence token.
 
     Raises:
         ConfigError: there is none.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
@@ -137,10 +145,47 @@ def parameter_count(model: "PreTrainedModel") -> int:
 
 def count_parameters(config: Any) -> int:
     """Count the parameters of the model that a transformers config describes, without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         return parameter_count(AutoModelForCausalLM.from_config(config))
 
 
+def stored_parameters(directory: Path) -> int:
+    """Count the parameters in the headers of a model's weight files, without torch; tied embeddings count once.
+
+    Raises:
+        RunError: a file is damaged or missing, or lacks weights.
+    """
+    config = check_architecture(directory)
+    try:
+        shapes = _stored_shapes(directory)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
+    if config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = [0]
+    parts = {match[1] for name in shapes if (match := _LAYER.fullmatch(name))}
+    expected = {f"model.layers.{layer}.{part}" for layer in range(config["num_hidden_layers"]) for part in parts}
+    if missing := sorted((expected | _OUTER) - set(shapes)):
+        raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _stored_shapes(directory: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor in a model's safetensors files, whose sizes safe_open checks."""
+    index = directory / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    shapes: dict[str, list[int]] = {}
+    for name in sorted(names):
+        with safe_open(directory / name, "numpy") as weights:
+            shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+    return shapes
+
+
 def read_config(directory: Path) -> Any:
     """Return the transformers config of a model directory."""
+    from transformers import AutoConfig
+
     return AutoConfig.from_pretrained(directory)

@@ -7,7 +7,6 @@ beside the numpy of this environment without overriding it.
 S = sequence length, T = tokens of a split, D = documents of a split.
 """
 
-import json
 import struct
 from array import array
 from itertools import chain
@@ -18,11 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from minitron.checkpoint import tokenizer_hash
 from minitron.config import TrainingConfig
 from minitron.errors import ConfigError, RunError
 
-MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -172,29 +169,3 @@ def training_data(config: TrainingConfig) -> tuple[TrainingSequences, PackedData
         PackedDataset(config.dataset / split, config.sequence_length, config.seed) for split in ("train", "validation")
     )
     return TrainingSequences(train, config.max_steps * config.global_batch_size, config.seed), validation
-
-
-def read_manifest(dataset: Path) -> dict[str, Any]:
-    """Return the manifest of a prepared dataset.
-
-    Raises:
-        ConfigError: the directory was not written by prepare.
-    """
-    path = dataset / MANIFEST
-    if not path.is_file():
-        raise ConfigError(f"{dataset}: no {MANIFEST}; give a directory that prepare wrote")
-    return json.loads(path.read_text())
-
-
-def check_tokenizer(dataset: Path, model: Path) -> None:
-    """Refuse a model whose tokenizer is not the one the dataset was made with.
-
-    Raises:
-        ConfigError: the two differ.
-    """
-    expected, found = read_manifest(dataset)["tokenizer_sha256"], tokenizer_hash(model)
-    if found != expected:
-        raise ConfigError(
-            f"{model}: tokenizer {found[:12]} is not the {expected[:12]} that {dataset} was tokenised with; "
-            "prepare the corpus again with this model as teacher"
-        )

@@ -8,8 +8,8 @@ from typing import Any
 
 from minitron import engines, stage
 from minitron.config import DistillConfig
-from minitron.data import check_tokenizer
 from minitron.losses import LossWeights
+from minitron.manifest import check_tokenizer
 from minitron.tracking import Tracker
 
 

@@ -16,11 +16,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from minitron import stage
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
 from minitron.config import EvaluateConfig
-from minitron.data import IndexedDataset, PackedDataset, check_tokenizer
+from minitron.data import IndexedDataset, PackedDataset
 from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.figures import MODELS
+from minitron.manifest import check_tokenizer
 from minitron.report import write_report
 from minitron.results import write_atomically
 from minitron.scoring import score

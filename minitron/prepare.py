@@ -30,8 +30,9 @@ from minitron import stage
 from minitron.checkpoint import load_tokenizer, tokenizer_hash
 from minitron.config import PrepareConfig
 from minitron.corpus import Corpus
-from minitron.data import MANIFEST, SPLITS, IndexedWriter
+from minitron.data import SPLITS, IndexedWriter
 from minitron.errors import ConfigError, RunError
+from minitron.manifest import MANIFEST
 from minitron.sources import resolve
 from minitron.storage import content_hash, hub_dataset, local_path
 from minitron.tracking import Tracker

@@ -5,6 +5,7 @@ python -m minitron.register --config register.yaml
 mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of the city"])
 """
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron import generator, stage, tracking
-from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
+from minitron import stage, tracking
+from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config import RegisterConfig
-from minitron.data import MANIFEST, read_manifest
 from minitron.errors import ConfigError
+from minitron.manifest import MANIFEST, check_tokenizer, read_manifest
 from minitron.results import write_atomically
 from minitron.storage import read_record
 
@@ -63,15 +64,14 @@ def _check_inputs(config: RegisterConfig) -> None:
     for path in (config.evaluation / REPORT, config.evaluation / EVALUATION):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; give a directory that evaluate wrote")
-    read_manifest(config.dataset)
     check_architecture(config.student)
+    check_tokenizer(config.dataset, config.student)
 
 
 def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, str]:
-    """Return what the registry says of the version; the student is loaded, so that no broken one is registered."""
-    load_tokenizer(config.student)
+    """Return what the registry says of the version; the weights are opened, so that no broken ones are registered."""
     tags = {
-        "parameters": str(parameter_count(load_model(config.student))),
+        "parameters": str(stored_parameters(config.student)),
         "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
         "licence": str(read_manifest(config.dataset).get("licence", "unknown")),
@@ -104,8 +104,9 @@ def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterat
         client.log_model_artifacts(model.model_id, str(config.student))
         size = sum(path.stat().st_size for path in config.student.rglob("*") if path.is_file())
         with tempfile.TemporaryDirectory() as directory:
-            code = Path(generator.__file__)
-            tracking.write_mlmodel(Path(directory), code, model.model_id, tracker.pipeline_run_id, size)
+            tracking.write_mlmodel(
+                Path(directory), _generator(), model.model_id, tracker.pipeline_run_id, size, _needs(config.student)
+            )
             client.log_model_artifacts(model.model_id, directory)
         client.finalize_logged_model(model.model_id, "READY")
         yield model.model_id
@@ -113,6 +114,20 @@ def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterat
         with suppress(Exception):  # the server may be gone
             client.delete_logged_model(model.model_id)
         raise
+
+
+def _generator() -> Path:
+    """Return the source of generator.py, which is not imported: it needs torch."""
+    spec = importlib.util.find_spec("minitron.generator")
+    assert spec is not None and spec.origin
+    return Path(spec.origin)
+
+
+def _needs(student: Path) -> list[str]:
+    """Return the packages that load the student, in the versions that wrote it."""
+    record = read_record(student)
+    versions = {name: version.partition("+")[0] for name, version in record["versions"].items()} if record else {}
+    return [f"{name}=={versions[name]}" if name in versions else name for name in ("torch", "transformers")]
 
 
 @contextmanager

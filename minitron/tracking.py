@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -300,7 +299,7 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(signal.SIGTERM)
 
 
-def write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int) -> None:
+def write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int, requirements: list[str]) -> None:
     """Write what makes a Hugging Face directory an MLflow model: MLmodel, environment files and the code that loads it.
 
     Args:
@@ -309,6 +308,7 @@ def write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size:
         model_id: the logged model that the files belong to.
         run_id: the run that it came from.
         size: bytes of the model's own files.
+        requirements: the packages that `code` needs, as pip takes them.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
@@ -323,9 +323,7 @@ def write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size:
             code_paths=[str(code)],
             mlflow_model=Model(run_id=run_id, model_id=model_id, model_size_bytes=size),
             signature=ModelSignature(text, text, ParamSchema([ParamSpec("max_new_tokens", "long", 64)])),
-            pip_requirements=[
-                f"{package}=={version(package).partition('+')[0]}" for package in ("torch", "transformers")
-            ],
+            pip_requirements=requirements,
         )
 
 

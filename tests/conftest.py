@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from minitron import samples
-from minitron.data import MANIFEST, IndexedWriter
+from minitron.data import IndexedWriter
+from minitron.manifest import MANIFEST
 from minitron.storage import content_hash
 
 SEQUENCE = 32
 
-collect_ignore = [] if importlib.util.find_spec("nemo") else ["engine_nemo"]
-"""`make test-nemo` runs those, in an environment of its own."""
+collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_nemo", "images"]
+"""`make test-nemo` runs those of engine nemo, in an environment of its own; `make test-images` builds the images."""
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The rules between layers of docs/architecture.md, read from the sources' import statements."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,13 @@ def test_what_the_stages_share_imports_no_stage(path: Path) -> None:
 @pytest.mark.parametrize("name", ["config.py", "errors.py", "storage.py", "results.py", "stage.py", "presets.py"])
 def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
     assert not packages(REPOSITORY / "minitron" / name) & TRAINING
+
+
+def test_register_runs_in_an_image_without_torch() -> None:
+    names = sorted(TRAINING | {"numpy", "pandas"})
+    code = f"import sys, minitron.register; print(*(name for name in {names} if name in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not loaded.split()
 
 
 @pytest.mark.parametrize("path", COMPONENTS, ids=label)

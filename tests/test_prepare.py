@@ -25,8 +25,9 @@ from minitron import prepare, storage
 from minitron.checkpoint import load_tokenizer
 from minitron.config import PrepareConfig, parse
 from minitron.corpus import Corpus
-from minitron.data import MANIFEST, SPLITS, IndexedDataset, check_tokenizer
+from minitron.data import SPLITS, IndexedDataset
 from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.prepare import Selection, normalise, split_of
 from minitron.tracking import Tracker
 

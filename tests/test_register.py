@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import SEQUENCE
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import distill, register, tracking
+from minitron.checkpoint import parameter_count, stored_parameters
 from minitron.config import RegisterConfig, parse
 from minitron.errors import ConfigError, RunError
 from minitron.storage import content_hash
@@ -204,6 +206,47 @@ def test_a_failure_leaves_no_orphan(
     assert "\n" not in str(caught.value)
     _assert_nothing_is_registered(mlflow_file, tmp_path.name)
     assert not config.output.exists() and not config.output.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parameters_are_counted_in_every_shard_without_loading_them(
+    teacher: Path, tmp_path: Path, tied: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert stored_parameters(tmp_path) == parameter_count(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_a_student_that_lacks_weights_is_refused(teacher: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(teacher / "config.json", tmp_path)
+    weights = load_file(teacher / WEIGHTS)
+    del weights[name]
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(RunError, match=f"1 weights are missing \\({name} …\\); get the model again"):
+        stored_parameters(tmp_path)
+
+
+def test_the_student_s_environment_is_the_one_that_trained_it(
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
+) -> None:
+    """The image that registers has no torch: its own packages say nothing."""
+    record = json.loads((student / "stage.json").read_text())
+    record["versions"] |= {"torch": "2.9.0+cu130", "transformers": "4.57.1"}
+    copy = shutil.copytree(student, tmp_path / "copy")
+    (copy / "stage.json").write_text(json.dumps(record))
+    config = make(mlflow_file, student=copy)
+    uri = register.run(config)["registered"]["model_uri"]
+    tracking.connect(mlflow_file)
+    import mlflow
+
+    mlflow.set_tracking_uri(mlflow_file)
+    directory = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "downloaded")))
+    needed = (directory / "requirements.txt").read_text().split()[1:]  # mlflow comes first
+    assert needed == ["torch==2.9.0", "transformers==4.57.1"]
 
 
 def test_terminated_between_version_and_alias_it_leaves_nothing_and_registers_when_run_again(

@@ -1,0 +1,31 @@
+# The image of the tasks that only move files and call servers: no torch, no CUDA. Build it in the repository's root:
+#   docker build -f images/tools.Dockerfile --build-arg VERSION=0.1.0 -t minitron-pipelines/tools:0.1.0 .
+ARG BASE_IMAGE=python:3.11-slim
+FROM ${BASE_IMAGE}
+USER root
+
+COPY pyproject.toml README.md constraints.txt /tmp/minitron/
+COPY minitron /tmp/minitron/minitron
+COPY components /tmp/minitron/components
+COPY pipelines /tmp/minitron/pipelines
+# Without dependencies: this package's are the trainer's, and kfp's are for its client, not for its executor.
+RUN pip install --no-cache-dir --constraint /tmp/minitron/constraints.txt \
+        docstring-parser google-cloud-storage mlflow-skinny numpy pandas protobuf pydantic pyyaml requests rich safetensors \
+        tqdm typer \
+    && pip install --no-cache-dir --constraint /tmp/minitron/constraints.txt --no-deps \
+        kfp kfp-pipeline-spec /tmp/minitron \
+    && rm -r /tmp/minitron
+
+RUN useradd --uid 1000 --home-dir /home/minitron minitron && install -d -o 1000 -g 1000 /home/minitron
+ENV HOME=/home/minitron TQDM_MININTERVAL=30 PYTHONUNBUFFERED=1
+WORKDIR /home/minitron
+USER 1000:1000
+
+# The label cannot be read from the package; it can be checked.
+ARG VERSION
+RUN test "$(minitron --version)" = "${VERSION}" \
+    || { echo "the package is version $(minitron --version): build with --build-arg VERSION=$(minitron --version)"; false; }
+LABEL org.opencontainers.image.title="minitron-pipelines/tools" \
+      org.opencontainers.image.description="The tasks of minitron-pipelines that need no torch" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="Apache-2.0"

@@ -1,0 +1,36 @@
+"""What prepare says of a dataset in `manifest.json`, read without torch: register's image has none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minitron.checkpoint import tokenizer_hash
+from minitron.errors import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(dataset: Path) -> dict[str, Any]:
+    """Return the manifest of a prepared dataset.
+
+    Raises:
+        ConfigError: the directory was not written by prepare.
+    """
+    path = dataset / MANIFEST
+    if not path.is_file():
+        raise ConfigError(f"{dataset}: no {MANIFEST}; give a directory that prepare wrote")
+    return json.loads(path.read_text())
+
+
+def check_tokenizer(dataset: Path, model: Path) -> None:
+    """Refuse a model whose tokenizer is not the one the dataset was made with.
+
+    Raises:
+        ConfigError: the two differ.
+    """
+    expected, found = read_manifest(dataset)["tokenizer_sha256"], tokenizer_hash(model)
+    if found != expected:
+        raise ConfigError(
+            f"{model}: tokenizer {found[:12]} is not the {expected[:12]} that {dataset} was tokenised with; "
+            "prepare the corpus again with this model as teacher"
+        )

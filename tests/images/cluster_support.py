@@ -1,0 +1,82 @@
+"""The compiled pipeline as a cluster runs it, on one machine: kfp.local's DockerRunner and a shared directory."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from docker.types import Mount
+from kfp import components, local
+from podman_support import run
+
+from minitron.cli import _adapt
+from minitron.presets import SAMPLES, check_arguments, compiled_pipeline, read_arguments
+
+USER = 1000
+LOCAL = "localhost/"
+"""What podman puts before the name of an image that comes from no registry."""
+
+
+class Finished(NamedTuple):
+    """A run of the pipeline: directory of the tasks' outputs, and the image that each container started from."""
+
+    results: Path
+    images: list[str]
+
+
+class Cluster:
+    """The compiled pipeline as a cluster runs it: every task in its image, with one volume at /workspace."""
+
+    def __init__(self, directory: Path, inputs: dict[str, Path], tracking_uri: str) -> None:
+        """Make the volume, the directory of outputs and a copy of the inputs, all of them the images' user's."""
+        self.workspace, self.results = directory / "workspace", directory / "results"
+        self.workspace.mkdir()
+        self.results.mkdir()
+        self._inputs = {name: shutil.copytree(path, directory / "inputs" / name) for name, path in inputs.items()}
+        for path in (self.workspace, self.results, *(directory / "inputs").rglob("*")):
+            os.chown(path, USER, USER)
+        self._tracking_uri = tracking_uri
+
+    def run(self, **values: Any) -> Finished:
+        """Run the preset tiny with these arguments over it."""
+        documents = compiled_pipeline("compress")
+        arguments = self._arguments(documents[0], values)
+        _name_images(documents[0], arguments)
+        _adapt(documents[0], arguments)
+        local.init(self._runner(), pipeline_root=str(self.results))
+        started = str(time.time())
+        components.load_component_from_text(yaml.safe_dump_all(documents))(**arguments)
+        (results,) = self.results.iterdir()
+        return Finished(results, _started_images(started))
+
+    def _arguments(self, specification: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        parameters = specification["root"]["inputDefinitions"]["parameters"]
+        arguments = read_arguments("tiny", [], list(parameters))
+        del arguments[SAMPLES]
+        arguments |= {name: str(path) for name, path in self._inputs.items()}
+        return check_arguments(arguments | {"engine": "hf", "tracking_uri": self._tracking_uri} | values, parameters)
+
+    def _runner(self) -> local.DockerRunner:
+        mounts = [Mount(str(path), str(path), type="bind", read_only=True) for path in self._inputs.values()]
+        mounts.append(Mount("/workspace", str(self.workspace), type="bind"))
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        return local.DockerRunner(network_mode="host", mounts=mounts, environment=environment)
+
+
+def _name_images(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Put the pipeline's arguments in the place of the images' placeholders: a cluster does, kfp.local does not."""
+    defaults = specification["root"]["inputDefinitions"]["parameters"]
+    for task in specification["root"]["dag"]["tasks"].values():
+        label = specification["components"][task["componentRef"]["name"]]["executorLabel"]
+        container = specification["deploymentSpec"]["executors"][label]["container"]
+        name = container["image"].removeprefix("{{$.inputs.parameters['").removesuffix("']}}")
+        parameter = task["inputs"]["parameters"][name]["componentInputParameter"]
+        container["image"] = LOCAL + arguments.get(parameter, defaults[parameter]["defaultValue"])
+
+
+def _started_images(since: str) -> list[str]:
+    events = run("podman", "events", "--stream=false", "--since", since, "--filter", "event=start", "--format", "json")
+    return [json.loads(line)["Image"].removeprefix(LOCAL) for line in events.splitlines()]
