@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The NeMo that is tested is the image's; .ci/run tests the last one that has language models, too.
 NEMO ?= nemo_toolkit==2.6.2 megatron-core==0.15.0
-MODULES := minitron components pipelines tests benchmarks
+MODULES := minitron components pipelines images tests benchmarks
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-nemo lint compile bench clean
+.PHONY: help setup demo test test-nemo test-images manifests lint compile bench clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -35,10 +35,18 @@ test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environ
 	.venv-nemo/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-lint: setup ## ruff, ruff format, mypy
+test-images: setup ## build the images and run the pipeline in them; needs root and Debian, twelve minutes
+	apt-get install --quiet --yes --no-install-recommends podman buildah runc debootstrap
+	$(BIN)/pytest tests/images
+
+manifests: setup ## render the manifests into build/manifests and check every object
+	$(BIN)/pytest tests/test_manifests.py tests/test_docs.py
+
+lint: setup ## ruff, ruff format, mypy, hadolint
 	$(BIN)/ruff check $(MODULES)
 	$(BIN)/ruff format --check $(MODULES)
 	$(BIN)/mypy
+	$(BIN)/hadolint images/*.Dockerfile tests/images/*.Dockerfile
 
 compile: setup ## rewrite the compiled pipelines beside their sources
 	$(BIN)/python -m minitron.pipelines.compress

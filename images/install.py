@@ -20,7 +20,7 @@ WITHOUT_DEPENDENCIES = ["kfp", "kfp-pipeline-spec"]
 EXECUTOR = ["docstring-parser"]
 """What kfp's executor imports, and neither this package nor, perhaps, the base image needs."""
 
-COMPILER = {"kfp-kubernetes", "kubernetes"}
+COMPILER = {"kfp-kubernetes"}
 """For who compiles a pipeline: no task does."""
 
 PIP = [sys.executable, "-m", "pip"]

@@ -2,7 +2,7 @@
 #   docker build -f images/tools.Dockerfile --build-arg VERSION=0.1.0 -t minitron-pipelines/tools:0.1.0 .
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
-USER root
+USER 0
 
 COPY pyproject.toml README.md constraints.txt /tmp/minitron/
 COPY minitron /tmp/minitron/minitron

@@ -3,7 +3,7 @@
 # The base can be pinned by its digest: --build-arg BASE_IMAGE=nvcr.io/nvidia/nemo@sha256:…
 ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE_IMAGE}
-USER root
+USER 0
 
 COPY pyproject.toml README.md constraints.txt /tmp/minitron/
 COPY images/install.py /tmp/minitron/images/

@@ -16,8 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minitron import __version__, cron, doctor, local, samples, summary
-from minitron.cluster import Kubeflow
+from minitron import __version__, local, samples, summary
 from minitron.config import parse_cluster
 from minitron.errors import ConfigError, MinitronError
 from minitron.presets import CLUSTER, SAMPLES, check_arguments, compiled_pipeline, configured, read_arguments
@@ -86,7 +85,7 @@ def submit(
     """Run a pipeline on a cluster."""
     with _one_line(debug):
         documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
-        kubeflow = Kubeflow(host, namespace, token, iap_client_id)
+        kubeflow = _connect(host, namespace, token, iap_client_id)
         version = kubeflow.upload(pipeline, documents)
         run_id = kubeflow.submit(version, arguments, _experiment(arguments), account)
         print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.link(run_id)}", flush=True)
@@ -112,10 +111,12 @@ def schedule(
 ) -> None:
     """Run a pipeline on a cluster again and again; the same command twice changes nothing, another one replaces it."""
     with _one_line(debug):
+        from minitron import cron
+
         first = cron.first_time(expression)
         documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
         name = name or f"{pipeline}-{Path(presets[0]).stem}"
-        kubeflow = Kubeflow(host, namespace, token, iap_client_id)
+        kubeflow = _connect(host, namespace, token, iap_client_id)
         version = kubeflow.upload(pipeline, documents)
         changed = kubeflow.schedule(name, expression, version, arguments, _experiment(arguments), account)
         print(f"{'scheduled' if changed else 'unchanged'}: {name} runs {pipeline} {version.name} at {expression}")
@@ -133,7 +134,7 @@ def runs(
 ) -> None:
     """List the newest runs and the schedules of a cluster."""
     with _one_line(debug):
-        kubeflow = Kubeflow(host, namespace, token, iap_client_id)
+        kubeflow = _connect(host, namespace, token, iap_client_id)
         found, schedules = kubeflow.runs(count), kubeflow.schedules()
         rows = [[entry.display_name, _state(entry.state), _when(entry.created_at), _length(entry)] for entry in found]
         ids = [entry.run_id for entry in found]
@@ -156,7 +157,7 @@ def unschedule(
 ) -> None:
     """Delete a schedule; runs that it started go on."""
     with _one_line(debug):
-        Kubeflow(host, namespace, token, iap_client_id).unschedule(name)
+        _connect(host, namespace, token, iap_client_id).unschedule(name)
         print(f"deleted: schedule {name}")
 
 
@@ -172,8 +173,11 @@ def check_cluster(
 ) -> None:
     """Check that a cluster has what the pipelines need, and say what to do where it has not."""
     with _one_line(debug):
-        connect = lambda: Kubeflow(host, namespace, token, iap_client_id)  # noqa: E731  (a check of its own)
-        checks = doctor.examine(connect, namespace or "kubeflow", tracking_uri, bucket)
+        from minitron import doctor
+
+        checks = doctor.examine(
+            lambda: _connect(host, namespace, token, iap_client_id), namespace or "kubeflow", tracking_uri, bucket
+        )
         _print_table(["", "check", "found", "remedy"], [[check.mark, *check[1:]] for check in checks])
         if any(check.ok is False for check in checks):
             raise typer.Exit(1)
@@ -189,6 +193,13 @@ def _one_line(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_status) from None
+
+
+def _connect(host: str | None, namespace: str | None, token: str | None, iap_client_id: str | None) -> Any:
+    """Connect to Kubeflow Pipelines, with clients that the image of the tools does not have."""
+    from minitron.cluster import Kubeflow
+
+    return Kubeflow(host, namespace, token, iap_client_id)
 
 
 def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:

@@ -12,9 +12,7 @@ from deploy_guide import GUIDE, REPOSITORY, blocks, created_secrets, follow
 
 from minitron.cli import app
 
-COMING = {"doctor", "submit", "schedule", "runs", "unschedule"}
-"""Commands that the guide may use before they exist: strictly expected to fail until then."""
-COMING_FILES = {"images/cloudbuild.yaml"}
+CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule"}
 NAMED = re.compile(r"(?<![\w./:-])(?:manifests|images|docs|pipelines)/[\w./-]+")
 
 
@@ -22,10 +20,6 @@ def commands() -> dict[str, click.Command]:
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     return group.commands  # type: ignore[union-attr, no-any-return]
-
-
-def mark(name: str, missing: bool, coming: set[str]) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(strict=True, reason=f"{name} is not there yet")] if missing and name in coming else []
 
 
 def minitron_lines() -> list[list[str]]:
@@ -36,13 +30,6 @@ def minitron_lines() -> list[list[str]]:
 
 def named_files() -> list[str]:
     return sorted({name.rstrip("./") for name in NAMED.findall(GUIDE.read_text())})
-
-
-LINES = [
-    pytest.param(line, id=" ".join(line[:2]), marks=mark(line[0], line[0] not in commands(), COMING))
-    for line in minitron_lines()
-]
-FILES = [pytest.param(name, marks=mark(name, not (REPOSITORY / name).exists(), COMING_FILES)) for name in named_files()]
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.split("\n")[0][:40])
@@ -58,12 +45,12 @@ def test_every_command_runs_and_every_variable_is_set_before_it_is_used() -> Non
     assert {"gcloud", "kubectl", "minitron", "docker", "kind", "git"} == {call[0] for call in followed.calls}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", named_files())
 def test_what_it_names_exists(name: str) -> None:
     assert (REPOSITORY / name).exists()
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", minitron_lines(), ids=lambda line: " ".join(line[:2]))
 def test_minitron_takes_its_commands(line: list[str]) -> None:
     """Parse as the command does, without running it: unknown commands and flags, and missing ones, end here."""
     command = commands()[line[0]]
@@ -76,7 +63,7 @@ def test_a_flag_that_does_not_exist_is_found() -> None:
 
 
 def test_the_guide_uses_all_that_talk_to_a_cluster() -> None:
-    assert {line[0] for line in minitron_lines()} == COMING
+    assert {line[0] for line in minitron_lines()} == CLUSTER_COMMANDS
 
 
 def applied() -> list[Path]:

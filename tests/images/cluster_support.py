@@ -12,7 +12,7 @@ from docker.types import Mount
 from kfp import components, local
 from podman_support import run
 
-from minitron.cli import _adapt
+from minitron.local import adapt
 from minitron.presets import SAMPLES, check_arguments, compiled_pipeline, read_arguments
 
 USER = 1000
@@ -45,7 +45,7 @@ class Cluster:
         documents = compiled_pipeline("compress")
         arguments = self._arguments(documents[0], values)
         _name_images(documents[0], arguments)
-        _adapt(documents[0], arguments)
+        adapt(documents[0], arguments)
         local.init(self._runner(), pipeline_root=str(self.results))
         started = str(time.time())
         components.load_component_from_text(yaml.safe_dump_all(documents))(**arguments)
@@ -54,10 +54,12 @@ class Cluster:
 
     def _arguments(self, specification: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         parameters = specification["root"]["inputDefinitions"]["parameters"]
-        arguments = read_arguments("tiny", [], list(parameters))
+        arguments = read_arguments(["tiny"], [], list(parameters))
         del arguments[SAMPLES]
         arguments |= {name: str(path) for name, path in self._inputs.items()}
-        return check_arguments(arguments | {"engine": "hf", "tracking_uri": self._tracking_uri} | values, parameters)
+        laptop = {"engine": "hf", "tracking_uri": self._tracking_uri}
+        laptop |= {name: 0 for name in parameters if name.endswith("_gpus")}
+        return check_arguments(arguments | laptop | values, parameters)
 
     def _runner(self) -> local.DockerRunner:
         mounts = [Mount(str(path), str(path), type="bind", read_only=True) for path in self._inputs.values()]
