@@ -21,7 +21,7 @@ import yaml
 from minitron import __version__, samples, summary
 from minitron.errors import MinitronError, RunError
 from minitron.presets import SAMPLES, check_arguments, compiled_pipeline, read_arguments
-from minitron.stage import FAILURE
+from minitron.stage import failure_note
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
@@ -92,11 +92,11 @@ def _run_locally(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     from kfp import components, local
 
     _adapt(documents[0], arguments)
-    workspace, results = work_dir / "workspace", work_dir / "results"
-    failure = workspace / FAILURE
+    workspace, results = os.environ.get("MINITRON_WORKSPACE") or str(work_dir / "workspace"), work_dir / "results"
+    failure = failure_note(workspace)
     failure.unlink(missing_ok=True)
     earlier = set(results.glob("*"))
-    os.environ |= {"MINITRON_WORKSPACE": str(workspace), "PYTHONUNBUFFERED": "1"}
+    os.environ |= {"MINITRON_WORKSPACE": workspace, "PYTHONUNBUFFERED": "1"}
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

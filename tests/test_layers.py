@@ -71,13 +71,20 @@ def test_what_the_stages_share_imports_no_stage(path: Path) -> None:
     assert not {stage for stage in STAGES if within(names, f"minitron.{stage}")}
 
 
-@pytest.mark.parametrize(("package", "owner"), [("mlflow", "tracking.py"), ("google", "storage.py")])
-def test_a_service_has_one_user(package: str, owner: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "owner"),
+    [
+        ("mlflow", {"tracking.py"}),
+        ("google", {"bucket.py", "transfers.py"}),
+        ("google_crc32c", {"transfers.py"}),
+    ],
+)
+def test_a_service_has_one_user(package: str, owner: set[str]) -> None:
     users = {label(path) for path in [*LIBRARY, *COMPONENTS, *PIPELINES] if package in packages(path)}
-    assert users <= {f"minitron/{owner}"}
+    assert users == {f"minitron/{name}" for name in owner}
 
 
-@pytest.mark.parametrize("name", ["config.py", "errors.py", "storage.py", "results.py", "stage.py", "presets.py"])
+@pytest.mark.parametrize("name", ["config.py", "errors.py", "storage.py", "results.py", "inputs.py", "delivery.py", "references.py", "bucket.py", "stage.py", "presets.py"])
 def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
     assert not packages(REPOSITORY / "minitron" / name) & TRAINING
 
