@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PositiveInt, ValidationError, model_validator
 
 from minitron.errors import ConfigError
 
@@ -24,7 +24,16 @@ MODEL = "model"
 EXECUTION = "execution"
 """Marks a field that says where and how to run: it has no influence on the result."""
 
-InputPath = Annotated[Path, INPUT]
+
+def address(place: Path | str) -> str:
+    """Return a place as it was given: pathlib makes gs:/bucket of gs://bucket."""
+    return re.sub(r"^(gs|hf):/(?!/)", r"\1://", str(place))
+
+
+Place = Annotated[Path, PlainSerializer(address)]
+"""A directory of this machine or, where `address` gives gs://, of a bucket."""
+
+InputPath = Annotated[Place, INPUT]
 ModelAddress = Annotated[str, INPUT, MODEL]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
@@ -45,9 +54,13 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    output: Annotated[Path, EXECUTION] = Field(description="Directory the stage writes; it appears when complete.")
-    workspace: Annotated[Path | None, EXECUTION] = Field(
-        None, description="Directory that outlives the task: a killed stage resumes, a finished one is reused from it."
+    output: Annotated[Place, EXECUTION] = Field(
+        description="Directory the stage writes, or gs://bucket/path; it appears when complete."
+    )
+    workspace: Annotated[Place | None, EXECUTION] = Field(
+        None,
+        description="Directory that outlives the task, or gs://bucket/path: a killed stage resumes (from a bucket: in "
+        "the volume MINITRON_CACHE), a finished one is reused from it.",
     )
     tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow server; none: no logging.")
     experiment: Annotated[str, EXECUTION] = Field("minitron", description="MLflow experiment.")
@@ -67,7 +80,8 @@ class PrepareConfig(StageConfig):
     """Corpus → deduplicated, split, tokenised dataset."""
 
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
-        description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, or hf://dataset[/config]."
+        description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
+        "or hf://dataset[/config]."
     )
     teacher: ModelAddress = Field(description="Model whose tokenizer is used; its address is finetune's.")
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
@@ -225,7 +239,7 @@ class EvaluateConfig(SequenceConfig):
     student: InputPath = Field(description="Student after distillation.")
     evaluation_sequences: PositiveInt = Field(640, description="Sequences per split, or all there are.")
     tasks: list[str] = Field([], description="lm-eval tasks.")
-    task_directory: Annotated[Path | None, INPUT] = Field(None, description="Directory of local lm-eval task files.")
+    task_directory: Annotated[Place | None, INPUT] = Field(None, description="Directory of local lm-eval task files.")
     task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all of them.")
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         ["The history of the city began", "In physics, energy is"],
@@ -268,6 +282,9 @@ class ClusterConfig(BaseModel):
     ttl_hours: PositiveInt = Field(168, description="How long a run's pods and their logs are kept after its end.")
     labels: dict[str, str] = Field({}, description="Labels of the tasks' pods, to account for them.")
 
+
+LARGE = ("prepare", "finetune", "prune", "distill")
+"""Stages whose results, models and datasets, are passed on by reference where they cannot be linked."""
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareConfig,

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import requests
 
-from minitron import trainjob
+from minitron import bucket, trainjob
 from minitron.cluster import Kubeflow
-from minitron.errors import ConfigError, MinitronError
+from minitron.errors import MinitronError
 
 CLAIM, SECRET = "minitron-workspace", "minitron"
 """Defaults of the pipeline's workspace_claim and secret."""
@@ -28,7 +28,7 @@ class Check(NamedTuple):
 
 
 def examine(
-    connect: Callable[[], Kubeflow], namespace: str, tracking_uri: str | None, bucket: str | None
+    connect: Callable[[], Kubeflow], namespace: str, tracking_uri: str | None, address: str | None
 ) -> list[Check]:
     """Return all checks.
 
@@ -36,7 +36,7 @@ def examine(
         connect: connects to Kubeflow Pipelines.
         namespace: where the tasks run.
         tracking_uri: MLflow server to look at, if any.
-        bucket: gs:// address to write to, if any.
+        address: gs://bucket/path to write to, if any.
     """
     checks = [_pipelines(connect)]
     try:
@@ -47,8 +47,8 @@ def examine(
         checks += [check(core, namespace) for check in (_namespace, _gpus, _claim, _secret)] + [_runtime()]
     if tracking_uri:
         checks.append(_mlflow(tracking_uri))
-    if bucket:
-        checks.append(_bucket(bucket))
+    if address:
+        checks.append(_bucket(address))
     return checks
 
 
@@ -125,11 +125,9 @@ def _mlflow(uri: str) -> Check:
 
 
 def _bucket(address: str) -> Check:
-    from minitron import storage
-
     try:
-        storage.check_writable(address)
-    except (ConfigError, MinitronError) as error:
+        bucket.check_writable(address)
+    except MinitronError as error:
         what, _, remedy = str(error).partition("; ")
         return Check(False, "bucket", what, remedy)
     return Check(True, "bucket", f"{address}: writable")

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import yaml
 
 from minitron.errors import MinitronError, RunError
-from minitron.stage import FAILURE
+from minitron.stage import failure_note
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
@@ -30,11 +30,12 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     from kfp import components, local
 
     adapt(documents[0], arguments)
-    workspace, results = work_dir / "workspace", work_dir / "results"
-    failure = workspace / FAILURE
+    workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
+    os.environ.setdefault("MINITRON_CACHE", str(work_dir / "cache"))
+    failure = failure_note(workspace)
     failure.unlink(missing_ok=True)
     earlier = set(results.glob("*"))
-    os.environ |= {"MINITRON_WORKSPACE": str(workspace), "PYTHONUNBUFFERED": "1"}
+    os.environ |= {"MINITRON_WORKSPACE": workspace, "PYTHONUNBUFFERED": "1"}
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

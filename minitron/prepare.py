@@ -26,14 +26,14 @@ from typing import Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from minitron import stage
+from minitron import bucket, stage
 from minitron.checkpoint import load_tokenizer, tokenizer_hash
 from minitron.config import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import SPLITS, IndexedWriter
 from minitron.errors import ConfigError, RunError
 from minitron.manifest import MANIFEST
-from minitron.sources import resolve
+from minitron.sources import corpus, resolve
 from minitron.storage import content_hash, hub_dataset, local_path
 from minitron.tracking import Tracker
 
@@ -63,7 +63,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     teacher = resolve(config.teacher, config)
     tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
-    selection = Selection(Corpus(config.corpus, config.text_field), config)
+    selection = Selection(Corpus(corpus(config), config.text_field), config)
     started = time.monotonic()
     tokens = write(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
@@ -71,7 +71,7 @@ def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str,
     counts = selection.counts() | {"tokens": tokens}
     manifest = counts | {
         "sha256": {split: content_hash(directory / f"{split}.bin") for split in SPLITS},
-        "corpus_sha256": _corpus_hash(config.corpus),
+        **_corpus_identity(config.corpus),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -240,10 +240,13 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
         yield batch
 
 
-def _corpus_hash(address: str) -> str:
-    """Return what stands for the corpus's content: the sha256 of its files, or a hub's commit."""
+def _corpus_identity(address: str) -> dict[str, Any]:
+    """Return what stands for the corpus's content: the sha256 of its files, a hub's commit or a bucket's snapshot."""
+    if bucket.is_bucket(address):
+        snapshot, objects = bucket.pinned(address)
+        return {"corpus_sha256": snapshot.rpartition("#")[2], "corpus_objects": bucket.generations(objects)}
     dataset = hub_dataset(address)
-    return dataset.identity if dataset else content_hash(local_path(address))
+    return {"corpus_sha256": dataset.identity if dataset else content_hash(local_path(address))}
 
 
 def _flat(counts: dict[str, Any]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +23,9 @@ KEY = "key"
 
 CHECKPOINTS = "checkpoints"
 """Subdirectory of work in progress that a killed stage resumes from; it is not part of the result."""
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+"""What linking meets: another file system, or one that has no hard links."""
 
 _DISK_FULL = ("No space left on device", "unexpected pos")
 """What safetensors and torch.save, which raise no OSError, say when the disk is full."""
@@ -55,6 +58,23 @@ def partial_directory(home: Path, key: str) -> Iterator[Path]:
             if isinstance(error, ConfigError) or not (directory / CHECKPOINTS).exists():
                 shutil.rmtree(directory, ignore_errors=True)
             raise
+
+
+def arrive(home: Path, identity: str, fetch: Callable[[Path], None]) -> None:
+    """Let a directory come to be in one rename.
+
+    Args:
+        home: the directory.
+        identity: what it will hold; what a killed attempt at the same left is kept.
+        fetch: fills the directory that it is given, and goes on with what is there.
+    """
+    with disk_errors(home), partial_directory(home, identity) as directory:
+        arriving = directory / CHECKPOINTS  # it outlives a kill
+        arriving.mkdir(exist_ok=True)
+        fetch(arriving)
+        for path in list(arriving.iterdir()):
+            path.rename(directory / path.name)
+        publish(directory, home)
 
 
 def _partial(directory: Path) -> Path:
@@ -102,15 +122,40 @@ def _is_intact(directory: Path, key: str) -> bool:
     return intact
 
 
+def publish_links(home: Path, output: Path, key: str) -> bool:
+    """Make `output` equal to `home` by hard links; False where the file system does not allow them."""
+    try:
+        _publish_equal(home, output, key, os.link)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return True
+
+
 def publish_copy(home: Path, output: Path, key: str) -> None:
     """Make `output` equal to `home`: by hard links where the file system allows, else by copies."""
+    _publish_equal(home, output, key, link_or_copy)
+
+
+def _publish_equal(home: Path, output: Path, key: str, put: Callable[[Path, Path], Any]) -> None:
     if _is_intact(output, key) and read_record(output) == read_record(home):
         return
+    with replaced(output) as staging:
+        for source in sorted(path for path in home.rglob("*") if path.is_file()):
+            target = staging / source.relative_to(home)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            put(source, target)
+
+
+@contextmanager
+def replaced(output: Path) -> Iterator[Path]:
+    """Give an empty directory that takes the place of `output` in one rename when the block ends."""
     staging = _partial(output)
-    for directory in (staging, output):
-        shutil.rmtree(directory, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(home, staging, copy_function=link_or_copy)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(output, ignore_errors=True)
     staging.rename(output)
 
 

@@ -6,8 +6,8 @@
     models:/NAME@alias, models:/NAME/VERSION        MLflow's registry
     ngc://org/team/model:version      NVIDIA's catalogue (its key in NGC_API_KEY)
 
-What is fetched lies in `models` of the workspace, so that a killed download goes on and all stages of a run share one;
-a movable address (alias, branch, prefix) is resolved once per pipeline run.
+What is fetched lies in `models` of the workspace (of the cache, if that is a bucket), so that a killed download goes on
+and all stages of a run share one; a movable address (alias, branch, prefix) is resolved once per pipeline run.
 """
 
 import hashlib
@@ -16,20 +16,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from minitron import ngc, tracking
-from minitron.config import StageConfig
+from minitron import bucket, ngc, tracking
+from minitron.config import PrepareConfig, StageConfig
+from minitron.config import address as address_of
 from minitron.errors import ConfigError, RunError
-from minitron.results import CHECKPOINTS, disk_errors, partial_directory, publish, write_atomically
-from minitron.storage import content_hash, download_prefix, hub_model, local_path, snapshot
+from minitron.references import cache_directory, followed
+from minitron.results import arrive, write_atomically
+from minitron.storage import content_hash, hub_model, local_path
 
-__all__ = ["check", "resolve"]
+__all__ = ["check", "corpus", "resolve"]
 
 
 def resolve(address: str | Path, config: StageConfig) -> Path:
-    """Return the local directory of a model, fetching and converting what is not there.
+    """Return the local directory of a model or another input, fetching and converting what is not there.
 
     Args:
-        address: one of the forms above.
+        address: one of the forms above; a reference to a result is followed.
         config: its workspace keeps what is fetched, its tracking_uri is the registry of models:/.
 
     Raises:
@@ -43,7 +45,20 @@ def resolve(address: str | Path, config: StageConfig) -> Path:
         found = local_path(_resolved_once(str(address), hub_model, config))
     else:
         found = _fetched(str(address), config)
+    found = followed(found)
     return _exported(found, config) if _is_nemo(found) else found
+
+
+def corpus(config: PrepareConfig) -> str:
+    """Return the address of a corpus, or of its copy in the workspace where it lies in a bucket.
+
+    Raises:
+        ConfigError: there are no objects.
+        RunError: it cannot be fetched.
+    """
+    if not bucket.is_bucket(config.corpus):
+        return config.corpus
+    return str(_kept(bucket.pinned(config.corpus)[0], _fetch_objects, config))
 
 
 def check(path: Path, sha256: str) -> None:
@@ -65,7 +80,7 @@ def _fetched(address: str, config: StageConfig) -> Path:
     fetch: Callable[[str, Path], None]
     match address.partition(":/")[0]:
         case "gs":
-            find, fetch = snapshot, download_prefix
+            find, fetch = _complete_snapshot, _fetch_objects
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
@@ -78,12 +93,18 @@ def _fetched(address: str, config: StageConfig) -> Path:
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
     identity = _resolved_once(address, find, config)
-    return _kept(identity, partial(fetch, identity), config)
+    return _kept(identity, fetch, config)
 
 
 def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
     """Return what a movable address names; within one pipeline run, what it named first."""
-    note = _models(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
+    note = _home(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
+    if config.pipeline_run_id and bucket.is_bucket(config.workspace):
+        place = address_of(config.workspace or "")
+        found = bucket.agreed_json(
+            place, f"resolved/{note.name}", lambda: {"address": address, "identity": find(address)}
+        )
+        return found["identity"]
     if config.pipeline_run_id and note.is_file():
         return json.loads(note.read_text())["identity"]
     identity = find(address)
@@ -92,21 +113,29 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
     return identity
 
 
-def _kept(identity: str, fetch: Callable[[Path], None], config: StageConfig) -> Path:
+def _kept(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
     """Return the directory that holds an identity's files; they come to be there in one rename."""
-    home = _models(config) / _digest(identity)
+    home = _home(config) / _digest(identity)
     if home.is_dir() and _record(home).is_file():
         return home
-    with disk_errors(home), partial_directory(home, identity) as directory:
-        arriving = directory / CHECKPOINTS  # it outlives a kill
-        arriving.mkdir(exist_ok=True)
-        fetch(arriving)
-        for path in list(arriving.iterdir()):
-            path.rename(directory / path.name)
-        arriving.rmdir()
-        publish(directory, home)
-        write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
+    arrive(home, identity, partial(fetch, identity))
+    write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
     return home
+
+
+def _complete_snapshot(address: str) -> str:
+    """Return the snapshot of what lies in a bucket, unless it is a result whose upload did not end."""
+    from minitron import committed
+
+    found = bucket.some_objects(address)
+    committed.check_complete(address, set(found))
+    return bucket.snapshot_of(address, found)
+
+
+def _fetch_objects(identity: str, target: Path) -> None:
+    from minitron import transfers
+
+    transfers.download(identity, target)
 
 
 def _is_nemo(path: Path) -> bool:
@@ -118,11 +147,16 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
     from minitron.engines import nemo
 
     nemo.check_installed()
-    return _kept(f"nemo {content_hash(checkpoint)}", partial(nemo.export_checkpoint, checkpoint), config)
+
+    def export(identity: str, target: Path) -> None:
+        nemo.export_checkpoint(checkpoint, target)
+
+    return _kept(f"nemo {content_hash(checkpoint)}", export, config)
 
 
-def _models(config: StageConfig) -> Path:
-    return (config.workspace or Path.home() / ".cache" / "minitron") / "models"
+def _home(config: StageConfig) -> Path:
+    workspace = cache_directory() if bucket.is_bucket(config.workspace) else config.workspace
+    return (workspace or cache_directory()) / "models"
 
 
 def _record(home: Path) -> Path:

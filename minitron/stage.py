@@ -26,25 +26,18 @@ from typing import Any
 
 import yaml
 
-from minitron import __version__, gpus, sources, tracking
-from minitron.config import EXECUTION, HUB_DATASET, INPUT, MODEL, STAGES, StageConfig, fields_marked, parse
+from minitron import __version__, delivery, gpus, inputs, tracking
+from minitron.bucket import is_bucket
+from minitron.config import EXECUTION, STAGES, StageConfig, fields_marked, parse
 from minitron.errors import ConfigError, MinitronError
-from minitron.results import (
-    CHECKPOINTS,
-    KEY,
-    disk_errors,
-    finished,
-    partial_directory,
-    publish,
-    publish_copy,
-    write_atomically,
-)
-from minitron.storage import RECORD, content_hash, hub_dataset, local_path, read_record, verified_hash
+from minitron.references import cache_directory
+from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
+from minitron.storage import RECORD, content_hash, read_record
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails: stage, exit status and message."""
 
-__all__ = ["FAILURE", "launch", "main", "read_yaml", "run", "stage_name"]
+__all__ = ["failure_note", "launch", "main", "read_yaml", "run", "stage_name"]
 
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
@@ -65,19 +58,21 @@ def run(config: StageConfig, work: Work) -> dict[str, Any]:
     """
     stage = stage_name(config)
     gpus.check(config.gpus)
-    _refuse_foreign(stage, config)
-    inputs = _hash_inputs(config)
-    key = _key(stage, config, inputs)
-    home = config.workspace / stage / key[:16] if config.workspace else config.output
-    with disk_errors(home):
-        record = finished(home, key) if config.caching else None
+    delivery.refuse_foreign(stage, config)
+    found = inputs.find(config)
+    key = _key(stage, config, found)
+    place = delivery.place_of(stage, config, key)
+    with disk_errors(place.home):
+        record = delivery.found(place, key) if config.caching else None
         if record is None:
-            record = _produce(config, work, home, {"stage": stage, "key": key, "inputs": inputs})
+            identity = {"stage": stage, "key": key, "inputs": {name: entry.record() for name, entry in found.items()}}
+            record = _produce(inputs.located(config, found), config, work, place.home, identity)
+            if place.remote:
+                record = delivery.commit(place, replace=not config.caching)
         else:
-            print(f"{stage}: result {key[:12]} is already in {home}", flush=True)
-    if home != config.output:
-        with disk_errors(config.output):
-            publish_copy(home, config.output, key)
+            print(f"{stage}: result {key[:12]} is already in {place.remote or place.home}", flush=True)
+    with disk_errors(config.output):
+        delivery.deliver(stage, config, place, record)
     return record
 
 
@@ -97,12 +92,17 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
     except MinitronError as error:
         if workspace:
             with suppress(OSError):  # the failure may be that the disk is full
-                write_atomically(Path(workspace) / FAILURE, _failure(stage, error))
+                write_atomically(failure_note(workspace), _failure(stage, error))
         sys.exit(_complain(error))
     for name, value in record["metrics"].items():
         if metrics is not None and isinstance(value, int | float):
             metrics.log_metric(name, value)
     return record
+
+
+def failure_note(workspace: str | Path) -> Path:
+    """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
+    return (cache_directory() if is_bucket(workspace) else Path(workspace)) / FAILURE
 
 
 def main(stage: str) -> None:
@@ -154,14 +154,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _produce(config: StageConfig, work: Work, home: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def _produce(
+    local: StageConfig, config: StageConfig, work: Work, home: Path, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Do the work: with `local`, whose inputs are here; the record says what was asked for, `config`."""
     started = time.time()
     with (
         partial_directory(home, identity["key"]) as directory,
         tracking.stage_run(config, identity) as tracker,
         disk_errors(home),
     ):
-        found = work(config, directory, tracker)
+        found = work(local, directory, tracker)
         record = identity | _circumstances(config, started) | found
         record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
         write_atomically(directory / RECORD, record)
@@ -171,45 +174,10 @@ def _produce(config: StageConfig, work: Work, home: Path, identity: dict[str, An
     return record
 
 
-def _hash_inputs(config: StageConfig) -> dict[str, Any]:
-    inputs = {}
-    for name in fields_marked(type(config), INPUT):
-        if (address := getattr(config, name)) is not None:
-            inputs[name] = {"address": str(address), "sha256": _hash_input(config, name, address)}
-    return inputs
-
-
-def _hash_input(config: StageConfig, name: str, address: str | Path) -> str:
-    if name in fields_marked(type(config), HUB_DATASET) and (dataset := hub_dataset(str(address))):
-        return dataset.identity
-    is_model = name in fields_marked(type(config), MODEL)
-    path = sources.resolve(address, config) if is_model else local_path(address)
-    if config.output.absolute().is_relative_to(path.absolute()):
-        raise ConfigError(f"output {config.output}: lies inside {name} {address} and would change it; move it out")
-    found = verified_hash(path)
-    if is_model:
-        sources.check(path, found)
-    return found
-
-
-def _key(stage: str, config: StageConfig, inputs: dict[str, Any]) -> str:
-    settings = config.model_dump(mode="json", exclude=set(fields_marked(type(config), EXECUTION)) | set(inputs))
-    hashes = {name: entry["sha256"] for name, entry in inputs.items()}
+def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
+    settings = config.model_dump(mode="json", exclude=set(fields_marked(type(config), EXECUTION)) | set(found))
+    hashes = {name: entry.sha256 for name, entry in found.items()}
     return hashlib.sha256(json.dumps([stage, __version__, settings, hashes], sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_foreign(stage: str, config: StageConfig) -> None:
-    """Refuse an output that holds anything but an earlier result of the same stage: it would be deleted."""
-    output = config.output
-    if not output.exists():
-        return
-    record = read_record(output) if output.is_dir() else None
-    if record and record["stage"] != stage:
-        raise ConfigError(
-            f"output {output}: holds a result of {record['stage']}, not of {stage}; give another directory"
-        )
-    if not record and (output.is_file() or any(output.iterdir())):
-        raise ConfigError(f"output {output}: exists and is not a stage's result; give a new directory or delete it")
 
 
 def _circumstances(config: StageConfig, started: float) -> dict[str, Any]:

@@ -1,27 +1,21 @@
-"""Where data lies: turns an address (a local path, file://, hf://, gs://) into a verified local path.
-
-The only user of google-cloud-storage.
-"""
+"""Where data lies: turns an address (a local path, file://, hf://) into a verified local path. Buckets: bucket.py."""
 
 import hashlib
 import json
 import re
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, TypeGuard
 
 from minitron.errors import ConfigError, RunError
 
 RECORD = "stage.json"
 """The file that makes a stage's directory complete: written last, never part of the directory's content hash."""
 
-_FILES_AT_A_TIME = 8
+AWAITED = f"{RECORD}.partial"
+"""What is in its place while a directory is uploaded to a bucket."""
+
 _HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))?")
 """hf://org/name[@revision][/config]"""
 
@@ -92,92 +86,6 @@ def hub_model(address: str) -> str:
         return address
 
 
-def snapshot(address: str) -> str:
-    """Return a gs:// address with a digest of the objects below it, by name and generation.
-
-    Raises:
-        ConfigError: there are none.
-        RunError: the bucket cannot be read.
-    """
-    objects = sorted(f"{blob.name} {blob.generation}" for blob in _blobs(address))
-    return f"{address}#{hashlib.sha256(chr(10).join(objects).encode()).hexdigest()[:16]}"
-
-
-def download_prefix(identity: str, target: Path) -> None:
-    """Put the objects of a snapshot into a directory, several at a time; those that are there are kept.
-
-    Raises:
-        RunError: an object changed since the snapshot, or did not come as its CRC32C says.
-    """
-    address = identity.partition("#")[0]
-    if snapshot(address) != identity:
-        raise RunError(f"{address}: an object there changed while the model was fetched; run it again")
-    from google.cloud.storage import transfer_manager
-
-    prefix = _prefix(address)[1]
-    pairs = [(blob, target / blob.name.removeprefix(prefix)) for blob in _blobs(address)]
-    missing = [(blob, path) for blob, path in pairs if not (path.is_file() and path.stat().st_size == blob.size)]
-    for blob, path in missing:
-        if not path.resolve().is_relative_to(target.resolve()):
-            raise RunError(f"{address}: the object {blob.name} lies outside the model; delete it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    bytes_missing = sum(blob.size for blob, _ in missing)
-    with _bucket_errors(address), tqdm(total=bytes_missing, desc=address, unit="B", unit_scale=True) as bar:
-        for start in range(0, len(missing), _FILES_AT_A_TIME):
-            part = missing[start : start + _FILES_AT_A_TIME]
-            transfer_manager.download_many(
-                [(blob, str(path)) for blob, path in part],
-                download_kwargs={"checksum": "crc32c"},
-                worker_type=transfer_manager.THREAD,
-                raise_exception=True,
-            )
-            bar.update(sum(blob.size for blob, _ in part))
-
-
-def check_writable(address: str) -> None:
-    """Write an object below a gs:// address, and delete it again.
-
-    Raises:
-        RunError: the bucket is missing, or may not be written.
-    """
-    from google.cloud import storage
-
-    bucket, prefix = _prefix(address)
-    with _bucket_errors(address):
-        probe = storage.Client().bucket(bucket).blob(f"{prefix}minitron-doctor-{uuid.uuid4()}")
-        probe.upload_from_string(b"")
-        probe.delete()
-
-
-def _prefix(address: str) -> tuple[str, str]:
-    """Return bucket and prefix, the prefix with its slash."""
-    bucket, _, path = address.removeprefix("gs://").partition("/")
-    return bucket, f"{path.rstrip('/')}/" if path.strip("/") else ""
-
-
-def _blobs(address: str) -> list[Any]:
-    from google.cloud import storage
-
-    bucket, prefix = _prefix(address)
-    with _bucket_errors(address):
-        found = [blob for blob in storage.Client().list_blobs(bucket, prefix=prefix) if not blob.name.endswith("/")]
-    if not found:
-        raise ConfigError(f"{address}: no objects there; give the directory of a model, gs://bucket/path")
-    return found
-
-
-@contextmanager
-def _bucket_errors(address: str) -> Iterator[None]:
-    """Turn what Google's libraries raise into one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(
-            f"{address}: not fetched ({reason}); check the bucket's name, the right to read it and the network"
-        ) from error
-
-
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -202,7 +110,7 @@ def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         name = file.relative_to(path)
-        if name.parts[0] not in leave_out and str(name) != RECORD:
+        if name.parts[0] not in leave_out and str(name) not in (RECORD, AWAITED):
             digest.update(f"{name}\0{_file_hash(file)}\n".encode())
     return digest.hexdigest()
 
@@ -230,7 +138,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         record = json.loads((directory / RECORD).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return record if isinstance(record, dict) and {"stage", "key", "output_sha256"} <= record.keys() else None
+    return record if is_record(record) else None
+
+
+def is_record(found: Any) -> TypeGuard[dict[str, Any]]:
+    """Say whether the content of a JSON file is the record of a stage's result."""
+    return isinstance(found, dict) and {"stage", "key", "output_sha256"} <= found.keys()
 
 
 def _file_hash(path: Path) -> str:

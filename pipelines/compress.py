@@ -15,9 +15,12 @@ from minitron.config import ClusterConfig
 COMPILED = Path(__file__).with_suffix(".yaml")
 CLUSTER = ClusterConfig()
 
-WORKSPACE = "/workspace"
+VOLUME = "/workspace"
 """Where every task has the shared volume: results by key, fetched models, checkpoints of work in progress. It outlives
 the run, so that the next one finds them."""
+
+CACHE = f"{VOLUME}/cache"
+"""Where the tasks keep what they fetched from a workspace in a bucket, and their work in progress."""
 
 RETRY_PERIOD = "2592000s"
 """30 days. What Kubeflow calls the maximum back-off is Argo's maxDuration, counted from the start of the first attempt:
@@ -47,7 +50,8 @@ def _connect(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, s
     """Say what a task is made of: its image, the volume that all share, its credentials, its labels."""
     task.set_container_image(image)
     kubernetes.set_image_pull_secrets(task, [pull_secret])
-    kubernetes.mount_pvc(task, claim, WORKSPACE)
+    kubernetes.mount_pvc(task, claim, VOLUME)
+    task.set_env_variable("MINITRON_CACHE", CACHE)
     kubernetes.use_secret_as_env(task, secret, {name: name for name in CREDENTIALS}, optional=True)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "minitron")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
@@ -156,6 +160,7 @@ def compress(
     tools_image: str = TOOLS,
     image_pull_secret: Optional[str] = None,
     secret: str = "minitron",
+    workspace: str = VOLUME,
     workspace_claim: str = "minitron-workspace",
     gpu_tolerations: Optional[list] = None,
     gpu_node_selector: Optional[dict] = None,
@@ -264,12 +269,14 @@ def compress(
         image_pull_secret: Secret to pull the images with, if they are private.
         secret: Secret with credentials, all optional: HF_TOKEN, NGC_API_KEY, MLFLOW_TRACKING_USERNAME,
             MLFLOW_TRACKING_PASSWORD.
+        workspace: Where results are kept: a directory of the claim, or gs://bucket/path (work in progress
+            stays in the claim).
         workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany, if they run on several nodes.
         gpu_tolerations: Tolerations of finetune, prune, distill and evaluate, as in a pod: for spot nodes, say.
         gpu_node_selector: Labels of the nodes that these run on.
     """
     common: Any = {
-        "workspace": WORKSPACE,
+        "workspace": workspace,
         "tracking_uri": tracking_uri,
         "experiment": experiment,
         "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,

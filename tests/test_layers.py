@@ -66,7 +66,8 @@ def test_the_library_knows_neither_kubeflow_nor_the_layers_above(path: Path) -> 
         ("kfp_server_api", {"cluster.py"}),
         ("kubernetes", {"trainjob.py"}),
         ("mlflow", {"tracking.py"}),
-        ("google", {"storage.py"}),
+        ("google", {"bucket.py", "transfers.py"}),
+        ("google_crc32c", {"transfers.py"}),
     ],
 )
 def test_a_service_has_one_user(package: str, users: set[str]) -> None:
@@ -86,7 +87,11 @@ def test_what_the_stages_share_imports_no_stage(path: Path) -> None:
     assert not {stage for stage in STAGES if within(names, f"minitron.{stage}")}
 
 
-@pytest.mark.parametrize("name", ["config.py", "errors.py", "storage.py", "results.py", "stage.py", "presets.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.py", "errors.py", "storage.py", "results.py", "inputs.py", "delivery.py", "references.py", "bucket.py"]
+    + ["stage.py", "presets.py"],
+)
 def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
     assert not packages(REPOSITORY / "minitron" / name) & TRAINING
 

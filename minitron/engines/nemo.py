@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from minitron.bucket import is_bucket
 from minitron.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
 from minitron.config import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data import PackedDataset
@@ -22,6 +23,7 @@ from minitron.engines.launcher import launch
 from minitron.errors import ConfigError
 from minitron.losses import LossWeights
 from minitron.pruning.importance import Importance
+from minitron.references import cache_directory
 from minitron.results import CHECKPOINTS, KEY
 from minitron.scoring import teacher_metrics
 from minitron.tracking import Tracker
@@ -295,10 +297,10 @@ def _launch_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, fol
 
 
 def _check_shared(config: TrainingConfig, paths: list[Path]) -> None:
-    workspace = Path(config.workspace or "").resolve()
+    volume = (cache_directory() if is_bucket(config.workspace) else Path(config.workspace or "")).resolve()
     for path in paths:
-        if not path.resolve().is_relative_to(workspace):
-            raise ConfigError(f"{path}: lies outside the workspace {workspace}, which is all that the nodes share")
+        if not path.resolve().is_relative_to(volume):
+            raise ConfigError(f"{path}: lies outside the workspace {volume}, which is all that the nodes share")
 
 
 def _import(models: dict[str, Path], work: Path) -> None:

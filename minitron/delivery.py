@@ -1,0 +1,127 @@
+"""Where a stage's result lies, and how it gets to `output`.
+
+    workspace                 the result lies in                         output, where it cannot be linked
+    none                      output                                     -
+    /volume                   /volume/STAGE/KEY                          refers there; small ones are copied
+    gs://bucket/path          gs://bucket/path/STAGE/KEY and the cache   refers there; small ones are copied
+
+An output gs://bucket/path gets the whole result, or with a workspace in a bucket refers to it.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron import references
+from minitron.bucket import is_bucket
+from minitron.config import LARGE, StageConfig, address
+from minitron.errors import ConfigError
+from minitron.results import finished, publish_copy, publish_links
+from minitron.storage import read_record
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a result comes to lie: on this machine, and in a bucket where the workspace or else the output is one."""
+
+    home: Path
+    remote: str | None
+
+
+def place_of(stage: str, config: StageConfig, key: str) -> Place:
+    """Return where the result of this key belongs."""
+    inner = f"{stage}/{key[:16]}"
+    if is_bucket(config.workspace):
+        return Place(references.cache_directory() / inner, f"{address(config.workspace or '')}/{inner}")
+    remote = address(config.output) if is_bucket(config.output) else None
+    if config.workspace:
+        return Place(config.workspace.absolute() / inner, remote)
+    return Place(references.cache_directory() / inner if remote else config.output, remote)
+
+
+def found(place: Place, key: str) -> dict[str, Any] | None:
+    """Return the record of the finished result of a key, wherever it lies; committed to its bucket if it was not yet."""
+    if place.remote is None:
+        return finished(place.home, key)
+    from minitron import committed
+
+    record = committed.record_at(place.remote)
+    if record and record["key"] == key:
+        return record
+    return commit(place, replace=False) if finished(place.home, key) else None
+
+
+def commit(place: Place, replace: bool) -> dict[str, Any]:
+    """Upload the result on this machine to its bucket, and keep it where references to it find it."""
+    from minitron import committed
+
+    assert place.remote is not None
+    record = committed.commit(place.home, place.remote, replace)
+    if place.home.is_relative_to(references.cache_directory()):
+        references.keep(place.home)
+    return record
+
+
+def deliver(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+    """Make `output` the result, or refer to it."""
+    if is_bucket(config.output):
+        if address(config.output) != place.remote:
+            _deliver_to_bucket(stage, config, place, record)
+    elif place.remote:
+        reference = references.reference_to(place.remote, record)
+        if stage in LARGE:
+            references.write(config.output, reference, record)
+        else:
+            publish_copy(references.local(reference, place.remote), config.output, record["key"])
+    elif place.home != config.output:
+        _deliver_from_volume(stage, config, place, record)
+
+
+def _deliver_from_volume(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+    if stage not in LARGE:
+        publish_copy(place.home, config.output, record["key"])
+    elif not publish_links(place.home, config.output, record["key"]):
+        references.write(config.output, references.reference_to(place.home, record), record)
+
+
+def _deliver_to_bucket(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+    """Commit a reference, or a small result, to an output in a bucket; the result lies in the workspace's."""
+    from minitron import committed
+
+    assert place.remote is not None
+    reference = references.reference_to(place.remote, record)
+    if stage not in LARGE:
+        committed.commit(references.local(reference, place.remote), address(config.output), replace=False)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / stage
+        references.write(directory, reference, record)
+        committed.commit(directory, address(config.output), replace=True)
+
+
+def refuse_foreign(stage: str, config: StageConfig) -> None:
+    """Refuse an output that holds anything but an earlier result of the same stage: it would be deleted.
+
+    Raises:
+        ConfigError: it does.
+    """
+    output = address(config.output)
+    record, is_result = _bucket_content(output) if is_bucket(output) else _content(config.output)
+    if record and record["stage"] != stage:
+        raise ConfigError(
+            f"output {output}: holds a result of {record['stage']}, not of {stage}; give another directory"
+        )
+    if not is_result:
+        raise ConfigError(f"output {output}: exists and is not a stage's result; give a new directory or delete it")
+
+
+def _content(output: Path) -> tuple[dict[str, Any] | None, bool]:
+    record = read_record(output) if output.is_dir() else None
+    return record, not output.exists() or record is not None or (output.is_dir() and not any(output.iterdir()))
+
+
+def _bucket_content(output: str) -> tuple[dict[str, Any] | None, bool]:
+    from minitron import committed
+
+    return committed.content_at(output)

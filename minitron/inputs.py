@@ -1,0 +1,69 @@
+"""The inputs of a stage: what stands for their content, known before anything large is fetched, and where they are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minitron import bucket, references, sources
+from minitron.config import HUB_DATASET, INPUT, StageConfig, address, fields_marked
+from minitron.errors import ConfigError
+from minitron.storage import hub_dataset, verified_hash
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input's address, the hash of its content, or the snapshot that fixes it, and how its directory is had.
+
+    `path` is None for a corpus that is read, or fetched, by prepare itself.
+    """
+
+    address: str
+    sha256: str
+    path: Callable[[], Path] | None
+
+    def record(self) -> dict[str, str]:
+        """Return what stage.json says of the input."""
+        return {"address": self.address, "sha256": self.sha256}
+
+
+def find(config: StageConfig) -> dict[str, Input]:
+    """Find every input that is given, and check it against the record of the stage that wrote it.
+
+    Raises:
+        ConfigError: one is missing, or the output lies inside it.
+        RunError: one is damaged, or cannot be reached.
+    """
+    names = fields_marked(type(config), INPUT)
+    return {name: _find(config, name) for name in names if getattr(config, name) is not None}
+
+
+def located(config: Config, found: dict[str, Input]) -> Config:
+    """Return a configuration whose inputs are directories of this machine; what lies elsewhere is fetched now."""
+    paths = {name: entry.path() for name, entry in found.items() if entry.path}
+    types = {name: type(getattr(config, name)) for name in paths}  # an address is text, a path is not
+    values: dict[str, Any] = {name: str(path) if types[name] is str else path for name, path in paths.items()}
+    return config.model_copy(update=values)
+
+
+def _find(config: StageConfig, name: str) -> Input:
+    place = address(getattr(config, name))
+    if name in fields_marked(type(config), HUB_DATASET):
+        if dataset := hub_dataset(place):
+            return Input(place, dataset.identity, None)
+        if bucket.is_bucket(place):
+            return Input(place, bucket.pinned(place)[0].rpartition("#")[2], None)
+    elif (reference := _reference(place)) and bucket.is_bucket(reference.address):
+        return Input(place, reference.sha256, lambda: references.local(reference, place))
+    path = sources.resolve(place, config)
+    if config.output.absolute().is_relative_to(path.absolute()):
+        raise ConfigError(f"output {config.output}: lies inside {name} {place} and would change it; move it out")
+    found = verified_hash(path)
+    sources.check(path, found)
+    return Input(place, found, lambda: path)
+
+
+def _reference(place: str) -> references.Reference | None:
+    return None if bucket.is_bucket(place) else references.read(Path(place))
