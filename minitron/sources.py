@@ -101,10 +101,8 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
     note = _home(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
         place = address_of(config.workspace or "")
-        found = bucket.agreed_json(
-            place, f"resolved/{note.name}", lambda: {"address": address, "identity": find(address)}
-        )
-        return found["identity"]
+        name = f"resolved/{note.name}"
+        return bucket.agreed_json(place, name, lambda: {"address": address, "identity": find(address)})["identity"]
     if config.pipeline_run_id and note.is_file():
         return json.loads(note.read_text())["identity"]
     identity = find(address)

@@ -87,11 +87,10 @@ def test_what_the_stages_share_imports_no_stage(path: Path) -> None:
     assert not {stage for stage in STAGES if within(names, f"minitron.{stage}")}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["config.py", "errors.py", "storage.py", "results.py", "inputs.py", "delivery.py", "references.py", "bucket.py"]
-    + ["stage.py", "presets.py"],
-)
+LIGHT = ["config", "errors", "storage", "results", "inputs", "delivery", "references", "bucket", "stage", "presets"]
+
+
+@pytest.mark.parametrize("name", [f"{name}.py" for name in LIGHT])
 def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
     assert not packages(REPOSITORY / "minitron" / name) & TRAINING
 
