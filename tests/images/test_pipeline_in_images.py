@@ -26,9 +26,9 @@ def test_the_pipeline_ends_in_a_registered_model(cluster: Cluster, mlflow_server
 def _check_registered(uri: str, directory: Path) -> None:
     """The version has its alias and its tags, and its directory is a student that loads and generates."""
     version = tracking.connect(uri).get_model_version_by_alias("tiny", "challenger")
-    from mlflow.artifacts import download_artifacts
-
-    student = download_artifacts("models:/tiny@challenger", dst_path=str(directory), tracking_uri=uri)
+    student = directory / "student"
+    student.mkdir()
+    tracking.download_version(uri, tracking.model_version(uri, "models:/tiny@challenger"), student)
     model = AutoModelForCausalLM.from_pretrained(student)
     assert str(sum(parameter.numel() for parameter in model.parameters())) == version.tags["parameters"]
     tokens = AutoTokenizer.from_pretrained(student)("a b", return_tensors="pt")["input_ids"]
