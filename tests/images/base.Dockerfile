@@ -9,4 +9,5 @@ FROM python AS nemo
 COPY constraints-nemo.txt /tmp/
 RUN pip install --no-cache-dir --constraint /tmp/constraints-nemo.txt accelerate datasets torch transformers \
     && pip install --no-cache-dir --no-deps --constraint /tmp/constraints-nemo.txt megatron-core nemo_toolkit \
-    && pip install --no-cache-dir --no-deps protobuf==5.29.5
+    && pip install --no-cache-dir --no-deps protobuf==5.29.5 \
+    && rm /tmp/constraints-nemo.txt
