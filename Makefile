@@ -36,7 +36,8 @@ test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environ
 	touch $@
 
 test-images: setup ## build the images and run the pipeline in them; needs root and Debian, twelve minutes
-	apt-get install --quiet --yes --no-install-recommends podman buildah runc debootstrap
+	which podman buildah runc debootstrap > /dev/null || { apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends podman buildah runc debootstrap; }
 	$(BIN)/pytest tests/images
 
 manifests: setup ## render the manifests into build/manifests and check every object
