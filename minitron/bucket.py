@@ -113,7 +113,9 @@ def create_json(address: str, name: str, content: Any) -> bool:
     text = json.dumps(content, indent=2)
     with explained(address, "uploaded"):
         try:
-            blob_at(address, name).upload_from_string(text, "application/json", checksum="crc32c", if_generation_match=0)
+            blob_at(address, name).upload_from_string(
+                text, "application/json", checksum="crc32c", if_generation_match=0
+            )
         except PreconditionFailed:
             return False
     return True

@@ -25,7 +25,6 @@ EXECUTION = "execution"
 """Marks a field that says where and how to run: it has no influence on the result."""
 
 
-
 def address(place: Path | str) -> str:
     """Return a place as it was given: pathlib makes gs:/bucket of gs://bucket."""
     return re.sub(r"^(gs|hf):/(?!/)", r"\1://", str(place))

@@ -41,7 +41,7 @@ def place_of(stage: str, config: StageConfig, key: str) -> Place:
 
 
 def found(place: Place, key: str) -> dict[str, Any] | None:
-    """Return the record of the finished result of a key, wherever it lies; committed to its bucket if it was not yet."""
+    """Return the record of the finished result of a key, which is committed to its bucket if it was not yet."""
     if place.remote is None:
         return finished(place.home, key)
     from minitron import committed

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minitron import bucket, references, sources
-from minitron.config import HUB_DATASET, INPUT, MODEL, StageConfig, address, fields_marked
+from minitron.config import HUB_DATASET, INPUT, StageConfig, address, fields_marked
 from minitron.errors import ConfigError
 from minitron.storage import hub_dataset, verified_hash
 

@@ -95,8 +95,8 @@ def local(reference: Reference, named_by: Path | str) -> Path:
         )
     if (record["key"], record["output_sha256"]) != (reference.key, reference.sha256):
         raise RunError(
-            f"{named_by}: refers to content {reference.sha256[:12]}, but {home} now holds {record['output_sha256'][:12]}: "
-            "run the stage that writes it again"
+            f"{named_by}: refers to content {reference.sha256[:12]}, but {home} now holds "
+            f"{record['output_sha256'][:12]}: run the stage that writes it again"
         )
     return home
 
@@ -132,8 +132,8 @@ def _fetch(reference: Reference, kept: Path) -> None:
         if (found := content_hash(arriving)) != reference.sha256 or read_record(arriving) is None:
             shutil.rmtree(arriving)
             raise RunError(
-                f"{reference.address}: holds content {found[:12]}, not the {reference.sha256[:12]} referred to: run the "
-                "stage that writes it again"
+                f"{reference.address}: holds content {found[:12]}, not the {reference.sha256[:12]} referred to: "
+                "run the stage that writes it again"
             )
 
     arrive(kept, identity, fetch)

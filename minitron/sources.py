@@ -101,7 +101,9 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
     note = _home(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
         place = address_of(config.workspace or "")
-        found = bucket.agreed_json(place, f"resolved/{note.name}", lambda: {"address": address, "identity": find(address)})
+        found = bucket.agreed_json(
+            place, f"resolved/{note.name}", lambda: {"address": address, "identity": find(address)}
+        )
         return found["identity"]
     if config.pipeline_run_id and note.is_file():
         return json.loads(note.read_text())["identity"]
@@ -145,6 +147,7 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
     from minitron.engines import nemo
 
     nemo.check_installed()
+
     def export(identity: str, target: Path) -> None:
         nemo.export_checkpoint(checkpoint, target)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+from google.api_core.exceptions import NotFound, PreconditionFailed
 from google.cloud.storage import transfer_manager
 from google.cloud.storage.retry import DEFAULT_RETRY
-from google.api_core.exceptions import NotFound, PreconditionFailed
 from tqdm import tqdm
 
 from minitron.bucket import CHUNK, Objects, blob_at, explained, snapshot_of, some_objects

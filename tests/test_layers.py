@@ -84,7 +84,21 @@ def test_a_service_has_one_user(package: str, owner: set[str]) -> None:
     assert users == {f"minitron/{name}" for name in owner}
 
 
-@pytest.mark.parametrize("name", ["config.py", "errors.py", "storage.py", "results.py", "inputs.py", "delivery.py", "references.py", "bucket.py", "stage.py", "presets.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.py",
+        "errors.py",
+        "storage.py",
+        "results.py",
+        "inputs.py",
+        "delivery.py",
+        "references.py",
+        "bucket.py",
+        "stage.py",
+        "presets.py",
+    ],
+)
 def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
     assert not packages(REPOSITORY / "minitron" / name) & TRAINING
 
