@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gcs import World, serving_bucket
 
-from minitron import samples
+from minitron import bucket, samples
 from minitron.data import MANIFEST, IndexedWriter
 from minitron.storage import content_hash
 
@@ -104,6 +105,17 @@ def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def mlflow_server(mlflow_process: tuple[str, subprocess.Popen]) -> str:
     """URI of a real MLflow server."""
     return mlflow_process[0]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
+    """A storage server with an empty bucket named `bucket`, and a cache of this test's own."""
+    bucket.pinned.cache_clear()
+    with serving_bucket() as world:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", world.address)
+        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+        monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
+        yield world
 
 
 def _wait_until_healthy(uri: str, log: Path) -> None:
