@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron import generator, inputs, stage, tracking
+from minitron import generator, stage, tracking
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
 from minitron.config import RegisterConfig
 from minitron.data import MANIFEST, read_manifest
@@ -37,8 +37,7 @@ def run(config: RegisterConfig) -> dict[str, Any]:
         raise ConfigError(
             "register.tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE"
         )
-    _check_inputs(inputs.located(config, inputs.find(config)))
-    return stage.run(config, _work)
+    return stage.run(config, _work, _check_inputs)
 
 
 def _work(config: RegisterConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
