@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron import inputs, stage, tracking
+from minitron import stage, tracking
 from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config import RegisterConfig
 from minitron.errors import ConfigError
@@ -38,8 +38,7 @@ def run(config: RegisterConfig) -> dict[str, Any]:
         raise ConfigError(
             "register.tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE"
         )
-    _check_inputs(inputs.located(config, inputs.find(config)))
-    return stage.run(config, _work)
+    return stage.run(config, _work, _check_inputs)
 
 
 def _work(config: RegisterConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
