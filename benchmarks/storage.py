@@ -1,0 +1,157 @@
+"""Compare our transfers with bare calls of Google's transfer manager on an emulated bucket: one JSON line.
+
+Run it: `python benchmarks/storage.py` (`make bench`).
+
+One side is `transfers.download` and `transfers.upload`: snapshot, generations, temporary names, CRC32C of what came,
+batches that outlive a kill. The other is `download_many`, `download_chunks_concurrently` and `upload_many` with the
+same threads and chunks, and the checksums that they compute by default. They take turns; medians. The server, a process
+of its own, is the slower part, as a network is: what is shown is that we add little to it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+
+from google.cloud import storage
+from google.cloud.storage import transfer_manager
+
+from minitron import transfers
+from minitron.bucket import CHUNK, objects, snapshot
+
+MB = 1 << 20
+BUCKET = "gs://bucket"
+OPTIONS = {"worker_type": transfer_manager.THREAD, "max_workers": transfers.WORKERS}
+
+
+def main() -> None:
+    """Measure both sides, both ways, and print the smaller ratio of the medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=192, help="size of the model that is moved")
+    parser.add_argument("--runs", type=int, default=7)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, emulator(Path(name)):
+        model = make_model(Path(name) / "model", arguments.megabytes)
+        size = sum(path.stat().st_size for path in model.values()) / MB
+        speeds = {way: measure(sides, size, arguments.runs) for way, sides in both_ways(model, Path(name)).items()}
+    ratios = {way: sides["ours"] / sides["bare"] for way, sides in speeds.items()}
+    figures = {f"{way}_{side}_mb_per_second": round(mb) for way, sides in speeds.items() for side, mb in sides.items()}
+    claim = {"claim": "storage_over_transfer_manager", "value": round(min(ratios.values()), 3), "runs": arguments.runs}
+    print(json.dumps(claim | {way: round(ratio, 3) for way, ratio in ratios.items()} | figures))
+
+
+def make_model(directory: Path, megabytes: int) -> dict[str, Path]:
+    """Write files as a model has them: two thirds in shards of more than a chunk, the rest in many small ones."""
+    directory.mkdir()
+    large, small = max(1, megabytes * MB * 2 // 3 // (2 * CHUNK)), 16
+    sizes = [2 * CHUNK] * large + [max(MB, megabytes * MB // 3) // small] * small
+    paths = {f"{number}.safetensors": directory / f"{number}.safetensors" for number in range(len(sizes))}
+    for path, size in zip(paths.values(), sizes, strict=True):
+        path.write_bytes(os.urandom(size))
+    return paths
+
+
+def both_ways(model: dict[str, Path], directory: Path) -> dict[str, dict[str, Callable[[], float]]]:
+    """Return what is measured: up and down, ours and bare."""
+    bucket = storage.Client().bucket("bucket")
+    target = directory / "target"
+
+    def upload_bare() -> None:
+        pairs = [(str(path), bucket.blob(f"bare/{name}", chunk_size=CHUNK)) for name, path in model.items()]
+        transfer_manager.upload_many(pairs, upload_kwargs={"if_generation_match": 0}, raise_exception=True, **OPTIONS)
+
+    def download_bare() -> None:
+        blobs = list(bucket.list_blobs(prefix="model/"))
+        few = [blob for blob in blobs if blob.size > CHUNK]
+        many = [(blob, str(target / blob.name.removeprefix("model/"))) for blob in blobs if blob.size <= CHUNK]
+        transfer_manager.download_many(many, raise_exception=True, **OPTIONS)
+        for blob in few:
+            path = target / blob.name.removeprefix("model/")
+            transfer_manager.download_chunks_concurrently(blob, str(path), CHUNK, **OPTIONS)
+
+    def clean(prefix: str) -> Callable[[], None]:
+        return lambda: [blob.delete() for blob in bucket.list_blobs(prefix=prefix)] and None
+
+    def renew() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+
+    transfers.upload(model, f"{BUCKET}/model", objects(f"{BUCKET}/model"))
+    return {
+        "upload": {
+            "ours": _after(clean("ours/"), lambda: transfers.upload(model, f"{BUCKET}/ours", {})),
+            "bare": _after(clean("bare/"), upload_bare),
+        },
+        "download": {
+            "ours": _after(renew, lambda: transfers.download(snapshot(f"{BUCKET}/model"), target)),
+            "bare": _after(renew, download_bare),
+        },
+    }
+
+
+def _after(prepare: Callable[[], None], move: Callable[[], None]) -> Callable[[], float]:
+    """Return a function that moves a model, in a place that is prepared, and returns the seconds that it takes."""
+
+    def timed() -> float:
+        prepare()
+        started = time.perf_counter()
+        move()
+        return time.perf_counter() - started
+
+    return timed
+
+
+def measure(sides: dict[str, Callable[[], float]], size: float, runs: int) -> dict[str, float]:
+    """Return both sides' megabytes per second, by the medians of runs in turn."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(runs + 1):
+        for side, move in sides.items():
+            took = move()
+            if number:  # the first turn warms up
+                seconds[side].append(took)
+    return {side: size / statistics.median(taken) for side, taken in seconds.items()}
+
+
+@contextmanager
+def emulator(directory: Path) -> Iterator[None]:
+    """Run the storage emulator in a process of its own, with a bucket named `bucket`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--in-memory", "--default-bucket", "bucket"], stdout=log, stderr=log)
+    os.environ |= {"STORAGE_EMULATOR_HOST": address, "GOOGLE_CLOUD_PROJECT": "test"}
+    try:
+        _wait_for(address)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_for(address: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(address)
+
+
+if __name__ == "__main__":
+    main()
