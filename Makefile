@@ -41,7 +41,7 @@ test-images: setup ## build the images and run the pipeline in them; needs root 
 	$(BIN)/pytest tests/images
 
 manifests: setup ## render the manifests into build/manifests and check every object
-	$(BIN)/pytest tests/test_manifests.py tests/test_docs.py
+	$(BIN)/pytest tests/test_manifests.py tests/test_runner_role.py tests/test_docs.py
 
 lint: setup ## ruff, ruff format, mypy, hadolint
 	$(BIN)/ruff check $(MODULES)

@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).parent.parent
 GUIDE = REPOSITORY / "docs/deploy.md"
 STAND_INS = ("gcloud", "kubectl", "kind", "docker", "git", "minitron")
 STAND_IN = """#!/bin/bash
-printf '%s\\037' "${0##*/}" "$@" >> "$CALLS"; printf '\\036' >> "$CALLS"
+# In one write, since some run in the background.
+printf '%s\\037' "${0##*/}" "$@" $'\\036' >> "$CALLS"
 echo registry.example/minitron
 """
 
@@ -51,7 +52,7 @@ def follow() -> Followed:
     environment = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls), "HOME": str(root)}
     script = "set -eu\n" + "\n".join(blocks()) + "\nwait\n"
     done = subprocess.run(["bash", "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=60)
-    noted = [entry.split("\037")[:-1] for entry in calls.read_text().split("\036")[:-1]]
+    noted = [entry.split("\037")[:-1] for entry in calls.read_text().split("\036\037")[:-1]]
     return Followed(noted, root, done.returncode, done.stderr)
 
 
