@@ -58,6 +58,8 @@ def adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
             del inputs[name]
         _drop_unset(specification["components"][task["componentRef"]["name"]], inputs)
         task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+    for executor in specification["deploymentSpec"]["executors"].values():
+        executor["container"].pop("env", None)  # MINITRON_CACHE, a volume of the cluster
 
 
 def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> set[str]:

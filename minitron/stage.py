@@ -42,12 +42,13 @@ __all__ = ["failure_note", "launch", "main", "read_yaml", "run", "stage_name"]
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
 
-def run(config: StageConfig, work: Work) -> dict[str, Any]:
+def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda config: None) -> dict[str, Any]:
     """Run a stage once: return the record at once when its result is there, resume it when it was killed.
 
     Args:
         config: what to do; `config.output` is the directory that appears when the stage is complete.
         work: fills the given directory and returns what it adds to the record: `metrics`, and anything else it found.
+        check: looks at the inputs before a run is opened in MLflow. Both get the configuration with local paths.
 
     Returns:
         The content of `<output>/stage.json`.
@@ -66,7 +67,9 @@ def run(config: StageConfig, work: Work) -> dict[str, Any]:
         record = delivery.found(place, key) if config.caching else None
         if record is None:
             identity = {"stage": stage, "key": key, "inputs": {name: entry.record() for name, entry in found.items()}}
-            record = _produce(inputs.located(config, found), config, work, place.home, identity)
+            local = inputs.located(config, found)
+            check(local)
+            record = _produce(local, config, work, place.home, identity)
             if place.remote:
                 record = delivery.commit(place, replace=not config.caching)
         else:

@@ -12,13 +12,17 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from minitron import samples
+from minitron import bucket, samples
 from minitron.data import IndexedWriter
 from minitron.manifest import MANIFEST
 from minitron.storage import content_hash
+
+if TYPE_CHECKING:  # engine nemo's environment has no emulator
+    from gcs import World
 
 SEQUENCE = 32
 
@@ -105,6 +109,19 @@ def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def mlflow_server(mlflow_process: tuple[str, subprocess.Popen]) -> str:
     """URI of a real MLflow server."""
     return mlflow_process[0]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["World"]:
+    """A storage server with an empty bucket named `bucket`, and a cache of this test's own."""
+    from gcs import serving_bucket
+
+    bucket.pinned.cache_clear()
+    with serving_bucket() as world:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", world.address)
+        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+        monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
+        yield world
 
 
 def _wait_until_healthy(uri: str, log: Path) -> None:

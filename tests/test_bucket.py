@@ -1,416 +1,244 @@
-"""Buckets anywhere: fetched and uploaded whole or not at all, resumed, refused in one line, and moved once."""
+"""Objects to files and back: many at a time, pinned, checked, resumed after a kill, and every failure in one line."""
 
-import errno
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bucket_server import BucketServer, bucket_server
+from gcs import CUT, DAMAGE, STALL, World
 
-from minitron import bucket, prepare, references, sources, stage, transfers
-from minitron.config import EvaluateConfig, PrepareConfig, PruneConfig, parse
-from minitron.errors import ConfigError, RunError
-from minitron.storage import content_hash
+from minitron import bucket, transfers
+from minitron.errors import ConfigError, MinitronError, RunError
 
-FILES = {"words.txt": b"three", "part/one.bin": bytes(70_000), "part/two.bin": os.urandom(150_000)}
-SIZE = sum(map(len, FILES.values()))
-
-
-def work(config: PrepareConfig, directory: Path, tracker: Any) -> dict[str, Any]:
-    """A small stage: writes FILES."""
-    for name, content in FILES.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(content)
-    return {"metrics": {"files": len(FILES)}}
-
-
-def never(config: PrepareConfig, directory: Path, tracker: Any) -> dict[str, Any]:
-    raise AssertionError("it should have been reused")
+ADDRESS = "gs://bucket/data"
+MB = 1 << 20
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[BucketServer]:
-    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfers, "RETRY", transfers.RETRY.with_timeout(1.0).with_delay(0.05, 0.1, 1.5))
-    bucket.pinned.cache_clear()
-    with bucket_server(monkeypatch) as state:
-        yield state
+def content(world: World) -> dict[str, bytes]:
+    """Eleven objects below data/, one of them of three and a half chunks, and others beside it."""
+    files = {f"part-{place}.txt": os.urandom(1000 + place) for place in range(9)}
+    files |= {"deep/er/large.bin": os.urandom(3 * MB + MB // 2), "empty.txt": b""}
+    for name, text in files.items():
+        world.put(f"data/{name}", text)
+    world.put("data-other/x.txt", b"x")
+    world.log.clear()
+    return files
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "CHUNK", MB)
+    monkeypatch.setattr(bucket, "CHUNK", MB)
+    monkeypatch.setattr(transfers, "_BATCH_FILES", 4)
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Any]:
-    (tmp_path / "corpus.txt").write_text("one two three")
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text("{}")
-    values = {"output": tmp_path / "out", "corpus": str(tmp_path / "corpus.txt"), "teacher": str(tmp_path / "teacher")}
-    return lambda **changes: parse("prepare", values | changes)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again for a second, not two minutes."""
+    monkeypatch.setattr(transfers, "RETRY", transfers.DEFAULT_RETRY.with_timeout(1.0).with_delay(0.1))
 
 
-def on_other_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: Any, target: Any) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
+def read(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-# A corpus
+def one_line(error: pytest.ExceptionInfo[MinitronError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_a_corpus_is_its_snapshot(server: BucketServer, inputs: dict[str, Path], tmp_path: Path) -> None:
-    text = next(inputs["corpus"].glob("*.jsonl")).read_text()
-    lines = text.splitlines(keepends=True)
-    server.put("text/a.jsonl", "".join(lines[:200]))
-    server.put("text/b.jsonl", "".join(lines[200:]))
-
-    def run(output: str, corpus: str = "gs://bucket/text") -> dict[str, Any]:
-        bucket.pinned.cache_clear()  # another process
-        values = {"corpus": corpus, "teacher": str(inputs["teacher"]), "validation_fraction": 0.1, "test_fraction": 0.1}
-        return prepare.run(PrepareConfig(output=tmp_path / output, workspace=tmp_path / "ws", **values))
-
-    record = run("one")
-    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
-    objects = [f"{name}#{server.generation(f'text/{name}')}" for name in ("a.jsonl", "b.jsonl")]
-    assert manifest["corpus_objects"] == objects
-    assert record["inputs"]["corpus"] == {"address": "gs://bucket/text", "sha256": manifest["corpus_sha256"]}
-    fetched = server.downloaded
-    assert fetched == len(text.encode())
-    assert run("two")["key"] == record["key"] and server.downloaded == fetched, "decided without a download"
-    local = prepare.run(
-        PrepareConfig(
-            output=tmp_path / "local", corpus=str(inputs["corpus"]), teacher=str(inputs["teacher"]),
-            validation_fraction=0.1, test_fraction=0.1,
-        )
-    )  # fmt: skip
-    assert local["metrics"]["documents"] == record["metrics"]["documents"]
-    server.put("text/b.jsonl", "".join(lines[200:-1]))
-    assert run("three")["key"] != record["key"]
-    assert run("four", "gs://bucket/text/a.jsonl")["key"] != record["key"], "one object is a corpus, too"
-    with pytest.raises(ConfigError, match="gs://bucket/nothing: no objects there; give gs://bucket/path"):
-        run("five", "gs://bucket/nothing")
+def test_a_prefix_becomes_a_directory(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    transfers.download(bucket.snapshot(ADDRESS), tmp_path / "data")
+    assert read(tmp_path / "data") == content
+    large = [entry for entry in world.fetched() if entry == "data/deep/er/large.bin"]
+    assert len(large) == 4, "it comes in chunks"
+    assert world.downloaded == sum(map(len, content.values()))
 
 
-# Download
+def test_one_object_becomes_a_file(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    transfers.download(bucket.snapshot(f"{ADDRESS}/part-3.txt"), tmp_path)
+    assert read(tmp_path) == {"part-3.txt": content["part-3.txt"]}
 
 
-def snapshot(server: BucketServer, count: int = 3, size: int = 50_000) -> str:
-    for number in range(count):
-        server.put(f"model/part-{number}", bytes([number]) * size)
-    return bucket.snapshot("gs://bucket/model")
+def test_a_snapshot_changes_with_every_object(world: World, content: dict[str, bytes]) -> None:
+    seen = {bucket.snapshot(ADDRESS), bucket.snapshot(f"{ADDRESS}/")}
+    assert {text.partition("#")[0] for text in seen} == {ADDRESS, f"{ADDRESS}/"}
+    assert len({text.partition("#")[2] for text in seen}) == 1
+    world.put("data/part-0.txt", content["part-0.txt"])
+    seen.add(bucket.snapshot(ADDRESS))
+    world.put("data/new.txt", b"")
+    assert len({text.partition("#")[2] for text in seen | {bucket.snapshot(ADDRESS)}}) == 3
 
 
-def test_large_objects_come_in_chunks(server: BucketServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfers, "CHUNK", 10_000)
-    asked: list[str] = []
-    identity = snapshot(server)
-    server.before = lambda method, name: asked.append(name)
-    transfers.download(identity, tmp_path / "model")
-    assert [path.read_bytes() for path in sorted((tmp_path / "model").iterdir())] == [
-        bytes([n]) * 50_000 for n in range(3)
-    ]
-    assert asked.count("model/part-0") == 5
+def test_what_changed_since_the_snapshot_is_refused(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    identity = bucket.snapshot(ADDRESS)
+    world.put("data/part-0.txt", b"changed")
+    with pytest.raises(RunError, match=r"gs://bucket/data: an object there changed while it was fetched; run it again"):
+        transfers.download(identity, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
-def test_an_object_that_changes_while_it_is_fetched_is_found(server: BucketServer, tmp_path: Path) -> None:
-    identity = snapshot(server)
+@pytest.mark.parametrize("name", ["part-3.txt", "deep/er/large.bin"])
+def test_what_changes_between_listing_and_download_is_refused(
+    world: World, content: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    changed = []
 
-    def change(method: str, name: str) -> None:
-        if name == "model/part-1":
-            server.before = lambda method, name: None
-            server.put("model/part-1", b"other")
+    def change(request: Any) -> None:
+        if "media" not in changed and request.method == "GET" and request.path.endswith(name):
+            changed.append("media")
+            world.storage.objects["bucket"][f"data/{name}"]["generation"] = "1"
 
-    server.before = change
-    with pytest.raises(
-        RunError, match=r"^gs://bucket/model: an object there changed while it was fetched; run it again$"
-    ):
-        transfers.download(identity, tmp_path / "model")
-    assert not (tmp_path / "model" / "part-1").exists()
-    with pytest.raises(RunError, match="changed while it was fetched"):
-        transfers.download(identity, tmp_path / "model")
-
-
-def test_damage_on_the_way_is_found(server: BucketServer, tmp_path: Path) -> None:
-    identity = snapshot(server, 1)
-    server.damaging = True
-    with pytest.raises(RunError, match=r"part-0 did not come as its size and CRC32C say; run it again|not fetched"):
-        transfers.download(identity, tmp_path / "model")
-    assert not (tmp_path / "model" / "part-0").exists()
-    server.damaging = False
-    transfers.download(identity, tmp_path / "model")
-    assert (tmp_path / "model" / "part-0").read_bytes() == bytes(50_000)
+    world.fault = change
+    with pytest.raises(RunError, match="an object there changed while it was fetched"):
+        transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    assert changed and not (tmp_path / name).exists()
 
 
-def test_a_cut_connection_is_tried_again(server: BucketServer, tmp_path: Path) -> None:
-    identity = snapshot(server)
-    cuts = iter([True, True, False, True])
-    server.cut = lambda method, name: name.startswith("model/") and next(cuts, False)
-    transfers.download(identity, tmp_path / "model")
-    assert content_hash(tmp_path / "model")
+def test_what_is_there_is_not_fetched_again(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    identity = bucket.snapshot(ADDRESS)
+    transfers.download(identity, tmp_path)
+    (tmp_path / "part-5.txt").unlink()
+    world.log.clear()
+    transfers.download(identity, tmp_path)
+    assert world.fetched() == ["data/part-5.txt"] and read(tmp_path) == content
 
 
-def test_a_killed_download_goes_on(server: BucketServer, tmp_path: Path) -> None:
-    identity = snapshot(server, 6)
-    program = (
-        "from pathlib import Path\nfrom minitron import transfers\ntransfers._BATCH_FILES = 1\n"
-        f"transfers.download({identity!r}, Path({str(tmp_path / 'model')!r}))\n"
-    )
-    server.delay = 0.2
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if len(list((tmp_path / "model").glob("part-?"))) >= 2:
-            break
-        time.sleep(0.02)
+DOWNLOAD = """
+import sys
+from pathlib import Path
+from minitron import bucket, transfers
+transfers.CHUNK, transfers._BATCH_FILES = 1 << 20, 4
+transfers.download(bucket.snapshot(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_download_goes_on(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    world.fault = lambda request: STALL if request.path.endswith("large.bin") else None
+    process = subprocess.Popen([sys.executable, "-c", DOWNLOAD, ADDRESS, str(tmp_path)])
+    assert world.stalled.wait(60)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    there = len(list((tmp_path / "model").glob("part-?")))
-    assert 2 <= there < 6
-    server.delay, server.downloaded = 0, 0
-    transfers.download(identity, tmp_path / "model")
-    assert server.downloaded == (6 - there) * 50_000 and len(list((tmp_path / "model").iterdir())) == 6
+    there = read(tmp_path)
+    assert "deep/er/large.bin" not in there and there["deep/er/large.bin.part"] != content["deep/er/large.bin"]
+    world.fault = lambda request: None
+    world.log.clear()
+    transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    assert set(world.fetched()) == {"data/deep/er/large.bin"} and read(tmp_path) == content
 
 
-@pytest.mark.parametrize("place", ["gs://nobucket/x", "gs://nobucket"])
-def test_a_missing_bucket_is_one_line(server: BucketServer, place: str) -> None:
-    with pytest.raises(
-        RunError, match=rf"^{place}: not fetched \(.*\); check the bucket's name and the right to read it$"
-    ):
-        bucket.objects(place)
+def test_a_broken_connection_is_tried_again(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    broken = set()
+
+    def once(request: Any) -> Any:
+        if "/o/" in request.path and request.path not in broken:
+            broken.add(request.path)
+            return CUT if len(broken) % 2 else 503
+        return None
+
+    world.fault = once
+    transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    assert len(broken) == len(content) and read(tmp_path) == content
 
 
-def test_without_credentials_it_says_which(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-    with pytest.raises(
-        ConfigError, match=r"gs://bucket/x: not fetched \(.*\); name a service account's key in GOOGLE_"
-    ):
-        bucket.objects("gs://bucket/x")
-
-
-# A result in a bucket
-
-
-def test_an_output_in_a_bucket_has_its_record_last(
-    server: BucketServer, make: Callable[..., Any], tmp_path: Path
+def test_a_connection_that_stays_broken_is_one_line(
+    world: World, content: dict[str, bytes], tmp_path: Path, impatient: None
 ) -> None:
-    config = make(output="gs://bucket/results/one")
-    record = stage.run(config, work)
-    assert sorted(server.names("results/one")) == sorted(f"results/one/{name}" for name in [*FILES, "stage.json"])
-    assert server.stored[-1] == "results/one/stage.json" and server.stored[0] == "results/one/stage.json.partial"
-    assert record["objects"] == {name: server.generation(f"results/one/{name}") for name in FILES}
-    found = sources.resolve("gs://bucket/results/one", make(workspace=tmp_path / "other"))
-    assert content_hash(found) == record["output_sha256"]
-    stored = list(server.stored)
-    assert stage.run(config, never)["key"] == record["key"] and server.stored == stored
-    with pytest.raises(ConfigError, match="gs://bucket/results: exists and is not a stage's result"):
-        stage.run(make(output="gs://bucket/results"), never)
+    world.fault = lambda request: CUT if request.path.endswith("part-8.txt") else None
+    with pytest.raises(RunError) as caught:
+        transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    message = one_line(caught)
+    assert message.startswith("gs://bucket/data: not fetched (")
+    assert message.endswith("and the network, and run it again: what is there complete is kept")
+    assert not (tmp_path / "part-8.txt").exists() and (tmp_path / "part-7.txt").exists()
 
 
-def test_a_half_uploaded_directory_is_never_read_and_goes_on(
-    server: BucketServer, make: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize("name", ["part-3.txt", "deep/er/large.bin"])
+def test_a_damaged_object_is_refused(world: World, content: dict[str, bytes], tmp_path: Path, name: str) -> None:
+    world.fault = lambda request: DAMAGE if request.path.endswith(name) else None
+    with pytest.raises(RunError, match=r"did not come as its size and CRC32C say; run it again"):
+        transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    assert not (tmp_path / name).exists() and not list(tmp_path.rglob(f"{Path(name).name}.part"))
+
+
+def test_files_are_uploaded_and_equal_ones_are_left(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    (tmp_path / "part-1.txt").write_bytes(b"new text")
+    (tmp_path / "huge.bin").write_bytes(os.urandom(9 * MB))  # more than what the library sends in one request
+    files = {name: tmp_path / name for name in read(tmp_path)}
+    world.log.clear()
+    transfers.upload(files, ADDRESS, bucket.objects(ADDRESS))
+    assert 9 * MB < world.uploaded < 9 * MB + 10_000
+    assert sum(entry.method == "PUT" for entry in world.log) == 9, "in chunks"
+    transfers.download(bucket.snapshot(ADDRESS), tmp_path / "again")
+    assert read(tmp_path / "again") == {name: path.read_bytes() for name, path in files.items()}
+
+
+def test_an_upload_replaces_only_what_was_listed(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    listed = bucket.objects(ADDRESS)
+    for name in ("part-1.txt", "new.txt"):
+        (tmp_path / name).write_bytes(b"mine")
+        world.put(f"data/{name}", b"of another")
+        with pytest.raises(RunError, match=r"data: not uploaded \(412 .*another process writes there: wait for it"):
+            transfers.upload({name: tmp_path / name}, ADDRESS, listed)
+        assert world.storage.get_file("bucket", f"data/{name}") == b"of another"
+
+
+def test_an_upload_that_breaks_once_goes_on(world: World, tmp_path: Path) -> None:
+    (tmp_path / "huge.bin").write_bytes(os.urandom(9 * MB))
+    broken: list[str] = []
+
+    def once(request: Any) -> Any:
+        if request.method == "PUT" and len(broken) < 2:
+            broken.append(request.path)
+            return 503 if len(broken) == 1 else CUT
+        return None
+
+    world.fault = once
+    transfers.upload({"huge.bin": tmp_path / "huge.bin"}, ADDRESS, {})
+    assert len(broken) == 2
+    assert world.storage.get_file("bucket", "data/huge.bin") == (tmp_path / "huge.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "error", "message"),
+    [
+        (
+            "gs://nobucket/x",
+            None,
+            RunError,
+            r"gs://nobucket/x: not fetched \(404 .*check the bucket's name and the right",
+        ),
+        ("gs://bucket/none", None, ConfigError, r"gs://bucket/none: no objects there; give gs://bucket/path"),
+        ("gs://", None, ConfigError, r"gs://: no bucket; give gs://bucket/path"),
+        (ADDRESS, 403, RunError, r"data: not fetched \(403 .*give this account the role Storage Object User \(Viewer"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    world: World, content: dict[str, bytes], address: str, status: int | None, error: type[MinitronError], message: str
 ) -> None:
-    server.cut = lambda method, name: method != "GET" and name.endswith("two.bin")
-    config = make(output="gs://bucket/out")
-    with pytest.raises(
-        RunError, match=r"^gs://bucket/out: not uploaded \(.*run it again: what is there complete is kept$"
-    ):
-        stage.run(config, work)
-    assert "out/stage.json" not in server.names("out")
-    with pytest.raises(RunError, match="gs://bucket/out: its upload is not complete; wait for it, or run the stage"):
-        sources.resolve("gs://bucket/out", make(workspace=tmp_path / "other"))
-    server.cut, server.uploaded = lambda method, name: False, 0
-    record = stage.run(config, never)
-    assert record["metrics"] == {"files": 3} and "out/stage.json" in server.names("out")
-    assert server.uploaded < len(FILES["part/two.bin"]) + 10_000, "the others were there"
+    world.fault = lambda request: status
+    with pytest.raises(error, match=message) as caught:
+        bucket.snapshot(address)
+    one_line(caught)
 
 
-def test_a_killed_upload_goes_on(server: BucketServer, make: Callable[..., Any], tmp_path: Path) -> None:
-    server.delay = 0.3
-    program = (
-        "import sys\nsys.path.insert(0, 'tests')\n"
-        "from minitron import stage, transfers\nfrom minitron.config import parse\n"
-        "from test_bucket import work\ntransfers.WORKERS = 1\n"
-        f"stage.run(parse('prepare', {make(output='gs://bucket/out').model_dump(mode='json')!r}), work)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL
-    )
-    for _ in range(1500):
-        if [name for name in server.stored if name.endswith(".bin")]:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert "out/stage.json" not in server.names("out") and "out/stage.json.partial" in server.names("out")
-    server.delay, server.uploaded = 0, 0
-    stage.run(make(output="gs://bucket/out"), never)
-    assert server.uploaded < SIZE and "out/stage.json" in server.names("out")
+def test_a_bucket_that_may_not_be_written_is_one_line(world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    world.fault = lambda request: 403 if request.method == "POST" else None
+    with pytest.raises(RunError, match=r"data: not uploaded \(403 .*role Storage Object User") as caught:
+        transfers.upload({"file": tmp_path / "file"}, ADDRESS, {})
+    one_line(caught)
 
 
-def test_another_upload_of_the_same_result_is_taken(
-    server: BucketServer, make: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Two machines finish at once: the second finds the first one's record when it wants to write its own."""
-    config = make(output="gs://bucket/out")
-    (other := make(output=tmp_path / "other")) and stage.run(other, work)
-
-    def overtake(method: str, name: str) -> None:
-        if method == "POST" and name == "out/stage.json":
-            server.before = lambda method, name: None
-            record = json.loads((tmp_path / "other" / "stage.json").read_text())
-            objects = {name: server.generation(f"out/{name}") for name in FILES}
-            server.put("out/stage.json", json.dumps(record | {"objects": objects, "winner": True}))
-
-    server.before = overtake
-    assert stage.run(config, work)["winner"] is True
-
-
-def test_a_foreign_write_in_between_is_found(server: BucketServer, make: Callable[..., Any]) -> None:
-    def disturb(method: str, name: str) -> None:
-        if method == "POST" and name == "out/stage.json":
-            return
-        if method == "GET" and "out/words.txt" in server.stored:
-            server.before = lambda method, name: None
-            server.put("out/words.txt", b"other")
-
-    server.before = disturb
-    with pytest.raises(RunError, match="gs://bucket/out: another process writes there; wait for it"):
-        stage.run(make(output="gs://bucket/out"), work)
-    assert "out/stage.json" not in server.names("out")
-
-
-def test_a_bucket_that_may_only_be_read_is_one_line(server: BucketServer, make: Callable[..., Any]) -> None:
-    server.read_only = True
-    with pytest.raises(
-        RunError, match=r"gs://bucket/out: not uploaded \(.*403.*\); give this account the role Storage"
-    ):
-        stage.run(make(output="gs://bucket/out"), work)
-    with pytest.raises(RunError, match="not written"):
-        bucket.check_writable("gs://bucket/out")
-    server.read_only = False
-    bucket.check_writable("gs://bucket/out")
-    assert not server.names("out")
-    stage.run(make(output="gs://bucket/out"), never)
-
-
-# By reference
-
-
-def test_from_another_file_system_a_result_is_referred_to(
-    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_other_file_system(monkeypatch)
-    record = stage.run(make(workspace=tmp_path / "ws"), work)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"reference.json", "stage.json"}
-    home = tmp_path / "ws" / "prepare" / record["key"][:16]
-    assert json.loads((tmp_path / "out" / "reference.json").read_text())["address"] == str(home)
-    consumer = PruneConfig(output=tmp_path / "p", dataset=tmp_path / "out", teacher=tmp_path / "teacher", caching=False)
-
-    def read(config: PruneConfig, directory: Path, tracker: Any) -> dict[str, Any]:
-        assert (config.dataset / "part/two.bin").read_bytes() == FILES["part/two.bin"]
-        return {"metrics": {}}
-
-    found = stage.run(consumer, read)
-    assert found["inputs"]["dataset"]["sha256"] == record["output_sha256"]
-    assert stage.run(make(workspace=tmp_path / "ws"), never)["key"] == record["key"]
-    home.rename(tmp_path / "gone")
-    with pytest.raises(RunError, match=rf"out: refers to {home}, where there is no result: mount the volume"):
-        stage.run(consumer, read)
-
-
-def test_a_small_result_is_copied_as_kubeflow_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]
-) -> None:
-    on_other_file_system(monkeypatch)
-    models = dict.fromkeys(("dataset", "teacher", "pruned", "student"), tmp_path / "teacher")
-    make()
-    config = EvaluateConfig(
-        output=tmp_path / "e", workspace=tmp_path / "ws", teacher_before=str(tmp_path / "teacher"), **models
-    )
-    stage.run(config, work)
-    assert (tmp_path / "e" / "words.txt").read_bytes() == b"three" and not (tmp_path / "e" / "reference.json").exists()
-
-
-def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
-    (tmp_path / "reference.json").write_text('{"address": 1}')
-    with pytest.raises(RunError, match=r"reference.json: not a reference to a result; delete the directory"):
-        references.read(tmp_path)
-
-
-def test_a_workspace_in_a_bucket_is_shared_by_machines_that_fetch_once(
-    server: BucketServer, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = stage.run(make(workspace="gs://bucket/ws"), work)
-    address = f"gs://bucket/ws/prepare/{record['key'][:16]}"
-    assert json.loads((tmp_path / "out" / "reference.json").read_text())["address"] == address
-    assert SIZE <= server.uploaded < SIZE * 1.1 + 10_000
-
-    def read(config: PruneConfig, directory: Path, tracker: Any) -> dict[str, Any]:
-        assert (config.dataset / "part/two.bin").read_bytes() == FILES["part/two.bin"]
-        return {"metrics": {}}
-
-    def consume(output: str) -> dict[str, Any]:
-        values = {"dataset": tmp_path / "out", "teacher": tmp_path / "teacher", "caching": False}
-        return stage.run(PruneConfig(output=tmp_path / output, **values), read)
-
-    server.downloaded = 0
-    assert consume("here")["inputs"]["dataset"]["sha256"] == record["output_sha256"]
-    assert server.downloaded < 10_000, "the machine that made it has it"
-    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "other machine"))
-    assert stage.run(make(workspace="gs://bucket/ws", output=tmp_path / "again"), never)["key"] == record["key"]
-    consume("there")
-    consume("there too")
-    assert SIZE <= server.downloaded < SIZE * 1.1 + 20_000, "once"
-
-
-# What passes in a whole run
-
-
-def _run(tmp_path: Path, workspace: str) -> Path:
-    command = [sys.executable, "-c", "from minitron.cli import main; main()", "run", "compress", "--preset", "tiny"]
-    command += ["--work-dir", str(tmp_path / "run"), "--set", f"workspace={workspace}"]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    (results,) = (tmp_path / "run" / "results").iterdir()
-    return results
-
-
-def _size(directory: Path, pattern: str = "*") -> int:
-    return sum(path.stat().st_size for path in directory.rglob(pattern) if path.is_file())
-
-
-MODELS = "*.safetensors"
-
-
-def test_on_a_volume_a_run_moves_no_model(tmp_path: Path) -> None:
-    """The workspace is on another file system, as on a cluster."""
-    volume = Path("/dev/shm") / f"minitron-test-{os.getpid()}"
-    try:
-        results = _run(tmp_path, str(volume))
-        stages = [path for stage in ("finetune", "prune", "distill") for path in (volume / stage).iterdir()]
-        assert _size(results, MODELS) == _size(results, "*.bin") == 0 and len(stages) == 3
-        assert all((results / "distill" / "distilled" / name).is_file() for name in ("reference.json", "stage.json"))
-        assert _size(volume, MODELS) == sum(_size(path, MODELS) for path in stages), "one copy of each"
-        assert _size(results) < 0.5 * _size(volume)
-    finally:
-        subprocess.run(["rm", "-rf", str(volume)], check=True)
-
-
-def test_through_a_bucket_a_run_moves_every_model_once(server: BucketServer, tmp_path: Path) -> None:
-    results = _run(tmp_path, "gs://bucket/ws")
-    assert _size(results, MODELS) == 0
-    names = [name for name in server.names("ws") if not name.startswith("ws/resolved/")]
-    sizes = {stage: sum(1 for name in names if name.startswith(f"ws/{stage}/")) for stage in ("finetune", "distill")}
-    assert all(sizes.values())
-    client = server.client(f"http://127.0.0.1:{server.emulator}")
-    artifacts = sum(blob.size for blob in client.list_blobs("bucket", prefix="ws"))
-    assert artifacts > 500_000
-    assert server.uploaded <= 1.05 * artifacts + 20_000
-    assert server.downloaded <= 0.05 * artifacts + 100_000, "every stage ran on the machine that has it"
+def test_without_credentials_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("NO_GCE_CHECK", "true"), ("HOME", str(tmp_path)), ("CLOUDSDK_CONFIG", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"not fetched \(.*name a service account's key in GOOGLE_APPLICATION_CRED"):
+        bucket.snapshot(ADDRESS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from gcs import World
 from kubeflow_server import kubeflow_server
 from kubernetes_server import KubernetesServer, kubernetes_server
 from typer.testing import CliRunner
@@ -101,6 +102,15 @@ def test_an_mlflow_that_is_away(cluster: KubernetesServer) -> None:
     with kubeflow_server() as kubeflow:
         status, lines = doctor("--host", kubeflow.url, "--tracking-uri", f"http://127.0.0.1:{free_port()}")
     assert status == 1 and "ConnectionError" in lines["MLflow"]
+
+
+def test_a_bucket_is_written_to(cluster: KubernetesServer, world: World) -> None:
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
+        assert status == 0 and "gs://bucket/results: writable" in lines["bucket"] and not world.names()
+        world.fault = lambda request: 403 if request.uploaded or request.method == "POST" else None
+        status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
+    assert status == 1 and "give this account the role Storage Object User" in lines["bucket"]
 
 
 @contextmanager
