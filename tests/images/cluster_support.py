@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +46,9 @@ class Cluster:
         _name_images(documents[0], arguments)
         adapt(documents[0], arguments)
         local.init(self._runner(), pipeline_root=str(self.results))
-        started = str(time.time())
         components.load_component_from_text(yaml.safe_dump_all(documents))(**arguments)
         (results,) = self.results.iterdir()
-        return Finished(results, _started_images(started))
+        return Finished(results, self._started_images())
 
     def _arguments(self, specification: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         parameters = specification["root"]["inputDefinitions"]["parameters"]
@@ -65,7 +63,14 @@ class Cluster:
         mounts = [Mount(str(path), str(path), type="bind", read_only=True) for path in self._inputs.values()]
         mounts.append(Mount("/workspace", str(self.workspace), type="bind"))
         environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        return local.DockerRunner(network_mode="host", mounts=mounts, environment=environment)
+        labels = {"pipeline_root": str(self.results)}
+        return local.DockerRunner(network_mode="host", mounts=mounts, environment=environment, labels=labels)
+
+    def _started_images(self) -> list[str]:
+        """Read off podman's events, those of other tests and users left out, what the containers were made from."""
+        filters = ("--filter", "event=start", "--filter", f"label=pipeline_root={self.results}")
+        events = run("podman", "events", "--stream=false", "--since", "24h", *filters, "--format", "json")
+        return [json.loads(line)["Image"].removeprefix(LOCAL) for line in events.splitlines()]
 
 
 def _name_images(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -77,8 +82,3 @@ def _name_images(specification: dict[str, Any], arguments: dict[str, Any]) -> No
         name = container["image"].removeprefix("{{$.inputs.parameters['").removesuffix("']}}")
         parameter = task["inputs"]["parameters"][name]["componentInputParameter"]
         container["image"] = LOCAL + arguments.get(parameter, defaults[parameter]["defaultValue"])
-
-
-def _started_images(since: str) -> list[str]:
-    events = run("podman", "events", "--stream=false", "--since", since, "--filter", "event=start", "--format", "json")
-    return [json.loads(line)["Image"].removeprefix(LOCAL) for line in events.splitlines()]

@@ -14,7 +14,10 @@ from minitron.components.images import TOOLS, TRAINER
 from minitron.config import STAGES
 
 
-def test_the_pipeline_ends_in_a_registered_model(cluster: Cluster, mlflow_server: str, tmp_path: Path) -> None:
+def test_the_pipeline_ends_in_a_registered_model(
+    cluster: Cluster, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     finished = cluster.run()
     assert finished.images == [TRAINER] * 5 + [TOOLS]
     assert {path.name for path in finished.results.iterdir()} == set(STAGES)
@@ -26,9 +29,9 @@ def test_the_pipeline_ends_in_a_registered_model(cluster: Cluster, mlflow_server
 def _check_registered(uri: str, directory: Path) -> None:
     """The version has its alias and its tags, and its directory is a student that loads and generates."""
     version = tracking.connect(uri).get_model_version_by_alias("tiny", "challenger")
-    student = directory / "student"
-    student.mkdir()
-    tracking.download_version(uri, tracking.model_version(uri, "models:/tiny@challenger"), student)
+    from mlflow.artifacts import download_artifacts
+
+    student = download_artifacts("models:/tiny@challenger", dst_path=str(directory))
     model = AutoModelForCausalLM.from_pretrained(student)
     assert str(sum(parameter.numel() for parameter in model.parameters())) == version.tags["parameters"]
     tokens = AutoTokenizer.from_pretrained(student)("a b", return_tensors="pt")["input_ids"]
