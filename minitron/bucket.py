@@ -8,7 +8,7 @@ object of that name.
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -91,10 +91,11 @@ def pinned(address: str) -> tuple[str, Objects]:
     return snapshot_of(address, found), found
 
 
-def blob_at(address: str, name: str) -> Any:
-    """Return the handle of an object below an address, to write it."""
+def handles(address: str, names: Iterable[str]) -> Objects:
+    """Return handles of objects below an address, to write them, by one client: they share connections and token."""
     bucket, path = _split(address)
-    return _client().bucket(bucket).blob(f"{path}/{name}" if path else name, chunk_size=CHUNK)
+    target = _client().bucket(bucket)
+    return {name: target.blob(f"{path}/{name}" if path else name, chunk_size=CHUNK) for name in names}
 
 
 def read_json(blob: Any) -> Any:
@@ -114,7 +115,7 @@ def create_json(address: str, name: str, content: Any) -> bool:
     text = json.dumps(content, indent=2)
     with explained(address, "uploaded"):
         try:
-            blob_at(address, name).upload_from_string(
+            handles(address, [name])[name].upload_from_string(
                 text, "application/json", checksum="crc32c", if_generation_match=0
             )
         except PreconditionFailed:
@@ -148,8 +149,9 @@ def check_writable(address: str) -> None:
     Raises:
         RunError: the bucket is missing, or may not be written.
     """
+    name = f"minitron-doctor-{uuid.uuid4()}"
     with explained(address, "written"):
-        probe = blob_at(address, f"minitron-doctor-{uuid.uuid4()}")
+        probe = handles(address, [name])[name]
         probe.upload_from_string(b"")
         probe.delete()
 

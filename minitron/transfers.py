@@ -16,7 +16,7 @@ from google.cloud.storage import transfer_manager
 from google.cloud.storage.retry import DEFAULT_RETRY
 from tqdm import tqdm
 
-from minitron.bucket import CHUNK, Objects, blob_at, explained, snapshot_of, some_objects
+from minitron.bucket import CHUNK, Objects, explained, handles, snapshot_of, some_objects
 from minitron.errors import RunError
 
 RETRY = DEFAULT_RETRY
@@ -66,10 +66,22 @@ def upload(files: dict[str, Path], address: str, there: Objects) -> None:
         by_generation[there[name].generation if name in there else 0].append(name)
     with explained(address, "uploaded"), _progress(address, sum(sizes.values())) as bar:
         for generation, names in by_generation.items():
-            for start in range(0, len(names), WORKERS):
-                batch = names[start : start + WORKERS]
-                _send([(blob_at(address, name), files[name]) for name in batch], generation)
+            blobs = handles(address, names)
+            for batch in _upload_batches(names, sizes):
+                _send([(blobs[name], files[name]) for name in batch], generation)
                 bar.update(sum(sizes[name] for name in batch))
+
+
+def _upload_batches(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Yield names for the bar's steps: enough of them, and of their bytes, to keep all workers busy."""
+    batch: list[str] = []
+    for name in names:
+        batch.append(name)
+        if len(batch) >= WORKERS and sum(sizes[other] for other in batch) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def is_same(path: Path, blob: Any) -> bool:
@@ -169,7 +181,8 @@ def _crc32c(path: Path) -> str:
 
 
 def _progress(address: str, size: int) -> Any:
-    return tqdm(total=size, desc=address, unit="B", unit_scale=True, disable=not size)
+    hidden: dict[str, Any] = {} if size else {"disable": True}  # TQDM_DISABLE has its say, too
+    return tqdm(total=size, desc=address, unit="B", unit_scale=True, **hidden)
 
 
 def _changed(address: str) -> RunError:
