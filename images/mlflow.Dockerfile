@@ -4,9 +4,9 @@
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 
-COPY constraints.txt /tmp/constraints.txt
-RUN pip install --no-cache-dir --constraint /tmp/constraints.txt mlflow psycopg2-binary google-cloud-storage \
-    && rm /tmp/constraints.txt
+COPY constraints.txt /build/constraints.txt
+RUN pip install --no-cache-dir --constraint /build/constraints.txt mlflow psycopg2-binary google-cloud-storage \
+    && rm /build/constraints.txt
 
 USER 1000:1000
 ENTRYPOINT ["mlflow", "server"]

@@ -4,17 +4,17 @@ ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 USER 0
 
-COPY pyproject.toml README.md constraints.txt /tmp/minitron/
-COPY minitron /tmp/minitron/minitron
-COPY components /tmp/minitron/components
-COPY pipelines /tmp/minitron/pipelines
+COPY pyproject.toml README.md constraints.txt /build/minitron/
+COPY minitron /build/minitron/minitron
+COPY components /build/minitron/components
+COPY pipelines /build/minitron/pipelines
 # Without dependencies: this package's are the trainer's, and kfp's are for its client, not for its executor.
-RUN pip install --no-cache-dir --constraint /tmp/minitron/constraints.txt \
+RUN pip install --no-cache-dir --constraint /build/minitron/constraints.txt \
         docstring-parser google-cloud-storage mlflow-skinny numpy pandas protobuf pydantic pyyaml requests rich safetensors \
         tqdm typer \
-    && pip install --no-cache-dir --constraint /tmp/minitron/constraints.txt --no-deps \
-        kfp kfp-pipeline-spec /tmp/minitron \
-    && rm -r /tmp/minitron
+    && pip install --no-cache-dir --constraint /build/minitron/constraints.txt --no-deps \
+        kfp kfp-pipeline-spec /build/minitron \
+    && rm -r /build/minitron
 
 RUN useradd --uid 1000 --home-dir /home/minitron minitron && install -d -o 1000 -g 1000 /home/minitron
 ENV HOME=/home/minitron TQDM_MININTERVAL=30 PYTHONUNBUFFERED=1

@@ -5,12 +5,12 @@ ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE_IMAGE}
 USER 0
 
-COPY pyproject.toml README.md constraints.txt /tmp/minitron/
-COPY images/install.py /tmp/minitron/images/
-COPY minitron /tmp/minitron/minitron
-COPY components /tmp/minitron/components
-COPY pipelines /tmp/minitron/pipelines
-RUN python3 /tmp/minitron/images/install.py && rm -r /tmp/minitron
+COPY pyproject.toml README.md constraints.txt /build/minitron/
+COPY images/install.py /build/minitron/images/
+COPY minitron /build/minitron/minitron
+COPY components /build/minitron/components
+COPY pipelines /build/minitron/pipelines
+RUN python3 /build/minitron/images/install.py && rm -r /build/minitron
 
 # NVIDIA's image may have a user of this number already; the home is ours, and writable, either way.
 RUN (getent passwd 1000 || useradd --uid 1000 --home-dir /home/minitron minitron) \

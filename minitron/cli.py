@@ -6,6 +6,7 @@ Run a compiled pipeline on this machine: `minitron run compress --preset demo --
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron import __version__, local, samples, summary
-from minitron.config import parse_cluster
+from minitron.config import StageConfig, parse_cluster
 from minitron.errors import ConfigError, MinitronError
 from minitron.presets import CLUSTER, SAMPLES, check_arguments, compiled_pipeline, configured, read_arguments
 
@@ -33,9 +34,6 @@ Host = Annotated[
 ]
 Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace in which the tasks run.")]
 Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server wants one.")]
-IapClient = Annotated[
-    str | None, typer.Option(envvar="KF_PIPELINES_IAP_OAUTH2_CLIENT_ID", help="OAuth client of Google's IAP.")
-]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -79,13 +77,12 @@ def submit(
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
-    iap_client_id: IapClient = None,
     debug: Debug = False,
 ) -> None:
     """Run a pipeline on a cluster."""
     with _one_line(debug):
         documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
-        kubeflow = _connect(host, namespace, token, iap_client_id)
+        kubeflow = _connect(host, namespace, token)
         version = kubeflow.upload(pipeline, documents)
         run_id = kubeflow.submit(version, arguments, _experiment(arguments), account)
         print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.link(run_id)}", flush=True)
@@ -106,7 +103,6 @@ def schedule(
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
-    iap_client_id: IapClient = None,
     debug: Debug = False,
 ) -> None:
     """Run a pipeline on a cluster again and again; the same command twice changes nothing, another one replaces it."""
@@ -116,7 +112,7 @@ def schedule(
         first = cron.first_time(expression)
         documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
         name = name or f"{pipeline}-{Path(presets[0]).stem}"
-        kubeflow = _connect(host, namespace, token, iap_client_id)
+        kubeflow = _connect(host, namespace, token)
         version = kubeflow.upload(pipeline, documents)
         changed = kubeflow.schedule(name, expression, version, arguments, _experiment(arguments), account)
         print(f"{'scheduled' if changed else 'unchanged'}: {name} runs {pipeline} {version.name} at {expression}")
@@ -129,18 +125,23 @@ def runs(
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
-    iap_client_id: IapClient = None,
     debug: Debug = False,
 ) -> None:
     """List the newest runs and the schedules of a cluster."""
     with _one_line(debug):
-        kubeflow = _connect(host, namespace, token, iap_client_id)
+        kubeflow = _connect(host, namespace, token)
         found, schedules = kubeflow.runs(count), kubeflow.schedules()
-        rows = [[entry.display_name, _state(entry.state), _when(entry.created_at), _length(entry)] for entry in found]
-        ids = [entry.run_id for entry in found]
-        _print_table(
-            ["run", "state", "started (UTC)", "hours", "id"], [[*row, i] for row, i in zip(rows, ids, strict=True)]
-        )
+        rows = [
+            [
+                entry.display_name,
+                (entry.state or "pending").lower(),
+                _when(entry.created_at),
+                _hours(entry),
+                entry.run_id,
+            ]
+            for entry in found
+        ]
+        _print_table(["run", "state", "started (UTC)", "hours", "id"], rows)
         if schedules:
             cells = [[entry.display_name, entry.trigger.cron_schedule.cron, entry.mode.lower()] for entry in schedules]
             _print_table(["schedule", "cron (UTC)", "mode"], cells)
@@ -152,12 +153,11 @@ def unschedule(
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
-    iap_client_id: IapClient = None,
     debug: Debug = False,
 ) -> None:
     """Delete a schedule; runs that it started go on."""
     with _one_line(debug):
-        _connect(host, namespace, token, iap_client_id).unschedule(name)
+        _connect(host, namespace, token).unschedule(name)
         print(f"deleted: schedule {name}")
 
 
@@ -166,7 +166,6 @@ def check_cluster(
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
-    iap_client_id: IapClient = None,
     tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server.")] = None,
     bucket: Annotated[str | None, typer.Option(help="gs://bucket[/prefix] that the tasks write to.")] = None,
     debug: Debug = False,
@@ -175,9 +174,7 @@ def check_cluster(
     with _one_line(debug):
         from minitron import doctor
 
-        checks = doctor.examine(
-            lambda: _connect(host, namespace, token, iap_client_id), namespace or "kubeflow", tracking_uri, bucket
-        )
+        checks = doctor.examine(lambda: _connect(host, namespace, token), namespace or "kubeflow", tracking_uri, bucket)
         _print_table(["", "check", "found", "remedy"], [[check.mark, *check[1:]] for check in checks])
         if any(check.ok is False for check in checks):
             raise typer.Exit(1)
@@ -195,11 +192,11 @@ def _one_line(debug: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_status) from None
 
 
-def _connect(host: str | None, namespace: str | None, token: str | None, iap_client_id: str | None) -> Any:
+def _connect(host: str | None, namespace: str | None, token: str | None) -> Any:
     """Connect to Kubeflow Pipelines, with clients that the image of the tools does not have."""
     from minitron.cluster import Kubeflow
 
-    return Kubeflow(host, namespace, token, iap_client_id)
+    return Kubeflow(host, namespace, token)
 
 
 def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
@@ -232,7 +229,7 @@ def _for_cluster(
     if sample := arguments.pop(SAMPLES, None):
         _refuse_samples(sample, arguments)
     for name in ("teacher", "corpus"):
-        if str(arguments.get(name, "/")).startswith("."):
+        if not re.match(r"/|\w+:/", str(arguments.get(name, "/"))):
             raise ConfigError(
                 f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks do not see; give "
                 "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
@@ -247,7 +244,7 @@ def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:
 
 
 def _experiment(arguments: dict[str, Any]) -> str:
-    return arguments.get("experiment", "minitron")
+    return arguments.get("experiment", StageConfig.model_fields["experiment"].default)
 
 
 def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
@@ -259,14 +256,10 @@ def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _state(state: str | None) -> str:
-    return (state or "pending").lower()
-
-
 def _when(moment: Any) -> str:
     return f"{moment:%Y-%m-%d %H:%M}" if moment else ""
 
 
-def _length(entry: Any) -> str:
+def _hours(entry: Any) -> str:
     finished = entry.finished_at
     return f"{(finished - entry.created_at).total_seconds() / 3600:.1f}" if finished and finished.year > 1970 else ""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minitron import __version__, trainjob
+from minitron import __version__, kube
 from minitron.errors import ConfigError, MinitronError, RunError
 
 DONE = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -41,26 +41,24 @@ class Version(NamedTuple):
 class Kubeflow:
     """A connection to the API of Kubeflow Pipelines."""
 
-    def __init__(self, host: str | None, namespace: str | None, token: str | None, iap_client_id: str | None) -> None:
+    def __init__(self, host: str | None, namespace: str | None, token: str | None) -> None:
         """Connect.
 
         Args:
             host: URL of the API; None in a pod of the cluster.
             namespace: the user's, where Kubeflow has several users.
-            token: for a server that wants a bearer token; in a pod its own is taken.
-            iap_client_id: OAuth client of Google's Identity-Aware Proxy in front of the server.
+            token: for a server that wants a bearer token. In a pod its own is taken; behind Google's
+                Identity-Aware Proxy, whose client KF_PIPELINES_IAP_OAUTH2_CLIENT_ID names, the service account's.
 
         Raises:
-            ConfigError: no host is given outside a cluster.
+            ConfigError: no host is given outside a cluster, or Google gives no token.
             RunError: nothing that speaks the API answers there, or it refuses the token.
         """
         if host is None and not _IN_CLUSTER.is_file():
             raise ConfigError("--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT")
         self.host = host or "ml-pipeline in this cluster"
         with self._explained():
-            self._client = _client(
-                host=host, existing_token=token, client_id=iap_client_id, credentials=_pod_credentials(host, token)
-            )
+            self._client = _client(host=host, existing_token=token, credentials=_pod_credentials(host, token))
             # The client's own answer has no version.
             health, *_ = self._client._healthz_api.api_client.call_api(
                 "/apis/v2beta1/healthz", "GET", response_type="object", auth_settings=["Bearer"]
@@ -203,6 +201,7 @@ class Kubeflow:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn what the client raises into one line; keep what it prints and warns of to itself."""
+        from google.auth.exceptions import GoogleAuthError
         from kfp_server_api import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -214,6 +213,12 @@ class Kubeflow:
             raise
         except ApiException as error:
             raise self._explain(error) from error
+        except GoogleAuthError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.host}: no token for its Identity-Aware Proxy ({reason}); name a service account's key in "
+                "GOOGLE_APPLICATION_CREDENTIALS, or unset KF_PIPELINES_IAP_OAUTH2_CLIENT_ID"
+            ) from error
         except HTTPError as error:
             reason = re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2].strip("')\"("))
             raise _NoAnswerError(f"{self.host}: no answer ({reason}); check --host and the network") from error
@@ -223,18 +228,22 @@ class Kubeflow:
     def _explain(self, error: Any) -> RunError:
         match error.status:
             case 401:
-                return RunError(f"{self.host}: the token is refused (401): it expired, or is none of this server's; "
-                                "get a new one and give it by --token or MINITRON_TOKEN")  # fmt: skip
+                return RunError(
+                    f"{self.host}: the token is refused (401): it expired, or is none of this server's; get a new one "
+                    "and give it by --token or MINITRON_TOKEN"
+                )
             case 403:
-                return RunError(f"{self.host}: not allowed (403): {_message(error)}; ask for the role kubeflow-edit in "
-                                f"the namespace {self.namespace or 'of Kubeflow'}")  # fmt: skip
+                return RunError(
+                    f"{self.host}: not allowed (403): {_message(error)}; ask for the role kubeflow-edit in the "
+                    f"namespace {self.namespace or 'of Kubeflow'}"
+                )
             case 404 if "<" in str(error.body or "<"):
                 return self._not_kubeflow()
             case 502 | 503 | 504:
                 return _NoAnswerError(
                     f"{self.host}: no answer ({error.status} {error.reason}); is ml-pipeline running?"
                 )
-        return RunError(f"{self.host}: refused ({error.status}): {_message(error)}")
+        return RunError(f"{self.host}: refused ({error.status}): {_message(error)}; the log of ml-pipeline says more")
 
     def _not_kubeflow(self) -> RunError:
         return RunError(
@@ -253,7 +262,7 @@ def _client(**access: Any) -> Any:
 
     class Quick(Client):
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-            trainjob.limit_waiting(self._healthz_api.api_client)  # all its services share it
+            kube.limit_waiting(self._healthz_api.api_client)  # all its services share it
             return self._healthz_api.healthz_service_get_healthz()
 
     return Quick(**access)

@@ -12,7 +12,7 @@ from typing import Any
 from minitron import bucket
 from minitron.errors import RunError
 from minitron.storage import AWAITED, RECORD, is_record
-from minitron.transfers import is_same, upload
+from minitron.transfers import upload
 
 
 def record_at(address: str) -> dict[str, Any] | None:
@@ -48,18 +48,18 @@ def commit(directory: Path, address: str, replace: bool) -> dict[str, Any]:
     bucket.create_json(address, AWAITED, {"key": record["key"]})
     files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
     del files[RECORD]
-    upload(files, address, there)
+    generations = upload(files, address, there)
     for name in there.keys() - files.keys() - {AWAITED}:
         bucket.delete(there[name])
-    return _publish(address, files, record)
+    return _publish(address, record | {"objects": generations})
 
 
-def _publish(address: str, files: dict[str, Path], record: dict[str, Any]) -> dict[str, Any]:
+def _publish(address: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the record, if what lies there still is what was uploaded."""
     now = bucket.objects(address)
     marker = now.pop(AWAITED, None)
-    if now.keys() - {RECORD} != files.keys() or not all(is_same(path, now[name]) for name, path in files.items()):
+    if {name: blob.generation for name, blob in now.items() if name != RECORD} != record["objects"]:
         raise _disputed(address)
-    record = record | {"objects": {name: now[name].generation for name in files}}
     if not bucket.create_json(address, RECORD, record):
         found = record_at(address)
         if not found or found["key"] != record["key"]:

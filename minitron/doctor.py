@@ -5,12 +5,10 @@ from typing import Any, NamedTuple
 
 import requests
 
-from minitron import bucket, trainjob
+from minitron import bucket, kube, trainjob
 from minitron.cluster import Kubeflow
 from minitron.errors import MinitronError
-
-CLAIM, SECRET = "minitron-workspace", "minitron"
-"""Defaults of the pipeline's workspace_claim and secret."""
+from minitron.presets import compiled_pipeline
 
 
 class Check(NamedTuple):
@@ -40,7 +38,7 @@ def examine(
     """
     checks = [_pipelines(connect)]
     try:
-        core = trainjob.core_api()
+        core = kube.core_api()
     except MinitronError as error:
         checks.append(Check(None, "Kubernetes", str(error), "run it where kubectl works, to check the rest"))
     else:
@@ -64,14 +62,14 @@ def _pipelines(connect: Callable[[], Kubeflow]) -> Check:
 
 def _namespace(core: Any, namespace: str) -> Check:
     name = f"namespace {namespace}"
-    found, problem = trainjob.look(lambda: core.read_namespace(namespace))
+    found, problem = kube.look(lambda: core.read_namespace(namespace))
     if found:
         return Check(True, name, found.status.phase or "there")
     return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or give --namespace")
 
 
 def _gpus(core: Any, namespace: str) -> Check:
-    nodes, problem = trainjob.look(lambda: core.list_node().items)
+    nodes, problem = kube.look(lambda: core.list_node().items)
     if nodes is None:
         return _missing("GPUs", problem, "")
     counts = [int((node.status.allocatable or {}).get(trainjob.GPU, 0)) for node in nodes]
@@ -85,8 +83,9 @@ def _gpus(core: Any, namespace: str) -> Check:
 
 
 def _claim(core: Any, namespace: str) -> Check:
-    name = f"claim {CLAIM}"
-    claim, problem = trainjob.look(lambda: core.read_namespaced_persistent_volume_claim(CLAIM, namespace))
+    wanted = _default("workspace_claim")
+    name = f"claim {wanted}"
+    claim, problem = kube.look(lambda: core.read_namespaced_persistent_volume_claim(wanted, namespace))
     if claim is None:
         return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or set workspace_claim")
     found = f"{claim.status.phase}, {', '.join(claim.spec.access_modes)}, {claim.spec.resources.requests['storage']}"
@@ -96,17 +95,23 @@ def _claim(core: Any, namespace: str) -> Check:
 
 
 def _secret(core: Any, namespace: str) -> Check:
-    name = f"secret {SECRET}"
-    secret, problem = trainjob.look(lambda: core.read_namespaced_secret(SECRET, namespace))
+    wanted = _default("secret")
+    name = f"secret {wanted}"
+    secret, problem = kube.look(lambda: core.read_namespaced_secret(wanted, namespace))
     if secret is None:
         check = _missing(name, problem, "only needed for gated models (HF_TOKEN) and an MLflow with a password")
         return check._replace(ok=None)
     return Check(True, name, ", ".join(sorted(secret.data or {})) or "empty")
 
 
+def _default(parameter: str) -> str:
+    """Return what the pipeline takes where nothing else is said."""
+    return compiled_pipeline("compress")[0]["root"]["inputDefinitions"]["parameters"][parameter]["defaultValue"]
+
+
 def _runtime() -> Check:
     name = f"training runtime {trainjob.RUNTIME}"
-    found, problem = trainjob.look(trainjob.runtime)
+    found, problem = kube.look(trainjob.runtime)
     if found:
         return Check(True, name, "there")
     check = _missing(name, problem, "only needed for num_nodes above 1: install Kubeflow Trainer 2.3")

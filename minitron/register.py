@@ -70,7 +70,7 @@ def _check_inputs(config: RegisterConfig) -> None:
 def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, str]:
     """Return what the registry says of the version; the weights are opened, so that no broken ones are registered."""
     tags = {
-        "parameters": str(stored_parameters(config.student)),
+        "parameters": str(_counted_parameters(config)),
         "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
         "licence": str(read_manifest(config.dataset).get("licence", "unknown")),
@@ -113,6 +113,18 @@ def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterat
         with suppress(Exception):  # the server may be gone
             client.delete_logged_model(model.model_id)
         raise
+
+
+def _counted_parameters(config: RegisterConfig) -> int:
+    """Count the student's parameters; evaluate, which loaded them all, must have found as many."""
+    stored = stored_parameters(config.student)
+    counted = json.loads((config.evaluation / EVALUATION).read_text()).get("student", {}).get("parameters")
+    if stored != counted:
+        raise ConfigError(
+            f"{config.student}: its weights are {stored} parameters, but {config.evaluation} is of a student with "
+            f"{counted}; give the evaluation of this student"
+        )
+    return stored
 
 
 def _generator() -> Path:

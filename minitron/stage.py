@@ -60,7 +60,8 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
     stage = stage_name(config)
     gpus.check(config.gpus)
     delivery.refuse_foreign(stage, config)
-    found = inputs.find(config)
+    with disk_errors(config.output):  # an input may not be readable
+        found = inputs.find(config)
     key = _key(stage, config, found)
     place = delivery.place_of(stage, config, key)
     with disk_errors(place.home):

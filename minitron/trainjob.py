@@ -1,24 +1,20 @@
-"""Train on several nodes: a Kubeflow TrainJob, started and followed by the task. The only user of kubernetes.
+"""Train on several nodes: a Kubeflow TrainJob, started and followed by the task.
 
 The job's pods are made like the task's own: image, volumes, credentials, tolerations, account. A job is named after its
 stage's key, so that a restarted task finds the one that is running; it ends with the task that waits for it.
 """
 
-import calendar
 import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kubernetes import client, config
-from kubernetes.client.exceptions import ApiException
-from urllib3 import Retry
-from urllib3.exceptions import HTTPError
-
+from minitron import kube
 from minitron.engines.launcher import explain
 from minitron.errors import ConfigError, MinitronError, RunError
 
@@ -26,12 +22,6 @@ RUNTIME, GPU = "torch-distributed", "nvidia.com/gpu"
 """The runtime that Kubeflow Trainer brings, and the resource."""
 
 POLL_SECONDS = 5
-_AWAY = (429, 500, 502, 503, 504)
-RETRY = Retry(20, backoff_factor=1, backoff_max=60, status_forcelist=_AWAY, allowed_methods=None)
-"""An API server that is away for a quarter of an hour costs nothing: the job trains on."""
-
-LAST_RETRY = Retry(4, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
-"""For the deletion: Kubernetes kills a task 30 seconds after it asked it to end."""
 
 STUCK_SECONDS = 120
 """How long a pod may wait for an image or a secret, before the job is given up."""
@@ -69,12 +59,18 @@ def launch(
     """
     name = job["job"]
     path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
-    path.write_text(json.dumps(job))
     pod = _own_pod()
     train_job = _TrainJob(f"minitron-{name}-{key[:12]}", pod.metadata.namespace, log)
-    command = ["python", "-m", "torch.distributed.run", "-m", worker, str(path)]
+
+    def make() -> dict[str, Any]:
+        for left in (failure, log):
+            left.unlink(missing_ok=True)
+        path.write_text(json.dumps(job))
+        command = ["python", "-m", "torch.distributed.run", "-m", worker, str(path)]
+        return _manifest(train_job.name, pod, command, nodes, gpus)
+
     try:
-        train_job.start(lambda: _manifest(train_job.name, pod, command, nodes, gpus), failure)
+        train_job.start(make)
         # A worker that failed says so: waiting for the others, or for the pod's restarts, would cost GPUs.
         while (state := train_job.state()) is None and not failure.is_file():
             follow()
@@ -91,24 +87,31 @@ def launch(
         train_job.delete()
 
 
+def runtime() -> Any:
+    """Return the runtime that trains."""
+    return kube.custom_api(kube.LAST_RETRY).get_cluster_custom_object(
+        **_API, plural="clustertrainingruntimes", name=RUNTIME
+    )
+
+
 class _TrainJob:
     """One TrainJob, by its name."""
 
     def __init__(self, name: str, namespace: str, log: Path) -> None:
         self.name, self._namespace, self._log = name, namespace, log
         self._place: dict[str, Any] = {**_API, "namespace": namespace, "plural": "trainjobs"}
-        self._jobs, self._core = client.CustomObjectsApi(_connection()), core_api()
-        self._last_line, self._stuck_since, self._refused = "", 0.0, False
+        self._jobs, self._core = kube.custom_api(kube.RETRY), kube.core_api()
+        self._created = datetime.min.replace(tzinfo=UTC)
+        self._last_line = ""
+        self._stuck_since, self._refused = 0.0, False
         self._tail: list[str] = []
 
-    def start(self, manifest: Callable[[], dict[str, Any]], failure: Path) -> None:
-        """Create the job, or take up the one that a lost task left."""
+    def start(self, make: Callable[[], dict[str, Any]]) -> None:
+        """Create the job that `make` returns, or take up the one that a lost task left."""
         while True:
             found = self._find()
             if found is None:
-                failure.unlink(missing_ok=True)
-                self._log.unlink(missing_ok=True)
-                if self._create(manifest()):
+                if self._create(make()):
                     return
             elif "deletionTimestamp" in found["metadata"]:
                 time.sleep(POLL_SECONDS)
@@ -121,22 +124,22 @@ class _TrainJob:
     def _create(self, manifest: dict[str, Any]) -> bool:
         """Say whether it is there now; another that came first is looked at again."""
         try:
-            with _errors(f"TrainJob {self.name}", self._namespace):
+            with self._errors(f"TrainJob {self.name}"):
                 self._jobs.create_namespaced_custom_object(body=manifest, **self._place)
-        except _ConflictError:
+        except kube.ConflictError:
             return False
-        except RunError as error:
-            self._refused = isinstance(error.__cause__, ApiException)
+        except kube.RefusedError:
+            self._refused = True
             raise
         spec = manifest["spec"]["trainer"]
-        print(f"TrainJob {self.name}: {spec['numNodes']} nodes of {spec['numProcPerNode']} GPUs", flush=True)
+        print(f"TrainJob {self.name}: {spec['numNodes']} x {spec['numProcPerNode']} GPUs", flush=True)
         return True
 
     def _find(self) -> dict[str, Any] | None:
         try:
-            with _errors(f"TrainJob {self.name}", self._namespace):
+            with self._errors(f"TrainJob {self.name}"):
                 return self._jobs.get_namespaced_custom_object(name=self.name, **self._place)
-        except _MissingError:
+        except kube.MissingError:
             return None
 
     def state(self) -> str | None:
@@ -147,6 +150,7 @@ class _TrainJob:
         """
         if (found := self._find()) is None:
             raise RunError(f"TrainJob {self.name}: somebody deleted it; run it again, and it resumes")
+        self._created = datetime.fromisoformat(found["metadata"]["creationTimestamp"])
         return _ended(found)
 
     def failed(self, job: str, reason: str) -> RunError:
@@ -156,11 +160,14 @@ class _TrainJob:
 
     def pass_on_log(self) -> None:
         """Print what the first node said since the last time, and append it to the log."""
-        pod = next((pod for pod in self._pods() if _is_first(pod)), None)
+        firsts = [pod for pod in self._pods() if _is_first(pod)]
+        pod = max(
+            firsts, key=lambda pod: str(pod.metadata.creation_timestamp), default=None
+        )  # of its restarts the last
         if pod is None or pod.status.phase == "Pending":
             return
         since = {"since_seconds": _age(self._last_line)} if self._last_line else {}
-        with contextlib.suppress(_MissingError, _NotReadyError), _errors(f"pod {pod.metadata.name}", self._namespace):
+        with contextlib.suppress(kube.MissingError, kube.NotReadyError), self._errors(f"pod {pod.metadata.name}"):
             text = self._core.read_namespaced_pod_log(pod.metadata.name, self._namespace, timestamps=True, **since)
             self._pass_on([line for line in (text or "").splitlines() if line.partition(" ")[0] > self._last_line])
 
@@ -191,80 +198,35 @@ class _TrainJob:
             )
 
     def _pods(self) -> list[Any]:
-        with _errors(f"pods of TrainJob {self.name}", self._namespace):
+        with self._errors(f"pods of TrainJob {self.name}"):
             return self._core.list_namespaced_pod(
                 self._namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={self.name}"
             ).items
 
     def _refusal(self) -> str | None:
-        """Return why no pod could be created, if the quota forbids it."""
-        with _errors(f"events of TrainJob {self.name}", self._namespace):
+        """Return why no pod could be created, if the quota forbids it; what an earlier job met does not count."""
+        with self._errors(f"events of TrainJob {self.name}"):
             events = self._core.list_namespaced_event(self._namespace, field_selector="reason=FailedCreate").items
-        messages = [event.message for event in events if event.involved_object.name.startswith(self.name)]
+        own = [event for event in events if event.involved_object.name.startswith(self.name)]
+        messages = [event.message for event in own if _last_seen(event) >= self._created]
         return next((message for message in messages if "exceeded quota" in message), None)
 
     def delete(self) -> None:
         """Delete the job and its pods; what cannot be deleted is named."""
         if self._refused:
             return
-        api = client.CustomObjectsApi(_connection(LAST_RETRY))
+        api = kube.custom_api(kube.LAST_RETRY)
         try:
-            with _errors(f"TrainJob {self.name}", self._namespace):
+            with self._errors(f"TrainJob {self.name}"):
                 api.delete_namespaced_custom_object(name=self.name, propagation_policy="Background", **self._place)
-        except _MissingError:
+        except kube.MissingError:
             pass
         except MinitronError as error:
             remedy = f"kubectl delete trainjob {self.name} -n {self._namespace}"
             print(f"warning: it may still run: {error}; delete it by '{remedy}'", file=sys.stderr, flush=True)
 
-
-def core_api() -> client.CoreV1Api:
-    """Return the API of pods, claims and the like.
-
-    Raises:
-        ConfigError: this is no pod of a cluster, and there is no kubeconfig.
-    """
-    return client.CoreV1Api(_connection())
-
-
-def look(call: Callable[[], Any]) -> tuple[Any, str]:
-    """Return what a call found and "", or None and what is wrong with it: missing, forbidden, or no answer."""
-    try:
-        return call(), ""
-    except ApiException as error:
-        return None, {403: "forbidden", 404: "missing"}.get(error.status, f"{error.status} {error.reason}")
-    except HTTPError as error:
-        return None, f"no answer ({type(error).__name__})"
-
-
-def runtime() -> Any:
-    """Return the runtime that trains."""
-    api = client.CustomObjectsApi(_connection(Retry(1)))
-    return api.get_cluster_custom_object(**_API, plural="clustertrainingruntimes", name=RUNTIME)
-
-
-def _connection(retries: Retry | None = None) -> client.ApiClient:
-    settings = client.Configuration()
-    try:
-        if "KUBERNETES_SERVICE_HOST" in os.environ:
-            config.load_incluster_config(client_configuration=settings)
-        else:
-            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
-    except config.ConfigException as error:
-        raise ConfigError(f"Kubernetes: no access ({error}); run it in a pod, or set KUBECONFIG") from error
-    settings.retries = retries or RETRY
-    return limit_waiting(client.ApiClient(settings))
-
-
-def limit_waiting(api: Any, seconds: float = 60) -> Any:
-    """Let no request of a generated API client wait for ever, as it does when a connection is lost in silence."""
-    request = api.rest_client.request
-
-    def limited(*arguments: Any, **options: Any) -> Any:
-        return request(*arguments, **options | {"_request_timeout": options.get("_request_timeout") or seconds})
-
-    api.rest_client.request = limited
-    return api
+    def _errors(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return kube.errors(what, self._namespace)
 
 
 def _own_pod() -> Any:
@@ -275,27 +237,26 @@ def _own_pod() -> Any:
         raise ConfigError(
             "num_nodes: above 1 it needs a cluster, but this is no pod; run it on Kubeflow, or set it to 1"
         )
-    with _errors(f"pod {name}", namespace):
-        return core_api().read_namespaced_pod(name, namespace)
+    with kube.errors(f"pod {name}", namespace):
+        return kube.core_api().read_namespaced_pod(name, namespace)
 
 
 def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:
     """Return the TrainJob: its nodes are like the pod's main container, with GPUs."""
     main = next(container for container in pod.spec.containers if container.name == "main")
-    plain = client.ApiClient().sanitize_for_serialization
     volumes = [volume for volume in pod.spec.volumes or [] if _is_shared(volume)]
     names = {volume.name for volume in volumes}
     resources = {**((main.resources and main.resources.limits) or {}), GPU: str(gpus)}
     node = {
         "name": "node",
-        "volumeMounts": plain([mount for mount in main.volume_mounts or [] if mount.name in names]),
+        "volumeMounts": kube.plain([mount for mount in main.volume_mounts or [] if mount.name in names]),
     }
     patch = {
         "serviceAccountName": pod.spec.service_account_name,
-        "imagePullSecrets": plain(pod.spec.image_pull_secrets),
+        "imagePullSecrets": kube.plain(pod.spec.image_pull_secrets),
         "nodeSelector": pod.spec.node_selector,
-        "tolerations": plain(pod.spec.tolerations),
-        "volumes": plain(volumes),
+        "tolerations": kube.plain(pod.spec.tolerations),
+        "volumes": kube.plain(volumes),
         "containers": [node],
     }
     metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "minitron"}}
@@ -309,7 +270,7 @@ def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) ->
             "trainer": {
                 "image": main.image,
                 "command": command,
-                "env": plain([variable for variable in main.env or [] if _is_copied(variable)]),
+                "env": kube.plain([variable for variable in main.env or [] if _is_copied(variable)]),
                 "numNodes": nodes,
                 "numProcPerNode": gpus,
                 "resourcesPerNode": {"requests": resources, "limits": resources},
@@ -350,6 +311,10 @@ def _ended(train_job: dict[str, Any]) -> str | None:
     return None
 
 
+def _last_seen(event: Any) -> datetime:
+    return event.last_timestamp or event.event_time or event.metadata.creation_timestamp
+
+
 def _is_first(pod: Any) -> bool:
     return (pod.metadata.labels or {}).get("batch.kubernetes.io/job-completion-index") == "0"
 
@@ -363,41 +328,5 @@ def _stuck(pod: Any) -> Iterator[str]:
 
 def _age(timestamp: str) -> int:
     """Return the seconds since a line's timestamp, some more for clocks that differ."""
-    moment = calendar.timegm(time.strptime(timestamp[:19], "%Y-%m-%dT%H:%M:%S"))
-    return max(1, int(time.time()) - moment + 30)
-
-
-class _MissingError(RunError):
-    """404."""
-
-
-class _ConflictError(RunError):
-    """409."""
-
-
-class _NotReadyError(RunError):
-    """400: a container that has not started has no log."""
-
-
-@contextlib.contextmanager
-def _errors(what: str, namespace: str) -> Iterator[None]:
-    """Turn what the client raises into one line."""
-    try:
-        yield
-    except ApiException as error:
-        raise _explained(what, namespace, error) from error
-    except HTTPError as error:
-        raise RunError(f"{what}: the Kubernetes API does not answer ({type(error).__name__}); is it up?") from error
-
-
-def _explained(what: str, namespace: str, error: ApiException) -> RunError:
-    try:
-        message = json.loads(error.body)["message"]
-    except (TypeError, ValueError, KeyError):
-        message = error.reason
-    kinds = {400: _NotReadyError, 404: _MissingError, 409: _ConflictError}
-    if error.status == 403 and "exceeded quota" in message:
-        return RunError(f"{what}: {message}; ask for less, or for more quota in namespace {namespace}")
-    if error.status == 403:
-        return RunError(f"{what}: {message}; apply manifests/base, and run as its account minitron")
-    return kinds.get(error.status, RunError)(f"{what}: {error.status} {message}")
+    age = datetime.now(UTC) - datetime.fromisoformat(timestamp[:19]).replace(tzinfo=UTC)
+    return max(1, int(age.total_seconds()) + 30)

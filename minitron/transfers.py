@@ -48,7 +48,7 @@ def download(identity: str, target: Path) -> None:
             bar.update(sum(blob.size for blob, _ in batch))
 
 
-def upload(files: dict[str, Path], address: str, there: Objects) -> None:
+def upload(files: dict[str, Path], address: str, there: Objects) -> dict[str, int]:
     """Put files below an address, each only if what lies there still is what was listed; equal ones are left.
 
     Args:
@@ -56,10 +56,14 @@ def upload(files: dict[str, Path], address: str, there: Objects) -> None:
         address: gs://bucket/path.
         there: what lies there, as `objects` found it.
 
+    Returns:
+        The generation of every file's object.
+
     Raises:
         RunError: another process writes there, the bucket may not be written, or the connection broke off.
     """
-    missing = [name for name, path in files.items() if not (name in there and is_same(path, there[name]))]
+    missing = [name for name, path in files.items() if not (name in there and _is_same(path, there[name]))]
+    found = {name: there[name].generation for name in files.keys() - missing}
     sizes = {name: files[name].stat().st_size for name in missing}
     by_generation: dict[int, list[str]] = defaultdict(list)
     for name in sorted(missing, key=lambda name: -sizes[name]):
@@ -70,21 +74,25 @@ def upload(files: dict[str, Path], address: str, there: Objects) -> None:
             for batch in _upload_batches(names, sizes):
                 _send([(blobs[name], files[name]) for name in batch], generation)
                 bar.update(sum(sizes[name] for name in batch))
+            found |= {name: blobs[name].generation for name in names}
+    return found
 
 
 def _upload_batches(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
     """Yield names for the bar's steps: enough of them, and of their bytes, to keep all workers busy."""
     batch: list[str] = []
+    size = 0
     for name in names:
         batch.append(name)
-        if len(batch) >= WORKERS and sum(sizes[other] for other in batch) >= _BATCH_BYTES:
+        size += sizes[name]
+        if len(batch) >= WORKERS and size >= _BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
 
-def is_same(path: Path, blob: Any) -> bool:
+def _is_same(path: Path, blob: Any) -> bool:
     """Say whether a file has an object's size and CRC32C."""
     return path.stat().st_size == blob.size and _crc32c(path) == blob.crc32c
 
@@ -152,7 +160,7 @@ def _fetch_large(blob: Any, path: Path) -> Exception | None:
 
 def _finish(address: str, blob: Any, path: Path) -> None:
     part = _part(path)
-    if not is_same(part, blob):
+    if not _is_same(part, blob):
         part.unlink()
         raise RunError(f"{address}: {path.name} did not come as its size and CRC32C say; run it again")
     part.rename(path)

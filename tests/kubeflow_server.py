@@ -5,49 +5,38 @@ What it is sent is parsed with the models of kfp-server-api, and a field that th
 
 import json
 import re
-import socket
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, urlparse
 
 import kfp_server_api
 import yaml
+from http_server import Refused, State, http_server
 
 Entry = dict[str, Any]
 
 
-class Refused(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class KubeflowServer:
+class KubeflowServer(State):
     """The state, and what a test does to it."""
 
     def __init__(self, multi_user: bool, token: str | None) -> None:
+        super().__init__()
         self.multi_user, self.token = multi_user, token
         self.pipelines: dict[str, Entry] = {}
         self.versions: dict[str, Entry] = {}
         self.experiments: dict[str, Entry] = {}
         self.runs: dict[str, Entry] = {}
         self.schedules: dict[str, Entry] = {}
-        self.requests: list[str] = []
-        self.faults: list[int] = []
-        """Statuses of the next answers; 0: the connection is cut."""
         self.after_run: Callable[[Entry], None] = lambda run: None
         """Called whenever a run is asked for: it may go on."""
-        self.url = ""
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
+    def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
+        if self.token and headers.get("Authorization") != f"Bearer {self.token}":
+            raise Refused(401, "unauthorized")
+        body = _parsed(data, headers.get("Content-Type", ""))
         for pattern, handler in self._routes():
             if match := re.fullmatch(f"{method} /apis/v2beta1/{pattern}", f"{method} {path}"):
                 return handler(query, body, *match.groups())
@@ -180,59 +169,14 @@ def checked(body: Any, model: str) -> None:
                 checked(part, kind)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    state: KubeflowServer
-    protocol_version = "HTTP/1.1"
-
-    def _respond(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        data = self.rfile.read(length) if length else None
-        url = urlparse(self.path)
-        self.state.requests.append(f"{self.command} {url.path}")
-        if self.state.faults and (fault := self.state.faults.pop(0)) != 200:
-            if not fault:
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            return self._send(fault, {"error": "out of order", "message": "out of order"})
-        if self.state.token and self.headers.get("Authorization") != f"Bearer {self.state.token}":
-            return self._send(401, {"error": "unauthorized"})
-        query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        try:
-            self._send(200, self.state.answer(self.command, url.path, query, self._body(data)))
-        except Refused as refusal:
-            self._send(refusal.status, {"error": str(refusal), "message": str(refusal), "code": 3})
-
-    do_GET = do_POST = do_DELETE = _respond
-
-    def _body(self, data: bytes | None) -> Any:
-        kind = self.headers.get("Content-Type", "")
-        if data is None or not kind.startswith("multipart/"):
-            return json.loads(data) if data else None
-        message = BytesParser().parsebytes(f"Content-Type: {kind}\r\n\r\n".encode() + data)
-        return message.get_payload()[0].get_payload(decode=True)  # type: ignore[union-attr]
-
-    def _send(self, status: int, content: Any) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+def _parsed(data: bytes, kind: str) -> Any:
+    """Return the JSON of a body, or the file of an upload."""
+    if not kind.startswith("multipart/"):
+        return json.loads(data) if data else None
+    message = BytesParser().parsebytes(f"Content-Type: {kind}\r\n\r\n".encode() + data)
+    return message.get_payload()[0].get_payload(decode=True)  # type: ignore[union-attr]
 
 
-@contextmanager
-def kubeflow_server(multi_user: bool = False, token: str | None = None) -> Iterator[KubeflowServer]:
+def kubeflow_server(multi_user: bool = False, token: str | None = None) -> AbstractContextManager[KubeflowServer]:
     """Serve until the block ends."""
-    state = KubeflowServer(multi_user, token)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield state
-    finally:
-        server.shutdown()
-        server.server_close()
+    return http_server(KubeflowServer(multi_user, token))

@@ -4,6 +4,7 @@ TrainJobs are validated with the models of kubeflow-trainer-api: what those do n
 pods of a job, or runs it: `run_jobs` starts the nodes' commands here, with the variables that the Trainer sets.
 """
 
+import copy
 import json
 import os
 import re
@@ -14,14 +15,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, urlparse
 
+import pytest
 import yaml
+from http_server import Refused, State, http_server
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+from minitron import trainjob
 
 Entry = dict[str, Any]
 
@@ -74,25 +77,15 @@ TASK: dict[str, Any] = {
 """What Kubeflow makes of a task, as far as it matters: the content of its pod."""
 
 
-class Refused(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class KubernetesServer:
+class KubernetesServer(State):
     """The state, and what a test does to it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.objects: dict[str, dict[str, Entry]] = {
             kind: {} for kind in ("pods", "nodes", "namespaces", "persistentvolumeclaims", "secrets", "trainjobs")
         } | {"events": {}, "clustertrainingruntimes": {}}
         self.logs: dict[str, list[str]] = {}
-        self.requests: list[str] = []
-        self.faults: list[int] = []
-        """Statuses of the next answers; 0: the connection is cut, 200: as ever, 1: cut in mid-answer."""
         self.forbidden: set[str] = set()
         """Kinds, or verbs and kinds ("POST trainjobs"), that are answered by 403."""
         self.run_jobs = False
@@ -117,12 +110,16 @@ class KubernetesServer:
         self.job()["status"] = {"conditions": [condition]}
 
     def add(self, kind: str, name: str, **content: Any) -> Entry:
-        metadata = {"name": name, "namespace": "team", "uid": f"uid-{name}"} | content.pop("metadata", {})
+        metadata = {"name": name, "namespace": "team", "uid": f"uid-{name}", "creationTimestamp": _now()}
+        metadata |= content.pop("metadata", {})
         entry = {"metadata": metadata} | content
         self.objects[kind][name] = entry
         return entry
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
+    def error(self, status: int, message: str) -> Entry:
+        return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": status}
+
+    def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
         match = re.fullmatch(
             r"/(?:api/v1|apis/[^/]+/v1alpha1)(?:/namespaces/team)?/(\w+)(?:/([^/]+))?(?:/(log))?", path
         )
@@ -139,7 +136,7 @@ class KubernetesServer:
             case ("GET", _, _):
                 return self._found(kind, name)
             case ("POST", None, _):
-                return self._create(kind, body)
+                return self._create(kind, json.loads(data))
             case ("DELETE", _, _):
                 return self._delete(kind, name)
         raise Refused(405, f"{method} {path}")
@@ -177,6 +174,7 @@ class KubernetesServer:
         name = body["metadata"]["name"]
         if name in self.objects[kind]:
             raise Refused(409, f'{kind} "{name}" already exists')
+        body["metadata"]["creationTimestamp"] = _now()
         self.objects[kind][name] = body | {"status": {}}
         if self.create_pods:
             for rank in range(body["spec"]["trainer"]["numNodes"]):
@@ -262,67 +260,32 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-class _Handler(BaseHTTPRequestHandler):
-    state: KubernetesServer
-    protocol_version = "HTTP/1.1"
-
-    def _respond(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        data = self.rfile.read(length) if length else None
-        url = urlparse(self.path)
-        self.state.requests.append(f"{self.command} {url.path}")
-        fault = self.state.faults.pop(0) if self.state.faults else 200
-        if fault == 0:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        if fault > 200:
-            return self._send(fault, self._status(fault, "the server is out of order"))
-        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+@contextmanager
+def kubernetes_server(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    """Serve until the block ends, to this process and those that it starts."""
+    with http_server(KubernetesServer()) as state:
+        config = directory / "kubeconfig"
+        content = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "test", "users": [{"name": "ann", "user": {}}],
+            "clusters": [{"name": "fake", "cluster": {"server": state.url}}],
+            "contexts": [{"name": "test", "context": {"cluster": "fake", "user": "ann", "namespace": "team"}}],
+        }  # fmt: skip
+        config.write_text(yaml.safe_dump(content))
+        monkeypatch.setenv("KUBECONFIG", str(config))
         try:
-            body = json.loads(data) if data else None
-            self._send(200, self.state.answer(self.command, url.path, query, body), cut=fault == 1)
-        except Refused as refusal:
-            self._send(refusal.status, self._status(refusal.status, str(refusal)))
-
-    do_GET = do_POST = do_DELETE = _respond
-
-    def _status(self, status: int, message: str) -> Entry:
-        return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": status}
-
-    def _send(self, status: int, content: Any, cut: bool = False) -> None:
-        text = (content if isinstance(content, str) else json.dumps(content)).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text[: len(text) // 2] if cut else text)
-        if cut:
-            self.close_connection = True
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+            yield state
+        finally:
+            for process in state.processes:
+                process.kill()
+                process.wait()
 
 
 @contextmanager
-def kubernetes_server(directory: Path) -> Iterator[tuple[KubernetesServer, Path]]:
-    """Serve until the block ends; the second is a kubeconfig for it."""
-    state = KubernetesServer()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
-    Thread(target=server.serve_forever, daemon=True).start()
-    config = directory / "kubeconfig"
-    cluster = {"server": f"http://127.0.0.1:{server.server_port}"}
-    content = {
-        "apiVersion": "v1", "kind": "Config", "current-context": "test", "users": [{"name": "ann", "user": {}}],
-        "clusters": [{"name": "fake", "cluster": cluster}],
-        "contexts": [{"name": "test", "context": {"cluster": "fake", "user": "ann", "namespace": "team"}}],
-    }  # fmt: skip
-    config.write_text(yaml.safe_dump(content))
-    try:
-        yield state, config
-    finally:
-        for process in state.processes:
-            process.kill()
-            process.wait()
-        server.shutdown()
-        server.server_close()
+def cluster_of_a_task(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    """Serve, with this process as the task whose pod is TASK; it looks at its TrainJob more often than a task does."""
+    monkeypatch.setenv("KFP_POD_NAME", "distill-task")
+    monkeypatch.setenv("MINITRON_NAMESPACE", "team")
+    monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.05)
+    with kubernetes_server(directory, monkeypatch) as state:
+        state.add("pods", "distill-task", **copy.deepcopy(TASK))
+        yield state

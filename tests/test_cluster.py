@@ -1,15 +1,17 @@
 """`minitron submit`, `schedule`, `runs` and `unschedule` against a server that speaks Kubeflow Pipelines' API."""
 
+import base64
 import copy
-import http.server
-import threading
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import yaml
 from conftest import free_port
+from http_server import CUT, Page, State, http_server
 from kubeflow_server import KubeflowServer, kubeflow_server
 from typer.testing import CliRunner
 
@@ -120,7 +122,7 @@ def test_a_run_that_fails_says_which_task_and_why(server: KubeflowServer) -> Non
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(server: KubeflowServer) -> None:
     server.after_run = scenario(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"])
-    steps = iter([[503, 503], [0, 0, 0, 0, 0, 0], []])
+    steps = iter([[503, 503], [CUT] * 6, []])
     after_run = server.after_run
 
     def go_on_and_fail(run: Any) -> None:
@@ -204,25 +206,62 @@ def test_a_host_that_does_not_answer_is_named() -> None:
 
 
 def test_a_page_that_is_not_kubeflows_is_told_apart() -> None:
-    class Page(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(int(self.path.partition("status=")[2][:3] or 200))
-            self.end_headers()
-            self.wfile.write(b"<html>Sign in</html>")
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    page = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=page.serve_forever, daemon=True).start()
-    assert "answers, but not as Kubeflow Pipelines' API" in error(
-        "runs", "--host", f"http://127.0.0.1:{page.server_port}"
-    )
-    page.shutdown()
+    with http_server(Page(200, "<html>Sign in</html>")) as page:
+        assert "answers, but not as Kubeflow Pipelines' API" in error("runs", "--host", page.url)
 
 
 def test_outside_a_cluster_the_host_is_needed() -> None:
     assert error("runs") == "--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT"
+
+
+def test_in_a_pod_neither_host_nor_token_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kfp.client import Client
+    from kubernetes.config import incluster_config
+
+    (tmp_path / "token").write_text("of-the-pod")
+    monkeypatch.setattr(cluster, "_IN_CLUSTER", tmp_path / "token")
+    for name in ("SERVICE_TOKEN_FILENAME", "SERVICE_CERT_FILENAME"):
+        monkeypatch.setattr(incluster_config, name, str(tmp_path / "token"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    with kubeflow_server(multi_user=True, token="of-the-pod") as server:
+        monkeypatch.setattr(Client, "_IN_CLUSTER_DNS_NAME", server.url)
+        ok("submit", *JOB, "--namespace", "team")
+        assert len(server.runs) == 1
+
+
+class _Google(State):
+    """Google's token service: an access token, or one for the proxy's client."""
+
+    def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
+        claims = parse_qs(data.decode())["assertion"][0].split(".")[1]
+        wanted = json.loads(base64.urlsafe_b64decode(claims + "=="))
+        if wanted.get("target_audience") == "the-proxy":
+            return {"id_token": "for-the-proxy"}
+        return {"access_token": "x", "expires_in": 3600}
+
+
+def test_behind_googles_proxy_the_service_accounts_token_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    monkeypatch.setenv("KF_PIPELINES_IAP_OAUTH2_CLIENT_ID", "the-proxy")
+    with http_server(_Google()) as google, kubeflow_server(token="for-the-proxy") as server:
+        account = {"type": "service_account", "client_email": "ci@example.com", "token_uri": f"{google.url}/token"}
+        account |= {"private_key": key.decode(), "private_key_id": "1", "project_id": "p", "client_id": "1"}
+        (tmp_path / "key.json").write_text(json.dumps(account))
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+        monkeypatch.setattr("kfp.client.auth.OAUTH_TOKEN_URI", f"{google.url}/token")
+        ok("submit", *JOB, "--host", server.url)
+        (tmp_path / "key.json").unlink()
+        message = error("runs", "--host", server.url)
+    assert "no token for its Identity-Aware Proxy (" in message and "GOOGLE_APPLICATION_CREDENTIALS" in message
 
 
 @pytest.mark.parametrize(
@@ -231,6 +270,7 @@ def test_outside_a_cluster_the_host_is_needed() -> None:
         (["--set", "distill.max_step=3"], "distill.max_step: unknown key; did you mean 'distill.max_steps'?"),
         (["--set", "cluster.ttl_hour=3"], "cluster.ttl_hour: unknown key; did you mean 'ttl_hours'?"),
         (["--set", "cluster.shared_memory=16"], "cluster.shared_memory: Input should be a valid string"),
+        (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
         (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks do not see"),
         (["--set", "distill.num_nodes=2"], "distill: gpus is 8, but with num_nodes 2 the task itself only waits"),
     ],

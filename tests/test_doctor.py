@@ -1,15 +1,12 @@
 """`minitron doctor` on clusters that have everything, little, and nothing."""
 
-import http.server
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import free_port
 from gcs import World
+from http_server import Page, http_server
 from kubeflow_server import kubeflow_server
 from kubernetes_server import KubernetesServer, kubernetes_server
 from typer.testing import CliRunner
@@ -19,8 +16,7 @@ from minitron.cli import app
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
-    with kubernetes_server(tmp_path) as (state, config):
-        monkeypatch.setenv("KUBECONFIG", str(config))
+    with kubernetes_server(tmp_path, monkeypatch) as state:
         for name in ("KF_PIPELINES_ENDPOINT", "MINITRON_NAMESPACE", "MINITRON_TOKEN", "MLFLOW_TRACKING_URI"):
             monkeypatch.delenv(name, raising=False)
         state.add("namespaces", "team", status={"phase": "Active"})
@@ -93,8 +89,8 @@ def test_a_lost_volume_and_a_cluster_that_is_away(cluster: KubernetesServer, mon
     ("status", "text", "remedy"), [(200, "<html>", "check tracking_uri"), (403, "no", "start it with --allowed-hosts")]
 )
 def test_what_is_no_mlflow(cluster: KubernetesServer, status: int, text: str, remedy: str) -> None:
-    with _page(status, text) as uri, kubeflow_server() as kubeflow:
-        code, lines = doctor("--host", kubeflow.url, "--tracking-uri", uri)
+    with http_server(Page(status, text)) as page, kubeflow_server() as kubeflow:
+        code, lines = doctor("--host", kubeflow.url, "--tracking-uri", page.url)
     assert code == 1 and remedy in lines["MLflow"] and str(status) in lines["MLflow"]
 
 
@@ -111,20 +107,3 @@ def test_a_bucket_is_written_to(cluster: KubernetesServer, world: World) -> None
         world.fault = lambda request: 403 if request.uploaded or request.method == "POST" else None
         status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
     assert status == 1 and "give this account the role Storage Object User" in lines["bucket"]
-
-
-@contextmanager
-def _page(status: int, text: str) -> Iterator[str]:
-    class Page(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()

@@ -41,7 +41,7 @@ def make(tmp_path: Path, student: Path, dataset: Path) -> Callable[..., Register
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
     (evaluation / "report.html").write_text("<p>report</p>")
-    (evaluation / "evaluation.json").write_text("{}")
+    (evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": 213568}}))
     common = {"output": tmp_path / "out", "student": student, "dataset": dataset, "evaluation": evaluation}
     common |= {"name": tmp_path.name, "experiment": tmp_path.name}
 
@@ -297,6 +297,18 @@ def test_what_cannot_be_registered_is_refused(
     with pytest.raises(ConfigError, match=message):
         register.run(make(**({"uri": f"sqlite:///{tmp_path}/mlflow.db"} | values)))
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation"}
+
+
+def test_the_evaluation_of_another_student_is_refused(
+    mlflow_file: str, make: Callable[..., RegisterConfig], tmp_path: Path
+) -> None:
+    config = make(mlflow_file)
+    (config.evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": 5}}))
+    with pytest.raises(
+        ConfigError, match=r"its weights are 213568 parameters, but .* is of a student with 5; give the"
+    ):
+        register.run(config)
+    assert not config.output.exists()
 
 
 def test_an_evaluation_without_report_is_refused(make: Callable[..., RegisterConfig], tmp_path: Path) -> None:

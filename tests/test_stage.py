@@ -76,6 +76,21 @@ def test_the_record_says_where_a_result_comes_from(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_input_that_may_not_be_read_is_one_line(
+    make: Callable[..., PrepareConfig], work: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These tests run as root, who may read everything: the refusal is made here."""
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("minitron.storage._file_hash", refuse)
+    with pytest.raises(
+        RunError, match=r"corpus.txt: Permission denied; give this user the right, or another directory"
+    ):
+        stage.run(make(), work)
+
+
 def test_the_record_is_written_last(make: Callable[..., PrepareConfig], tmp_path: Path) -> None:
     def work(config: PrepareConfig, directory: Path, tracker: Any) -> dict[str, Any]:
         assert directory != config.output and not config.output.exists()

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubernetes_server import TASK, KubernetesServer, Refused, kubernetes_server
+from http_server import CUT, HALF, Refused
+from kubernetes_server import KubernetesServer, cluster_of_a_task
 from urllib3 import Retry
 
-from minitron import trainjob
+from minitron import kube, trainjob
 from minitron.errors import ConfigError, RunError
 
 KEY = "0123456789abcdef"
@@ -26,15 +27,10 @@ WORKER = "launcher_worker"
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
-    with kubernetes_server(tmp_path) as (state, config):
-        monkeypatch.setenv("KUBECONFIG", str(config))
-        monkeypatch.setenv("KFP_POD_NAME", "distill-task")
-        monkeypatch.setenv("MINITRON_NAMESPACE", "team")
+    with cluster_of_a_task(tmp_path, monkeypatch) as state:
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.05)
         quick = {"backoff_factor": 0.05, "backoff_max": 0.05, "status_forcelist": (429, 500, 502, 503, 504)}
-        monkeypatch.setattr(trainjob, "RETRY", Retry(20, allowed_methods=None, **quick))
-        state.add("pods", "distill-task", **TASK)
+        monkeypatch.setattr(kube, "RETRY", Retry(20, allowed_methods=None, **quick))
         yield state
 
 
@@ -86,7 +82,7 @@ def test_the_nodes_are_one_group_and_are_followed(
     launch(tmp_path, lambda: calls.append(len(list(tmp_path.glob("rank*")))))
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3", "3"]
     assert calls[-1] == 2 and not server.objects["trainjobs"]
-    assert f"TrainJob {JOB}: 2 nodes of 1 GPUs" in capsys.readouterr().out
+    assert f"TrainJob {JOB}: 2 x 1 GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -127,7 +123,7 @@ def test_every_line_of_the_log_comes_once_though_connections_are_cut(
         for number in range(20):
             server.say(FIRST, f"step {number}")
             if number % 6 == 0:
-                server.faults = [0, 1, 503, 1]
+                server.faults = [CUT, HALF, 503, HALF]
             time.sleep(0.05)
         server.faults = []
         server.end("Complete")
@@ -140,7 +136,7 @@ def test_every_line_of_the_log_comes_once_though_connections_are_cut(
 
 
 def test_an_api_server_that_is_away_for_a_while_costs_nothing(server: KubernetesServer, tmp_path: Path) -> None:
-    later(server, lambda: setattr(server, "faults", [503, 0, 429, 0, 500]))
+    later(server, lambda: setattr(server, "faults", [503, CUT, 429, CUT, 500]))
     later(server, lambda: server.end("Complete"), 1.0)
     launch(tmp_path)
     assert sum(request.startswith("POST") for request in server.requests) == 1
@@ -149,7 +145,7 @@ def test_an_api_server_that_is_away_for_a_while_costs_nothing(server: Kubernetes
 def test_an_api_server_that_stays_away_is_named_and_the_job_may_run_on(
     server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    later(server, lambda: setattr(server, "faults", [0] * 1000))
+    later(server, lambda: setattr(server, "faults", [CUT] * 1000))
     with pytest.raises(RunError, match=r"the Kubernetes API does not answer \(MaxRetryError\); is it up\?"):
         launch(tmp_path)
     server.faults = []
@@ -172,7 +168,9 @@ def test_a_restarted_task_takes_up_the_job_of_the_lost_one(
     server.forbidden.clear()
     server.say(FIRST, "step 7")
     later(server, lambda: server.end("Complete"))
+    (tmp_path / "add.json").write_text("what the running workers read")
     launch(tmp_path)
+    assert (tmp_path / "add.json").read_text() == "what the running workers read"
     assert f"TrainJob {JOB}: taken up" in capsys.readouterr().out
     assert sum(request.startswith("POST") for request in server.requests) == 1
     assert "step 7" in (tmp_path / "add.log").read_text()
@@ -240,6 +238,32 @@ def test_a_quota_that_is_exceeded_gives_the_job_up(server: KubernetesServer, tmp
     assert not server.objects["trainjobs"]
 
 
+def test_what_an_earlier_job_met_does_not_count(server: KubernetesServer, tmp_path: Path) -> None:
+    """Kubernetes keeps events for an hour: meanwhile the quota was raised, and the stage is tried again."""
+    server.create_pods = False
+    event = {
+        "reason": "FailedCreate",
+        "message": "exceeded quota: minitron",
+        "involvedObject": {"name": f"{JOB}-node-0"},
+    }
+    server.add("events", "old", lastTimestamp="2026-01-01T00:00:00Z", **event)
+    later(server, lambda: server.end("Complete"), 0.5)
+    launch(tmp_path)
+
+
+def test_of_a_node_that_was_restarted_the_last_pod_is_followed(server: KubernetesServer, tmp_path: Path) -> None:
+    def restart() -> None:
+        labels = server.objects["pods"][FIRST]["metadata"]["labels"]
+        again = {"labels": labels, "creationTimestamp": "2036-01-01T00:00:00Z"}
+        server.add("pods", f"{FIRST}-again", metadata=again, status={"phase": "Running"})
+        server.say(f"{FIRST}-again", "second attempt")
+
+    later(server, restart)
+    later(server, lambda: server.end("Complete"), 0.6)
+    launch(tmp_path)
+    assert "second attempt" in (tmp_path / "add.log").read_text()
+
+
 def test_an_image_that_cannot_be_pulled_gives_the_job_up(
     server: KubernetesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +318,7 @@ def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytes
         launch(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run it in a pod, or set KUBECONFIG"):
-        trainjob.core_api()
+        kube.core_api()
 
 
 def _plain_job(name: str) -> dict[str, Any]:

@@ -5,21 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kubernetes_server import TASK, KubernetesServer, kubernetes_server
+from kubernetes_server import KubernetesServer, cluster_of_a_task
 from nemo_support import CUT, curves, run_distill, run_finetune, run_prune
 
-from minitron import trainjob
 from minitron.errors import ConfigError
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
-    with kubernetes_server(tmp_path) as (state, config):
-        monkeypatch.setenv("KUBECONFIG", str(config))
-        monkeypatch.setenv("KFP_POD_NAME", "distill-task")
-        monkeypatch.setenv("MINITRON_NAMESPACE", "team")
-        monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.5)
-        state.add("pods", "distill-task", **TASK)
+    with cluster_of_a_task(tmp_path, monkeypatch) as state:
         state.run_jobs = True
         yield state
 

@@ -6,8 +6,8 @@ ENV PATH=/opt/python/bin:$PATH
 
 # As in NVIDIA's image: another NumPy and transformers than constraints.txt has, and a protobuf that kfp excludes.
 FROM python AS nemo
-COPY constraints-nemo.txt /tmp/
-RUN pip install --no-cache-dir --constraint /tmp/constraints-nemo.txt accelerate datasets torch transformers \
-    && pip install --no-cache-dir --no-deps --constraint /tmp/constraints-nemo.txt megatron-core nemo_toolkit \
+COPY constraints-nemo.txt /build/
+RUN pip install --no-cache-dir --constraint /build/constraints-nemo.txt accelerate datasets torch transformers \
+    && pip install --no-cache-dir --no-deps --constraint /build/constraints-nemo.txt megatron-core nemo_toolkit \
     && pip install --no-cache-dir --no-deps protobuf==5.29.5 \
-    && rm /tmp/constraints-nemo.txt
+    && rm /build/constraints-nemo.txt

@@ -47,7 +47,9 @@ def test_nothing_of_the_machine_that_built_it_is_in_the_image(image: str) -> Non
     assert not {word for word in settings if word in written}
     assert not [line for line in inspect(image)["Config"]["Env"] if line.startswith(("PIP_", "SSL_", "HTTP"))]
     assert not found_in_image(image, "(", "-name", "pip.conf", "-o", "-name", ".netrc", ")", "-size", "+0")
-    assert not [path for path in found_in_image(image, "-type", "f") if path.startswith(("/tmp/", "/root/.cache/"))]
+    assert not [
+        path for path in found_in_image(image, "-type", "f") if path.startswith(("/build/", "/tmp/", "/root/.cache/"))
+    ]
 
 
 @BOTH
