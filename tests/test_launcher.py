@@ -51,8 +51,8 @@ def test_the_workers_end_with_their_parent(tmp_path: Path, number: int) -> None:
         f"launch('{WORKER}', {{'job': 'wait'}}, Path({str(tmp_path)!r}), 2)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
-    _wait(lambda: len(list(tmp_path.glob("waiting*"))) == 2)
-    workers = [int(path.read_text()) for path in tmp_path.glob("waiting*")]
+    _wait(lambda: len(list(tmp_path.glob("waiting-*"))) == 2)
+    workers = [int(path.name.removeprefix("waiting-")) for path in tmp_path.glob("waiting-*")]
     parent.send_signal(number)
     parent.wait()
     _wait(lambda: not any(_is_running(worker) for worker in workers))

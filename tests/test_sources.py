@@ -17,6 +17,7 @@ from conftest import free_port
 from safetensors.torch import load_file, save_file
 
 from minitron import finetune, register, sources, tracking
+from minitron.checkpoint import stored_parameters
 from minitron.config import FinetuneConfig, parse
 from minitron.errors import ConfigError, RunError
 from minitron.storage import content_hash
@@ -190,7 +191,7 @@ def registry(mlflow_file: str, teacher: Path, dataset: Path, tmp_path: Path) -> 
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
     (evaluation / "report.html").write_text("report")
-    (evaluation / "evaluation.json").write_text("{}")
+    (evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": stored_parameters(teacher)}}))
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     weights = load_file(other / "model.safetensors")
