@@ -27,6 +27,9 @@ def evaluate(
     task_limit: Optional[int] = None,
     prompts: list[str] = ["The history of the city began", "In physics, energy is"],
     generation_tokens: int = 48,
+    out_of_domain: Optional[str] = None,
+    champion: Optional[str] = None,
+    gates: list[dict] = [],
     workspace: Optional[str] = None,
     tracking_uri: Optional[str] = None,
     experiment: str = "minitron",
@@ -45,7 +48,8 @@ def evaluate(
         student=student.path, output=evaluation.path, teacher_before=teacher_before, seed=seed,
         sequence_length=sequence_length, micro_batch_size=micro_batch_size,
         evaluation_sequences=evaluation_sequences, tasks=tasks, task_directory=task_directory,
-        task_limit=task_limit, prompts=prompts, generation_tokens=generation_tokens, workspace=workspace,
+        task_limit=task_limit, prompts=prompts, generation_tokens=generation_tokens,
+        out_of_domain=out_of_domain, champion=champion, gates=gates, workspace=workspace,
         tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
     )
     # fmt: on

@@ -24,14 +24,15 @@ def register(
     pipeline_run_id: Optional[str] = None,
     caching: bool = True,
     gpus: int = 0,
-):
-    """Register the student in the MLflow registry. Settings: minitron.config.RegisterConfig."""
+) -> int:
+    """Register the student in the MLflow registry; return its version. Settings: minitron.config.RegisterConfig."""
     from minitron.stage import launch
 
     # fmt: off
-    launch(
+    record = launch(
         "register", metrics, dataset=dataset.path, student=student.path, evaluation=evaluation.path,
         output=registered.path, seed=seed, name=name, alias=alias, workspace=workspace,
         tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
     )
     # fmt: on
+    return record["registered"]["version"]

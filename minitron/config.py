@@ -230,6 +230,38 @@ class DistillConfig(TrainingConfig):
         return self
 
 
+class Gate(BaseModel):
+    """A bound on a number of the student, or on its difference or ratio to that of another model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    against: Literal["teacher", "champion"] | None = None
+    by: Literal["difference", "ratio"] | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _difference_is_the_usual_way(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("against") and not values.get("by"):
+            return values | {"by": "difference"}
+        return values
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> "Gate":
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError(f"the gate on {self.metric} needs one of at_most and at_least: give that")
+        if self.by and not self.against:
+            raise ValueError(f"the gate on {self.metric} is by {self.by}, of what is not said: give against")
+        return self
+
+    @property
+    def bound(self) -> str:
+        """Which of the two bounds it has."""
+        return "at_least" if self.at_most is None else "at_most"
+
+
 class EvaluateConfig(SequenceConfig):
     """Models and data → evaluation.json and report.html."""
 
@@ -247,6 +279,15 @@ class EvaluateConfig(SequenceConfig):
         description="Beginnings that every model continues.",
     )
     generation_tokens: PositiveInt = Field(48, description="New tokens per prompt.")
+    out_of_domain: Annotated[str | None, INPUT, HUB_DATASET] = Field(
+        None, description="Text of another kind than the corpus, addressed as it is: what compression lost elsewhere."
+    )
+    champion: Annotated[str | None, INPUT, MODEL] = Field(
+        None, description="Model in production to compare with, measured on the same test set: models:/NAME@champion."
+    )
+    gates: list[Gate] = Field(
+        [], description="What the student must meet to be promoted: {metric, against, by, at_most or at_least} each."
+    )
 
 
 class RegisterConfig(StageConfig):
@@ -265,6 +306,26 @@ class RegisterConfig(StageConfig):
         if re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
             raise ValueError(f"alias {self.alias} is one of MLflow's own names; choose another")
         return self
+
+
+class ResolveConfig(StageConfig):
+    """Corpus, teacher and settings → is there anything to train that is not there yet?"""
+
+    tracking_uri: str = Field(description="MLflow server whose registry has the versions.")
+    pipeline_run_id: str = Field(description="Kubeflow run that asks.")
+    name: str = RegisterConfig.model_fields["name"].default
+    corpus: Annotated[str, INPUT, HUB_DATASET] = Field(description="As prepare's.")
+    teacher: ModelAddress = Field(description="As prepare's.")
+    settings: dict[str, Any] = Field(description="The pipeline's parameters that decide the weights.")
+
+
+class ConcludeConfig(StageConfig):
+    """What happened in a run → its outcome in MLflow, and a page."""
+
+    tracking_uri: str = Field(description="MLflow server.")
+    pipeline_run_id: str = Field(description="Kubeflow run that ends.")
+    state: str = Field(description="State in which Kubeflow says that it ended.")
+    message: str | None = Field(None, description="What Kubeflow says of a failure.")
 
 
 class ClusterConfig(BaseModel):
@@ -297,18 +358,22 @@ STAGES: dict[str, type[StageConfig]] = {
 """Every stage's configuration, in the order of the flow."""
 
 
+TASKS: dict[str, type[StageConfig]] = {"resolve": ResolveConfig, "conclude": ConcludeConfig}
+"""The tasks that decide instead of making something: what they do depends on the registry, so no result is reused."""
+
+
 def fields_marked(model: type[StageConfig], mark: str) -> list[str]:
     """Return the names of the fields that carry INPUT or EXECUTION."""
     return [name for name, field in model.model_fields.items() if mark in field.metadata]
 
 
 def parse(stage: str, values: dict[str, Any]) -> StageConfig:
-    """Validate the values of one stage.
+    """Validate the values of one stage, or of one of TASKS.
 
     Raises:
         ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
     """
-    return _validated(stage, STAGES[stage], values)
+    return _validated(stage, (STAGES | TASKS)[stage], values)
 
 
 def parse_cluster(values: dict[str, Any]) -> ClusterConfig:

@@ -1,4 +1,4 @@
-"""Measure teacher before and after correction, pruned model and student, and write the report.
+"""Measure teacher before and after correction, pruned model, student and champion; judge the student; write the report.
 
     python -m minitron.evaluate --config FILE
 
@@ -6,16 +6,22 @@ Writes `evaluation.json` and `report.html`. Models with equal weights are measur
 """
 
 import gc
+import hashlib
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minitron import stage
+from minitron import gates, stage
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
-from minitron.config import EvaluateConfig
+from minitron.config import EvaluateConfig, PrepareConfig
+from minitron.corpus import Corpus
 from minitron.data import IndexedDataset, PackedDataset
 from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
@@ -25,41 +31,68 @@ from minitron.manifest import check_tokenizer
 from minitron.report import write_report
 from minitron.results import write_atomically
 from minitron.scoring import score
-from minitron.sources import resolve
+from minitron.sources import corpus, resolve
 from minitron.storage import content_hash
+from minitron.tokenised import write_first
 from minitron.tracking import Tracker
+
+CHAMPION = "champion"
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure the four models; `config.output` gets evaluation.json and report.html.
+    """Measure the models; `config.output` gets evaluation.json and report.html.
 
     Returns:
         The stage's record; its metrics are those of evaluation.json, named model_metric or model_task_metric.
 
     Raises:
-        ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model takes, a task is not known.
+        ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model takes, a task is not known, a
+            gate is on something that is not measured.
         RunError: weights, the dataset or a task's data cannot be read.
     """
-    return stage.run(config, _work)
+    return stage.run(config, _work, gates.check)
 
 
 def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
-    paths = {name: resolve(getattr(config, name), config) for name in MODELS}
+    names = [*MODELS, *([CHAMPION] if config.champion else [])]
+    paths = {name: resolve(getattr(config, name), config) for name in names}
     _check(config, paths)
-    splits = _splits(config)
-    with loaded_tasks(config, directory) as tasks:
+    with _splits(config, directory, paths["teacher"]) as splits, loaded_tasks(config, directory) as tasks:
         evaluation = _measure(config, paths, splits, tasks, tracker)
+    evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
     write_atomically(directory / "evaluation.json", evaluation)
     write_report(directory, config, evaluation)
     return {"metrics": flat(evaluation)}
 
 
+def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return what evaluation.json says of the test set, the champion and the gates."""
+    champion = evaluation[CHAMPION] | inputs[CHAMPION] if config.champion else None
+    rows = gates.judge(gates.declared(config), evaluation, champion)
+    for row in rows:
+        print(f"gate: {gates.words(row)}", flush=True)
+    return {
+        "test_set": _test_set(config, inputs), "champion": champion, "gates": rows, "passed": gates.passed(rows)
+    }  # fmt: skip
+
+
+def _test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
+    """Return a hash of everything that must be equal for the numbers of two evaluations to be comparable."""
+    data = {name: inputs[name]["sha256"] for name in ("dataset", "task_directory", "out_of_domain") if name in inputs}
+    settings = config.model_dump(
+        mode="json", include={"sequence_length", "evaluation_sequences", "seed", "tasks", "task_limit"}
+    )
+    return hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()
+
+
 def flat(evaluation: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of evaluation.json under one name each, as metrics are logged: student_arc_easy_acc."""
+    outcomes = [row["outcome"] in gates.MET for row in evaluation["gates"]]
     metrics = {"gap_closed": evaluation["gap_closed"]}
     metrics["parameters_ratio"] = evaluation["student"]["parameters"] / evaluation["teacher"]["parameters"]
-    for model in MODELS:
-        found = evaluation[model]
+    metrics |= {"gates_met": sum(outcomes), "gates_missed": len(outcomes) - sum(outcomes)} if outcomes else {}
+    for model in [*MODELS, CHAMPION]:
+        found = evaluation[model] or {"tasks": {}}
         metrics |= {f"{model}_{name}": value for name, value in found.items()}
         for task, numbers in found["tasks"].items():
             metrics |= {f"{model}_{task}_{name}": value for name, value in numbers.items()}
@@ -82,10 +115,18 @@ def _check(config: EvaluateConfig, paths: dict[str, Path]) -> None:
         check_tokenizer(config.dataset, path)
 
 
-def _splits(config: EvaluateConfig) -> dict[str, PackedDataset]:
-    """Open validation and test; a test split without any document is left out."""
+@contextmanager
+def _splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[dict[str, PackedDataset]]:
+    """Open validation, test and the text of another kind; a test split without any document is left out."""
     names = ["validation", *(["test"] if len(IndexedDataset(config.dataset / "test")) else [])]
-    return {name: PackedDataset(config.dataset / name, config.sequence_length, config.seed) for name in names}
+    prefixes = {name: config.dataset / name for name in names}
+    with TemporaryDirectory(dir=directory) as other:
+        if config.out_of_domain:
+            prefixes["out_of_domain"] = Path(other) / "out_of_domain"
+            documents = Corpus(corpus(config.out_of_domain, config), PrepareConfig.model_fields["text_field"].default)
+            tokens = config.evaluation_sequences * config.sequence_length + 1
+            write_first(documents, load_tokenizer(teacher), prefixes["out_of_domain"], tokens)
+        yield {name: PackedDataset(prefix, config.sequence_length, config.seed) for name, prefix in prefixes.items()}
 
 
 @torch.inference_mode()
@@ -152,7 +193,10 @@ def _score(
             "parameters": parameter_count(model),
             "weights_mb": model.get_memory_footprint() / 2**20,
             "validation_loss": scores["validation"][name]["loss"],
-            "test_loss": scores["test"][name]["loss"] if "test" in scores else None,
+            **{
+                f"{split}_loss": scores[split][name]["loss"] if split in scores else None
+                for split in ("test", "out_of_domain")
+            },
             **{metric: scores["validation"][name][metric] for metric in ("perplexity", "kl", "top1_agreement")},
         }
         for name, model in models.items()

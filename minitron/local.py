@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import yaml
 
 from minitron.errors import MinitronError, RunError
+from minitron.presets import dags
 from minitron.stage import failure_note
 
 _INDENTATION = " " * 4
@@ -51,24 +52,25 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
 
 def adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
-    unset = _drop_unset(specification["root"], arguments)
-    for task in specification["root"]["dag"]["tasks"].values():
-        inputs = task["inputs"]["parameters"]
-        for name in [name for name, source in inputs.items() if source.get("componentInputParameter") in unset]:
-            del inputs[name]
-        _drop_unset(specification["components"][task["componentRef"]["name"]], inputs)
-        task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+    _leave_out_unset(specification, specification["root"], arguments)
+    for dag in dags(specification):
+        for task in dag["dag"]["tasks"].values():
+            task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
     for executor in specification["deploymentSpec"]["executors"].values():
         executor["container"].pop("env", None)  # MINITRON_CACHE, a volume of the cluster
 
 
-def _drop_unset(component: dict[str, Any], given: dict[str, Any]) -> set[str]:
-    """Drop optional parameters without a value: a cluster leaves them to the function, kfp.local fails on them."""
-    parameters = component["inputDefinitions"]["parameters"]
+def _leave_out_unset(specification: dict[str, Any], component: dict[str, Any], given: Any) -> None:
+    """Drop parameters without a value, also from what gets them: a cluster leaves them out, kfp.local fails on them."""
+    parameters = component.get("inputDefinitions", {}).get("parameters", {})
     unset = {name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given}
     for name in unset:
         del parameters[name]
-    return unset
+    for task in component.get("dag", {}).get("tasks", {}).values():
+        inputs = task.get("inputs", {}).get("parameters", {})
+        for name in [name for name, source in inputs.items() if source.get("componentInputParameter") in unset]:
+            del inputs[name]
+        _leave_out_unset(specification, specification["components"][task["componentRef"]["name"]], inputs)
 
 
 def _explain(failure: Path) -> MinitronError:

@@ -12,9 +12,7 @@ duplicates are found by.
 
 import hashlib
 import json
-import re
 import time
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +21,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minitron import bucket, stage
@@ -35,6 +32,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.manifest import MANIFEST
 from minitron.sources import corpus, resolve
 from minitron.storage import content_hash, hub_dataset, local_path
+from minitron.tokenised import normalise, plain
 from minitron.tracking import Tracker
 
 Batch = list[tuple[str, str]]
@@ -43,8 +41,6 @@ Batch = list[tuple[str, str]]
 _BATCH_CHARACTERS = 1 << 19
 _BATCHES_AHEAD = 2
 _LOG_SECONDS = 10
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters except tab and line feed, and halves of surrogate pairs, which no encoding has."""
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
@@ -63,7 +59,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     teacher = resolve(config.teacher, config)
     tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
-    selection = Selection(Corpus(corpus(config), config.text_field), config)
+    selection = Selection(Corpus(corpus(config.corpus, config), config.text_field), config)
     started = time.monotonic()
     tokens = write(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
@@ -151,14 +147,6 @@ class Selection:
                 )
 
 
-def normalise(text: str) -> str:
-    r"""Return text in NFC, with \n as line ending, no trailing whitespace, and no control characters."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
-    return "\n".join([line.rstrip() for line in text.split("\n")]).strip("\n")
-
-
 def split_of(digest: bytes, config: PrepareConfig) -> str:
     """Return the split of a document: a function of its text and the seed, whatever else is in the corpus."""
     key = hashlib.sha256(str(config.seed).encode()).digest()
@@ -197,7 +185,7 @@ def _tokenised(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, l
     The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so that reading, cleaning and
     writing cost time only where they are slower than it.
     """
-    backend, eos = _plain(tokenizer), tokenizer.eos_token_id
+    backend, eos = plain(tokenizer), tokenizer.eos_token_id
     pending: deque[tuple[Batch, Future[Any]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
@@ -207,15 +195,6 @@ def _tokenised(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, l
                 yield _by_split(*pending.popleft(), eos)
         while pending:
             yield _by_split(*pending.popleft(), eos)
-
-
-def _plain(tokenizer: Any) -> Tokenizer:
-    """Return the tokenizer's backend, set to neither cut, pad nor find special tokens in the text."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
 
 
 def _by_split(batch: Batch, encodings: "Future[Any]", eos: int) -> dict[str, list[list[int]]]:

@@ -101,9 +101,16 @@ def configured(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[
         executor["activeDeadlineSeconds"] = str(cluster.timeout_hours * 3600)
         executor["emptyDirMounts"][0]["sizeLimit"] = cluster.shared_memory
         executor["podMetadata"]["labels"] |= cluster.labels
-    for task in specification["root"]["dag"]["tasks"].values():
-        task["retryPolicy"]["maxRetryCount"] = cluster.retries
+    for dag in dags(specification):
+        for task in dag["dag"]["tasks"].values():
+            if "retryPolicy" in task:
+                task["retryPolicy"]["maxRetryCount"] = cluster.retries
     return documents
+
+
+def dags(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the components of a pipeline that consist of tasks: itself, and its conditions and exit handlers."""
+    return [part for part in [specification["root"], *specification["components"].values()] if "dag" in part]
 
 
 def check_arguments(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +132,8 @@ def check_arguments(arguments: dict[str, Any], parameters: dict[str, Any]) -> di
     typed = {name: _typed(name, value, parameters[name]["parameterType"]) for name, value in arguments.items()}
     defaults = {name: entry["defaultValue"] for name, entry in parameters.items() if "defaultValue" in entry}
     for stage in STAGES:
-        parse(stage, stage_values(stage, defaults | typed))
+        if any(name.startswith(f"{stage}_") for name in parameters):
+            parse(stage, stage_values(stage, defaults | typed))
     return typed
 
 

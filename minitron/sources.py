@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from minitron import bucket, ngc, tracking
-from minitron.config import PrepareConfig, StageConfig
+from minitron.config import StageConfig
 from minitron.config import address as address_of
 from minitron.errors import ConfigError, RunError
 from minitron.references import cache_directory, followed
@@ -49,16 +49,16 @@ def resolve(address: str | Path, config: StageConfig) -> Path:
     return _exported(found, config) if _is_nemo(found) else found
 
 
-def corpus(config: PrepareConfig) -> str:
+def corpus(address: str, config: StageConfig) -> str:
     """Return the address of a corpus, or of its copy in the workspace where it lies in a bucket.
 
     Raises:
         ConfigError: there are no objects.
         RunError: it cannot be fetched.
     """
-    if not bucket.is_bucket(config.corpus):
-        return config.corpus
-    return str(_kept(bucket.pinned(config.corpus)[0], _fetch_objects, config))
+    if not bucket.is_bucket(address):
+        return address
+    return str(_kept(bucket.pinned(address)[0], _fetch_objects, config))
 
 
 def check(path: Path, sha256: str) -> None:

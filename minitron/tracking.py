@@ -48,7 +48,15 @@ _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL, _METRICS_PER_CALL = 6000, 
 
 
 class Tracker:
-    """Where a stage reports: this one, used without a tracking URI, keeps nothing."""
+    """Where a stage reports: this one, used without a tracking URI, keeps nothing.
+
+    Attributes:
+        identity: the stage's name, key and inputs, as its record has them.
+    """
+
+    def __init__(self, identity: dict[str, Any]) -> None:
+        """Remember whose tracker it is."""
+        self.identity = identity
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Log metrics at a step, now."""
@@ -62,7 +70,6 @@ class MlflowTracker(Tracker):
 
     Attributes:
         client: what every call goes through; mlflow's global state is never used.
-        identity: the stage's name, key and inputs, as its record has them.
         experiment_id: experiment of both runs.
         run_id: the stage's own run.
         pipeline_run_id: the parent run, where the whole pipeline's results go; the stage's own when it has no parent.
@@ -70,7 +77,8 @@ class MlflowTracker(Tracker):
 
     def __init__(self, client: "MlflowClient", config: StageConfig, identity: dict[str, Any]) -> None:
         """Join or open the runs, and log the configuration."""
-        self.client, self.identity = client, identity
+        super().__init__(identity)
+        self.client = client
         parent = _parent(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
         self.experiment_id = parent.info.experiment_id if parent else _experiment_id(client, config)
@@ -182,7 +190,7 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
         RunError: MLflow cannot be reached or refuses.
     """
     if config.tracking_uri is None:
-        yield Tracker()
+        yield Tracker(identity)
         return
     with explained(config.tracking_uri), _hurry(), undisturbed():
         tracker = MlflowTracker(connect(config.tracking_uri), config, identity)

@@ -30,7 +30,7 @@ CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN
 """Keys of the optional secret that the tasks get as environment variables."""
 
 
-def _give(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any) -> None:
+def give(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any) -> None:
     """Say what a task gets. prepare and register ask for 0 GPUs by default: nobody pays for one that idles."""
     task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
@@ -38,7 +38,7 @@ def _give(task: dsl.PipelineTask, gpus: Any, cpu: Any, memory: Any) -> None:
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=CLUSTER.shared_memory)
 
 
-def _protect(task: dsl.PipelineTask) -> None:
+def protect(task: dsl.PipelineTask) -> None:
     """Say what happens to a task whose node is lost: it resumes from its checkpoint in the workspace."""
     task.set_retry(CLUSTER.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
     kubernetes.set_timeout(task, CLUSTER.timeout_hours * 3600)
@@ -46,7 +46,7 @@ def _protect(task: dsl.PipelineTask) -> None:
     task.set_caching_options(False)
 
 
-def _connect(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, secret: Any, claim: Any) -> None:
+def connect(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, secret: Any, claim: Any) -> None:
     """Say what a task is made of: its image, the volume that all share, its credentials, its labels."""
     task.set_container_image(image)
     kubernetes.set_image_pull_secrets(task, [pull_secret])
@@ -148,6 +148,9 @@ def compress(
     evaluate_task_limit: Optional[int] = None,
     evaluate_prompts: list[str] = ["The history of the city began", "In physics, energy is"],
     evaluate_generation_tokens: int = 48,
+    evaluate_out_of_domain: Optional[str] = None,
+    evaluate_champion: Optional[str] = None,
+    evaluate_gates: list[dict] = [],
     evaluate_gpus: int = 1,
     evaluate_cpu: str = "8",
     evaluate_memory: str = "64Gi",
@@ -164,8 +167,11 @@ def compress(
     workspace_claim: str = "minitron-workspace",
     gpu_tolerations: Optional[list] = None,
     gpu_node_selector: Optional[dict] = None,
-):
+) -> int:
     """Compress a large language model: correct the teacher, prune it, distil it back, evaluate, register.
+
+    Returns:
+        The version in the MLflow registry.
 
     Args:
         teacher: Base model: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name,
@@ -256,6 +262,10 @@ def compress(
         evaluate_task_limit: Questions per task; none: all of them.
         evaluate_prompts: Beginnings that every model continues.
         evaluate_generation_tokens: New tokens per prompt.
+        evaluate_out_of_domain: Text of another kind than the corpus: what compression lost elsewhere.
+        evaluate_champion: Model in production to compare with: models:/NAME@champion.
+        evaluate_gates: What the student must meet to be promoted: {metric, against, by, at_most or
+            at_least} each.
         evaluate_gpus: GPUs of the evaluate task.
         evaluate_cpu: CPU cores of the evaluate task.
         evaluate_memory: Memory of the evaluate task, /dev/shm included.
@@ -333,19 +343,20 @@ def compress(
         sequence_length=sequence_length, micro_batch_size=evaluate_micro_batch_size,
         evaluation_sequences=evaluate_evaluation_sequences, tasks=evaluate_tasks,
         task_directory=evaluate_task_directory, task_limit=evaluate_task_limit, prompts=evaluate_prompts,
-        generation_tokens=evaluate_generation_tokens, gpus=evaluate_gpus, **common,
+        generation_tokens=evaluate_generation_tokens, out_of_domain=evaluate_out_of_domain,
+        champion=evaluate_champion, gates=evaluate_gates, gpus=evaluate_gpus, **common,
     )
     evaluation = evaluate_task.outputs["evaluation"]
     register_task = register(
         dataset=dataset, student=distilled, evaluation=evaluation, seed=seed, name=register_name,
         alias=register_alias, gpus=register_gpus, **common,
     )
-    _give(prepare_task, prepare_gpus, prepare_cpu, prepare_memory)
-    _give(finetune_task, finetune_gpus, finetune_cpu, finetune_memory)
-    _give(prune_task, prune_gpus, prune_cpu, prune_memory)
-    _give(distill_task, distill_gpus, distill_cpu, distill_memory)
-    _give(evaluate_task, evaluate_gpus, evaluate_cpu, evaluate_memory)
-    _give(register_task, register_gpus, register_cpu, register_memory)
+    give(prepare_task, prepare_gpus, prepare_cpu, prepare_memory)
+    give(finetune_task, finetune_gpus, finetune_cpu, finetune_memory)
+    give(prune_task, prune_gpus, prune_cpu, prune_memory)
+    give(distill_task, distill_gpus, distill_cpu, distill_memory)
+    give(evaluate_task, evaluate_gpus, evaluate_cpu, evaluate_memory)
+    give(register_task, register_gpus, register_cpu, register_memory)
     for task in (finetune_task, prune_task, distill_task, evaluate_task):
         kubernetes.add_toleration_json(task, gpu_tolerations)
         kubernetes.add_node_selector_json(task, gpu_node_selector)
@@ -354,9 +365,10 @@ def compress(
         "distill": distill_task, "evaluate": evaluate_task, "register": register_task,
     }
     for stage, task in tasks.items():
-        _protect(task)
+        protect(task)
         task_image = tools_image if stage == "register" else image
-        _connect(task, stage, task_image, image_pull_secret, secret, workspace_claim)
+        connect(task, stage, task_image, image_pull_secret, secret, workspace_claim)
+    return register_task.outputs["Output"]
 # fmt: on
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,11 +172,12 @@ def test_the_gap_is_the_share_of_the_damage_that_was_repaired() -> None:
 
 
 def test_the_layout_of_evaluation_json(found: dict[str, Any]) -> None:
-    assert set(found) == {*MODELS, "gap_closed", "sequences", "prompts"}
+    assert set(found) == {*MODELS, "gap_closed", "sequences", "prompts", "test_set", "champion", "gates", "passed"}
+    assert (found["champion"], found["gates"], found["passed"]) == (None, [], None)
     for model in MODELS:
         assert set(found[model]) == {
-            "parameters", "validation_loss", "test_loss", "perplexity", "kl", "top1_agreement", "tasks",
-            "generation_tokens_per_second", "weights_mb", "samples",
+            "parameters", "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl", "top1_agreement",
+            "tasks", "generation_tokens_per_second", "weights_mb", "samples",
         }  # fmt: skip
 
 
@@ -292,6 +295,64 @@ def test_without_tasks_and_test_documents(job: dict[str, Any], tmp_path: Path) -
     assert all(found[model]["test_loss"] is None and found[model]["tasks"] == {} for model in MODELS)
     assert found["sequences"] == {"validation": SEQUENCES, "test": 0}
     assert "student_test_loss" not in record["metrics"]
+
+
+@pytest.fixture(scope="module")
+def judged(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An evaluation against a champion, with text of another kind, and gates: its configuration, record and result."""
+    root = tmp_path_factory.mktemp("judged")
+    champion = save_llama(Path(job["teacher_before"]), root / "champion", 3, seed=4)
+    (root / "other.txt").write_text("\n\n".join(f"dilu bako {number} a c d b" for number in range(400)))
+    gates = [
+        {"metric": "parameters", "against": "teacher", "by": "ratio", "at_most": 0.9},
+        {"metric": "validation_loss", "against": "champion", "at_most": -100},
+        {"metric": f"{TASK}_acc", "at_least": 0.0},
+    ]
+    settings = job | {"champion": str(champion), "out_of_domain": str(root / "other.txt"), "gates": gates}
+    record = evaluate.run(EvaluateConfig(output=root / "out", **settings))
+    return {"settings": settings, "record": record, "found": json.loads((root / "out" / "evaluation.json").read_text())}
+
+
+def test_the_champion_is_measured_on_the_same_text(job: dict[str, Any], judged: dict[str, Any]) -> None:
+    champion, settings = judged["found"]["champion"], judged["settings"]
+    rows, labels = split(job["dataset"], "validation")
+    expected = F.cross_entropy(logits(settings["champion"], rows).flatten(0, 1), labels.flatten())
+    assert champion["validation_loss"] == pytest.approx(expected.item(), abs=1e-4)
+    assert champion["tasks"][TASK]["acc"] >= 0 and len(champion["samples"]) == len(PROMPTS)
+    assert champion["address"] == settings["champion"]
+    assert champion["sha256"] == judged["record"]["inputs"]["champion"]["sha256"]
+
+
+def test_text_of_another_kind_is_scored_as_plain_transformers_does(job: dict[str, Any], judged: dict[str, Any]) -> None:
+    """The stream of its documents, each with its EOS, in the seeded order, cut into sequences."""
+    tokenizer = AutoTokenizer.from_pretrained(job["student"])
+    documents, texts, tokens = [], Path(judged["settings"]["out_of_domain"]).read_text().split("\n\n"), 0
+    while tokens < SEQUENCES * 32 + 1:
+        documents.append([*tokenizer(texts[len(documents)])["input_ids"], tokenizer.eos_token_id])
+        tokens += len(documents[-1])
+    order = np.random.default_rng(1234).permutation(len(documents))
+    stream = torch.tensor([token for place in order for token in documents[place]][: SEQUENCES * 32 + 1])
+    for model in ("teacher", "student"):
+        expected = F.cross_entropy(logits(job[model], stream[:-1].view(-1, 32)).flatten(0, 1), stream[1:])
+        assert judged["found"][model]["out_of_domain_loss"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_the_gates_are_judged_and_logged(judged: dict[str, Any], found: dict[str, Any]) -> None:
+    rows, metrics = judged["found"]["gates"], judged["record"]["metrics"]
+    assert [row["outcome"] for row in rows] == ["passed", "failed", "passed"] and judged["found"]["passed"] is False
+    student, champion = (judged["found"][model]["validation_loss"] for model in ("student", "champion"))
+    assert rows[1]["found"] == pytest.approx(student - champion)
+    assert (metrics["gates_met"], metrics["gates_missed"]) == (2, 1)
+    assert metrics["champion_validation_loss"] == champion
+    assert judged["found"]["test_set"] != found["test_set"], "it has text that the other has not"
+
+
+def test_other_gates_do_not_make_another_test_set(job: dict[str, Any], found: dict[str, Any], tmp_path: Path) -> None:
+    gates = [{"metric": "validation_loss", "against": "champion", "at_most": 0.0}]
+    evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"gates": gates, "prompts": ["a"]}))
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert again["test_set"] == found["test_set"]
+    assert again["gates"][0]["outcome"] == "no champion" and again["passed"] is True
 
 
 def write_task(directory: Path, rows: str, **changes: Any) -> Path:
@@ -429,3 +490,16 @@ def test_damaged_weights_end_the_run_and_leave_nothing(job: dict[str, Any], tmp_
     with pytest.raises(RunError, match="weights cannot be read"):
         evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"student": broken}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"metric": "loss", "at_most": 3}, r"evaluate\.gates\.0\.metric: loss is not measured; give one of parameters"),
+        ({"metric": "out_of_domain_loss", "at_most": 3}, r"out_of_domain_loss needs evaluate\.out_of_domain"),
+    ],
+)
+def test_a_gate_on_what_is_not_measured_is_refused(
+    job: dict[str, Any], no_model: None, tmp_path: Path, gate: dict[str, Any], message: str
+) -> None:
+    assert re.search(message, refused(job, tmp_path / "out", gates=[gate]))

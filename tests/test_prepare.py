@@ -28,7 +28,8 @@ from minitron.corpus import Corpus
 from minitron.data import SPLITS, IndexedDataset
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.manifest import MANIFEST, check_tokenizer
-from minitron.prepare import Selection, normalise, split_of
+from minitron.prepare import Selection, split_of
+from minitron.tokenised import normalise
 from minitron.tracking import Tracker
 
 WIKITEXT = """
@@ -326,7 +327,7 @@ def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(prepare, "_LOG_SECONDS", 0)
     corpus = Corpus(str(written(tmp_path / "a.jsonl", json_lines(words(30_000)))), "text")
     selection = Selection(corpus, PrepareConfig(output=tmp_path, corpus="a", teacher=str(teacher)))
-    tokens = prepare.write(selection, load_tokenizer(teacher), tmp_path, Recorder())
+    tokens = prepare.write(selection, load_tokenizer(teacher), tmp_path, Recorder({}))
     logged = [count for _, count in Recorder.rows]
     assert len(logged) >= 2 and logged == sorted(logged)
     assert logged[-1] == sum(tokens.values())
