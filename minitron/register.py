@@ -7,19 +7,18 @@ mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of
 
 import importlib.util
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron import stage, tracking
+from minitron import registry, stage
 from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config import RegisterConfig
 from minitron.errors import ConfigError
 from minitron.manifest import MANIFEST, check_tokenizer, read_manifest
+from minitron.mlflow_client import explained
 from minitron.results import write_atomically
 from minitron.storage import read_record
+from minitron.tracking import MlflowTracker, Tracker
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
 
@@ -41,13 +40,16 @@ def run(config: RegisterConfig) -> dict[str, Any]:
     return stage.run(config, _work, _check_inputs)
 
 
-def _work(config: RegisterConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
-    assert isinstance(tracker, tracking.MlflowTracker)  # run() saw a tracking URI
+def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    assert isinstance(tracker, MlflowTracker)  # run() saw a tracking URI
     tags = _tags(config, tracker)
-    with tracking.explained(config.tracking_uri):
+    with explained(config.tracking_uri):
         _log_results(config, tracker)
-        with _uploaded(config, tracker) as model_id, _registered_model(config.name, tracker):
-            version = _create_version(config, tracker, model_id, tags)
+        with (
+            registry.uploaded(tracker, config.student, _generator(), _needs(config.student)) as model_id,
+            registry.registered_model(tracker, config.name),
+        ):
+            version = registry.create_version(tracker, config.name, config.alias, model_id, tags)
     found = {
         "name": config.name,
         "version": version,
@@ -67,7 +69,7 @@ def _check_inputs(config: RegisterConfig) -> None:
     check_tokenizer(config.dataset, config.student)
 
 
-def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, str]:
+def _tags(config: RegisterConfig, tracker: MlflowTracker) -> dict[str, str]:
     """Return what the registry says of the version; the weights are opened, so that no broken ones are registered."""
     tags = {
         "parameters": str(_counted_parameters(config)),
@@ -83,7 +85,7 @@ def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, 
     return tags
 
 
-def _log_results(config: RegisterConfig, tracker: tracking.MlflowTracker) -> None:
+def _log_results(config: RegisterConfig, tracker: MlflowTracker) -> None:
     """Put report, evaluation and dataset manifest where the whole pipeline's results are."""
     for path, folder in (
         (config.evaluation / REPORT, None),
@@ -91,28 +93,6 @@ def _log_results(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Non
         (config.dataset / MANIFEST, "dataset"),
     ):
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)
-
-
-@contextmanager
-def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterator[str]:
-    """Give the id of a logged model that holds the student's files as they are; delete it if anything fails."""
-    client = tracker.client
-    model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
-    try:
-        # Straight from where they lie: the weights are not copied on this disk.
-        client.log_model_artifacts(model.model_id, str(config.student))
-        size = sum(path.stat().st_size for path in config.student.rglob("*") if path.is_file())
-        with tempfile.TemporaryDirectory() as directory:
-            tracking.write_mlmodel(
-                Path(directory), _generator(), model.model_id, tracker.pipeline_run_id, size, _needs(config.student)
-            )
-            client.log_model_artifacts(model.model_id, directory)
-        client.finalize_logged_model(model.model_id, "READY")
-        yield model.model_id
-    except BaseException:
-        with suppress(Exception):  # the server may be gone
-            client.delete_logged_model(model.model_id)
-        raise
 
 
 def _counted_parameters(config: RegisterConfig) -> int:
@@ -139,40 +119,6 @@ def _needs(student: Path) -> list[str]:
     record = read_record(student)
     versions = {name: version.partition("+")[0] for name, version in record["versions"].items()} if record else {}
     return [f"{name}=={versions[name]}" if name in versions else name for name in ("torch", "transformers")]
-
-
-@contextmanager
-def _registered_model(name: str, tracker: tracking.MlflowTracker) -> Iterator[None]:
-    """Make sure that the registered model exists; take back one made here if anything fails."""
-    if tracker.client.search_registered_models(f"name = '{name}'"):
-        yield
-        return
-    tracker.client.create_registered_model(name)
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):
-            tracker.client.delete_registered_model(name)
-        raise
-
-
-def _create_version(
-    config: RegisterConfig, tracker: tracking.MlflowTracker, model_id: str, tags: dict[str, str]
-) -> int:
-    """Return the number of a new version that has the alias; there is none if the alias cannot be given."""
-    version = 0
-    try:
-        with tracking.undisturbed():
-            version = tracker.create_version(config.name, model_id, tags)
-            tracker.client.set_registered_model_alias(config.name, config.alias, str(version))
-            link = json.dumps([{"name": config.name, "version": str(version)}])  # as mlflow.register_model writes it
-            tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
-    except BaseException:
-        if version:
-            with suppress(Exception):
-                tracker.client.delete_model_version(config.name, str(version))
-        raise
-    return version
 
 
 if __name__ == "__main__":

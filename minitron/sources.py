@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from minitron import bucket, ngc, tracking
+from minitron import bucket, ngc, registry
 from minitron.config import StageConfig
 from minitron.config import address as address_of
 from minitron.errors import ConfigError, RunError
@@ -84,7 +84,7 @@ def _fetched(address: str, config: StageConfig) -> Path:
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
-            find, fetch = partial(tracking.model_version, uri), partial(tracking.download_version, uri)
+            find, fetch = partial(registry.model_version, uri), partial(registry.download_version, uri)
         case "ngc":
             find, fetch = ngc.check_address, ngc.download
         case scheme:

@@ -15,10 +15,11 @@ from conftest import SEQUENCE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import distill, register, tracking
+from minitron import distill, register
 from minitron.checkpoint import parameter_count, stored_parameters
 from minitron.config import RegisterConfig, parse
 from minitron.errors import ConfigError, RunError
+from minitron.mlflow_client import connect
 from minitron.storage import content_hash
 
 TEXTS = ["hello there", "abc"]
@@ -59,7 +60,7 @@ def uri(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def mlflow(uri: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The fluent API, as a user of the registry has it."""
-    tracking.connect(uri)
+    connect(uri)
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -107,7 +108,7 @@ def test_the_version_generates_and_its_directory_loads(
 
 def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Path) -> None:
     """The version says what it comes from, and the parent run has what belongs to the whole pipeline."""
-    client = tracking.connect(str(config.tracking_uri))
+    client = connect(str(config.tracking_uri))
     version = client.get_model_version(config.name, "1")
     distilled = json.loads((student / "stage.json").read_text())
     assert version.tags == {
@@ -153,7 +154,7 @@ print(json.dumps(model.predict({TEXTS!r}, params={{"max_new_tokens": 8}})))
 def test_the_alias_moves_and_the_same_student_is_not_registered_twice(
     mlflow_file: str, make: Callable[..., RegisterConfig], teacher: Path, tmp_path: Path
 ) -> None:
-    client = tracking.connect(mlflow_file)
+    client = connect(mlflow_file)
     first = register.run(make(mlflow_file))
     assert register.run(make(mlflow_file)) == first
     second = register.run(make(mlflow_file, student=teacher, output=tmp_path / "second"))
@@ -167,11 +168,11 @@ def test_another_registry_gets_its_own_version(
 ) -> None:
     for uri in (mlflow_file, mlflow_server):
         register.run(make(uri, workspace=tmp_path / "workspace"))
-        assert int(tracking.connect(uri).get_model_version_by_alias(tmp_path.name, "challenger").version) == 1
+        assert int(connect(uri).get_model_version_by_alias(tmp_path.name, "challenger").version) == 1
 
 
 def _assert_nothing_is_registered(uri: str, name: str, status: str = "FAILED") -> None:
-    client = tracking.connect(uri)
+    client = connect(uri)
     experiment = client.get_experiment_by_name(name).experiment_id
     assert not client.search_registered_models(f"name = '{name}'")
     assert not client.search_logged_models([experiment])
@@ -189,9 +190,7 @@ def test_a_failure_leaves_no_orphan(
             (tmp_path / "damaged" / "stage.json").unlink()
             (tmp_path / "damaged" / WEIGHTS).write_bytes((student / WEIGHTS).read_bytes()[:-1000])
         case "upload":  # logged models would lie in a directory where a file is
-            tracking.connect(mlflow_file).create_experiment(
-                tmp_path.name, artifact_location=str(tmp_path / "artifacts")
-            )
+            connect(mlflow_file).create_experiment(tmp_path.name, artifact_location=str(tmp_path / "artifacts"))
             (tmp_path / "artifacts").mkdir()
             (tmp_path / "artifacts" / "models").write_text("in the way")
         case "version":  # a tag above MLflow's limit: refused after the registered model was made
@@ -240,7 +239,7 @@ def test_the_student_s_environment_is_the_one_that_trained_it(
     (copy / "stage.json").write_text(json.dumps(record))
     config = make(mlflow_file, student=copy)
     uri = register.run(config)["registered"]["model_uri"]
-    tracking.connect(mlflow_file)
+    connect(mlflow_file)
     import mlflow
 
     mlflow.set_tracking_uri(mlflow_file)
@@ -252,7 +251,7 @@ def test_the_student_s_environment_is_the_one_that_trained_it(
 def test_terminated_between_version_and_alias_it_leaves_nothing_and_registers_when_run_again(
     mlflow_file: str, make: Callable[..., RegisterConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = type(tracking.connect(mlflow_file))
+    client = type(connect(mlflow_file))
     set_alias = client.set_registered_model_alias
 
     def terminated(*arguments: Any) -> None:
@@ -268,7 +267,7 @@ def test_terminated_between_version_and_alias_it_leaves_nothing_and_registers_wh
         signal.signal(signal.SIGTERM, before)
     _assert_nothing_is_registered(mlflow_file, tmp_path.name, "KILLED")
     version = register.run(make(mlflow_file))["registered"]["version"]
-    found = tracking.connect(mlflow_file).get_model_version_by_alias(tmp_path.name, "challenger")
+    found = connect(mlflow_file).get_model_version_by_alias(tmp_path.name, "challenger")
     assert int(found.version) == version
 
 
@@ -278,7 +277,7 @@ def test_a_failure_leaves_the_earlier_version(
     register.run(make(uri))
     with pytest.raises(RunError):
         register.run(make(uri, student=teacher, alias="x" * 300, output=tmp_path / "second"))
-    client = tracking.connect(uri)
+    client = connect(uri)
     assert [int(version.version) for version in client.search_model_versions(f"name = '{tmp_path.name}'")] == [1]
     assert len(client.search_logged_models([client.get_experiment_by_name(tmp_path.name).experiment_id])) == 1
 

@@ -16,10 +16,11 @@ import pytest
 from conftest import free_port
 from safetensors.torch import load_file, save_file
 
-from minitron import finetune, register, sources, tracking
+from minitron import finetune, register, sources
 from minitron.checkpoint import stored_parameters
 from minitron.config import FinetuneConfig, parse
 from minitron.errors import ConfigError, RunError
+from minitron.mlflow_client import connect
 from minitron.storage import content_hash
 
 ADDRESS = "ngc://org/team/llama:1.0"
@@ -200,7 +201,7 @@ def registry(mlflow_file: str, teacher: Path, dataset: Path, tmp_path: Path) -> 
     for place, student in enumerate((teacher, other)):
         output = tmp_path / f"registered{place}"
         register.run(parse("register", common | {"student": student, "output": output, "alias": f"alias{place}"}))  # type: ignore[arg-type]
-    client = tracking.connect(mlflow_file)
+    client = connect(mlflow_file)
     client.set_registered_model_alias(tmp_path.name, "champion", "1")
     return {"uri": mlflow_file, "name": tmp_path.name, "client": client, "other": other}
 

@@ -18,6 +18,7 @@ from conftest import SEQUENCE, free_port
 from minitron import stage, tracking
 from minitron.config import StageConfig, parse
 from minitron.errors import ConfigError, RunError
+from minitron.mlflow_client import connect
 
 
 @pytest.fixture(params=["mlflow_server", "mlflow_file"])
@@ -46,12 +47,12 @@ def _work(config: Any, directory: Path, tracker: tracking.Tracker) -> dict[str, 
 
 
 def _runs(uri: str, experiment: str) -> list[Any]:
-    client = tracking.connect(uri)
+    client = connect(uri)
     return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
 
 
 def _history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
-    points = tracking.connect(uri).get_metric_history(run_id, metric)
+    points = connect(uri).get_metric_history(run_id, metric)
     return sorted((point.step, point.value) for point in points)
 
 
@@ -89,7 +90,7 @@ def test_stages_are_nested_under_one_parent(uri: str, make: Callable[..., StageC
         }
         assert _history(uri, run.info.run_id, "loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
         assert _history(uri, run.info.run_id, "best_loss") == [(2, 1.0)]
-        path = tracking.connect(uri).download_artifacts(run.info.run_id, "stage.json", str(tmp_path))
+        path = connect(uri).download_artifacts(run.info.run_id, "stage.json", str(tmp_path))
         assert json.loads(Path(path).read_text()) == records[name]
     assert runs["finetune"].data.params["max_steps"] == "30"
     assert runs["finetune"].data.params["learning_rate"] == "0.0001"
@@ -99,7 +100,7 @@ def test_stages_are_nested_under_one_parent(uri: str, make: Callable[..., StageC
 def test_mlflow_run_id_is_joined(
     uri: str, make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = tracking.connect(uri)
+    client = connect(uri)
     experiment = client.create_experiment(f"{tmp_path.name}-given", artifact_location=str(tmp_path / "artifacts"))
     given = client.create_run(experiment, run_name="opened by someone else").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
@@ -114,7 +115,7 @@ def test_mlflow_run_id_is_joined(
 
 def test_every_stage_joins_the_earliest_parent(uri: str, make: Callable[..., StageConfig], tmp_path: Path) -> None:
     """Two stages that started at once may each have made a parent."""
-    client = tracking.connect(uri)
+    client = connect(uri)
     experiment = client.create_experiment(tmp_path.name, artifact_location=str(tmp_path / "artifacts"))
     late, early = (
         client.create_run(experiment, start_time=start, tags={"kfp.run_id": "p"}).info.run_id for start in (2000, 1000)
@@ -129,7 +130,7 @@ def test_a_parent_made_too_late_is_taken_back(
     mlflow_file: str, make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another stage makes the parent between this one's search and its own."""
-    client = tracking.connect(mlflow_file)
+    client = connect(mlflow_file)
     create_run, rivals = client.create_run, []
 
     def slowly(experiment_id: str, tags: dict[str, str], run_name: str) -> Any:
@@ -216,7 +217,7 @@ def test_a_real_training_is_watched_terminated_and_resumed(
 
 
 def _wait_for_step(uri: str, experiment_name: str, step: int) -> Any:
-    client = tracking.connect(uri)
+    client = connect(uri)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.1)

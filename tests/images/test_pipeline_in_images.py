@@ -9,9 +9,9 @@ from docker.errors import DockerException
 from podman_support import PYTHON
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import tracking
 from minitron.components.images import TOOLS, TRAINER
 from minitron.config import STAGES
+from minitron.mlflow_client import connect
 
 
 def test_the_pipeline_ends_in_a_registered_model(
@@ -28,7 +28,7 @@ def test_the_pipeline_ends_in_a_registered_model(
 
 def _check_registered(uri: str, directory: Path) -> None:
     """The version has its alias and its tags, and its directory is a student that loads and generates."""
-    version = tracking.connect(uri).get_model_version_by_alias("tiny", "challenger")
+    version = connect(uri).get_model_version_by_alias("tiny", "challenger")
     from mlflow.artifacts import download_artifacts
 
     student = download_artifacts("models:/tiny@challenger", dst_path=str(directory))

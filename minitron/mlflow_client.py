@@ -1,0 +1,137 @@
+"""Access to MLflow: clients, patience, errors in one line, what is found by tag or name.
+
+Its global state is never used, and mlflow is imported where a URI is given, not before.
+"""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+from minitron.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+__all__ = ["connect", "experiment_id", "explained", "hurry", "reason", "search", "shown", "undisturbed"]
+
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def connect(uri: str) -> "MlflowClient":
+    """Return a silent client of a tracking server or database, with its registry.
+
+    Raises:
+        ConfigError: MLflow does not write to such a URI, or a package for it is missing.
+    """
+    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "path"
+    if scheme not in ("http", "https", *_DATABASES):
+        raise ConfigError(f"tracking_uri {uri}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE")
+    if database := _sqlite_file(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+    _silence()
+    from mlflow import MlflowClient
+
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except ImportError as error:
+        remedy = "pip install mlflow, or give a server's http(s)://HOST"
+        raise ConfigError(f"tracking_uri {shown(uri)}: needs the package {error.name}; {remedy}") from error
+
+
+@contextmanager
+def explained(uri: str | None) -> Iterator[None]:
+    """Turn the errors of MLflow and of its connections into one line.
+
+    Raises:
+        RunError: MLflow cannot be reached or refuses.
+    """
+    _silence()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        raise RunError(
+            f"MLflow at {shown(uri or '')}: {reason(error)}; check tracking_uri and that the server runs"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """Return the innermost cause of an error, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "Caused by" in text:
+        text = text.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')(")
+    return text[:300]
+
+
+def shown(uri: str) -> str:
+    """Return a URI without its user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let SIGTERM wait for the end of a call: its exception, raised inside one, can leave the database locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if arrived:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def search(client: "MlflowClient", experiment: str, tag: str, value: str) -> list["Run"]:
+    """Return the runs of an experiment that have a tag with this value."""
+    return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'"))
+
+
+def experiment_id(client: "MlflowClient", name: str) -> str:
+    """Return the id of an experiment, which is made where it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    database = _sqlite_file(client.tracking_uri)
+    # MLflow's default is ./mlruns, wherever the stage was started.
+    location = str(database.absolute().parent / "mlartifacts") if database else None
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException as error:
+        experiment = client.get_experiment_by_name(name)  # another process may have been faster
+        if experiment is None:
+            raise error
+        return experiment.experiment_id
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _silence() -> None:
+    """Keep mlflow from logging and telephoning; it reads this when it is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def hurry() -> AbstractContextManager[None]:
+    """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
+    return patch.dict(os.environ, {name: value for name, value in _HURRY.items() if name not in os.environ})

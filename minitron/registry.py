@@ -1,0 +1,161 @@
+"""Registered models of MLflow: a directory becomes a version with an alias or leaves nothing, and comes back from one.
+
+A version is a Hugging Face directory as it is, with what mlflow.pyfunc needs beside it. Its MLflow run is that of the
+pipeline that made it.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unittest.mock import patch
+
+from minitron.errors import ConfigError
+from minitron.mlflow_client import connect, explained, undisturbed
+from minitron.tracking import MlflowTracker
+
+__all__ = ["create_version", "download_version", "model_version", "registered_model", "uploaded"]
+
+_MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
+_ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
+
+
+def model_version(uri: str, address: str) -> str:
+    """Return models:/NAME/VERSION for models:/NAME@alias, and that itself.
+
+    Raises:
+        ConfigError: the address has another form.
+        RunError: the registry cannot be reached, or has no such alias or version.
+    """
+    if not (match := _MODEL.fullmatch(address)):
+        raise ConfigError(
+            f"{address}: not a model of MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
+        )
+    name, alias, number = match.groups()
+    with explained(uri):
+        client = connect(uri)
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    return f"models:/{name}/{found.version}"
+
+
+def download_version(uri: str, identity: str, target: Path) -> None:
+    """Put the files of a model version into a directory, as they were before it was registered.
+
+    Raises:
+        RunError: the registry cannot be reached.
+    """
+    with explained(uri):
+        from mlflow.artifacts import download_artifacts
+
+        connect(uri)
+        # it asks both stores; one that is not named would be a new database in the working directory
+        with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri}):
+            download_artifacts(artifact_uri=identity, dst_path=str(target), tracking_uri=uri)
+    for name in _ADDED_BY_MLFLOW:
+        path = target / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def uploaded(tracker: MlflowTracker, directory: Path, code: Path, requirements: list[str]) -> Iterator[str]:
+    """Give the id of a logged model that holds a directory's files as they are; delete it if anything fails.
+
+    Args:
+        tracker: its pipeline's run gets the model.
+        directory: a Hugging Face directory.
+        code: a module with `_load_pyfunc(model_directory)` that needs nothing but `requirements`.
+        requirements: packages, as pip takes them.
+    """
+    client = tracker.client
+    model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
+    try:
+        # Straight from where they lie: the weights are not copied on this disk.
+        client.log_model_artifacts(model.model_id, str(directory))
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        with tempfile.TemporaryDirectory() as name:
+            _write_mlmodel(Path(name), code, model.model_id, tracker.pipeline_run_id, size, requirements)
+            client.log_model_artifacts(model.model_id, name)
+        client.finalize_logged_model(model.model_id, "READY")
+        yield model.model_id
+    except BaseException:
+        with suppress(Exception):  # the server may be gone
+            client.delete_logged_model(model.model_id)
+        raise
+
+
+@contextmanager
+def registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]:
+    """Make sure that the registered model exists; take back one made here if anything fails."""
+    if tracker.client.search_registered_models(f"name = '{name}'"):
+        yield
+        return
+    tracker.client.create_registered_model(name)
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            tracker.client.delete_registered_model(name)
+        raise
+
+
+def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str, tags: dict[str, str]) -> int:
+    """Return the number of a new version that has the alias; there is none if the alias cannot be given."""
+    version = 0
+    try:
+        with undisturbed():
+            version = _create_version(tracker, name, model_id, tags)
+            tracker.client.set_registered_model_alias(name, alias, str(version))
+            link = json.dumps([{"name": name, "version": str(version)}])  # as mlflow.register_model writes it
+            tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
+    except BaseException:
+        if version:
+            with suppress(Exception):
+                tracker.client.delete_model_version(name, str(version))
+        raise
+    return version
+
+
+def _create_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> int:
+    """Make a logged model a version of a registered one, shown on the pipeline's run; return its number."""
+    from mlflow.entities import LoggedModelOutput
+
+    client, run_id = tracker.client, tracker.pipeline_run_id
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    # A registry in a database looks the model up where the environment says, not where it is itself.
+    with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": client.tracking_uri}):
+        return int(
+            client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
+        )
+
+
+def _write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int, requirements: list[str]) -> None:
+    """Write what makes a Hugging Face directory an MLflow model: MLmodel, environment files and the code that loads it.
+
+    Args:
+        directory: empty directory that gets the files.
+        code: a module with `_load_pyfunc(model_directory)` that needs nothing but torch and transformers.
+        model_id: the logged model that the files belong to.
+        run_id: the run that it came from.
+        size: bytes of the model's own files.
+        requirements: the packages that `code` needs, as pip takes them.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    text = Schema([ColSpec("string")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no input example
+        mlflow.pyfunc.save_model(
+            directory,
+            loader_module=code.stem,
+            code_paths=[str(code)],
+            mlflow_model=Model(run_id=run_id, model_id=model_id, model_size_bytes=size),
+            signature=ModelSignature(text, text, ParamSchema([ParamSpec("max_new_tokens", "long", 64)])),
+            pip_requirements=requirements,
+        )
