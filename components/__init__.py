@@ -6,5 +6,7 @@ from minitron.components.prune import prune  # isort: skip
 from minitron.components.distill import distill  # isort: skip
 from minitron.components.evaluate import evaluate  # isort: skip
 from minitron.components.register import register  # isort: skip
+from minitron.components.resolve import resolve  # isort: skip
+from minitron.components.conclude import conclude  # isort: skip
 
 __all__ = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]  # noqa: RUF022  (order of the flow)

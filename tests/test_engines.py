@@ -149,7 +149,7 @@ def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path
         def log(self, metrics: dict[str, float], step: int = 0) -> None:
             logged.append((step, metrics))
 
-    with nemo._Progress(config(dataset, max_steps=3), tmp_path, Kept()) as progress:
+    with nemo._Progress(config(dataset, max_steps=3), tmp_path, Kept({})) as progress:
         progress()
         with (tmp_path / nemo.HISTORY).open("w") as stream:
             for row in ({"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}):
