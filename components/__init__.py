@@ -1,4 +1,4 @@
-"""Kubeflow's view of the stages: one component each, in the order of the flow."""
+"""Kubeflow's view: one component for each stage, in the order of the flow, and for each task that decides."""
 
 from minitron.components.prepare import prepare  # isort: skip
 from minitron.components.finetune import finetune  # isort: skip
@@ -7,6 +7,17 @@ from minitron.components.distill import distill  # isort: skip
 from minitron.components.evaluate import evaluate  # isort: skip
 from minitron.components.register import register  # isort: skip
 from minitron.components.resolve import resolve  # isort: skip
+from minitron.components.promote import promote  # isort: skip
 from minitron.components.conclude import conclude  # isort: skip
 
-__all__ = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]  # noqa: RUF022  (order of the flow)
+__all__ = [  # noqa: RUF022  (order of the flow)
+    "prepare",
+    "finetune",
+    "prune",
+    "distill",
+    "evaluate",
+    "register",
+    "resolve",
+    "promote",
+    "conclude",
+]

@@ -203,6 +203,8 @@ def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path)
     documents = compiled_pipeline(pipeline)
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
     laptop = {"engine": "hf"} | {name: 0 for name in parameters if name.endswith("_gpus")}  # it has no NeMo
+    laptop["tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"
+    laptop = {name: value for name, value in laptop.items() if name in parameters}
     arguments = laptop | read_arguments(presets, settings, list(parameters))
     arguments.pop(CLUSTER, None)
     sample = arguments.pop(SAMPLES, None)
@@ -213,7 +215,6 @@ def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path)
     if sample:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         samples.build(sample, work_dir / "inputs")
-    arguments.setdefault("tracking_uri", os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db")
     results = local.run_pipeline(documents, arguments, work_dir)
     summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
 

@@ -376,6 +376,19 @@ def parse(stage: str, values: dict[str, Any]) -> StageConfig:
     return _validated(stage, (STAGES | TASKS)[stage], values)
 
 
+def given(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that Kubeflow passed on as given, those that stand for the default left out.
+
+    Inside a condition it cannot leave a parameter out. There an empty text stands for the default, and where that is
+    None, 0 or an empty list does.
+    """
+    fields = (STAGES | TASKS)[stage].model_fields
+    optional = {name for name, field in fields.items() if not field.is_required() and field.default is None}
+    return {
+        name: value for name, value in values.items() if value not in (None, "") and (value or name not in optional)
+    }
+
+
 def parse_cluster(values: dict[str, Any]) -> ClusterConfig:
     """Validate the section `cluster` of a preset.
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.config import STAGES, ClusterConfig, parse
+from minitron.config import STAGES, ClusterConfig, given, parse
 from minitron.errors import ConfigError
 from minitron.stage import read_yaml
 
@@ -147,8 +147,8 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 def stage_values(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the arguments that a stage gets; paths that other stages write have placeholder values."""
     required = {name for name, field in STAGES[stage].model_fields.items() if field.is_required()}
-    given = {name: arguments[parameter] for parameter, name in _parameters(stage, arguments).items()}
-    return dict.fromkeys(required, "placeholder") | given
+    values = {name: arguments[parameter] for parameter, name in _parameters(stage, arguments).items()}
+    return dict.fromkeys(required, "placeholder") | given(stage, values)
 
 
 def _parameters(stage: str, arguments: dict[str, Any]) -> dict[str, str]:

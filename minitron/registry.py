@@ -13,13 +13,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from minitron.errors import ConfigError
 from minitron.mlflow_client import connect, explained, undisturbed
 from minitron.tracking import MlflowTracker
 
-__all__ = ["create_version", "download_version", "model_version", "registered_model", "uploaded"]
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = [
+    "DECISION_TAG",
+    "create_version",
+    "download_version",
+    "model_version",
+    "registered_model",
+    "uploaded",
+    "versions_of",
+]
+
+DECISION_TAG = "decision"
+"""Tag of a version whose gates were asked about: what came of it, in words."""
 
 _MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 _ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
@@ -41,6 +56,17 @@ def model_version(uri: str, address: str) -> str:
         client = connect(uri)
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     return f"models:/{name}/{found.version}"
+
+
+def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[str, list[str]]]:
+    """Return the versions of a registered model, the newest first, and the aliases of each by its number."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        return [], {}
+    found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
+    aliases: dict[str, list[str]] = {}
+    for alias, version in client.get_registered_model(name).aliases.items():
+        aliases.setdefault(str(version), []).append(alias)
+    return sorted(found, key=lambda version: -int(version.version)), aliases
 
 
 def download_version(uri: str, identity: str, target: Path) -> None:

@@ -28,7 +28,7 @@ import yaml
 
 from minitron import __version__, delivery, gpus, inputs, tracking
 from minitron.bucket import is_bucket
-from minitron.config import EXECUTION, STAGES, StageConfig, fields_marked, parse
+from minitron.config import EXECUTION, STAGES, StageConfig, fields_marked, given, parse
 from minitron.errors import ConfigError, MinitronError
 from minitron.references import cache_directory
 from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
@@ -86,13 +86,12 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
     Args:
         stage: the stage's name.
         metrics: a KFP Metrics artifact that gets the stage's numbers.
-        **values: the stage's configuration; None and empty values mean the default.
+        **values: the stage's configuration, as Kubeflow has it.
     """
     _terminate_by_exception()
     workspace = os.environ.get("MINITRON_WORKSPACE") or values.pop("workspace", None)
-    values = {key: value for key, value in (values | {"workspace": workspace}).items() if value not in (None, "")}
     try:
-        record = _module(stage).run(parse(stage, values))
+        record = _module(stage).run(parse(stage, given(stage, values | {"workspace": workspace})))
     except MinitronError as error:
         if workspace:
             with suppress(OSError):  # the failure may be that the disk is full

@@ -1,4 +1,4 @@
-"""What a run ends with: summary.json, and one table."""
+"""What a run ends with: summary.json, and its tables or, where nothing was trained, why not."""
 
 import json
 import shutil
@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron.config import STAGES
+from minitron.mlflow_client import shown
 from minitron.storage import RECORD
-from minitron.tracking import shown
+
+CONCLUSION = "conclusion.json"
+"""What conclude leaves: outcome and reason."""
 
 MODELS = {
     "teacher_before": "teacher before correction",
@@ -22,7 +25,7 @@ MODELS = {
 
 
 def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:
-    """Write `<work_dir>/summary.json` and `report.html`, and print the table.
+    """Write `<work_dir>/summary.json` and `report.html`, and print the tables.
 
     Args:
         pipeline: the pipeline's name.
@@ -30,28 +33,45 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
         work_dir: the run's directory.
         tracking_uri: where the run was logged.
     """
-    outputs = {stage: next(results.glob(f"{stage}/*/{RECORD}")).parent for stage in STAGES}
-    evaluation = _read(outputs["evaluate"] / "evaluation.json")
-    found = summarise(pipeline, outputs, evaluation)
-    (work_dir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
-    shutil.copyfile(outputs["evaluate"] / "report.html", work_dir / "report.html")
+    found: dict[str, Any] = {"pipeline": pipeline}
     console = Console(width=None if Console().is_terminal else 120)
-    console.print(_models_table(evaluation))
-    console.print(_stages_table(found["stages"]))
-    registered = found["registered"]
-    console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
-    console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
-    console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
+    pages = []
+    if (outputs := _outputs(results)).keys() == STAGES.keys():
+        evaluation = _read(outputs["evaluate"] / "evaluation.json")
+        found |= summarise(outputs, evaluation)
+        _print_compression(console, found, evaluation)
+        pages.append(outputs["evaluate"] / "report.html")
+    for path in results.glob(f"conclude/*/{CONCLUSION}"):
+        found |= {name: value for name, value in _read(path).items() if name in ("outcome", "reason")}
+        console.print(f"{found['outcome']}: {found['reason']}", soft_wrap=True)
+        pages.append(path.with_name("conclusion.html"))
+    (work_dir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    for page in pages[:1]:
+        shutil.copyfile(page, work_dir / "report.html")
+        console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
     console.print(f"MLflow:     {_page(tracking_uri)}", soft_wrap=True)
 
 
-def summarise(pipeline: str, outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of summary.json, from the stages' output directories and the evaluation."""
+def _outputs(results: Path) -> dict[str, Path]:
+    """Return the output directories of the stages that ran."""
+    found = {stage: next(results.glob(f"{stage}/*/{RECORD}"), None) for stage in STAGES}
+    return {stage: path.parent for stage, path in found.items() if path}
+
+
+def _print_compression(console: Console, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    registered = found["registered"]
+    console.print(_models_table(evaluation))
+    console.print(_stages_table(found["stages"]))
+    console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
+    console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
+
+
+def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return what summary.json says of a compression, from the stages' output directories and the evaluation."""
     records = {stage: _read(directory / RECORD) for stage, directory in outputs.items()}
     registered = _read(outputs["register"] / "registered.json")
     keys = ("parameters", "validation_loss", "perplexity", "tasks")
     return {
-        "pipeline": pipeline,
         "stages": {
             stage: {key: record[key] for key in ("seconds", "peak_rss_mb")} for stage, record in records.items()
         },

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.config import StageConfig
 from minitron.mlflow_client import connect, experiment_id, explained, hurry, reason, search, shown, undisturbed
+from minitron.pipeline_run import ERROR_TAG, PARENT_TAG, pipeline_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-RUN_TAG, KEY_TAG, PARENT_TAG = "kfp.run_id", "minitron.key", "mlflow.parentRunId"
+KEY_TAG = "minitron.key"
 
 _PAUSE_SECONDS = 30
 # MLflow's limits: characters of a parameter and of a tag, parameters and metrics per request.
@@ -63,7 +64,7 @@ class MlflowTracker(Tracker):
         """Join or open the runs, and log the configuration."""
         super().__init__(identity)
         self.client = client
-        parent = _parent(client, config)
+        parent = pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
         self.experiment_id = parent.info.experiment_id if parent else experiment_id(client, config.experiment)
         self.run_id = self._open(config, parent.info.run_id if parent else None)
@@ -95,7 +96,7 @@ class MlflowTracker(Tracker):
             if self._owns_parent:
                 self.client.set_terminated(self.pipeline_run_id, status)
             if error:
-                self.client.set_tag(self.run_id, "minitron.error", f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
+                self.client.set_tag(self.run_id, ERROR_TAG, f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
                 self._send()
 
     def _open(self, config: StageConfig, parent_id: str | None) -> str:
@@ -175,27 +176,3 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
         tracker.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
         raise
     tracker.close("FINISHED")
-
-
-def _parent(client: "MlflowClient", config: StageConfig) -> "Run | None":
-    """Join the run in MLFLOW_RUN_ID, or find or create the one with this pipeline run's tag."""
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        return client.get_run(run_id)
-    if config.pipeline_run_id is None:
-        return None
-    experiment = experiment_id(client, config.experiment)
-    if parents := _pipeline_runs(client, experiment, config.pipeline_run_id):
-        return parents[0]
-    tags = {RUN_TAG: config.pipeline_run_id}
-    created = client.create_run(experiment, tags=tags, run_name=config.pipeline_run_id)
-    first = _pipeline_runs(client, experiment, config.pipeline_run_id)[0]
-    if first.info.run_id != created.info.run_id:
-        client.delete_run(created.info.run_id)  # another stage of the same pipeline run was faster
-    return first
-
-
-def _pipeline_runs(client: "MlflowClient", experiment: str, pipeline_run_id: str) -> list["Run"]:
-    """Return the parent runs of a pipeline run, the earliest first: every stage chooses the same one."""
-    runs = search(client, experiment, RUN_TAG, pipeline_run_id)
-    parents = [run for run in runs if PARENT_TAG not in run.data.tags]
-    return sorted(parents, key=lambda run: (run.info.start_time, run.info.run_id))

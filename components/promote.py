@@ -1,0 +1,24 @@
+"""Promote a version to champion, if it meets its gates."""
+
+from typing import Optional
+
+from kfp import dsl
+from kfp.dsl import Artifact, Metrics, Output
+
+from minitron.components.images import TOOLS
+
+
+@dsl.component(base_image=TOOLS, packages_to_install=[], install_kfp_package=False)
+def promote(
+    name: str,
+    tracking_uri: str,
+    promoted: Output[Artifact],
+    metrics: Output[Metrics],
+    version: Optional[int] = None,
+    why: Optional[str] = None,
+    workspace: Optional[str] = None,
+    experiment: str = "minitron",
+    pipeline_run_id: Optional[str] = None,
+):
+    """Promote a version to champion, if it meets its gates. Settings: minitron.config.PromoteConfig."""
+    print("promote", name, version)

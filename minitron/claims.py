@@ -1,0 +1,64 @@
+"""Which pipeline run makes what, and how it ended: two runs that overlap do not train the same.
+
+A parameter of an MLflow run can be written only once, on every store that MLflow has: whoever writes it first has the
+claim. It ends with the outcome of the run that has it, or when nothing has been heard of that run for a day.
+"""
+
+import hashlib
+import json
+import time
+from typing import TYPE_CHECKING
+
+from minitron.once import shared_run, write_once
+from minitron.pipeline_run import ALIVE_TAG, OUTCOME_TAG, stage_runs
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SILENCE_SECONDS = 24 * 3600
+"""After this long without a sign of life a run is taken for lost: the longest that a task may wait for its node."""
+
+
+def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str | None:
+    """Claim the making of a model for a pipeline run; the same run may claim again.
+
+    Args:
+        client: of MLflow.
+        run: the pipeline run's, in the experiment whose runs may be at work on the same.
+        made_from: what the model is made from.
+
+    Returns:
+        None, or in words which run has the claim.
+    """
+    run_id = run.info.run_id
+    if OUTCOME_TAG in run.data.tags:  # an earlier attempt of the same run ended
+        client.delete_tag(run_id, OUTCOME_TAG)
+    ledger = shared_run(client, run.info.experiment_id, "minitron.ledger", "claims", "claims").info.run_id
+    prefix = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    while True:
+        parameters = client.get_run(ledger).data.params
+        claims = sorted(name for name in parameters if name.startswith(f"{prefix}."))
+        holder = parameters[claims[-1]] if claims else None
+        if holder == run_id:
+            return None
+        if holder and (words := _at_work(client, holder)):
+            return words
+        if write_once(client, ledger, f"{prefix}.{len(claims):04d}", run_id):
+            return None
+
+
+def _at_work(client: "MlflowClient", run_id: str) -> str | None:
+    """Return in words that a run is at work; None if it has ended, or nothing is heard of it."""
+    run = client.get_run(run_id)
+    seconds = time.time() - _last_sign(client, run)
+    if OUTCOME_TAG in run.data.tags or run.info.lifecycle_stage == "deleted" or seconds > SILENCE_SECONDS:
+        return None
+    return f"run {run.info.run_name}, last heard of {seconds / 60:.0f} minutes ago,"
+
+
+def _last_sign(client: "MlflowClient", run: "Run") -> float:
+    runs = [run, *stage_runs(client, run)]
+    moments = [moment for entry in runs for moment in (entry.info.start_time, entry.info.end_time) if moment]
+    signs = [float(entry.data.tags[ALIVE_TAG]) for entry in runs if ALIVE_TAG in entry.data.tags]
+    return max([*(moment / 1000 for moment in moments), *signs])

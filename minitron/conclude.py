@@ -1,0 +1,58 @@
+"""Record how a run ended, whatever happened in it: the last task of the pipeline `retrain`, on success and failure.
+
+It leaves conclusion.html, which Kubeflow shows, and the outcome in MLflow: then another run may train the same.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from minitron import pipeline_run as runs
+from minitron.config import ConcludeConfig
+from minitron.errors import RunError
+from minitron.mlflow_client import connect, explained, shown
+from minitron.results import replaced, write_atomically
+from minitron.summary import CONCLUSION
+
+
+def run(config: ConcludeConfig) -> dict[str, Any]:
+    """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run."""
+    try:
+        with explained(config.tracking_uri):
+            found = _ending(config)
+    except RunError as error:  # the page is wanted then most of all
+        found = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
+    found |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": shown(config.tracking_uri)}
+    print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
+    with replaced(config.output) as directory:
+        write_atomically(directory / CONCLUSION, found)
+        page = directory / "conclusion.html"
+        page.write_text(_page(found), encoding="utf-8")
+        if found["run_id"]:
+            with explained(config.tracking_uri):
+                connect(config.tracking_uri).log_artifact(found["run_id"], str(page))
+    return {"metrics": {"failed": int(found["outcome"] == "failed")}} | found
+
+
+def _ending(config: ConcludeConfig) -> dict[str, Any]:
+    """Return outcome and reason; a run that nobody concluded has failed, whatever Kubeflow takes it for."""
+    client = connect(config.tracking_uri)
+    run = runs.pipeline_run(client, config)
+    assert run is not None  # there is a pipeline_run_id
+    run_id, tags = run.info.run_id, run.data.tags
+    if runs.OUTCOME_TAG in tags:
+        outcome, reason = tags[runs.OUTCOME_TAG], tags[runs.REASON_TAG]
+    else:
+        outcome, reason = "failed", runs.failure(client, run) or config.message or "see the log of its tasks"
+        runs.conclude(client, run_id, outcome, reason)
+    if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened it and ends it
+        client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")
+    return {"outcome": outcome, "reason": reason, "run_id": run_id}
+
+
+def _page(found: dict[str, Any]) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = Path(__file__).with_name("conclusion.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(found)

@@ -1,0 +1,78 @@
+"""Find out whether there is anything to train: is there a version made from today's data, teacher and settings?
+
+The first task of the pipeline `retrain`, without a GPU: `minitron run retrain --preset tiny`.
+"""
+
+import json
+from typing import Any
+
+from minitron import claims, inputs, origin, registry
+from minitron.config import ResolveConfig
+from minitron.mlflow_client import connect, explained
+from minitron.origin import Origin
+from minitron.pipeline_run import conclude, pipeline_run
+from minitron.results import replaced, write_atomically
+
+DECISION = "decision.json"
+
+
+def run(config: ResolveConfig) -> dict[str, Any]:
+    """Write `decision.json` to `config.output`: `train`, the `reason`, and the address of the `champion`, or None.
+
+    Raises:
+        ConfigError: a setting or an input cannot be used.
+        RunError: the corpus, the teacher or MLflow cannot be reached.
+    """
+    found = inputs.find(config)
+    settings = {name: config.settings[name] for name in origin.parameters() if config.settings.get(name) is not None}
+    made_from = origin.of_arguments(settings, found["corpus"].sha256, found["teacher"].sha256)
+    with explained(config.tracking_uri):
+        decision = _decide(config, made_from)
+    print(f"resolve: {decision['reason']}", flush=True)
+    with replaced(config.output) as directory:
+        write_atomically(directory / DECISION, decision)
+    return {"metrics": {"train": int(decision["train"])}} | decision
+
+
+def _decide(config: ResolveConfig, made_from: Origin) -> dict[str, Any]:
+    client = connect(config.tracking_uri)
+    run = pipeline_run(client, config)
+    assert run is not None  # there is a pipeline_run_id
+    versions, aliases = registry.versions_of(client, config.name)
+    champion = next((version for version in versions if "champion" in aliases.get(version.version, [])), None)
+    if same := _same(versions, aliases, made_from):
+        outcome, reason = "unchanged", same
+    elif rival := claims.claim(client, run, made_from):
+        outcome, reason = "made elsewhere", f"{rival} makes the same already"
+    else:
+        outcome, reason = None, _what_is_new(champion, made_from)
+    if outcome:
+        conclude(client, run.info.run_id, outcome, reason)
+    address = f"models:/{config.name}/{champion.version}" if champion else None
+    return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
+
+
+def _same(versions: list[Any], aliases: dict[str, list[str]], made_from: Origin) -> str | None:
+    """Return in words that there is such a version, of which it is decided what becomes of it."""
+    for version in versions:
+        if _origin(version) == made_from and registry.DECISION_TAG in version.tags:
+            named = f", {' and '.join(aliases[version.version])}," if aliases.get(version.version) else ""
+            words = f"version {version.version}{named} is made from the same data, teacher and settings"
+            return f"{words}; {version.tags[registry.DECISION_TAG]}"
+    return None
+
+
+def _what_is_new(champion: Any, made_from: Origin) -> str:
+    if champion is None:
+        return "there is no champion yet"
+    before = _origin(champion)
+    if before is None:
+        return f"of the champion, version {champion.version}, it is not known what it is made from"
+    changed = [name for name, value in made_from.items() if before.get(name) != value]
+    if not changed:
+        return f"the gates of version {champion.version} have not been asked yet"
+    return f"other than for the champion, version {champion.version}: {', '.join(changed)}"
+
+
+def _origin(version: Any) -> Origin | None:
+    return json.loads(version.tags[origin.TAG]) if origin.TAG in version.tags else None

@@ -1,0 +1,96 @@
+"""Two pipeline runs that overlap do not make the same: claims on a real MLflow server and on a SQLite file."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron import claims, pipeline_run
+from minitron.mlflow_client import connect, experiment_id
+
+ORIGIN = {"corpus": "c", "teacher": "t", "settings": "s", "minitron": "1"}
+
+
+@pytest.fixture(params=["mlflow_server", "mlflow_file"])
+def uri(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def client(uri: str) -> Any:
+    return connect(uri)
+
+
+@pytest.fixture
+def start(client: Any, tmp_path: Path) -> Any:
+    """Return a function that opens the MLflow run of a pipeline run, in this test's own experiment."""
+    experiment = experiment_id(client, tmp_path.name)
+    return lambda name: client.create_run(experiment, run_name=name, tags={pipeline_run.RUN_TAG: name})
+
+
+def test_what_one_run_makes_another_does_not(client: Any, start: Any) -> None:
+    first, second = start("first"), start("second")
+    assert claims.claim(client, first, ORIGIN) is None
+    assert claims.claim(client, second, ORIGIN) == "run first, last heard of 0 minutes ago,"
+    assert claims.claim(client, second, ORIGIN | {"corpus": "another"}) is None
+    assert claims.claim(client, first, ORIGIN) is None, "its own attempt after a failure"
+
+
+def test_a_claim_ends_with_the_outcome_of_its_run(client: Any, start: Any) -> None:
+    first, second, third = start("first"), start("second"), start("third")
+    assert claims.claim(client, first, ORIGIN) is None
+    pipeline_run.conclude(client, first.info.run_id, "failed", "out of memory")
+    assert claims.claim(client, second, ORIGIN) is None
+    assert claims.claim(client, client.get_run(first.info.run_id), ORIGIN).startswith("run second")
+    assert claims.claim(client, third, ORIGIN).startswith("run second")
+
+
+def test_a_run_that_is_tried_again_is_at_work_again(client: Any, start: Any) -> None:
+    first, second = start("first"), start("second")
+    assert claims.claim(client, first, ORIGIN) is None
+    pipeline_run.conclude(client, first.info.run_id, "failed", "out of memory")
+    assert claims.claim(client, client.get_run(first.info.run_id), ORIGIN) is None
+    assert claims.claim(client, second, ORIGIN).startswith("run first")
+
+
+def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) -> None:
+    experiment, long_ago = experiment_id(client, tmp_path.name), int((time.time() - 2 * claims.SILENCE_SECONDS) * 1000)
+    lost = client.create_run(experiment, run_name="lost", start_time=long_ago)
+    slow = client.create_run(experiment, run_name="slow", start_time=long_ago)
+    sign = {pipeline_run.PARENT_TAG: slow.info.run_id, pipeline_run.ALIVE_TAG: str(time.time() - 600)}
+    client.create_run(experiment, tags=sign, start_time=long_ago)
+    third = client.create_run(experiment, run_name="third")
+    assert claims.claim(client, lost, ORIGIN) is None and claims.claim(client, slow, ORIGIN) is None
+    assert claims.claim(client, third, ORIGIN) == "run slow, last heard of 10 minutes ago,"
+    client.delete_run(slow.info.run_id)
+    assert claims.claim(client, third, ORIGIN) is None
+
+
+CLAIMANT = """
+import sys, time
+from minitron import claims
+from minitron.mlflow_client import connect
+uri, run_id, rounds, start = sys.argv[1:]
+client = connect(uri)
+run = client.get_run(run_id)
+for number in range(int(rounds)):
+    time.sleep(max(0, float(start) + number * 0.7 - time.time()))
+    print(int(claims.claim(client, run, {"corpus": str(number)}) is None), flush=True)
+"""
+
+
+def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any) -> None:
+    """Twelve rounds, in which both ask within the same milliseconds."""
+    runs, begin = [start("a"), start("b")], str(time.time() + 8)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIMANT, uri, run.info.run_id, "12", begin], stdout=subprocess.PIPE, text=True
+        )
+        for run in runs
+    ]
+    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [len(answer) for answer in answers] == [12, 12]
+    assert all(sorted(pair) == ["0", "1"] for pair in zip(*answers, strict=True)), answers
