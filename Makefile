@@ -55,6 +55,7 @@ compile: setup ## rewrite the compiled pipelines beside their sources
 bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/storage.py
+	$(BIN)/python benchmarks/tracking.py
 
 clean: ## delete the environments and the runs
 	rm -rf .venv .venv-nemo runs

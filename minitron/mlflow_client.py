@@ -8,10 +8,9 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 from minitron.errors import ConfigError, RunError
 
@@ -19,7 +18,18 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = ["connect", "experiment_id", "explained", "hurry", "reason", "search", "shown", "undisturbed"]
+__all__ = [
+    "connect",
+    "experiment_id",
+    "explained",
+    "hurry",
+    "is_missing",
+    "is_refusal",
+    "reason",
+    "search",
+    "shown",
+    "undisturbed",
+]
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -64,9 +74,27 @@ def explained(uri: str | None) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
-        raise RunError(
-            f"MLflow at {shown(uri or '')}: {reason(error)}; check tracking_uri and that the server runs"
-        ) from error
+        raise RunError(f"MLflow at {shown(uri or '')}: {reason(error)}; {_remedy(error)}") from error
+
+
+def _remedy(error: BaseException) -> str:
+    match getattr(error, "error_code", ""):
+        case "UNAUTHENTICATED" | "CUSTOMER_UNAUTHORIZED":
+            return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user whom the server knows"
+        case "PERMISSION_DENIED":
+            return "give the user the permission; if it is about the host, start the server with --allowed-hosts"
+        case _:
+            return "check tracking_uri and that the server runs"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Say whether MLflow itself turned a request down, and always will: no proxy, no lost connection, no password."""
+    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+
+
+def is_missing(error: BaseException) -> bool:
+    """Say whether MLflow has not got what was asked for."""
+    return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
 
 
 def reason(error: BaseException) -> str:
@@ -132,6 +160,13 @@ def _silence() -> None:
         os.environ.setdefault(name, value)
 
 
-def hurry() -> AbstractContextManager[None]:
+@contextmanager
+def hurry() -> Iterator[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
-    return patch.dict(os.environ, {name: value for name, value in _HURRY.items() if name not in os.environ})
+    added = {name: value for name, value in _HURRY.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -35,6 +35,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron").absolute()
 
 
+def lasting_directory(workspace: Path | str | None) -> Path:
+    """Return where a task keeps what outlives it: the workspace, or the cache if that is a bucket or there is none."""
+    return cache_directory() if workspace is None or is_bucket(workspace) else Path(workspace)
+
+
 def reference_to(place: Path | str, record: dict[str, Any]) -> Reference:
     """Return the reference to a result, from its place and record."""
     return Reference(address(place), record["output_sha256"], record["key"])

@@ -20,7 +20,7 @@ from minitron import bucket, ngc, registry
 from minitron.config import StageConfig
 from minitron.config import address as address_of
 from minitron.errors import ConfigError, RunError
-from minitron.references import cache_directory, followed
+from minitron.references import followed, lasting_directory
 from minitron.results import arrive, write_atomically
 from minitron.storage import content_hash, hub_model, local_path
 
@@ -153,8 +153,7 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
 
 
 def _home(config: StageConfig) -> Path:
-    workspace = cache_directory() if bucket.is_bucket(config.workspace) else config.workspace
-    return (workspace or cache_directory()) / "models"
+    return lasting_directory(config.workspace) / "models"
 
 
 def _record(home: Path) -> Path:

@@ -27,10 +27,9 @@ from typing import Any
 import yaml
 
 from minitron import __version__, delivery, gpus, inputs, tracking
-from minitron.bucket import is_bucket
 from minitron.config import EXECUTION, STAGES, StageConfig, fields_marked, given, parse
 from minitron.errors import ConfigError, MinitronError
-from minitron.references import cache_directory
+from minitron.references import lasting_directory
 from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
 from minitron.storage import RECORD, content_hash, read_record
 
@@ -105,7 +104,7 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
 
 def failure_note(workspace: str | Path) -> Path:
     """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
-    return (cache_directory() if is_bucket(workspace) else Path(workspace)) / FAILURE
+    return lasting_directory(workspace) / FAILURE
 
 
 def main(stage: str) -> None:

@@ -2,34 +2,50 @@
 
 Without a tracking URI nothing is logged and mlflow is not imported. Every stage is a run; the stages of one pipeline
 run are nested in one parent run. A server that cannot be reached when a stage starts is an error; one that goes away
-later costs the training nothing: metrics wait until it answers again.
+later costs the training nothing: what it is to be told waits until it answers again, for a later stage if need be.
 
 Watch a local run:
 
     mlflow ui --backend-store-uri sqlite:///mlflow.db
 """
 
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.config import StageConfig
-from minitron.mlflow_client import connect, experiment_id, explained, hurry, reason, search, shown, undisturbed
-from minitron.pipeline_run import ERROR_TAG, PARENT_TAG, pipeline_run
+from minitron.mlflow_client import (
+    connect,
+    experiment_id,
+    explained,
+    hurry,
+    is_refusal,
+    reason,
+    search,
+    shown,
+    undisturbed,
+)
+from minitron.outbox import Message, Outbox, deliver
+from minitron.pipeline_run import ALIVE_TAG, ERROR_TAG, PARENT_TAG, pipeline_run
+from minitron.references import lasting_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-KEY_TAG = "minitron.key"
+KEY_TAG, ATTEMPT_TAG = "minitron.key", "minitron.attempt"
+"""Tags of a stage's run: its key, and when the latest process opened it: a status that reaches MLflow late, from an
+earlier one, says nothing of it."""
 
-_PAUSE_SECONDS = 30
-# MLflow's limits: characters of a parameter and of a tag, parameters and metrics per request.
-_PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL, _METRICS_PER_CALL = 6000, 5000, 100, 1000
+# MLflow's limits: characters of a parameter and of a tag, parameters per request.
+_PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL = 6000, 5000, 100
 
 
 class Tracker:
@@ -44,7 +60,7 @@ class Tracker:
         self.identity = identity
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Log metrics at a step, now."""
+        """Log metrics at a step; they were measured now."""
 
     def finish(self, record: dict[str, Any]) -> None:
         """Log the finished stage's record: its metrics and stage.json."""
@@ -64,40 +80,45 @@ class MlflowTracker(Tracker):
         """Join or open the runs, and log the configuration."""
         super().__init__(identity)
         self.client = client
+        self._attempt, self._last_step, self._patient = str(_now()), 0, False
         parent = pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
         self.experiment_id = parent.info.experiment_id if parent else experiment_id(client, config.experiment)
         self.run_id = self._open(config, parent.info.run_id if parent else None)
         self.pipeline_run_id = parent.info.run_id if parent else self.run_id
-        self._pending: list[Any] = []
-        self._last_step, self._silent_until = 0, 0.0
+        self._unsent = _unsent(config) / f"{self._attempt}-{self.run_id}.jsonl"
+        self._outbox = Outbox(self._unsent, self._send, self._complain)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Send metrics now; while the server is away they are kept, and sent with the first call that succeeds."""
-        self._add(metrics, step)
-        if time.monotonic() >= self._silent_until:
-            with self._unharmed("its metrics are sent when it answers again"), hurry():
-                self._send()
+        """Have metrics sent within two seconds; while the server is away they are kept."""
+        now = _now()
+        points = [[name, float(value), now, step] for name, value in metrics.items() if isinstance(value, int | float)]
+        self._outbox.put({"run": self.run_id, "points": points})
+        self._last_step = max(self._last_step, step)
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Send the record, with mlflow's own patience (MLFLOW_HTTP_REQUEST_MAX_RETRIES): it is the run's end."""
-        self._add(record["metrics"], self._last_step)
-        with self._unharmed("the end of its run is missing there; stage.json has it"):
-            self._send()
-            self.client.log_text(self.run_id, json.dumps(record, indent=2), "stage.json")
+        """Send the record; with mlflow's own patience (MLFLOW_HTTP_REQUEST_MAX_RETRIES), once it is safe in a file."""
+        self.log(record["metrics"], self._last_step)
+        self._outbox.put({"run": self.run_id, "file": "stage.json", "text": json.dumps(record, indent=2)})
+        with undisturbed():
+            if not self._outbox.flush():
+                self._patient = True
+                self._outbox.flush()
+                self._patient = False
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.
 
         The status goes first: the server may take no more than one call before Kubernetes ends the task.
         """
-        with self._unharmed(f"its run could not be marked {status}"), hurry():
-            self.client.set_terminated(self.run_id, status)
-            if self._owns_parent:
-                self.client.set_terminated(self.pipeline_run_id, status)
-            if error:
-                self.client.set_tag(self.run_id, ERROR_TAG, f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
-                self._send()
+        runs = [self.run_id, *([self.pipeline_run_id] if self._owns_parent else [])]
+        last = [{"run": run, "status": status, "end": _now(), "attempt": self._attempt} for run in runs]
+        if error:
+            tag = [ERROR_TAG, f"{type(error).__name__}: {error}"[:_TAG_LENGTH]]
+            last.append({"run": self.run_id, "tag": tag})
+        with undisturbed():
+            if not self._outbox.close(last):
+                self._warn(f"not all arrived; {self._unsent} has it, and the next stage that reaches MLflow sends it")
 
     def _open(self, config: StageConfig, parent_id: str | None) -> str:
         """Continue the run that a killed attempt left, or create one; return its id."""
@@ -112,6 +133,7 @@ class MlflowTracker(Tracker):
             run = self.client.create_run(self.experiment_id, tags=tags, run_name=self.identity["stage"])
         self._log_parameters(config, run)
         for run_id in [run.info.run_id, *([parent_id] if self._owns_parent and parent_id else [])]:
+            self.client.set_tag(run_id, ATTEMPT_TAG, self._attempt)
             self.client.update_run(run_id, status="RUNNING")
         return run.info.run_id
 
@@ -128,28 +150,15 @@ class MlflowTracker(Tracker):
         for start in range(0, len(parameters), _PARAMETERS_PER_CALL):
             self.client.log_batch(run.info.run_id, params=parameters[start : start + _PARAMETERS_PER_CALL])
 
-    def _add(self, metrics: dict[str, Any], step: int) -> None:
-        from mlflow.entities import Metric
+    def _send(self, message: Message) -> None:
+        with nullcontext() if self._patient else hurry():
+            _tell(self.client, message, self._attempt)
 
-        now = int(time.time() * 1000)
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        self._pending += [Metric(name, float(value), now, step) for name, value in numbers.items()]
-        self._last_step = max(self._last_step, step)
+    def _complain(self, error: Exception) -> None:
+        self._warn(f"{reason(error)}; what it misses is sent when it answers again")
 
-    def _send(self) -> None:
-        while batch := self._pending[:_METRICS_PER_CALL]:
-            self.client.log_batch(self.run_id, metrics=batch)
-            del self._pending[: len(batch)]
-
-    @contextmanager
-    def _unharmed(self, consequence: str) -> Iterator[None]:
-        """Turn whatever goes wrong with MLflow into a warning: hours of training must not end with its server."""
-        try:
-            with undisturbed():
-                yield
-        except Exception as error:
-            self._silent_until = time.monotonic() + _PAUSE_SECONDS
-            print(f"warning: {self.identity['stage']}: MLflow: {reason(error)}; {consequence}", file=sys.stderr)
+    def _warn(self, text: str) -> None:
+        print(f"warning: {self.identity['stage']}: MLflow: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -168,7 +177,9 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
         yield Tracker(identity)
         return
     with explained(config.tracking_uri), hurry(), undisturbed():
-        tracker = MlflowTracker(connect(config.tracking_uri), config, identity)
+        client = connect(config.tracking_uri)
+        _deliver_left(client, config)
+        tracker = MlflowTracker(client, config, identity)
     print(f"{identity['stage']}: MLflow run {tracker.run_id} at {shown(config.tracking_uri)}", flush=True)
     try:
         yield tracker
@@ -176,3 +187,58 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
         tracker.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
         raise
     tracker.close("FINISHED")
+
+
+def _unsent(config: StageConfig) -> Path:
+    """Return the directory of what a server missed: beside the results, so that the next stage finds it."""
+    server = hashlib.sha256(shown(config.tracking_uri or "").encode()).hexdigest()[:16]
+    return lasting_directory(config.workspace) / "unsent" / server
+
+
+def _deliver_left(client: "MlflowClient", config: StageConfig) -> None:
+    """Send what earlier stages could not; whatever goes wrong, this one begins."""
+    try:
+        deliver(_unsent(config), partial(_tell, client))
+    except Exception as error:
+        print(f"warning: MLflow: {reason(error)}; what {_unsent(config)} holds is sent later", file=sys.stderr)
+
+
+def _tell(client: "MlflowClient", message: Message, attempt: str | None = None) -> None:
+    """Make the request that a message stands for; one that MLflow refuses is dropped with a warning.
+
+    Args:
+        client: makes it.
+        message: of this process or an earlier one.
+        attempt: this process's.
+    """
+    try:
+        _request(client, message, attempt)
+    except Exception as error:
+        if "text" in message:
+            client.get_run(message["run"])  # the server is there: it is the place of its files that fails
+        elif not is_refusal(error):
+            raise
+        kind = next(name for name in message if name != "run")
+        print(f"warning: MLflow: run {message['run']}: {kind} dropped: {reason(error)}", file=sys.stderr)
+
+
+def _request(client: "MlflowClient", message: Message, attempt: str | None) -> None:
+    from mlflow.entities import Metric, RunTag
+
+    run = message["run"]
+    match message:
+        case {"points": points}:
+            metrics = [Metric(*point) for point in points]
+            sign = RunTag(ALIVE_TAG, str(max(metric.timestamp for metric in metrics) / 1000))
+            client.log_batch(run, metrics=metrics, tags=[sign])
+        case {"file": name, "text": text}:
+            client.log_text(run, text, name)
+        case {"tag": [name, value]}:
+            client.set_tag(run, name, value)
+        case {"status": status, "end": end, "attempt": began}:
+            if began == attempt or client.get_run(run).data.tags.get(ATTEMPT_TAG) == began:
+                client.set_terminated(run, status, end)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

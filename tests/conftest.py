@@ -88,14 +88,24 @@ def serving(
         process.wait()
 
 
+@contextmanager
+def mlflow_serving(
+    directory: Path, port: int, *options: str, database: str | None = None, **environment: str
+) -> Iterator[subprocess.Popen]:
+    """Run a real MLflow server; what it has stored in a directory or database, it has when it is started again."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database or f"sqlite:///{directory}/mlflow.db", *options]
+    command += ["--artifacts-destination", str(directory)]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with serving(command, directory, f"http://127.0.0.1:{port}", os.environ | quiet | environment) as process:
+        yield process
+
+
 @pytest.fixture(scope="session")
 def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
     """A real MLflow server on a database of its own, which takes 17 to 32 seconds to start: its URI and process."""
-    directory, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory)]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with serving(command, directory, f"http://127.0.0.1:{port}", os.environ | quiet) as process:
+    port = free_port()
+    with mlflow_serving(tmp_path_factory.mktemp("mlflow"), port) as process:
         yield f"http://127.0.0.1:{port}", process
 
 

@@ -4,14 +4,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def measured(name: str, *options: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / name), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
 def test_transfers_are_nearly_as_fast_as_the_bare_library() -> None:
     """At full size the ratio is 0.9; here, of a small model and the medians of five turns, no less than half."""
-    command = [sys.executable, str(BENCHMARKS / "storage.py"), "--megabytes", "24", "--runs", "5"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = measured("storage.py", "--megabytes", "24", "--runs", "5")
     assert found["claim"] == "storage_over_transfer_manager" and found["value"] > 0.5, found
+
+
+def test_ten_thousand_points_are_in_mlflow_within_seconds() -> None:
+    found = measured("tracking.py")
+    assert found["arrived"] == found["points"] == 10_000
+    assert found["value"] < 5 and found["seconds_the_training_waited"] < 1, found

@@ -152,6 +152,7 @@ def test_metrics_are_visible_in_mid_run(uri: str, make: Callable[..., StageConfi
     def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         for step in range(2):
             tracker.log({"loss": 5.0 - step}, step)
+            time.sleep(3)  # it takes up to two
             run = _runs(uri, tmp_path.name)[0]
             seen.append((run.info.status, _history(uri, run.info.run_id, "loss")))
         return {"metrics": {}}
@@ -193,11 +194,13 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     mlflow_file: str, teacher: Path, dataset: Path, tmp_path: Path
 ) -> None:
     uri, name = mlflow_file, tmp_path.name
+    connect(uri).search_experiments()  # two processes must not make the tables at once
     values = {"output": f"{tmp_path}/out", "teacher": f"{teacher}", "dataset": f"{dataset}", "tracking_uri": uri}
     values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 60}
     values |= {"checkpoint_interval": 10, "validation_interval": 60, "validation_sequences": 2, "experiment": name}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "minitron.finetune", "--config", str(tmp_path / "finetune.yaml")]
+    at_once = "from minitron import outbox, stage; outbox._INTERVAL_SECONDS = 0.05; stage.main('finetune')"
+    command = [sys.executable, "-c", at_once, "--config", str(tmp_path / "finetune.yaml")]
     options: dict[str, Any] = {
         "cwd": tmp_path,
         "stderr": subprocess.DEVNULL,
@@ -241,7 +244,7 @@ def test_sigterm_waits_for_the_end_of_a_call(
 
         send = tracker.client.log_batch
         monkeypatch.setattr(tracker.client, "log_batch", log_batch)
-        tracker.log({"loss": 1.0}, 1)
+        tracker.finish({"metrics": {"loss": 1.0}})
         return {"metrics": {}}
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -252,7 +255,7 @@ def test_sigterm_waits_for_the_end_of_a_call(
         signal.signal(signal.SIGTERM, before)
     (run,) = _runs(uri, tmp_path.name)
     assert run.info.status == "KILLED" and run.data.tags["minitron.error"] == "SystemExit: 143"
-    assert _history(uri, run.info.run_id, "loss") == [(1, 1.0)] and len(sent) == 1
+    assert _history(uri, run.info.run_id, "loss") == [(0, 1.0)] and len(sent) == 1
 
 
 @pytest.mark.parametrize("listening", [False, True], ids=["refused", "silent"])
@@ -294,20 +297,24 @@ def test_a_server_that_goes_away_costs_nothing(
     uri, server = mlflow_process
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
 
     def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         tracker.log({"loss": 9.0}, 0)
         os.killpg(server.pid, signal.SIGSTOP)
         try:
+            started = time.monotonic()
             for step in range(1, 200):
                 tracker.log({"loss": 9.0 - step}, step)
+            assert time.monotonic() - started < 1
+            time.sleep(6)
         finally:
             os.killpg(server.pid, signal.SIGCONT)
         return {"metrics": {}}
 
     started = time.monotonic()
     stage.run(make("prepare", uri), work)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 40
     assert capsys.readouterr().err.count("warning: prepare: MLflow: ") == 1
     (run,) = _runs(uri, tmp_path.name)
     assert run.info.status == "FINISHED"
@@ -321,8 +328,9 @@ def test_a_server_that_never_comes_back_does_not_lose_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uri, server = mlflow_process
-    for name, value in (("TIMEOUT", "1"), ("MAX_RETRIES", "0")):
-        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    for name, value in (("HTTP_REQUEST_TIMEOUT", "1"), ("HTTP_REQUEST_MAX_RETRIES", "0")):
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
 
     def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         os.killpg(server.pid, signal.SIGSTOP)

@@ -1,0 +1,96 @@
+"""How long a training waits for MLflow when it logs ten thousand points, and how long until all of them are there.
+
+    python benchmarks/tracking.py
+
+A real MLflow server on SQLite, a process of its own, gets one point at a time from `log`, as from a training. Measured
+is the time from the first point to the end of the run, which comes after the last batch's answer; and, for comparison,
+a request with one point, times the points.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitron.config import parse
+from minitron.mlflow_client import connect
+from minitron.tracking import MlflowTracker
+
+REQUESTS = 20
+
+
+def main() -> None:
+    """Log, wait for the end, count what arrived, and print one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=10_000)
+    points = parser.parse_args().points
+    with tempfile.TemporaryDirectory() as name, server(Path(name)) as uri:
+        os.environ["MINITRON_CACHE"] = f"{name}/cache"
+        tracker = opened(uri)
+        request = seconds_per_request(tracker)
+        started = time.perf_counter()
+        for step in range(points):
+            tracker.log({"loss": float(step)}, step)
+        logged = time.perf_counter() - started
+        tracker.close("FINISHED")
+        took = time.perf_counter() - started
+        arrived = len(tracker.client.get_metric_history(tracker.run_id, "loss"))
+    claim = {"claim": "seconds_until_all_points_are_in_mlflow", "value": round(took, 3), "points": points}
+    figures = {"arrived": arrived, "seconds_the_training_waited": round(logged, 3)}
+    print(json.dumps(claim | figures | {"seconds_one_by_one": round(request * points, 1)}))
+
+
+def opened(uri: str) -> MlflowTracker:
+    """Return the tracker of a stage that has a run."""
+    config = parse("prepare", {"output": "out", "corpus": "corpus", "teacher": "teacher", "tracking_uri": uri})
+    return MlflowTracker(connect(uri), config, {"stage": "prepare", "key": "key", "inputs": {}})
+
+
+def seconds_per_request(tracker: MlflowTracker) -> float:
+    """Return how long one request with one point takes."""
+    started = time.perf_counter()
+    for step in range(REQUESTS):
+        tracker.client.log_metric(tracker.run_id, "other", 1.0, step=step)
+    return (time.perf_counter() - started) / REQUESTS
+
+
+@contextmanager
+def server(directory: Path) -> Iterator[str]:
+    """Run MLflow on a new database; give its URI."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory)]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(uri: str) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(uri)
+
+
+if __name__ == "__main__":
+    main()

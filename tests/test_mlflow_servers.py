@@ -1,0 +1,122 @@
+"""MLflow as it is deployed: with a login, and on PostgreSQL."""
+
+import getpass
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import free_port, mlflow_serving
+
+from minitron import stage, tracking
+from minitron.config import StageConfig, parse
+from minitron.errors import RunError
+from minitron.mlflow_client import connect
+
+PASSWORD = "a long password"
+
+
+@pytest.fixture(scope="module")
+def login_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that wants a name and a password."""
+    directory, port = tmp_path_factory.mktemp("login"), free_port()
+    secrets = {"MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": "key"}
+    with mlflow_serving(directory, port, "--app-name", "basic-auth", **secrets):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose database is PostgreSQL, as in the manifests."""
+    directory, port = tmp_path_factory.mktemp("postgresql-server"), free_port()
+    with _postgresql() as database, mlflow_serving(directory, port, database=database):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def _postgresql() -> Iterator[str]:
+    """Run a new PostgreSQL, which refuses to be root's."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
+    if programs is None:
+        pytest.skip("PostgreSQL's programs are not installed: apt-get install postgresql")
+    user = "postgres" if os.getuid() == 0 else getpass.getuser()
+    directory, port = Path(tempfile.mkdtemp(dir="/tmp")), free_port()
+    os.chown(directory, pwd.getpwnam(user).pw_uid, -1)
+
+    def call(program: str, *arguments: str) -> None:
+        command = [str(programs.with_name(program)), "-D", str(directory / "data"), *arguments]
+        subprocess.run(command, check=True, cwd=directory, user=user, stdout=subprocess.DEVNULL)
+
+    try:
+        call("initdb", "--auth=trust", f"--username={user}", "--no-sync")
+        call("pg_ctl", "-w", "-l", str(directory / "log"), "-o", f"-p {port} -k {directory} -h 127.0.0.1", "start")
+        yield f"postgresql+psycopg2://{user}@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "-m", "immediate", "stop")
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _config(directory: Path, uri: str, teacher: Path) -> StageConfig:
+    (directory / "corpus.txt").write_text("some text\n")
+    common = {"output": directory / "out", "corpus": f"{directory}/corpus.txt", "teacher": f"{teacher}"}
+    return parse("prepare", common | {"tracking_uri": uri, "experiment": directory.name, "pipeline_run_id": "p"})
+
+
+def _work(config: Any, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    for step in range(1500):
+        tracker.log({"loss": float(step), "other": float("nan")}, step)
+    return {"metrics": {"best": 1.0}}
+
+
+def _assert_complete(uri: str, experiment: str) -> None:
+    client = connect(uri)
+    runs = {
+        run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    }
+    assert {name: run.info.status for name, run in runs.items()} == {"prepare": "FINISHED", "p": "FINISHED"}
+    points = client.get_metric_history(runs["prepare"].info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in points) == [(step, float(step)) for step in range(1500)]
+
+
+def test_a_stage_logs_to_a_server_with_a_login(
+    login_server: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    stage.run(_config(tmp_path, login_server, teacher), _work)
+    _assert_complete(login_server, tmp_path.name)
+
+
+@pytest.mark.parametrize("password", ["wrong", None])
+def test_a_wrong_or_missing_password_is_one_line_that_names_the_remedy(
+    login_server: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str | None
+) -> None:
+    if password:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    with pytest.raises(
+        RunError, match=r"MLflow at http.*401.*; set MLFLOW_TRACKING_USERNAME and .*_PASSWORD"
+    ) as caught:
+        stage.run(_config(tmp_path, login_server, teacher), _work)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_stage_logs_to_postgresql_and_points_that_come_twice_are_there_once(
+    postgresql_server: str, teacher: Path, tmp_path: Path
+) -> None:
+    def work(config: Any, directory: Path, tracker: Any) -> dict[str, Any]:
+        found = _work(config, directory, tracker)
+        sent = list(tracker._outbox._waiting)
+        tracker._outbox.flush()
+        for message in sent:  # as if the answers had been lost
+            tracker._outbox.put(message)
+        return found
+
+    stage.run(_config(tmp_path, postgresql_server, teacher), work)
+    _assert_complete(postgresql_server, tmp_path.name)
