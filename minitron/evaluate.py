@@ -2,7 +2,7 @@
 
     python -m minitron.evaluate --config FILE
 
-Writes `evaluation.json` and `report.html`. Models with equal weights are measured once.
+Writes `evaluation.json`, `lineage.json` and `report.html`. Models with equal weights are measured once.
 """
 
 import gc
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minitron import stage
+from minitron import lineage, stage
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
 from minitron.config import EvaluateConfig
 from minitron.data import IndexedDataset, PackedDataset
@@ -50,6 +50,7 @@ def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str
     with loaded_tasks(config, directory) as tasks:
         evaluation = _measure(config, paths, splits, tasks, tracker)
     write_atomically(directory / "evaluation.json", evaluation)
+    write_atomically(directory / lineage.LINEAGE, lineage.collect(config))
     write_report(directory, config, evaluation)
     return {"metrics": flat(evaluation)}
 

@@ -7,17 +7,20 @@ mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of
 
 import importlib.util
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron import stage, tracking
+from minitron import lineage, stage, tracking
+from minitron.card import write_card
 from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config import RegisterConfig
 from minitron.errors import ConfigError
-from minitron.manifest import MANIFEST, check_tokenizer, read_manifest
+from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.results import write_atomically
 from minitron.storage import read_record
 
@@ -43,10 +46,14 @@ def run(config: RegisterConfig) -> dict[str, Any]:
 
 def _work(config: RegisterConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
     assert isinstance(tracker, tracking.MlflowTracker)  # run() saw a tracking URI
-    tags = _tags(config, tracker)
+    origin = _lineage(config, tracker, time.time())
+    tags = _tags(config, tracker, origin)
+    write_atomically(directory / lineage.LINEAGE, origin)
+    evaluation = json.loads((config.evaluation / EVALUATION).read_text())
+    write_card(directory / tracking.CARD, config, evaluation, origin)
     with tracking.explained(config.tracking_uri):
-        _log_results(config, tracker)
-        with _uploaded(config, tracker) as model_id, _registered_model(config.name, tracker):
+        _log_results(config, directory, tracker)
+        with _uploaded(config, directory, tracker) as model_id, _registered_model(config.name, tracker):
             version = _create_version(config, tracker, model_id, tags)
     found = {
         "name": config.name,
@@ -67,14 +74,29 @@ def _check_inputs(config: RegisterConfig) -> None:
     check_tokenizer(config.dataset, config.student)
 
 
-def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, str]:
+def _lineage(config: RegisterConfig, tracker: tracking.MlflowTracker, started: float) -> dict[str, Any]:
+    """Return the lineage that evaluate wrote, with evaluate and this stage, which has not ended yet."""
+    path = config.evaluation / lineage.LINEAGE
+    licences = {"data": lineage.data_licence(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
+    found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
+    evaluated = read_record(config.evaluation)
+    own = tracker.identity | stage.circumstances(config, tracker, started)
+    records = [*found["stages"].values(), *([evaluated] if evaluated else []), own]
+    return found | {"stages": lineage.in_order(records)}
+
+
+def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker, origin: dict[str, Any]) -> dict[str, str]:
     """Return what the registry says of the version; the weights are opened, so that no broken ones are registered."""
     tags = {
         "parameters": str(_counted_parameters(config)),
         "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
-        "licence": str(read_manifest(config.dataset).get("licence", "unknown")),
+        "licence": str(origin["licences"]["data"]),
+        "teacher_licence": lineage.licence_text(origin["licences"]["teacher"]),
+        lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{lineage.LINEAGE}",
     }
+    for name, entry in origin["stages"].get("prepare", {}).get("inputs", {}).items():  # corpus and base model
+        tags[f"{'base_model' if name == 'teacher' else name}_sha256"] = entry["sha256"]
     if config.pipeline_run_id:
         tags["pipeline_run_id"] = config.pipeline_run_id
     if record := read_record(config.student):  # what distill found and was given
@@ -83,19 +105,23 @@ def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker) -> dict[str, 
     return tags
 
 
-def _log_results(config: RegisterConfig, tracker: tracking.MlflowTracker) -> None:
-    """Put report, evaluation and dataset manifest where the whole pipeline's results are."""
+def _log_results(config: RegisterConfig, directory: Path, tracker: tracking.MlflowTracker) -> None:
+    """Put report, evaluation, lineage and dataset manifest where the whole pipeline's results are."""
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
+        (directory / lineage.LINEAGE, None),
         (config.dataset / MANIFEST, "dataset"),
     ):
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)
 
 
 @contextmanager
-def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterator[str]:
-    """Give the id of a logged model that holds the student's files as they are; delete it if anything fails."""
+def _uploaded(config: RegisterConfig, ours: Path, tracker: tracking.MlflowTracker) -> Iterator[str]:
+    """Give the id of a logged model that holds the student's files as they are; delete it if anything fails.
+
+    The card in `ours` goes with them, unless the student has one.
+    """
     client = tracker.client
     model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
     try:
@@ -106,6 +132,8 @@ def _uploaded(config: RegisterConfig, tracker: tracking.MlflowTracker) -> Iterat
             tracking.write_mlmodel(
                 Path(directory), _generator(), model.model_id, tracker.pipeline_run_id, size, _needs(config.student)
             )
+            if not (config.student / tracking.CARD).exists():
+                shutil.copy(ours / tracking.CARD, directory)
             client.log_model_artifacts(model.model_id, directory)
         client.finalize_logged_model(model.model_id, "READY")
         yield model.model_id

@@ -42,6 +42,9 @@ _HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT":
 _PAUSE_SECONDS = 30
 _MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 _ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
+CARD, CARD_BEGINS = "README.md", "---\n# Written by minitron-pipelines\n"
+"""The model card that register adds, and by which line a download knows it from one that the model had before."""
+
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # MLflow's limits: characters of a parameter and of a tag, parameters and metrics per request.
 _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL, _METRICS_PER_CALL = 6000, 5000, 100, 1000
@@ -49,6 +52,8 @@ _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL, _METRICS_PER_CALL = 6000, 
 
 class Tracker:
     """Where a stage reports: this one, used without a tracking URI, keeps nothing."""
+
+    run_id: str | None = None
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Log metrics at a step, now."""
@@ -67,6 +72,8 @@ class MlflowTracker(Tracker):
         run_id: the stage's own run.
         pipeline_run_id: the parent run, where the whole pipeline's results go; the stage's own when it has no parent.
     """
+
+    run_id: str
 
     def __init__(self, client: "MlflowClient", config: StageConfig, identity: dict[str, Any]) -> None:
         """Join or open the runs, and log the configuration."""
@@ -250,6 +257,9 @@ def download_version(uri: str, identity: str, target: Path) -> None:
     for name in _ADDED_BY_MLFLOW:
         path = target / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    card = target / CARD
+    if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(CARD_BEGINS):
+        card.unlink()
 
 
 @contextmanager
