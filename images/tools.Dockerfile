@@ -10,8 +10,8 @@ COPY components /build/minitron/components
 COPY pipelines /build/minitron/pipelines
 # Without dependencies: this package's are the trainer's, and kfp's are for its client, not for its executor.
 RUN pip install --no-cache-dir --constraint /build/minitron/constraints.txt \
-        docstring-parser google-cloud-storage mlflow-skinny numpy pandas protobuf pydantic pyyaml requests rich safetensors \
-        tqdm typer \
+        docstring-parser google-cloud-storage jinja2 mlflow-skinny numpy pandas protobuf pydantic pyyaml requests rich \
+        safetensors tqdm typer \
     && pip install --no-cache-dir --constraint /build/minitron/constraints.txt --no-deps \
         kfp kfp-pipeline-spec /build/minitron \
     && rm -r /build/minitron
@@ -23,6 +23,9 @@ USER 1000:1000
 
 # The label cannot be read from the package; it can be checked.
 ARG VERSION
+# What the records of the stages call this image; give the name and tag that it is pushed under.
+ARG IMAGE=minitron-pipelines/tools:${VERSION}
+ENV MINITRON_IMAGE=${IMAGE}
 RUN test "$(minitron --version)" = "${VERSION}" \
     || { echo "the package is version $(minitron --version): build with --build-arg VERSION=$(minitron --version)"; false; }
 LABEL org.opencontainers.image.title="minitron-pipelines/tools" \

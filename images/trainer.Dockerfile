@@ -22,6 +22,9 @@ USER 1000:1000
 
 # The label cannot be read from the package; it can be checked.
 ARG VERSION
+# What the records of the stages call this image; give the name and tag that it is pushed under.
+ARG IMAGE=minitron-pipelines/trainer:${VERSION}
+ENV MINITRON_IMAGE=${IMAGE}
 RUN test "$(minitron --version)" = "${VERSION}" \
     || { echo "the package is version $(minitron --version): build with --build-arg VERSION=$(minitron --version)"; false; }
 LABEL org.opencontainers.image.title="minitron-pipelines/trainer" \

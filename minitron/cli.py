@@ -35,6 +35,8 @@ Host = Annotated[
 Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace in which the tasks run.")]
 Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server wants one.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias of MLflow's registry.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server of the registry.")]
 
 
 def main() -> None:
@@ -180,6 +182,37 @@ def check_cluster(
             raise typer.Exit(1)
 
 
+@app.command("lineage")
+def show_lineage(version: Version, tracking_uri: TrackingUri, debug: Debug = False) -> None:
+    """Show where a registered model comes from: data, models, settings, versions, cost, from MLflow alone."""
+    with _one_line(debug):
+        from minitron import lineage
+
+        _console().print(lineage.tree(lineage.of_version(tracking_uri, version)))
+
+
+@app.command()
+def reproduce(
+    version: Version,
+    tracking_uri: TrackingUri,
+    output: Annotated[Path | None, typer.Option(help="Preset to write; none: print it.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the preset that runs a registered model's pipeline again, with all its settings."""
+    with _one_line(debug):
+        from minitron import lineage, reproduce
+
+        text = reproduce.preset(lineage.of_version(tracking_uri, version))
+        if output is None:
+            print(text, end="")
+            return
+        try:
+            output.write_text(text)
+        except OSError as error:
+            raise ConfigError(f"--output {output}: {error.strerror}; give a file in an existing directory") from error
+        print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
+
+
 @contextlib.contextmanager
 def _one_line(debug: bool) -> Iterator[None]:
     """End a failure with one line and its exit status."""
@@ -254,7 +287,11 @@ def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _when(moment: Any) -> str:

@@ -2,7 +2,7 @@
 
     python -m minitron.evaluate --config FILE
 
-Writes `evaluation.json` and `report.html`. Models with equal weights are measured once.
+Writes `evaluation.json`, `lineage.json` and `report.html`. Models with equal weights are measured once.
 """
 
 import gc
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minitron import gates, stage
+from minitron import gates, lineage, stage
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
 from minitron.config import EvaluateConfig, PrepareConfig
 from minitron.corpus import Corpus
@@ -61,6 +61,7 @@ def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str
         evaluation = _measure(config, paths, splits, tasks, tracker)
     evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
     write_atomically(directory / "evaluation.json", evaluation)
+    write_atomically(directory / lineage.LINEAGE, lineage.collect(config))
     write_report(directory, config, evaluation)
     return {"metrics": flat(evaluation)}
 

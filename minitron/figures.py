@@ -10,19 +10,7 @@ from markupsafe import Markup
 
 from minitron import charts
 from minitron.formats import count, loss, number, percent, share
-
-MODELS = {
-    "teacher_before": "Base model",
-    "teacher": "Teacher",
-    "pruned": "Pruned student",
-    "student": "Distilled student",
-}
-"""The four models in the order of the flow, as evaluation.json and the page name them."""
-
-
-def tasks_of(evaluation: dict[str, Any]) -> list[str]:
-    """Return the downstream tasks that were run."""
-    return list(evaluation["teacher"]["tasks"])
+from minitron.measures import MODELS, half_width, tasks_of
 
 
 def comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,10 +33,11 @@ def _accuracy(evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
             for model, name in MODELS.items()
         }
 
-    accuracy, errors = read("acc"), read("acc_stderr")
+    accuracy = read("acc")
+    errors = {name: [half_width(error) for error in values] for name, values in read("acc_stderr").items()}
     label = _spoken("Accuracy in percent", accuracy, tasks)
     chart = charts.grouped_bars(label, "accuracy (%)", tasks, accuracy, errors, digits=1)
-    caption = "Error bars are one standard error either way: differences within them may be chance."
+    caption = "Error bars are 95 % intervals: differences within them may be chance."
     return _figure("Accuracy on downstream tasks, higher is better", chart, caption)
 
 

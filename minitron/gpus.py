@@ -1,5 +1,6 @@
 """The GPUs of this task."""
 
+from minitron.config import StageConfig, TrainingConfig
 from minitron.errors import RunError
 
 
@@ -18,3 +19,10 @@ def check(wanted: int) -> None:
             f"gpus: {wanted} asked for, but this task sees {found}; look at the limit nvidia.com/gpu of its pod, the "
             "driver on its node and CUDA_VISIBLE_DEVICES (gpus=0 runs it on what there is)"
         )
+
+
+def paid(config: StageConfig) -> int:
+    """Return the GPUs that a stage holds while it runs: its own, or those of its nodes."""
+    if isinstance(config, TrainingConfig) and config.num_nodes > 1:
+        return config.num_nodes * config.gpus_per_node
+    return config.gpus

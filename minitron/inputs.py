@@ -17,16 +17,19 @@ Config = TypeVar("Config", bound=StageConfig)
 class Input:
     """An input's address, the hash of its content, or the snapshot that fixes it, and how its directory is had.
 
-    `path` is None for a corpus that is read, or fetched, by prepare itself.
+    `path` is None for a corpus that is read, or fetched, by prepare itself; `pinned` is the address of what a movable
+    one, an alias or a branch, meant.
     """
 
     address: str
     sha256: str
     path: Callable[[], Path] | None
+    pinned: str | None = None
 
     def record(self) -> dict[str, str]:
         """Return what stage.json says of the input."""
-        return {"address": self.address, "sha256": self.sha256}
+        pinned = {} if self.pinned in (None, self.address) else {"pinned": str(self.pinned)}
+        return {"address": self.address, "sha256": self.sha256} | pinned
 
 
 def find(config: StageConfig) -> dict[str, Input]:
@@ -52,17 +55,18 @@ def _find(config: StageConfig, name: str) -> Input:
     place = address(getattr(config, name))
     if name in fields_marked(type(config), HUB_DATASET):
         if dataset := hub_dataset(place):
-            return Input(place, dataset.identity, None)
+            return Input(place, dataset.identity, None, dataset.pinned)
         if bucket.is_bucket(place):
             return Input(place, bucket.pinned(place)[0].rpartition("#")[2], None)
     elif (reference := _reference(place)) and bucket.is_bucket(reference.address):
         return Input(place, reference.sha256, lambda: references.local(reference, place))
-    path = sources.resolve(place, config)
+    path, pinned = sources.resolved(place, config)
     if config.output.absolute().is_relative_to(path.absolute()):
         raise ConfigError(f"output {config.output}: lies inside {name} {place} and would change it; move it out")
     found = verified_hash(path)
     sources.check(path, found)
-    return Input(place, found, lambda: path)
+    # A bucket's snapshot is a digest, which proves what was read but is no address.
+    return Input(place, found, lambda: path, None if bucket.is_bucket(place) else pinned)
 
 
 def _reference(place: str) -> references.Reference | None:

@@ -7,14 +7,16 @@ mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from minitron import registry, stage
+from minitron import lineage, origin, registry, stage
+from minitron.card import write_card
 from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config import RegisterConfig
 from minitron.errors import ConfigError
-from minitron.manifest import MANIFEST, check_tokenizer, read_manifest
+from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.mlflow_client import explained
 from minitron.results import write_atomically
 from minitron.storage import read_record
@@ -42,23 +44,29 @@ def run(config: RegisterConfig) -> dict[str, Any]:
 
 def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     assert isinstance(tracker, MlflowTracker)  # run() saw a tracking URI
-    tags = _tags(config, tracker)
+    found = _lineage(config, tracker, time.time())
+    tags = _tags(config, tracker, found)
+    write_atomically(directory / lineage.LINEAGE, found)
+    evaluation = json.loads((config.evaluation / EVALUATION).read_text())
+    write_card(directory / registry.CARD, config, evaluation, found)
     with explained(config.tracking_uri):
-        _log_results(config, tracker)
+        _log_results(config, directory, tracker)
         with (
-            registry.uploaded(tracker, config.student, _generator(), _needs(config.student)) as model_id,
+            registry.uploaded(
+                tracker, config.student, directory / registry.CARD, _generator(), _needs(config.student)
+            ) as model_id,
             registry.registered_model(tracker, config.name),
         ):
             version = registry.create_version(tracker, config.name, config.alias, model_id, tags)
-    found = {
+    registered = {
         "name": config.name,
         "version": version,
         "alias": config.alias,
         "model_uri": f"models:/{config.name}@{config.alias}",
         "run_id": tracker.pipeline_run_id,
     }
-    write_atomically(directory / "registered.json", found)
-    return {"metrics": {"version": version}, "registered": found}
+    write_atomically(directory / "registered.json", registered)
+    return {"metrics": {"version": version}, "registered": registered}
 
 
 def _check_inputs(config: RegisterConfig) -> None:
@@ -69,14 +77,31 @@ def _check_inputs(config: RegisterConfig) -> None:
     check_tokenizer(config.dataset, config.student)
 
 
-def _tags(config: RegisterConfig, tracker: MlflowTracker) -> dict[str, str]:
+def _lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:
+    """Return the lineage that evaluate wrote, with evaluate and this stage, which has not ended yet."""
+    path = config.evaluation / lineage.LINEAGE
+    licences = {"data": lineage.data_licence(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
+    found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
+    evaluated = read_record(config.evaluation)
+    own = tracker.identity | stage.circumstances(config, tracker, started)
+    records = [*found["stages"].values(), *([evaluated] if evaluated else []), own]
+    return found | {"stages": lineage.in_order(records)}
+
+
+def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any]) -> dict[str, str]:
     """Return what the registry says of the version; the weights are opened, so that no broken ones are registered."""
     tags = {
         "parameters": str(_counted_parameters(config)),
         "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
-        "licence": str(read_manifest(config.dataset).get("licence", "unknown")),
+        "licence": str(found["licences"]["data"]),
+        "teacher_licence": lineage.licence_text(found["licences"]["teacher"]),
+        lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{lineage.LINEAGE}",
     }
+    if made_from := origin.of_records(found["stages"]):
+        tags[origin.TAG] = json.dumps(made_from, sort_keys=True)
+    for name, entry in found["stages"].get("prepare", {}).get("inputs", {}).items():  # corpus and base model
+        tags[f"{'base_model' if name == 'teacher' else name}_sha256"] = entry["sha256"]
     if config.pipeline_run_id:
         tags["pipeline_run_id"] = config.pipeline_run_id
     if record := read_record(config.student):  # what distill found and was given
@@ -85,11 +110,12 @@ def _tags(config: RegisterConfig, tracker: MlflowTracker) -> dict[str, str]:
     return tags
 
 
-def _log_results(config: RegisterConfig, tracker: MlflowTracker) -> None:
-    """Put report, evaluation and dataset manifest where the whole pipeline's results are."""
+def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker) -> None:
+    """Put report, evaluation, lineage and dataset manifest where the whole pipeline's results are."""
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
+        (directory / lineage.LINEAGE, None),
         (config.dataset / MANIFEST, "dataset"),
     ):
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 __all__ = [
+    "CARD",
+    "CARD_BEGINS",
     "DECISION_TAG",
     "create_version",
     "download_version",
@@ -32,6 +34,9 @@ __all__ = [
     "uploaded",
     "versions_of",
 ]
+
+CARD, CARD_BEGINS = "README.md", "---\n# Written by minitron-pipelines\n"
+"""The model card that register adds, and by which line a download knows it from one that the model had before."""
 
 DECISION_TAG = "decision"
 """Tag of a version whose gates were asked about: what came of it, in words."""
@@ -85,15 +90,19 @@ def download_version(uri: str, identity: str, target: Path) -> None:
     for name in _ADDED_BY_MLFLOW:
         path = target / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    card = target / CARD
+    if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(CARD_BEGINS):
+        card.unlink()
 
 
 @contextmanager
-def uploaded(tracker: MlflowTracker, directory: Path, code: Path, requirements: list[str]) -> Iterator[str]:
+def uploaded(tracker: MlflowTracker, directory: Path, card: Path, code: Path, requirements: list[str]) -> Iterator[str]:
     """Give the id of a logged model that holds a directory's files as they are; delete it if anything fails.
 
     Args:
         tracker: its pipeline's run gets the model.
         directory: a Hugging Face directory.
+        card: a model card that goes with it, unless it has one.
         code: a module with `_load_pyfunc(model_directory)` that needs nothing but `requirements`.
         requirements: packages, as pip takes them.
     """
@@ -105,6 +114,8 @@ def uploaded(tracker: MlflowTracker, directory: Path, code: Path, requirements: 
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         with tempfile.TemporaryDirectory() as name:
             _write_mlmodel(Path(name), code, model.model_id, tracker.pipeline_run_id, size, requirements)
+            if not (directory / CARD).exists():
+                shutil.copy(card, Path(name) / CARD)
             client.log_model_artifacts(model.model_id, name)
         client.finalize_logged_model(model.model_id, "READY")
         yield model.model_id

@@ -5,34 +5,18 @@ their directories; a section appears only when its data is there.
 """
 
 import json
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minitron import __version__, figures
-from minitron.config import STAGES, EvaluateConfig
-from minitron.figures import MODELS, tasks_of
-from minitron.formats import FORMS, count, decimal, loss, megabytes, number, share, signed
-from minitron.storage import read_record
+from minitron import __version__, figures, lineage, measures
+from minitron.config import EvaluateConfig
+from minitron.formats import DASH, FORMS, count, decimal, loss, megabytes, number, share
+from minitron.measures import MODELS
 
 REPORT = "report.html"
-
-_ROWS: tuple[tuple[str, str, str, str, str | None, int], ...] = (
-    # key, label, note, how it is written, how its difference to the teacher is written, the better direction
-    ("parameters", "Parameters", "", "count", "relative", -1),
-    ("weights_mb", "Weights", "", "megabytes", "relative", -1),
-    ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "relative", 1),
-    ("validation_loss", "Validation loss", "nats per token", "loss", "loss", -1),
-    ("test_loss", "Test loss", "nats per token", "loss", "loss", -1),
-    ("perplexity", "Perplexity", "", "decimal", "decimal", -1),
-    ("kl", "Divergence from the teacher", "forward KL, nats per token", "loss", None, -1),
-    ("top1_agreement", "Agreement with the teacher", "same most likely next token", "share", None, 1),
-)
-
-_TEACHER = list(MODELS).index("teacher")
 
 _SIZES = {
     "num_hidden_layers": "Layers",
@@ -51,6 +35,8 @@ _GLOSSARY = {
     "(pruned - student) / (pruned - teacher).",
     "Forward KL": "How far a model's next-token distribution is from the teacher's, in nats per token; 0 is identical.",
     "Block influence": "How much a layer changes what passes through it; those that change least go first.",
+    "Gate": "A bound that the student must keep before it replaces the champion, the model in use. The margin is the "
+    "distance to the bound, positive on the good side; within error means that the 95 % interval holds the bound.",
     "Accuracy": "Share of multiple-choice questions for which the right answer is the most likely; length-normalised "
     "when answers are compared per character.",
 }
@@ -71,12 +57,15 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
 
 
 def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, Any]:
-    records, pruning = _records(config), _pruning(config.pruned)
+    origin, pruning = lineage.collect(config), _pruning(config.pruned)
+    records = origin["stages"]
     return {
-        "models": MODELS,
+        "models": measures.models_of(evaluation),
         "evaluation": evaluation,
         "verdict": _verdict(evaluation),
-        "rows": _rows(evaluation),
+        "decision": _decision(evaluation),
+        "gates": measures.gates(evaluation),
+        "rows": measures.rows(evaluation),
         "comparison": figures.comparison(evaluation),
         "training": figures.training(records),
         "pruning": pruning,
@@ -85,18 +74,16 @@ def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, An
         "samples": _samples(evaluation),
         "stages": _costs(records),
         "records": records,
+        "runs": {stage: _circumstances(record) for stage, record in records.items()},
+        "licences": {
+            "base model": lineage.licence_text(origin["licences"]["teacher"]),
+            "corpus": origin["licences"]["data"],
+        },
         "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
         "glossary": _GLOSSARY,
         "version": __version__,
         "written": datetime.now(UTC).timestamp(),
     }
-
-
-def _records(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Return the records of the stages that wrote the inputs, in the order of the flow."""
-    directories = (config.dataset, config.teacher, config.pruned, config.student)
-    found = {record["stage"]: record for directory in directories if (record := read_record(directory))}
-    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
 def _pruning(pruned: Path) -> dict[str, Any] | None:
@@ -121,6 +108,29 @@ def _verdict(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {"ratio": student["parameters"] / teacher["parameters"], "gap": gap, "words": words} | {
         "facts": [fact for fact in _facts(evaluation) if fact]
     }
+
+
+def _decision(evaluation: dict[str, Any]) -> dict[str, str]:
+    """Return what the gates say together: a word, its sign and its style."""
+    gates, passed = measures.gates(evaluation), evaluation.get("passed")
+    if passed is None:
+        return {"mark": DASH, "style": "", "words": "No verdict: no gates were set"}
+    if passed:
+        return {"mark": measures.PASSED, "style": "better", "words": f"Passed: {len(gates)} of {len(gates)} gates hold"}
+    failed = [gate["words"] for gate in gates if gate["outcome"] not in ("passed", "no champion")]
+    words = f"Not passed: {len(failed)} of {len(gates)} gates do not hold ({'; '.join(failed)})"
+    return {"mark": measures.FAILED, "style": "worse", "words": words}
+
+
+def _circumstances(record: dict[str, Any]) -> dict[str, Any]:
+    """Return where a stage ran, as the record of whichever version says."""
+    given = {
+        "image": record.get("image"),
+        "Kubeflow run": record.get("pipeline_run_id"),
+        "MLflow run": record.get("mlflow_run_id"),
+        "seed": record["config"].get("seed"),
+    }
+    return {name: DASH if value is None else value for name, value in given.items()}
 
 
 def _facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -150,60 +160,6 @@ def _ratio(over: dict[str, Any], under: dict[str, Any], key: str) -> float | Non
     return over[key] / under[key] if number(over.get(key)) and number(under.get(key)) else None
 
 
-def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the table of models; a row without any value is left out."""
-    rows: list[dict[str, Any]] = []
-    for key, label, note, form, difference, better in _ROWS:
-        values = [number(evaluation[model].get(key)) for model in MODELS]
-        rows.append({"label": label, "note": note, "cells": _cells(values, form, difference, better)})
-    for task in tasks_of(evaluation):
-        for metric, note in (("acc", "accuracy"), ("acc_norm", "accuracy, length-normalised")):
-            cells = _scores(evaluation, task, metric)
-            rows.append({"label": task, "note": f"{note} ± standard error", "cells": cells})
-    return [row for row in rows if any(cell["value"] is not None for cell in row["cells"])]
-
-
-def _scores(evaluation: dict[str, Any], task: str, metric: str) -> list[dict[str, Any]]:
-    """Write a task's scores with their standard errors; a difference within that of the two is not marked."""
-    found = [evaluation[model]["tasks"].get(task, {}) for model in MODELS]
-    cells = _cells([number(scores.get(metric)) for scores in found], "share", "points", 1)
-    errors = [number(scores.get(f"{metric}_stderr")) for scores in found]
-    teacher = cells[_TEACHER]["value"]
-    for cell, error in zip(cells, errors, strict=True):
-        if error is None or cell["value"] is None:
-            continue
-        cell["text"] = f"{100 * cell['value']:.1f} ± {share(error)}"
-        if teacher is not None and abs(cell["value"] - teacher) <= math.hypot(error, errors[_TEACHER] or 0):
-            cell["trend"] = ""
-    return cells
-
-
-def _cells(values: list[float | None], form: str, difference: str | None, better: int) -> list[dict[str, Any]]:
-    """Write the values of the four models, and their differences to the teacher's."""
-    teacher = values[_TEACHER]
-    cells: list[dict[str, Any]] = []
-    for model, value in zip(MODELS, values, strict=True):
-        cell = {"value": value, "text": FORMS[form](value), "difference": "", "trend": ""}
-        if difference and value is not None and teacher and model != "teacher":
-            cell["difference"] = _difference(value, teacher, difference)
-            gain = (value - teacher) * better
-            cell["trend"] = "better" if gain > 0 else "worse" if gain < 0 else ""
-        cells.append(cell)
-    return cells
-
-
-def _difference(value: float, teacher: float, form: str) -> str:
-    match form:
-        case "relative":
-            return f"{signed(100 * (value / teacher - 1), 1)} %"
-        case "points":
-            return f"{signed(100 * (value - teacher), 1)} points"
-        case "loss":
-            return signed(value - teacher, 3)
-        case _:
-            return signed(value - teacher, 1)
-
-
 def _cuts(pruning: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the sizes of teacher and student."""
     pairs = [(label, pruning["teacher"][key], pruning["student"][key]) for key, label in _SIZES.items()]
@@ -228,7 +184,9 @@ def _costs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "width": record["seconds"] / longest,
             "memory": record["peak_rss_mb"],
             "gpu": record["peak_gpu_mb"],
+            "tokens": lineage.tokens(record),
             "speed": record["metrics"].get("tokens_per_second"),
+            "gpu_hours": lineage.gpu_hours(record),
         }
         for stage, record in records.items()
     ]

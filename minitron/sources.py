@@ -24,7 +24,7 @@ from minitron.references import followed, lasting_directory
 from minitron.results import arrive, write_atomically
 from minitron.storage import content_hash, hub_model, local_path
 
-__all__ = ["check", "corpus", "resolve"]
+__all__ = ["check", "corpus", "resolve", "resolved"]
 
 
 def resolve(address: str | Path, config: StageConfig) -> Path:
@@ -38,15 +38,22 @@ def resolve(address: str | Path, config: StageConfig) -> Path:
         ConfigError: nothing is there, the scheme is unknown, or a key or server that it needs is not given.
         RunError: it cannot be reached, or what came is damaged.
     """
+    return resolved(address, config)[0]
+
+
+def resolved(address: str | Path, config: StageConfig) -> tuple[Path, str]:
+    """Return what `resolve` does, and the address of just this content: that of a commit, a version or a snapshot."""
     scheme, separator, _ = str(address).partition(":/")
+    pinned = str(address)
     if not separator or scheme == "file":
         found = local_path(address)
     elif scheme == "hf":
-        found = local_path(_resolved_once(str(address), hub_model, config))
+        pinned = _resolved_once(pinned, hub_model, config)
+        found = local_path(pinned)
     else:
-        found = _fetched(str(address), config)
+        found, pinned = _fetched(pinned, config)
     found = followed(found)
-    return _exported(found, config) if _is_nemo(found) else found
+    return _exported(found, config) if _is_nemo(found) else found, pinned
 
 
 def corpus(address: str, config: StageConfig) -> str:
@@ -75,7 +82,7 @@ def check(path: Path, sha256: str) -> None:
         )
 
 
-def _fetched(address: str, config: StageConfig) -> Path:
+def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
     find: Callable[[str], str]
     fetch: Callable[[str, Path], None]
     match address.partition(":/")[0]:
@@ -93,7 +100,7 @@ def _fetched(address: str, config: StageConfig) -> Path:
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
     identity = _resolved_once(address, find, config)
-    return _kept(identity, fetch, config)
+    return _kept(identity, fetch, config), identity
 
 
 def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:

@@ -2,7 +2,8 @@
 
 A stage is a function `work(config, directory, tracker) -> dict` that fills `directory`. `run` gives it a place that
 survives a kill, publishes the finished directory in one rename, and writes `stage.json`: inputs' content hashes,
-configuration, versions, seconds, peak memory, metrics. `main` makes it `python -m minitron.STAGE --config FILE`.
+configuration, versions, image, runs, seconds, peak memory, metrics. `main` makes it
+`python -m minitron.STAGE --config FILE`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from minitron.storage import RECORD, content_hash, read_record
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails: stage, exit status and message."""
 
-__all__ = ["failure_note", "launch", "main", "read_yaml", "run", "stage_name"]
+__all__ = ["circumstances", "failure_note", "launch", "main", "read_yaml", "run", "stage_name"]
 
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
@@ -167,7 +168,7 @@ def _produce(
         disk_errors(home),
     ):
         found = work(local, directory, tracker)
-        record = identity | _circumstances(config, started) | found
+        record = identity | circumstances(config, tracker, started) | found
         record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
         write_atomically(directory / RECORD, record)
         publish(directory, home)
@@ -182,11 +183,16 @@ def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str
     return hashlib.sha256(json.dumps([stage, __version__, settings, hashes], sort_keys=True).encode()).hexdigest()
 
 
-def _circumstances(config: StageConfig, started: float) -> dict[str, Any]:
+def circumstances(config: StageConfig, tracker: tracking.Tracker, started: float) -> dict[str, Any]:
+    """Return what a record says of how, where and at what cost its stage ran, up to now."""
     return {
         "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
         "seed": config.seed,
         "versions": _versions(),
+        "image": os.environ.get("MINITRON_IMAGE"),
+        "pipeline_run_id": config.pipeline_run_id,
+        "mlflow_run_id": tracker.run_id,
+        "gpus": gpus.paid(config),
         "started": started,
         "seconds": round(time.time() - started, 3),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),

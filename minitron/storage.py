@@ -33,6 +33,11 @@ class HubDataset:
         """What stands for the content where other inputs have a hash: the commit, and which of its data sets."""
         return f"{self.commit}/{self.config}" if self.config else self.commit
 
+    @property
+    def pinned(self) -> str:
+        """The address of this commit."""
+        return f"hf://{self.repository}@{self.commit}{f'/{self.config}' if self.config else ''}"
+
 
 def local_path(address: str | Path) -> Path:
     """Return the local path of a model, fetching hf://org/name when it is not local.

@@ -59,6 +59,8 @@ class Tracker:
         """Remember whose tracker it is."""
         self.identity = identity
 
+    run_id: str | None = None
+
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Log metrics at a step; they were measured now."""
 
@@ -75,6 +77,8 @@ class MlflowTracker(Tracker):
         run_id: the stage's own run.
         pipeline_run_id: the parent run, where the whole pipeline's results go; the stage's own when it has no parent.
     """
+
+    run_id: str
 
     def __init__(self, client: "MlflowClient", config: StageConfig, identity: dict[str, Any]) -> None:
         """Join or open the runs, and log the configuration."""

@@ -26,6 +26,10 @@ RUN = "minitron run compress --preset tiny --work-dir runs/tiny"
 RUN_LONGER = "minitron run compress --preset tiny --work-dir runs/tiny --set distill.max_steps=80"
 HELP = "minitron run --help"
 MLFLOW = "mlflow ui --backend-store-uri sqlite:///runs/tiny/mlflow.db"
+URI = "export MLFLOW_TRACKING_URI=sqlite:///$PWD/runs/tiny/mlflow.db"
+LINEAGE = "minitron lineage models:/tiny@challenger"
+REPRODUCE = "minitron reproduce models:/tiny@challenger --output again.yaml"
+RUN_AGAIN = "minitron run compress --preset again.yaml --work-dir runs/tiny"
 
 
 def execute(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -105,6 +109,19 @@ def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
     assert again == flow["summary"]
 
 
+def test_the_lineage_shows_every_stage_and_makes_the_preset_that_reuses_them_all(flow: dict[str, Any]) -> None:
+    shown = execute(f"{URI}\n{LINEAGE}", flow["root"])
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for result in flow["directory"].glob("results/*/*/*/stage.json"):
+        record = json.loads(result.read_text())
+        assert record["stage"] == "register" or record["output_sha256"] in shown.stdout
+        assert record["mlflow_run_id"] in shown.stdout and record["pipeline_run_id"] in shown.stdout
+    done = execute(f"{URI}\n{REPRODUCE}\n{RUN_AGAIN}", flow["root"])
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
+    assert json.loads((flow["directory"] / "summary.json").read_text()) == flow["summary"]
+
+
 def test_a_misspelt_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(directory), "--set", "distill.max_step=3")
@@ -139,7 +156,10 @@ def test_the_version_is_shown() -> None:
 
 def test_these_are_the_commands_of_the_readme() -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert "".join(blocks).splitlines() == [MAKE_DEMO, MAKE_TEST, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW]
+    assert "".join(blocks).splitlines() == [
+        *(MAKE_DEMO, MAKE_TEST, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW),
+        *(URI, LINEAGE, REPRODUCE, RUN_AGAIN),
+    ]
 
 
 def test_the_make_commands_start_the_demo_and_the_tests() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron import stage
-from minitron.config import PrepareConfig
+from minitron import gpus, stage
+from minitron.config import PrepareConfig, parse
 from minitron.errors import RunError
 
 
@@ -18,3 +18,9 @@ def test_fewer_gpus_than_asked_for_are_refused_before_any_work(tmp_path: Path) -
     ):
         stage.run(config, lambda *_: {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_pays_for_its_own_gpus_or_for_those_of_its_nodes(tmp_path: Path) -> None:
+    common = {"output": tmp_path, "dataset": tmp_path, "teacher": "x", "engine": "nemo", "workspace": tmp_path}
+    assert gpus.paid(parse("finetune", common | {"gpus": 2})) == 2
+    assert gpus.paid(parse("finetune", common | {"num_nodes": 3, "gpus_per_node": 4})) == 12

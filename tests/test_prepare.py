@@ -447,7 +447,11 @@ for job in {jobs!r}:
     by_split = decoded(tmp_path / "plain", teacher)
     assert {text for documents in by_split.values() for text in documents} == set(words(200))
     record = json.loads((tmp_path / "plain" / "stage.json").read_text())
-    assert record["inputs"]["corpus"] == {"address": "hf://org/name/plain", "sha256": f"{COMMIT}/plain"}
+    assert record["inputs"]["corpus"] == {
+        "address": "hf://org/name/plain",
+        "sha256": f"{COMMIT}/plain",
+        "pinned": f"hf://org/name@{COMMIT}/plain",
+    }
     assert json.loads((tmp_path / "plain" / MANIFEST).read_text())["corpus_sha256"] == f"{COMMIT}/plain"
     assert decoded(tmp_path / "wiki", teacher)["train"] == ARTICLES
     complaint = done.stderr.splitlines()[-1]

@@ -15,7 +15,7 @@ from conftest import SEQUENCE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import distill, register
+from minitron import distill, register, registry
 from minitron.checkpoint import parameter_count, stored_parameters
 from minitron.config import RegisterConfig, parse
 from minitron.errors import ConfigError, RunError
@@ -119,12 +119,15 @@ def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Pat
         "student_sha256": content_hash(student),
         "dataset_sha256": content_hash(config.dataset),
         "licence": "none",
+        "teacher_licence": "unknown",
+        "lineage": f"runs:/{registered['run_id']}/lineage.json",
     }
     parent = client.get_run(version.run_id)
     assert parent.data.tags["kfp.run_id"] == "pipeline-7" and parent.info.run_id == registered["run_id"]
     assert {file.path for file in client.list_artifacts(version.run_id)} == {
         "report.html",
         "evaluation.json",
+        "lineage.json",
         "dataset",
     }
     assert [file.path for file in client.list_artifacts(version.run_id, "dataset")] == ["dataset/manifest.json"]
@@ -149,6 +152,25 @@ print(json.dumps(model.predict({TEXTS!r}, params={{"max_new_tokens": 8}})))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert json.loads(done.stdout.splitlines()[-1]) == _expected(student, 8)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_card_goes_with_the_weights_and_is_taken_away_again(
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path, own: bool
+) -> None:
+    copy = shutil.copytree(student, tmp_path / "copy")
+    if own:
+        (copy / "stage.json").unlink()
+        (copy / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    config = make(mlflow_file, student=copy)
+    register.run(config)
+    client = connect(mlflow_file)
+    model_id = client.get_model_version(config.name, "1").source.removeprefix("models:/")
+    assert "README.md" in {file.path for file in client.list_logged_model_artifacts(model_id)}
+    assert (config.output / "README.md").read_text().startswith(registry.CARD_BEGINS)
+    registry.download_version(mlflow_file, f"models:/{config.name}/1", tmp_path / "downloaded")
+    assert content_hash(tmp_path / "downloaded") == content_hash(copy)
+    assert (tmp_path / "downloaded" / "README.md").exists() == own
 
 
 def test_the_alias_moves_and_the_same_student_is_not_registered_twice(

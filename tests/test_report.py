@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron import charts, distill, finetune, formats, prune
+from minitron import charts, distill, finetune, formats, measures, prune
 from minitron.config import DistillConfig, EvaluateConfig, FinetuneConfig, PruneConfig
 from minitron.report import write_report
 
@@ -205,7 +206,7 @@ def test_table_of_models(page: Page) -> None:
     assert "Validation loss nats per token 2.500 ▼ +0.500 2.000 6.000 ▼ +4.000 3.000 ▼ +1.000" in text
     assert "tokens per second 20.0 +0.0 % 20.0 25.0 ▲ +25.0 % 30.0 ▲ +50.0 %" in text
     assert "same most likely next token 40.0 % 50.0 % 16.7 % 33.3 %" in text
-    assert "arc accuracy ± standard error 58.0 ± 3.0 % −2.0 points 60.0 ± 3.0 % 30.0 ± 3.0 % ▼ −30.0 points" in text
+    assert "arc accuracy, 95 % interval 58.0 ± 5.9 % −2.0 points 60.0 ± 5.9 % 30.0 ± 5.9 % ▼ −30.0 points" in text
 
 
 def test_a_value_that_was_not_measured_is_left_out(config: EvaluateConfig, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_value_that_was_not_measured_is_left_out(config: EvaluateConfig, tmp_p
 def test_bars_have_the_values_and_error_bars(page: Page) -> None:
     assert "Pruned student, validation: 6.000" in page.titles
     assert "Distilled student, test: 3.250" in page.titles
-    assert "Distilled student, arc: 50.0 ± 3.0" in page.titles
+    assert "Distilled student, arc: 50.0 ± 5.9" in page.titles
     assert len([title for title in page.titles if re.match(r".*, (validation|test|arc): ", title)]) == 4 * 3
 
 
@@ -312,7 +313,7 @@ def test_generated_text_is_escaped(config: EvaluateConfig, tmp_path: Path) -> No
     assert not page.values("onerror", "src")
     assert attack in page.text["samples"]
     assert attack in page.text["models"]
-    assert f'Teacher, "{attack}: 50.0 ± 10.0' in page.titles
+    assert f'Teacher, "{attack}: 50.0 ± 19.6' in page.titles
     assert "Teacher, $a_1$: 50.0" in page.titles
 
 
@@ -415,3 +416,79 @@ def test_pages_are_reproducible(bare: EvaluateConfig, tmp_path: Path) -> None:
     pages = [written(tmp_path, bare, EVALUATION).html for _ in range(2)]
     without_time = [re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", page) for page in pages]
     assert all(one == other for one, other in pairwise(without_time))
+
+
+def gate(metric: str, outcome: str, **values: Any) -> dict[str, Any]:
+    common = {"against": "champion", "by": "difference", "bound": "at_most", "threshold": 0.01, "student": 3.0}
+    common |= {"reference": 2.995, "found": 0.005, "margin": 0.005, "error": None, "outcome": outcome}
+    return {"metric": metric} | common | values
+
+
+GATES = [
+    gate("validation_loss", "passed", error=0.002),
+    gate(
+        "arc_acc", "failed", bound="at_least", threshold=-0.01, student=0.5, reference=0.55, found=-0.05, margin=-0.04
+    ),
+    gate("perplexity", "within error", against="teacher", by="ratio", threshold=1.5, reference=20.0, found=1.501),
+    gate("test_loss", "no champion", reference=None, found=None, margin=None),
+    gate("out_of_domain_loss", "passed", against=None, by=None, threshold=3.5, student=3.1, found=3.1, margin=0.4),
+]
+
+
+@pytest.fixture(scope="module")
+def gated(config: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    champion = model(90_214_488, 2.9, 0.55, 30.0, "champion") | {
+        "address": "models:/small/3",
+        "out_of_domain_loss": 3.2,
+    }
+    evaluation = changed(gates=GATES, passed=False, champion=champion, student__out_of_domain_loss=3.1)
+    return written(tmp_path_factory.mktemp("gated"), config, evaluation)
+
+
+def test_the_decision_and_the_gates_come_first(gated: Page) -> None:
+    sections = re.findall(r'<(?:section|header) id="(\w+)"', gated.html)
+    assert sections[:3] == ["verdict", "gates", "models"]
+    failed = "arc, accuracy, difference from the champion's; Perplexity, ratio to the teacher's"
+    assert f"{measures.FAILED} Not passed: 2 of 5 gates do not hold ({failed})" in gated.text["verdict"]
+
+
+def test_a_gate_is_a_sentence_with_its_numbers(gated: Page) -> None:
+    text = gated.text["gates"].replace(measures.FAILED, "x").replace(measures.PASSED, "v")
+    for row in (
+        "Validation loss, difference from the champion's v passed 0.005 ± 0.002 at most 0.010 +0.005 3.000 "
+        "champion: 2.995",
+        "arc, accuracy, difference from the champion's x failed −5.0 points at least −1.0 points −4.0 50.0 % "
+        "champion: 55.0 %",
+        "Perplexity, ratio to the teacher's ≈ within error 1.501 at most 1.500 +0.005 3.0 teacher: 20.0",
+        "Test loss, difference from the champion's – no champion – at most 0.010 – 3.000 champion: –",
+        "Out-of-domain loss v passed 3.100 at most 3.500 +0.400 3.100 –",
+    ):
+        assert row in text
+
+
+def test_the_champion_has_its_column(gated: Page, page: Page) -> None:
+    text = gated.text["models"]
+    assert "Distilled student Champion, small/3 Parameters" in text
+    assert "Validation loss nats per token 2.500 ▼ +0.500 2.000 6.000 ▼ +4.000 3.000 ▼ +1.000 2.900 ▼ +0.900" in text
+    assert "Out-of-domain loss nats per token, on other text – – – 3.100 3.200" in text
+    assert "Champion" not in page.text["models"] and "Out-of-domain" not in page.text["models"]
+
+
+@pytest.mark.parametrize(("passed", "words"), [(None, "No verdict: no gates were set"), (True, "Passed: 5 of 5 gates")])
+def test_the_decision_is_said_in_words(config: EvaluateConfig, tmp_path: Path, passed: bool | None, words: str) -> None:
+    page = written(tmp_path, config, changed(gates=GATES if passed else [], passed=passed))
+    assert words in page.text["verdict"]
+    assert ("gates" in page.text) == bool(passed)
+
+
+def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(config: EvaluateConfig, page: Page, tmp_path: Path) -> None:
+    assert "GPU-hours" not in page.text["cost"]
+    student = shutil.copytree(config.student, tmp_path / "student")
+    record = record_of(student) | {"gpus": 8, "seconds": 900.0, "image": "registry/trainer:1", "mlflow_run_id": "run7"}
+    (student / "stage.json").write_text(json.dumps(record))
+    gpu_page = written(tmp_path, config.model_copy(update={"student": student}), EVALUATION)
+    tokens = formats.count(record["metrics"]["tokens"])
+    speed = formats.decimal(record["metrics"]["tokens_per_second"])
+    memory = formats.megabytes(record["peak_rss_mb"])
+    assert f"distill 15 min 0 s {memory} {tokens} {speed} 2.00" in gpu_page.text["cost"]
+    assert "image registry/trainer:1 Kubeflow run – MLflow run run7 seed 1234" in gpu_page.text["lineage"]

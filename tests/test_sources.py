@@ -16,7 +16,7 @@ import pytest
 from conftest import free_port
 from safetensors.torch import load_file, save_file
 
-from minitron import finetune, register, sources
+from minitron import finetune, inputs, register, sources
 from minitron.checkpoint import stored_parameters
 from minitron.config import FinetuneConfig, parse
 from minitron.errors import ConfigError, RunError
@@ -232,6 +232,8 @@ def test_an_alias_that_moves_means_one_version_within_a_pipeline_run(
     assert content_hash(sources.resolve(address, first)) == content_hash(teacher)
     second = changed(first, pipeline_run_id="run-2")
     assert content_hash(sources.resolve(address, second)) == content_hash(registry["other"])
+    found = [inputs.find(changed(config, teacher=address))["teacher"].record() for config in (first, second)]
+    assert [entry["pinned"] for entry in found] == [f"models:/{registry['name']}/1", f"models:/{registry['name']}/2"]
 
 
 @pytest.fixture

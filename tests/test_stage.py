@@ -73,6 +73,7 @@ def test_the_record_says_where_a_result_comes_from(
     assert record["config"]["licence"] == "CC0" and record["seed"] == record["config"]["seed"] == 1234
     assert record["versions"]["minitron"] == __version__ and record["versions"]["torch"] == torch.__version__
     assert 0 <= record["seconds"] < 10 and record["peak_rss_mb"] > 10
+    assert [record[name] for name in ("image", "pipeline_run_id", "mlflow_run_id", "gpus")] == [None, None, None, 0]
     assert not list(tmp_path.glob("*.partial"))
 
 

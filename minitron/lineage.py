@@ -1,0 +1,163 @@
+"""Where a student comes from: the records of its stages, kept with its version in MLflow.
+
+    minitron lineage models:/NAME/7
+
+evaluate sees the directories of all stages before it, and writes `lineage.json`: their records as they left them, and
+the licences of base model and corpus. register adds evaluate's record and its own, and links it from the version.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import yaml
+from rich.text import Text
+from rich.tree import Tree
+
+from minitron import registry
+from minitron.config import STAGES, EvaluateConfig
+from minitron.errors import ConfigError, RunError
+from minitron.formats import count, duration, loss, megabytes, moment
+from minitron.manifest import MANIFEST, read_manifest
+from minitron.mlflow_client import connect, explained
+from minitron.storage import read_record
+
+LINEAGE = "lineage.json"
+
+TAG = "lineage"
+"""The tag of a model version that says where its lineage is: runs:/RUN/lineage.json."""
+
+UNKNOWN = "unknown"
+
+_WITHOUT_BAR = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+
+
+def collect(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the lineage of what evaluate measures; the configuration's inputs are local directories.
+
+    Returns:
+        `stages`: the records of the stages that wrote the inputs, in the order of the flow; `licences`: of the data, a
+        text, and of the base model, the lines of its model card that begin with `license`.
+    """
+    directories = (config.dataset, config.teacher, config.pruned, config.student)
+    found = [record for directory in directories if (record := read_record(directory))]
+    licences = {"data": data_licence(config.dataset), "teacher": model_licence(Path(config.teacher_before))}
+    return {"stages": in_order(found), "licences": licences}
+
+
+def in_order(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return records by the names of their stages, in the order of the flow."""
+    found = {record["stage"]: record for record in records}
+    return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def data_licence(dataset: Path) -> str:
+    """Return the licence that prepare was told; "unknown" for what it did not write."""
+    manifest = read_manifest(dataset) if (dataset / MANIFEST).is_file() else {}
+    return str(manifest.get("licence", UNKNOWN))
+
+
+def model_licence(model: Path) -> dict[str, str]:
+    """Return the `license`, `license_name` and `license_link` of a model card; the licence is "unknown" without one."""
+    path = model / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
+    except yaml.YAMLError:
+        front = {}
+    lines = front.items() if isinstance(front, dict) else ()
+    given = {name: value for name, value in lines if name in ("license", "license_name", "license_link") and value}
+    return {"license": UNKNOWN} | {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in given.items()
+    }
+
+
+def licence_text(licence: dict[str, str]) -> str:
+    """Return a model's licence by its name: Hugging Face calls those that it has no word for `other`."""
+    return licence["license"] if licence["license"] != "other" else licence.get("license_name", "other")
+
+
+def gpu_hours(record: dict[str, Any]) -> float:
+    """Return what a stage held: hours times GPUs."""
+    return record["seconds"] * record.get("gpus", 0) / 3600
+
+
+def tokens(record: dict[str, Any]) -> int | None:
+    """Return the tokens that a stage trained on or, prepare, wrote; None for the others."""
+    metrics = record.get("metrics", {})
+    written = sum(metrics.get(f"{split}_tokens", 0) for split in ("train", "validation", "test"))
+    return metrics.get("tokens", written or None)
+
+
+def of_version(uri: str, address: str) -> dict[str, Any]:
+    """Return the lineage of a model version, from MLflow alone.
+
+    Args:
+        uri: the tracking server.
+        address: models:/NAME/VERSION or models:/NAME@alias.
+
+    Returns:
+        The content of lineage.json, and `version`: models:/NAME/VERSION.
+
+    Raises:
+        ConfigError: the address has another form, or the version was not registered by this package.
+        RunError: MLflow cannot be reached, or has no such version, or the lineage there is another version's.
+    """
+    version = registry.model_version(uri, address)
+    name, _, number = version.removeprefix("models:/").rpartition("/")
+    with explained(uri):
+        client = connect(uri)
+        tags = client.get_model_version(name, number).tags
+        if TAG not in tags:
+            raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
+        run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
+        with tempfile.TemporaryDirectory() as directory, patch.dict(os.environ, _WITHOUT_BAR):
+            found = json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text())
+    if found["stages"]["register"]["inputs"]["student"]["sha256"] != tags["student_sha256"]:
+        raise RunError(f"{version}: {tags[TAG]} is of another student; it was overwritten, register this one again")
+    return found | {"version": version}
+
+
+def tree(found: dict[str, Any]) -> Tree:
+    """Return a lineage as `minitron lineage` prints it."""
+    root = Tree(Text(found["version"], "bold"))
+    licences = found["licences"]
+    root.add(_line("licences", f"data {licences['data']}, base model {licence_text(licences['teacher'])}"))
+    for stage, record in found["stages"].items():
+        branch = root.add(Text.assemble((stage, "bold"), f"  {moment(record['started'])}, {_cost(record)}"))
+        for label, text in _facts(record):
+            branch.add(_line(label, text))
+    return root
+
+
+def _line(label: str, text: str) -> Text:
+    return Text.assemble((f"{label}: ", "dim"), text)
+
+
+def _cost(record: dict[str, Any]) -> str:
+    parts = [duration(record["seconds"]), f"{megabytes(record['peak_rss_mb'])} peak memory"]
+    if total := tokens(record):
+        parts.append(f"{count(total)} tokens")
+    if record.get("gpus"):
+        parts.append(f"{gpu_hours(record):.2f} GPU-hours on {record['gpus']} GPUs")
+    return ", ".join(parts)
+
+
+def _facts(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield what a record says, by label."""
+    for name, entry in record["inputs"].items():
+        yield name, f"{entry.get('pinned', entry['address'])} sha256 {entry['sha256']}"
+    inputs = set(record["inputs"]) | {"output", "workspace", "pipeline_run_id"}
+    settings = {name: value for name, value in record["config"].items() if name not in inputs and value is not None}
+    yield "settings", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+    yield "versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())
+    yield "image", record.get("image") or "none"
+    yield "runs", f"Kubeflow {record.get('pipeline_run_id') or 'none'}, MLflow {record.get('mlflow_run_id') or 'none'}"
+    if losses := [row["validation_loss"] for row in record.get("history", []) if "validation_loss" in row]:
+        yield "validation loss", " → ".join(map(loss, losses))
+    if "output_sha256" in record:
+        yield "result", f"sha256 {record['output_sha256']}"

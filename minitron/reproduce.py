@@ -1,0 +1,91 @@
+"""The preset that runs a registered model's pipeline again, from its lineage.
+
+    minitron reproduce models:/NAME/7 --output again.yaml
+    minitron run compress --preset again.yaml --work-dir runs/again
+
+With the same package, inputs and settings every stage has the same key: where its result still is, it is reused.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from minitron.config import EXECUTION, INPUT, STAGES, fields_marked
+from minitron.errors import ConfigError
+from minitron.presets import compiled_pipeline
+
+PIPELINE = "compress"
+
+_WHERE = {"output", "workspace", "caching"}
+"""What says where results lie: that is for whoever runs it."""
+
+
+def preset(found: dict[str, Any]) -> str:
+    """Return the text of a preset.
+
+    Args:
+        found: a lineage, as `lineage.of_version` returns it.
+
+    Raises:
+        ConfigError: a stage left no record, or the stages do not belong to one run of the pipeline.
+    """
+    records = found["stages"]
+    if missing := [stage for stage in STAGES if stage not in records]:
+        raise ConfigError(
+            f"{found['version']}: {', '.join(missing)} left no record, so not all settings are known; only what the "
+            "whole pipeline made can be made again"
+        )
+    shared, sections = _arguments(found)
+    parts = ["\n".join(f"# {line}" for line in _comments(found)), _yaml(shared)]
+    for stage, section in sections.items():
+        made = records[stage].get("output_sha256")  # register wrote the lineage before it had one
+        parts.append((f"# result sha256 {made}\n" if made else "") + _yaml({stage: section}))
+    return "\n".join(parts)
+
+
+def _comments(found: dict[str, Any]) -> Iterator[str]:
+    records = found["stages"]
+    package = records["distill"]["versions"]["minitron"]
+    yield f"Makes {found['version']} again: minitron run {PIPELINE} --preset FILE"
+    yield f"minitron-pipelines {package} made it; another version computes every stage anew."
+    made = {record.get("output_sha256") for record in records.values()}
+    given: dict[str, str] = {}
+    for record in records.values():
+        for name, entry in record["inputs"].items():
+            given.setdefault(entry["sha256"], f"{name}: {entry.get('pinned', entry['address'])}")
+    for sha256, text in given.items():
+        if sha256 not in made:
+            yield text
+            yield f"  sha256 {sha256}"
+    for image in sorted({record["image"] for record in records.values() if record.get("image")}):
+        yield f"image {image}"
+
+
+def _arguments(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the pipeline's parameters that the stages share, and each stage's own."""
+    parameters = compiled_pipeline(PIPELINE)[0]["root"]["inputDefinitions"]["parameters"]
+    shared: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for stage, record in found["stages"].items():
+        # Of a stage that was reused, the record names the inputs and the experiment that it had when it ran.
+        may_differ = {*fields_marked(STAGES[stage], INPUT), *fields_marked(STAGES[stage], EXECUTION)}
+        for name, value in _settings(record).items():
+            if f"{stage}_{name}" in parameters:
+                sections.setdefault(stage, {})[name] = value
+            elif name in parameters and shared.setdefault(name, value) != value and name not in may_differ:
+                raise ConfigError(
+                    f"{found['version']}: {name} is {shared[name]} in one stage and {value} in {stage}, but pipeline "
+                    f"{PIPELINE} has one for all; run the stages by hand with the settings that minitron lineage shows"
+                )
+    return shared, sections
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a stage was given, a movable address as the one that it meant then."""
+    given = {name: value for name, value in record["config"].items() if value is not None and name not in _WHERE}
+    return given | {name: entry["pinned"] for name, entry in record["inputs"].items() if "pinned" in entry}
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,215 @@
+"""A registered version tells where it comes from, from MLflow alone, and makes the preset that runs it again."""
+
+import copy
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from minitron import cli, evaluate, lineage, register, reproduce
+from minitron.config import EvaluateConfig, StageConfig, parse
+from minitron.errors import ConfigError, RunError
+from minitron.mlflow_client import connect
+from minitron.storage import content_hash
+
+CARD = "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\ntags: [x]\n---\n# Llama\n"
+
+
+@pytest.fixture(scope="module")
+def base(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with a model card."""
+    directory = shutil.copytree(teacher, tmp_path_factory.mktemp("base") / "base")
+    (directory / "README.md").write_text(CARD)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluation(base: Path, teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What evaluate writes of models that no stage of ours made."""
+    output = tmp_path_factory.mktemp("evaluation") / "evaluation"
+    values: dict[str, Any] = {"teacher": teacher, "pruned": teacher, "student": teacher, "dataset": dataset}
+    values |= {"sequence_length": 32, "evaluation_sequences": 2, "prompts": ["a"], "generation_tokens": 2}
+    evaluate.run(EvaluateConfig(output=output, teacher_before=str(base), **values))
+    return output
+
+
+@pytest.fixture
+def make(evaluation: Path, teacher: Path, dataset: Path, tmp_path: Path) -> Callable[[str], StageConfig]:
+    """Return a function that makes register's configuration for an MLflow."""
+
+    def configuration(uri: str) -> StageConfig:
+        values = {"output": tmp_path / "out", "student": teacher, "dataset": dataset, "evaluation": evaluation}
+        names = {"name": tmp_path.name, "experiment": tmp_path.name, "pipeline_run_id": f"run of {tmp_path.name}"}
+        return parse("register", values | names | {"tracking_uri": uri})
+
+    return configuration
+
+
+@pytest.fixture(params=["mlflow_server", "mlflow_file"])
+def uri(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(request.param)
+
+
+def test_evaluate_writes_the_licences_of_the_base_model_and_of_the_data(evaluation: Path) -> None:
+    found = json.loads((evaluation / lineage.LINEAGE).read_text())
+    teacher = {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"}
+    assert found == {"stages": {}, "licences": {"data": "none", "teacher": teacher}}
+    assert lineage.licence_text(teacher) == "llama3.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", {"license": "apache-2.0"}),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": "mit, apache-2.0"}),
+        ("---\nlicense:\n---\n", {"license": "unknown"}),
+        ("---\n: broken: [\n---\n", {"license": "unknown"}),
+        ("---\n- a list\n---\n", {"license": "unknown"}),
+        ("---\nnever closed", {"license": "unknown"}),
+        ("# No front matter, license: mit\n", {"license": "unknown"}),
+    ],
+)
+def test_a_model_card_is_read_as_it_comes(tmp_path: Path, text: str, licence: dict[str, str]) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert lineage.model_licence(tmp_path) == licence
+
+
+def test_a_version_has_its_lineage(
+    uri: str, make: Callable[[str], StageConfig], teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRON_IMAGE", "registry/tools:1")
+    config = make(uri)
+    record = register.run(config)  # type: ignore[arg-type]
+    name = record["registered"]["name"]
+    found = lineage.of_version(uri, f"models:/{name}@challenger")
+    assert found["version"] == f"models:/{name}/1"
+    assert list(found["stages"]) == ["evaluate", "register"]
+    own = found["stages"]["register"]
+    assert own["inputs"]["student"] == {"address": str(teacher), "sha256": content_hash(teacher)}
+    assert own["image"] == "registry/tools:1" and own["pipeline_run_id"] == config.pipeline_run_id
+    assert own["mlflow_run_id"] != record["registered"]["run_id"]
+    tags = connect(uri).get_model_version(name, "1").tags
+    assert tags["lineage"] == f"runs:/{record['registered']['run_id']}/lineage.json"
+    assert tags["teacher_licence"] == "llama3.1"
+
+
+def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str], StageConfig]) -> None:
+    register.run(make(mlflow_file))  # type: ignore[arg-type]
+    name = make(mlflow_file).name  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="version=9\\) not found; check tracking_uri"):
+        lineage.of_version(mlflow_file, f"models:/{name}/9")
+    client = connect(mlflow_file)
+    client.create_model_version(name, "gs://bucket/made-by-hand")
+    with pytest.raises(ConfigError, match=f"models:/{name}/2: has no tag lineage; give a version that minitron's"):
+        lineage.of_version(mlflow_file, f"models:/{name}/2")
+    client.set_model_version_tag(name, "1", "student_sha256", "another")
+    with pytest.raises(RunError, match=r"lineage\.json is of another student; it was overwritten, register"):
+        lineage.of_version(mlflow_file, f"models:/{name}/1")
+
+
+@pytest.mark.parametrize("command", ["lineage", "reproduce"])
+def test_a_server_that_is_away_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = CliRunner().invoke(cli.app, [command, "models:/x/1", "--tracking-uri", "http://127.0.0.1:9"])
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: MLflow at http://127.0.0.1:9: ")
+
+
+ENTRY = {"address": "hf://org/base", "sha256": "a1", "pinned": "hf://org/base@c0ffee"}
+
+
+def record_of(stage: str, output: str, inputs: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """A record as a stage of the pipeline leaves it, with the defaults."""
+    values = {name: entry["address"] for name, entry in inputs.items()} | settings
+    places = {name: "/results/x" for name in ("dataset", "student", "pruned", "evaluation", "teacher")}
+    needed = {name for name, field in type_of(stage).model_fields.items() if field.is_required()}
+    values = {name: place for name, place in places.items() if name in needed} | values | {"output": "/results/y"}
+    config = parse(stage, values | ({"tracking_uri": "sqlite:///x"} if stage == "register" else {}))
+    return {
+        "stage": stage,
+        "inputs": inputs,
+        "output_sha256": output,
+        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),
+        "versions": {"minitron": "0.1.0"},
+        "image": "registry/trainer:1",
+        "started": 0.0,
+        "seconds": 1800.0,
+        "peak_rss_mb": 10.0,
+        "gpus": 8,
+        "metrics": {"tokens": 1000},
+    }
+
+
+def type_of(stage: str) -> type[StageConfig]:
+    from minitron.config import STAGES
+
+    return STAGES[stage]
+
+
+@pytest.fixture
+def found() -> dict[str, Any]:
+    """The lineage of a run whose corpus is a bucket's and whose teacher is a branch of the hub."""
+    corpus = {"address": "gs://bucket/text", "sha256": "d1"}
+    dataset = {"dataset": {"address": "/results/x", "sha256": "r1"}}
+    records = [
+        record_of("prepare", "r1", {"corpus": corpus, "teacher": ENTRY}, licence="CC0: [all]"),
+        record_of("finetune", "r2", dataset | {"teacher": ENTRY}),
+        record_of("prune", "r3", dataset, drop_layers=[1, 2]),
+        record_of("distill", "r4", dataset, max_steps=7),
+        record_of("evaluate", "r5", dataset | {"teacher_before": ENTRY}),
+        record_of("register", "r6", dataset, name="small"),
+    ]
+    licences = {"data": "CC0", "teacher": {"license": "unknown"}}
+    return {"stages": lineage.in_order(records), "licences": licences, "version": "models:/small/3"}
+
+
+def test_the_preset_has_every_setting_and_what_addresses_meant(found: dict[str, Any]) -> None:
+    text = reproduce.preset(found)
+    values = yaml.safe_load(text)
+    assert values["teacher"] == "hf://org/base@c0ffee" and values["corpus"] == "gs://bucket/text"
+    assert values["prepare"]["licence"] == "CC0: [all]" and values["prune"]["drop_layers"] == [1, 2]
+    assert values["distill"]["max_steps"] == 7 and values["register"] == {
+        "gpus": 0,
+        "name": "small",
+        "alias": "challenger",
+    }
+    assert not {"workspace", "caching", "output", "pipeline_run_id"} & (values.keys() | values["distill"].keys())
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    for line in ("# corpus: gs://bucket/text", "#   sha256 d1", "# image registry/trainer:1", "# result sha256 r4"):
+        assert line in comments
+
+
+def test_of_a_stage_that_was_reused_the_places_may_differ_but_not_the_settings(found: dict[str, Any]) -> None:
+    found["stages"]["prepare"]["config"]["experiment"] = "earlier"
+    found["stages"]["finetune"]["config"]["teacher"] = "/elsewhere"
+    assert yaml.safe_load(reproduce.preset(found))["teacher"] == "hf://org/base@c0ffee"
+    found["stages"]["distill"]["config"]["sequence_length"] = 5
+    with pytest.raises(ConfigError, match="models:/small/3: sequence_length is 8192 in one stage and 5 in distill"):
+        reproduce.preset(found)
+
+
+def test_what_other_tools_made_cannot_be_made_again(found: dict[str, Any]) -> None:
+    del found["stages"]["finetune"], found["stages"]["prune"]
+    with pytest.raises(ConfigError, match="models:/small/3: finetune, prune left no record, so not all settings"):
+        reproduce.preset(found)
+
+
+def test_the_tree_tells_cost_and_origin(found: dict[str, Any]) -> None:
+    found = copy.deepcopy(found)
+    found["stages"]["distill"]["history"] = [{"step": step, "validation_loss": 5.0 - step} for step in (0, 1)]
+    stream = io.StringIO()
+    Console(width=300, file=stream).print(lineage.tree(found))
+    text = stream.getvalue()
+    assert "licences: data CC0, base model unknown" in text
+    assert "1,000 tokens, 4.00 GPU-hours on 8 GPUs" in text
+    assert "teacher: hf://org/base@c0ffee sha256 a1" in text
+    assert "validation loss: 5.000 → 4.000" in text and "image: registry/trainer:1" in text
+    assert 'licence="CC0: [all]"' in text
