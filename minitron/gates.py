@@ -136,5 +136,6 @@ def _value(model: dict[str, Any], metric: str) -> tuple[float | None, float | No
     for task, numbers in model.get("tasks", {}).items():
         name = metric.removeprefix(f"{task}_")
         if name != metric and name in numbers:
-            return numbers[name], numbers.get(f"{name}_stderr")
+            error = numbers.get(f"{name}_stderr")
+            return numbers[name], error if isinstance(error, int | float) else None  # lm-eval may say "N/A"
     return None, None

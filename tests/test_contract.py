@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron import components
-from minitron.config import STAGES, parameter_table, parse
+from minitron import components, origin
+from minitron.config import STAGES, TASKS, parameter_table, parse
 from minitron.pipelines.compress import compress
+from minitron.pipelines.retrain import retrain
 from minitron.presets import compiled_pipeline, pipelines_directory, read_arguments, stage_values
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
@@ -19,7 +20,7 @@ SHARED = {"teacher", "corpus", "sequence_length", "seed", "engine", "tracking_ur
 
 
 def test_the_components_are_the_stages_in_the_order_of_the_flow() -> None:
-    assert components.__all__ == list(STAGES)
+    assert components.__all__ == [*STAGES, *TASKS]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -48,6 +49,26 @@ def test_a_component_passes_every_value_on_under_its_own_name(stage: str) -> Non
         assert f"{wanted}," in source or f"{wanted}\n" in source, name
         received[name] = wanted
     assert received and f'"{stage}"' in source
+
+
+def test_resolve_gets_every_setting_that_decides_the_weights_as_compress_does() -> None:
+    inputs, offered = components.resolve.component_spec.inputs, compress.component_spec.inputs
+    others = {*TASKS["resolve"].model_fields} - {"settings", "output", "caching", "gpus", "seed"}
+    assert inputs.keys() - others == set(origin.parameters())
+    for name in origin.parameters():
+        assert (inputs[name].type, inputs[name].default) == (offered[name].type, offered[name].default), name
+
+
+def test_retrain_offers_what_compress_does_and_leaves_nothing_out() -> None:
+    """Inside a condition Kubeflow cannot leave a parameter out: each has a value, one that stands for the default."""
+    inputs, offered = retrain.component_spec.inputs, compress.component_spec.inputs
+    assert inputs.keys() == offered.keys() - {"evaluate_champion"}
+    assert {name for name, entry in inputs.items() if entry.default is None} == {"teacher", "corpus", "tracking_uri"}
+    values = {name: entry.default for name, entry in inputs.items()}
+    for stage, model in STAGES.items():
+        for name, field in model.model_fields.items():
+            if f"{stage}_{name}" in values and field.default is None:
+                assert name not in stage_values(stage, values), f"{stage}_{name}"
 
 
 def test_a_component_is_a_short_declaration() -> None:

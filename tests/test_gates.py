@@ -61,6 +61,11 @@ def test_the_interval_is_that_of_both_models() -> None:
     assert ratio["error"] == pytest.approx(1.96 * relative * 0.50 / 0.55)
 
 
+def test_an_error_that_lm_eval_does_not_know_is_none() -> None:
+    row = judged(model(3.0, 0.55, "N/A"), metric="arc_acc", against="champion", at_least=0.0)  # type: ignore[arg-type]
+    assert row["error"] == pytest.approx(1.96 * 0.02)
+
+
 def test_what_is_not_there() -> None:
     assert judged(None, metric="validation_loss", against="champion", at_most=0)["outcome"] == "no champion"
     assert judged(metric="test_loss", at_most=9)["outcome"] == "not measured"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.config import STAGES
+from minitron.config import STAGES, TASKS
 
 REPOSITORY = Path(__file__).parent.parent
 LIBRARY = sorted(path for path in (REPOSITORY / "minitron").rglob("*.py"))
@@ -49,8 +49,8 @@ def test_every_form_of_import_is_seen() -> None:
 
 def test_the_sources_are_where_this_test_looks() -> None:
     assert {path.stem for path in LIBRARY} > set(STAGES) | {"config", "cli", "tracking", "storage", "hf"}
-    assert {path.stem for path in COMPONENTS} == set(STAGES) | {"__init__", "images"}
-    assert "compress" in {path.stem for path in PIPELINES}
+    assert {path.stem for path in COMPONENTS} == {*STAGES, *TASKS, "__init__", "images"}
+    assert {path.stem for path in PIPELINES} == {"__init__", "compress", "promote", "retrain"}
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=label)
@@ -108,9 +108,10 @@ def test_a_component_imports_kfp_its_image_and_in_its_body_the_stage(path: Path)
     minitron = within(imported(source, module_level_only=True), "minitron")
     allowed = within(minitron, "minitron.components") | within(minitron, "minitron.config")
     assert minitron - allowed <= {"minitron", "minitron.__version__"}
-    assert packages(path) <= {"kfp", "minitron", "typing", "shutil"}
-    if path.stem in STAGES:
-        assert imported(source) - imported(source, module_level_only=True) - {"shutil"} == {
+    assert packages(path) <= {"kfp", "minitron", "typing", "shutil", "collections"}
+    if path.stem in STAGES | TASKS:
+        inside = imported(source) - imported(source, module_level_only=True)
+        assert {name for name in inside if within({name}, "minitron")} == {
             "minitron.stage",
             "minitron.stage.launch",
         }
@@ -119,5 +120,6 @@ def test_a_component_imports_kfp_its_image_and_in_its_body_the_stage(path: Path)
 @pytest.mark.parametrize("path", PIPELINES, ids=label)
 def test_a_pipeline_imports_kfp_and_the_components(path: Path) -> None:
     minitron = within(imported(path.read_text()), "minitron")
-    assert minitron <= within(minitron, "minitron.components") | within(minitron, "minitron.config")
-    assert packages(path) <= {"kfp", "minitron", "pathlib", "typing"}
+    layers = ("minitron.pipelines", "minitron.components", "minitron.config")
+    assert minitron <= set().union(*(within(minitron, layer) for layer in layers))
+    assert packages(path) <= {"inspect", "kfp", "minitron", "pathlib", "typing"}
