@@ -68,7 +68,10 @@ def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str
 
 def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what evaluation.json says of the test set, the champion and the gates."""
-    champion = evaluation[CHAMPION] | inputs[CHAMPION] if config.champion else None
+    champion = None
+    if config.champion:
+        entry = inputs[CHAMPION]  # an alias may move: `pinned` is the version that it meant
+        champion = evaluation[CHAMPION] | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
     rows = gates.judge(gates.declared(config), evaluation, champion)
     for row in rows:
         print(f"gate: {gates.words(row)}", flush=True)
