@@ -24,7 +24,7 @@ from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.results import write_atomically
 from minitron.storage import read_record
 
-EVALUATION, REPORT = "evaluation.json", "report.html"
+EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"
 
 
 def run(config: RegisterConfig) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _tags(config: RegisterConfig, tracker: tracking.MlflowTracker, origin: dict[
 
 
 def _log_results(config: RegisterConfig, directory: Path, tracker: tracking.MlflowTracker) -> None:
-    """Put report, evaluation, lineage and dataset manifest where the whole pipeline's results are."""
+    """Put report, evaluation, lineage, curves and dataset manifest where the whole pipeline's results are."""
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
@@ -114,6 +114,8 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: tracking.Mlfl
         (config.dataset / MANIFEST, "dataset"),
     ):
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)
+    if (config.evaluation / EVENTS).is_dir():
+        tracker.client.log_artifacts(tracker.pipeline_run_id, str(config.evaluation / EVENTS), EVENTS)
 
 
 @contextmanager
