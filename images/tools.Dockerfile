@@ -10,7 +10,7 @@ COPY components /build/minitron/components
 COPY pipelines /build/minitron/pipelines
 # Without dependencies: this package's are the trainer's, and kfp's are for its client, not for its executor.
 RUN pip install --no-cache-dir --constraint /build/minitron/constraints.txt \
-        docstring-parser google-cloud-storage jinja2 mlflow-skinny numpy pandas protobuf pydantic pyyaml requests rich \
+        docstring-parser google-cloud-storage huggingface-hub jinja2 mlflow-skinny numpy pandas protobuf pydantic pyyaml requests rich \
         safetensors tqdm typer \
     && pip install --no-cache-dir --constraint /build/minitron/constraints.txt --no-deps \
         kfp kfp-pipeline-spec /build/minitron \

@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron import claims, inputs, origin, registry
 from minitron.config import ResolveConfig
-from minitron.mlflow_client import connect, explained
+from minitron.mlflow_client import connect, explained, hurry
 from minitron.origin import Origin
 from minitron.pipeline_run import conclude, pipeline_run
 from minitron.results import replaced, write_atomically
@@ -26,7 +26,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
     found = inputs.find(config)
     settings = {name: config.settings[name] for name in origin.parameters() if config.settings.get(name) is not None}
     made_from = origin.of_arguments(settings, found["corpus"].sha256, found["teacher"].sha256)
-    with explained(config.tracking_uri):
+    with explained(config.tracking_uri), hurry():
         decision = _decide(config, made_from)
     print(f"resolve: {decision['reason']}", flush=True)
     with replaced(config.output) as directory:
@@ -55,11 +55,11 @@ def _decide(config: ResolveConfig, made_from: Origin) -> dict[str, Any]:
 def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Origin) -> str | None:
     """Return in words that there is such a version, of which it is decided what becomes of it."""
     for version in versions:
-        if _origin(version) == made_from and registry.DECISION_TAG in version.tags:
-            held = aliases.get(int(version.version), [])
+        held = aliases.get(int(version.version), [])
+        decided = version.tags.get(registry.DECISION_TAG) or ("it is the champion" if "champion" in held else None)
+        if _origin(version) == made_from and decided:
             named = f", {' and '.join(held)}," if held else ""
-            words = f"version {version.version}{named} is made from the same data, teacher and settings"
-            return f"{words}; {version.tags[registry.DECISION_TAG]}"
+            return f"version {version.version}{named} is made from the same data, teacher and settings; {decided}"
     return None
 
 
@@ -70,8 +70,6 @@ def _what_is_new(champion: Any, made_from: Origin) -> str:
     if before is None:
         return f"of the champion, version {champion.version}, it is not known what it is made from"
     changed = [name for name, value in made_from.items() if before.get(name) != value]
-    if not changed:
-        return f"the gates of version {champion.version} have not been asked yet"
     return f"other than for the champion, version {champion.version}: {', '.join(changed)}"
 
 
