@@ -51,6 +51,8 @@ lint: setup ## ruff, ruff format, mypy, hadolint
 
 compile: setup ## rewrite the compiled pipelines beside their sources
 	$(BIN)/python -m minitron.pipelines.compress
+	$(BIN)/python -m minitron.pipelines.promote
+	$(BIN)/python -m minitron.pipelines.retrain
 
 bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/prepare.py

@@ -21,4 +21,11 @@ def promote(
     pipeline_run_id: Optional[str] = None,
 ):
     """Promote a version to champion, if it meets its gates. Settings: minitron.config.PromoteConfig."""
-    print("promote", name, version)
+    from minitron.stage import launch
+
+    # fmt: off
+    launch(
+        "promote", metrics, output=promoted.path, name=name, version=version, why=why, workspace=workspace,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
+    )
+    # fmt: on

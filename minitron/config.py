@@ -319,6 +319,15 @@ class ResolveConfig(StageConfig):
     settings: dict[str, Any] = Field(description="The pipeline's parameters that decide the weights.")
 
 
+class PromoteConfig(StageConfig):
+    """Version → champion, if it meets its gates."""
+
+    tracking_uri: str = Field(description="MLflow server whose registry has the version.")
+    name: str = RegisterConfig.model_fields["name"].default
+    version: PositiveInt | None = Field(None, description="Its number; none: the challenger's.")
+    why: str | None = Field(None, description="Reason, for the ledger.")
+
+
 class ConcludeConfig(StageConfig):
     """What happened in a run → its outcome in MLflow, and a page."""
 
@@ -358,7 +367,7 @@ STAGES: dict[str, type[StageConfig]] = {
 """Every stage's configuration, in the order of the flow."""
 
 
-TASKS: dict[str, type[StageConfig]] = {"resolve": ResolveConfig, "conclude": ConcludeConfig}
+TASKS: dict[str, type[StageConfig]] = {"resolve": ResolveConfig, "promote": PromoteConfig, "conclude": ConcludeConfig}
 """The tasks that decide instead of making something: what they do depends on the registry, so no result is reused."""
 
 

@@ -2,7 +2,7 @@
 
     python -m minitron.evaluate --config FILE
 
-Writes `evaluation.json`, `lineage.json` and `report.html`. Models with equal weights are measured once.
+Writes `evaluation.json`, `lineage.json`, `report.html` and `tensorboard/`. Models with equal weights are measured once.
 """
 
 import gc
@@ -26,6 +26,7 @@ from minitron.data import IndexedDataset, PackedDataset
 from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
 from minitron.errors import ConfigError
+from minitron.events import write_events
 from minitron.figures import MODELS
 from minitron.manifest import check_tokenizer
 from minitron.report import write_report
@@ -61,14 +62,19 @@ def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str
         evaluation = _measure(config, paths, splits, tasks, tracker)
     evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
     write_atomically(directory / "evaluation.json", evaluation)
-    write_atomically(directory / lineage.LINEAGE, lineage.collect(config))
+    origin = lineage.collect(config)
+    write_atomically(directory / lineage.LINEAGE, origin)
+    write_events(directory, origin["stages"])
     write_report(directory, config, evaluation)
     return {"metrics": flat(evaluation)}
 
 
 def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what evaluation.json says of the test set, the champion and the gates."""
-    champion = evaluation[CHAMPION] | inputs[CHAMPION] if config.champion else None
+    champion = None
+    if config.champion:
+        entry = inputs[CHAMPION]  # an alias may move: `pinned` is the version that it meant
+        champion = evaluation[CHAMPION] | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
     rows = gates.judge(gates.declared(config), evaluation, champion)
     for row in rows:
         print(f"gate: {gates.words(row)}", flush=True)

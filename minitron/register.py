@@ -22,7 +22,7 @@ from minitron.results import write_atomically
 from minitron.storage import read_record
 from minitron.tracking import MlflowTracker, Tracker
 
-EVALUATION, REPORT = "evaluation.json", "report.html"
+EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"
 
 
 def run(config: RegisterConfig) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any])
 
 
 def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker) -> None:
-    """Put report, evaluation, lineage and dataset manifest where the whole pipeline's results are."""
+    """Put report, evaluation, lineage, curves and dataset manifest where the whole pipeline's results are."""
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
@@ -119,6 +119,8 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker
         (config.dataset / MANIFEST, "dataset"),
     ):
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)
+    if (config.evaluation / EVENTS).is_dir():
+        tracker.client.log_artifacts(tracker.pipeline_run_id, str(config.evaluation / EVENTS), EVENTS)
 
 
 def _counted_parameters(config: RegisterConfig) -> int:

@@ -61,14 +61,14 @@ def model_version(uri: str, address: str) -> str:
     return f"models:/{name}/{found.version}"
 
 
-def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[str, list[str]]]:
+def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int, list[str]]]:
     """Return the versions of a registered model, the newest first, and the aliases of each by its number."""
     if not client.search_registered_models(f"name = '{name}'"):
         return [], {}
     found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
-    aliases: dict[str, list[str]] = {}
+    aliases: dict[int, list[str]] = {}
     for alias, version in client.get_registered_model(name).aliases.items():
-        aliases.setdefault(str(version), []).append(alias)
+        aliases.setdefault(int(version), []).append(alias)
     return sorted(found, key=lambda version: -int(version.version)), aliases
 
 

@@ -5,6 +5,7 @@ their directories; a section appears only when its data is there.
 """
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,14 @@ def _verdict(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _decision(evaluation: dict[str, Any]) -> dict[str, str]:
     """Return what the gates say together: a word, its sign and its style."""
-    gates, passed = measures.gates(evaluation), evaluation.get("passed")
+    passed = evaluation.get("passed")
     if passed is None:
         return {"mark": DASH, "style": "", "words": "No verdict: no gates were set"}
+    outcomes = Counter(gate["outcome"] for gate in measures.gates(evaluation))
+    words = f"of {outcomes.total()} gates {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items())}"
     if passed:
-        return {"mark": measures.PASSED, "style": "better", "words": f"Passed: {len(gates)} of {len(gates)} gates hold"}
-    failed = [gate["words"] for gate in gates if gate["outcome"] not in ("passed", "no champion")]
-    words = f"Not passed: {len(failed)} of {len(gates)} gates do not hold ({'; '.join(failed)})"
-    return {"mark": measures.FAILED, "style": "worse", "words": words}
+        return {"mark": measures.PASSED, "style": "better", "words": f"Passed: {words}"}
+    return {"mark": measures.FAILED, "style": "worse", "words": f"Not passed: {words}"}
 
 
 def _circumstances(record: dict[str, Any]) -> dict[str, Any]:

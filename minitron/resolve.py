@@ -39,7 +39,7 @@ def _decide(config: ResolveConfig, made_from: Origin) -> dict[str, Any]:
     run = pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     versions, aliases = registry.versions_of(client, config.name)
-    champion = next((version for version in versions if "champion" in aliases.get(version.version, [])), None)
+    champion = next((version for version in versions if "champion" in aliases.get(int(version.version), [])), None)
     if same := _same(versions, aliases, made_from):
         outcome, reason = "unchanged", same
     elif rival := claims.claim(client, run, made_from):
@@ -52,11 +52,12 @@ def _decide(config: ResolveConfig, made_from: Origin) -> dict[str, Any]:
     return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
 
 
-def _same(versions: list[Any], aliases: dict[str, list[str]], made_from: Origin) -> str | None:
+def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Origin) -> str | None:
     """Return in words that there is such a version, of which it is decided what becomes of it."""
     for version in versions:
         if _origin(version) == made_from and registry.DECISION_TAG in version.tags:
-            named = f", {' and '.join(aliases[version.version])}," if aliases.get(version.version) else ""
+            held = aliases.get(int(version.version), [])
+            named = f", {' and '.join(held)}," if held else ""
             words = f"version {version.version}{named} is made from the same data, teacher and settings"
             return f"{words}; {version.tags[registry.DECISION_TAG]}"
     return None

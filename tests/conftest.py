@@ -24,6 +24,8 @@ from minitron.storage import content_hash
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
     from gcs import World
 
+    from minitron.config import EvaluateConfig
+
 SEQUENCE = 32
 
 collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_nemo", "images"]
@@ -62,6 +64,25 @@ def dataset(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     (directory / MANIFEST).write_text(json.dumps(manifest))
     assert content_hash(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> "EvaluateConfig":
+    """The directories of a real finetune, prune and distill of the tiny model, as evaluate gets them."""
+    from minitron import distill, finetune, prune
+    from minitron.config import DistillConfig, EvaluateConfig, FinetuneConfig, PruneConfig
+
+    root, base = tmp_path_factory.mktemp("compressed"), inputs["teacher"]
+    teacher, pruned, student = root / "teacher", root / "pruned", root / "student"
+    sequences = {"dataset": dataset, "sequence_length": SEQUENCE, "micro_batch_size": 4}
+    training = sequences | {"max_steps": 6, "global_batch_size": 4, "validation_interval": 2, "learning_rate": 1e-3}
+    training["validation_sequences"] = 8
+    finetune.run(FinetuneConfig(output=teacher, teacher=str(base), **training))
+    cut = {"hidden_size": 48, "intermediate_size": 96, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    prune.run(PruneConfig(output=pruned, teacher=teacher, calibration_sequences=8, **sequences, **cut))
+    distill.run(DistillConfig(output=student, teacher=teacher, student=pruned, **training))
+    places = {"teacher_before": str(base), "teacher": teacher, "pruned": pruned, "student": student}
+    return EvaluateConfig(output=root / "out", dataset=dataset, tracking_uri="http://user:secret@host", **places)
 
 
 def free_port() -> int:

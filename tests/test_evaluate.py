@@ -193,7 +193,7 @@ def test_the_record_has_every_number_under_one_name(result: Path, found: dict[st
 
 def test_only_the_result_is_left(result: Path) -> None:
     assert sorted(path.name for path in result.parent.rglob("*")) == [
-        "evaluation", "evaluation.json", "report.html", "stage.json",
+        "evaluation", "evaluation.json", "lineage.json", "report.html", "stage.json",
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import free_port, serving
 from mlflow import MlflowClient
+from test_events import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
@@ -120,6 +121,19 @@ def test_the_lineage_shows_every_stage_and_makes_the_preset_that_reuses_them_all
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
     assert json.loads((flow["directory"] / "summary.json").read_text()) == flow["summary"]
+
+
+def test_tensorboard_reads_the_curves_of_the_run_from_mlflow(flow: dict[str, Any], tmp_path: Path) -> None:
+    client = MlflowClient(f"sqlite:///{flow['directory']}/mlflow.db")
+    version = client.get_model_version("tiny", str(flow["summary"]["registered"]["version"]))
+    client.download_artifacts(version.run_id, "tensorboard", str(tmp_path))
+    (record,) = flow["directory"].glob("workspace/distill/*/stage.json")
+    history = json.loads(record.read_text())["history"]
+    curves = read(tmp_path / "tensorboard" / "distill")
+    for name in ("cross_entropy", "kl", "validation_loss"):
+        points = [(row["step"], row[name]) for row in history if name in row]
+        assert len(points) > 2 and curves[name] == [(step, pytest.approx(value)) for step, value in points]
+    assert (tmp_path / "tensorboard" / "finetune").is_dir()
 
 
 def test_a_misspelt_key_is_refused_before_anything_starts(tmp_path: Path) -> None:

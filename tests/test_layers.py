@@ -17,8 +17,8 @@ TRAINING = {"torch", "transformers", "nemo", "megatron", "mlflow"}
 
 
 def imported(source: str, module_level_only: bool = False) -> set[str]:
-    """Return the dotted names that a source imports: `from a import b` counts as a and as a.b."""
-    tree = ast.parse(source)
+    """Return the dotted names that a source imports: `from a import b` counts as a and as a.b; types alone do not."""
+    tree = _WithoutTypes().visit(ast.parse(source))
     names = set()
     for node in tree.body if module_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -27,6 +27,11 @@ def imported(source: str, module_level_only: bool = False) -> set[str]:
             assert node.level == 0, "relative imports hide a layer; import by the full name"
             names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+class _WithoutTypes(ast.NodeTransformer):
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
 def packages(path: Path) -> set[str]:
@@ -45,6 +50,7 @@ def test_every_form_of_import_is_seen() -> None:
     source = "import a.b as c\nfrom d import e\ndef f():\n    from g.h import i\n    import j"
     assert imported(source) == {"a.b", "d", "d.e", "g.h", "g.h.i", "j"}
     assert imported(source, module_level_only=True) == {"a.b", "d", "d.e"}
+    assert imported("if TYPE_CHECKING:\n    import a\nif b:\n    import c") == {"c"}
 
 
 def test_the_sources_are_where_this_test_looks() -> None:

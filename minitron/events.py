@@ -1,0 +1,32 @@
+"""The stages' histories as TensorBoard reads them.
+
+tensorboard --logdir results/compress-…/evaluate/evaluation/tensorboard
+
+`python -m minitron.evaluate --config FILE` writes them, and register logs them to MLflow.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from minitron.formats import number
+
+EVENTS = "tensorboard"
+
+
+def write_events(directory: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Write every number of every stage's history to `tensorboard/STAGE`, at its step and at the stage's start.
+
+    Args:
+        directory: gets the folder; none is made for a stage without a history.
+        records: of the stages, by name.
+    """
+    for stage, record in records.items():
+        if not record.get("history"):
+            continue
+        with SummaryWriter(directory / EVENTS / stage) as writer:
+            for row in record["history"]:
+                for name, value in row.items():
+                    if name != "step" and number(value) is not None:
+                        writer.add_scalar(name, value, row["step"], record["started"])

@@ -1,0 +1,206 @@
+"""Make a version of a registered model the champion, if it meets its gates; take that back.
+
+    minitron promote minitron
+    minitron rollback minitron --why "wrong licence"
+
+What its gates found is in evaluation.json of the version's MLflow run. They are judged again where the champion has
+changed since; who moved which alias when is in the ledger.
+"""
+
+import getpass
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron import gates
+from minitron.config import PromoteConfig, RegisterConfig
+from minitron.errors import ConfigError, RunError
+from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
+from minitron.mlflow_client import connect, explained, hurry, is_missing, shown, undisturbed
+from minitron.pipeline_run import conclude, pipeline_run
+from minitron.registry import DECISION_TAG
+from minitron.results import replaced, write_atomically
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["GatesFailed", "Promotion", "promote", "rollback", "run"]
+
+EVALUATION = "evaluation.json"
+CHALLENGER = RegisterConfig.model_fields["alias"].default
+_LONGEST_REASON = 1000
+
+
+class GatesFailed(RunError):
+    """The version is not good enough, or it is not known whether it is."""
+
+
+def run(config: PromoteConfig) -> dict[str, Any]:
+    """Promote a version within a pipeline run; write `promoted.json` to `config.output`: the outcome, and why.
+
+    A version that does not meet its gates stays what it is: that is an outcome, no failure.
+    """
+    uri, name, run_id = config.tracking_uri, config.name, config.pipeline_run_id
+    with explained(uri):
+        client = connect(uri)
+        version = _existing(client, name, config.version)
+    try:
+        done = promote(uri, name, version, config.why, run_id)
+        outcome, reason = "promoted", f"version {version} of {name} is the champion, it meets its gates"
+        rows = done.gates
+    except GatesFailed as error:
+        outcome, reason, rows = "challenger", str(error), []
+    with explained(uri):
+        client.set_model_version_tag(name, str(version), DECISION_TAG, reason)
+        if (parent := pipeline_run(client, config)) is not None:
+            conclude(client, parent.info.run_id, outcome, reason)
+    print(f"promote: {outcome}: {reason}", flush=True)
+    found = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}
+    with replaced(config.output) as directory:
+        write_atomically(directory / "promoted.json", found)
+    return {"metrics": {"promoted": int(outcome == "promoted")}} | found
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of it.
+
+    Attributes:
+        name: the registered model.
+        version: its champion.
+        move: how it became that; None: it was the champion already.
+        gates: the judged gates of the version, as in evaluation.json; none of a rollback.
+    """
+
+    name: str
+    version: int
+    move: Move | None
+    gates: list[dict[str, Any]]
+
+
+def promote(
+    uri: str | None, name: str, version: int | None = None, why: str | None = None, pipeline_run_id: str | None = None
+) -> Promotion:
+    """Make a version the champion, and the champion the previous one.
+
+    Args:
+        uri: MLflow's server or database.
+        name: registered model.
+        version: its version; None: the challenger.
+        why: reason, for the ledger.
+        pipeline_run_id: Kubeflow run that asks for it; None: this user.
+
+    Raises:
+        ConfigError: there is no registry at such a URI, or the reason is too long.
+        GatesFailed: a gate is not met, or the version was compared with another champion than today's.
+        RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
+    """
+    author = _author(why, pipeline_run_id)
+    with _opened(uri, name) as (client, ledger):
+        state = ledger.settled()
+        version = _existing(client, name, version)
+        if version == state.champion:
+            return Promotion(name, version, None, [])
+        rows = _judged(client, name, version, state.champion)
+        if gates.passed(rows) is False:
+            failed = "; ".join(gates.words(row) for row in rows if row["outcome"] not in gates.MET)
+            raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
+        return Promotion(name, version, ledger.move(state, version, author, why), rows)
+
+
+def rollback(
+    uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None
+) -> Promotion:
+    """Make the previous version the champion again, and the champion the previous one.
+
+    Raises:
+        ConfigError: as for promote.
+        RunError: no version was champion before; as for promote.
+    """
+    author = _author(why, pipeline_run_id)
+    with _opened(uri, name) as (client, ledger):
+        state = ledger.settled()
+        if state.previous is None or state.previous == state.champion:
+            raise RunError(f"{name}: no version has the alias {PREVIOUS}; give the one you want to minitron promote")
+        version = _existing(client, name, state.previous)
+        return Promotion(name, version, ledger.move(state, version, author, why), [])
+
+
+@contextmanager
+def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger]]:
+    """Give a client and the ledger of a registered model."""
+    if not uri:
+        raise ConfigError("tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE")
+    with explained(uri), hurry(), undisturbed():
+        client = connect(uri)
+        try:
+            client.get_registered_model(name)
+        except Exception as error:
+            if not is_missing(error):
+                raise
+            known = ", ".join(model.name for model in client.search_registered_models()) or "none"
+            raise RunError(f"{name}: no such model is registered at {shown(uri)}; known: {known}") from error
+        yield client, Ledger(client, name)
+
+
+def _existing(client: "MlflowClient", name: str, version: int | None) -> int:
+    """Return a version that is there: the challenger, if none is given."""
+    if version is None:
+        aliases = client.get_registered_model(name).aliases
+        if CHALLENGER not in aliases:
+            raise RunError(f"{name}: no version has the alias {CHALLENGER}; give a version, or register one")
+        return int(aliases[CHALLENGER])
+    try:
+        return int(client.get_model_version(name, str(version)).version)
+    except Exception as error:
+        if not is_missing(error):
+            raise
+        known = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+        raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known))}") from error
+
+
+def _judged(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
+    """Return the judged gates of a version, compared with today's champion."""
+    evaluation = _evaluation(client, name, version)
+    if evaluation is None:
+        raise GatesFailed(f"{name} version {version}: its MLflow run has no {EVALUATION}; register it by the pipeline")
+    rows = evaluation.get("gates", [])
+    today = f"models:/{name}/{champion}" if champion else None
+    compared = (evaluation.get(CHAMPION) or {}).get("address")
+    if compared == today or all(row["against"] != CHAMPION for row in rows):
+        return rows
+    if champion is None:
+        return gates.judge(rows, evaluation, None)
+    other = _evaluation(client, name, champion)
+    if other is None or evaluation.get("test_set") is None or other.get("test_set") != evaluation["test_set"]:
+        raise GatesFailed(
+            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, on another test set "
+            f"than that of today's champion, version {champion}; run the pipeline retrain, which evaluates it anew"
+        )
+    return gates.judge(rows, evaluation, other["student"])
+
+
+def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
+    """Return evaluation.json of a version's run; None if there is none."""
+    run_id = client.get_model_version(name, str(version)).run_id
+    if not run_id or EVALUATION not in {file.path for file in client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        return json.loads(Path(client.download_artifacts(run_id, EVALUATION, directory)).read_text())
+
+
+def _author(why: str | None, pipeline_run_id: str | None) -> str:
+    """Return who moves the alias."""
+    if why and len(why) > _LONGEST_REASON:
+        raise ConfigError(f"why: {len(why)} characters; give at most {_LONGEST_REASON}")
+    if pipeline_run_id:
+        return f"Kubeflow run {pipeline_run_id}"
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"user {os.getuid()}"

@@ -1,0 +1,156 @@
+"""Scheduled retraining on real small models: what is new is trained and judged, the same is not, a failure is told."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from minitron import claims, origin, pipeline_run
+from minitron.mlflow_client import connect, experiment_id
+from minitron.samples import tiny_sentences
+from minitron.storage import content_hash
+
+NAME = "tiny"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+
+
+class Run(NamedTuple):
+    """What one run left: how long it took, what it printed, its summary, the aliases after it."""
+
+    seconds: float
+    output: str
+    status: int
+    summary: dict[str, Any]
+    aliases: dict[str, int]
+
+
+def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("minitron")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=560)
+
+
+def uri(directory: Path) -> str:
+    return f"sqlite:///{directory}/mlflow.db"
+
+
+def aliases(directory: Path) -> dict[str, int]:
+    return {name: int(number) for name, number in connect(uri(directory)).get_registered_model(NAME).aliases.items()}
+
+
+def retrain(directory: Path, *settings: str) -> Run:
+    started = time.monotonic()
+    changes = [part for setting in settings for part in ("--set", setting)]
+    done = minitron("run", "retrain", "--preset", "tiny", "--work-dir", str(directory), *changes)
+    seconds, output = time.monotonic() - started, done.stdout + done.stderr
+    summary = json.loads((directory / "summary.json").read_text())
+    return Run(seconds, output, done.returncode, summary, aliases(directory))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("retrain")
+
+
+@pytest.fixture(scope="module")
+def first(directory: Path) -> Run:
+    return retrain(directory)
+
+
+@pytest.fixture(scope="module")
+def second(first: Run, directory: Path) -> Run:
+    return retrain(directory)
+
+
+@pytest.fixture(scope="module")
+def worse(second: Run, directory: Path) -> Run:
+    """A run with more data, whose student is not trained."""
+    more = shutil.copytree(directory / "inputs" / NAME / "corpus", directory / "more")
+    (more / "more.txt").write_text("\n\n".join(tiny_sentences(20, seed=1)))
+    return retrain(directory, f"corpus={more}", "finetune.enabled=false", "distill.learning_rate=1e-9",
+                   "distill.min_learning_rate=0", "distill.max_steps=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def better(worse: Run, directory: Path) -> Run:
+    """A run on another language, which only its student has learnt."""
+    (directory / "other").mkdir()
+    (directory / "other" / "other.txt").write_text("\n\n".join(tiny_sentences(600, seed=2)))
+    return retrain(directory, f"corpus={directory / 'other'}")
+
+
+def test_the_first_is_trained_judged_and_promoted(first: Run, directory: Path) -> None:
+    assert first.status == 0, first.output[-3000:]
+    assert "resolve: there is no champion yet" in first.output
+    assert first.aliases == {"challenger": 1, "champion": 1}
+    assert first.summary["outcome"] == "promoted" and first.summary["registered"]["version"] == 1
+    assert "gate: validation_loss: no champion (at most 0.02)" in first.output
+    assert "<title>Compression report" in (directory / "report.html").read_text()
+
+
+def test_the_same_again_ends_at_once_and_says_why(second: Run, directory: Path) -> None:
+    assert second.status == 0, second.output[-3000:]
+    assert second.seconds < 10 or os.getloadavg()[0] > 2, f"{second.seconds:.1f} s on an idle machine"
+    assert second.summary["outcome"] == "unchanged"
+    assert "version 1, challenger and champion, is made from the same data, teacher" in second.summary["reason"]
+    assert "training:" not in second.output and second.aliases == {"challenger": 1, "champion": 1}
+    assert "Retraining: unchanged" in (directory / "report.html").read_text()
+
+
+def test_a_worse_model_stays_challenger(worse: Run) -> None:
+    assert worse.status == 0, worse.output[-3000:]
+    assert "other than for the champion, version 1: corpus, settings" in worse.output
+    assert worse.aliases == {"challenger": 2, "champion": 1}
+    assert worse.summary["outcome"] == "challenger" and "validation_loss" in worse.summary["reason"]
+
+
+def test_a_better_one_is_promoted_against_the_champion(better: Run) -> None:
+    assert better.status == 0, better.output[-3000:]
+    assert better.aliases == {"challenger": 3, "champion": 3, "previous": 1}
+    assert "difference to the champion's" in better.output
+
+
+def test_a_version_that_failed_its_gates_is_not_made_again(better: Run, directory: Path) -> None:
+    again = retrain(directory, f"corpus={directory / 'more'}", "finetune.enabled=false", "distill.learning_rate=1e-9",
+                    "distill.min_learning_rate=0", "distill.max_steps=1")  # fmt: skip
+    assert again.summary["outcome"] == "unchanged" and "version 2 is made from the same" in again.summary["reason"]
+    assert "validation_loss" in again.summary["reason"], "why it did not become the champion"
+
+
+def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Path) -> None:
+    done = minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
+    assert done.returncode == 0, done.stderr
+    assert aliases(directory) == {"challenger": 3, "champion": 1, "previous": 3}
+
+
+def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) -> None:
+    third = directory / "third"
+    third.mkdir()
+    (third / "third.txt").write_text("\n\n".join(tiny_sentences(600, seed=3)))
+    (version,) = (v for v in connect(uri(directory)).search_model_versions(f"name = '{NAME}'") if v.version == "1")
+    client = connect(uri(directory))
+    other = client.create_run(experiment_id(client, "minitron"), run_name="the nightly run")
+    made_from = json.loads(version.tags[origin.TAG]) | {"corpus": content_hash(third)}
+    assert claims.claim(client, other, made_from) is None
+    run = retrain(directory, f"corpus={third}")
+    assert run.status == 0 and run.summary["outcome"] == "made elsewhere"
+    assert "run the nightly run, last heard of 0 minutes ago, makes the same already" in run.output
+
+
+def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, directory: Path) -> None:
+    run = retrain(directory, "prepare.validation_fraction=1e-6")
+    assert run.status == 2 and "raise validation_fraction" in run.output
+    (page,) = sorted(directory.glob("results/*/conclude/*/conclusion.html"))[-1:]
+    assert "Retraining: failed" in page.read_text() and "raise validation_fraction" in page.read_text()
+    client = connect(uri(directory))
+    ended = [
+        entry for entry in client.search_runs([experiment_id(client, "minitron")])
+        if entry.data.tags.get(pipeline_run.OUTCOME_TAG) == "failed"
+    ]  # fmt: skip
+    assert len(ended) == 1 and ended[0].info.status == "FAILED"
+    assert aliases(directory)["champion"] == 1, "the rollback holds"
