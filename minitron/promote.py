@@ -113,9 +113,7 @@ def promote(
         return Promotion(name, version, ledger.move(state, version, author, why), rows)
 
 
-def rollback(
-    uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None
-) -> Promotion:
+def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None) -> Promotion:
     """Make the previous version the champion again, and the champion the previous one.
 
     Raises:
