@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from minitron import __version__, local, samples, summary
 from minitron.config import StageConfig, parse_cluster
 from minitron.errors import ConfigError, MinitronError
 from minitron.presets import CLUSTER, SAMPLES, check_arguments, compiled_pipeline, configured, read_arguments
+
+if TYPE_CHECKING:
+    from minitron.promote import Promotion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -36,6 +39,8 @@ Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help
 Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server wants one.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias of MLflow's registry.")]
+RegisteredModel = Annotated[str, typer.Argument(help="Registered model.")]
+Why = Annotated[str | None, typer.Option(help="Reason, for whoever reads the ledger of promotions.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server of the registry.")]
 
 
@@ -213,6 +218,30 @@ def reproduce(
         print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
 
 
+@app.command("promote")
+def make_champion(
+    name: RegisteredModel,
+    tracking_uri: TrackingUri,
+    version: Annotated[int | None, typer.Option(min=1, help="Its number; none: the challenger's.")] = None,
+    why: Why = None,
+    debug: Debug = False,
+) -> None:
+    """Make a version the champion, if it meets its gates; the present champion becomes the previous one."""
+    with _one_line(debug):
+        from minitron.promote import promote
+
+        _print_promotion(promote(tracking_uri, name, version, why))
+
+
+@app.command("rollback")
+def take_back(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, debug: Debug = False) -> None:
+    """Make the previous version the champion again; the present champion becomes the previous one."""
+    with _one_line(debug):
+        from minitron.promote import rollback
+
+        _print_promotion(rollback(tracking_uri, name, why))
+
+
 @contextlib.contextmanager
 def _one_line(debug: bool) -> Iterator[None]:
     """End a failure with one line and its exit status."""
@@ -279,6 +308,29 @@ def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:
 
 def _experiment(arguments: dict[str, Any]) -> str:
     return arguments.get("experiment", StageConfig.model_fields["experiment"].default)
+
+
+def _print_promotion(done: "Promotion") -> None:
+    if (move := done.move) is None:
+        print(f"nothing moved: version {done.version} of {done.name} is the champion already")
+        return
+    moved = [["champion", move.source or "none", move.to], ["previous", "", move.source or "none"]]
+    _print_table([done.name, "from version", "to version"], moved)
+    print(f"by {move.who} at {move.when}" + (f": {move.why}" if move.why else ""))
+    if done.gates:
+        print()
+        _print_table(["gate", "limit", "found", "outcome"], [_gate_cells(row) for row in done.gates])
+
+
+def _gate_cells(row: dict[str, Any]) -> list[str]:
+    against = f", {row['by']} to the {row['against']}'s" if row["against"] else ""
+    found = "" if row["found"] is None else f"{row['found']:.4g}"
+    return [
+        f"{row['metric']}{against}",
+        f"{row['bound'].replace('_', ' ')} {row['threshold']:g}",
+        found,
+        row["outcome"],
+    ]
 
 
 def _print_table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "connect",
+    "environment",
     "experiment_id",
     "explained",
     "hurry",
     "is_missing",
     "is_refusal",
+    "patient",
     "reason",
     "search",
     "shown",
@@ -37,6 +39,9 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_hurried: set[str] = set()
+"""What `hurry` has set."""
+
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -164,9 +169,38 @@ def _silence() -> None:
 def hurry() -> Iterator[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
     added = {name: value for name, value in _HURRY.items() if name not in os.environ}
-    os.environ.update(added)
+    _hurried.update(added)
+    try:
+        with environment(**added):
+            yield
+    finally:
+        _hurried.difference_update(added)
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Within `hurry`, give mlflow its own patience back: for what a stage cannot do without."""
+    with environment(**dict.fromkeys(_hurried)):
+        yield
+
+
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Set variables, or with None unset them, until the block ends; no other is touched, for other threads read them.
+
+    Only the main thread may: code that goes through the environment fails where another thread adds to it.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
     try:
         yield
     finally:
-        for name in added:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
             os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -17,7 +17,7 @@ from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config import RegisterConfig
 from minitron.errors import ConfigError
 from minitron.manifest import MANIFEST, check_tokenizer
-from minitron.mlflow_client import explained
+from minitron.mlflow_client import explained, patient
 from minitron.results import write_atomically
 from minitron.storage import read_record
 from minitron.tracking import MlflowTracker, Tracker
@@ -49,7 +49,7 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     write_atomically(directory / lineage.LINEAGE, found)
     evaluation = json.loads((config.evaluation / EVALUATION).read_text())
     write_card(directory / registry.CARD, config, evaluation, found)
-    with explained(config.tracking_uri):
+    with explained(config.tracking_uri), patient():
         _log_results(config, directory, tracker)
         with (
             registry.uploaded(

@@ -5,7 +5,6 @@ pipeline that made it.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -14,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from minitron.errors import ConfigError
-from minitron.mlflow_client import connect, explained, undisturbed
+from minitron.mlflow_client import connect, environment, explained, patient, undisturbed
 from minitron.tracking import MlflowTracker
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def model_version(uri: str, address: str) -> str:
             f"{address}: not a model of MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
         )
     name, alias, number = match.groups()
-    with explained(uri):
+    with explained(uri), patient():
         client = connect(uri)
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     return f"models:/{name}/{found.version}"
@@ -80,12 +78,12 @@ def download_version(uri: str, identity: str, target: Path) -> None:
     Raises:
         RunError: the registry cannot be reached.
     """
-    with explained(uri):
+    with explained(uri), patient():
         from mlflow.artifacts import download_artifacts
 
         connect(uri)
         # it asks both stores; one that is not named would be a new database in the working directory
-        with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri}):
+        with environment(MLFLOW_TRACKING_URI=uri, MLFLOW_REGISTRY_URI=uri):
             download_artifacts(artifact_uri=identity, dst_path=str(target), tracking_uri=uri)
     for name in _ADDED_BY_MLFLOW:
         path = target / name
@@ -164,7 +162,7 @@ def _create_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict
     client, run_id = tracker.client, tracker.pipeline_run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     # A registry in a database looks the model up where the environment says, not where it is itself.
-    with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": client.tracking_uri}):
+    with environment(MLFLOW_TRACKING_URI=client.tracking_uri):
         return int(
             client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
         )

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from minitron.mlflow_client import (
     explained,
     hurry,
     is_refusal,
+    patient,
     reason,
     search,
     shown,
@@ -84,7 +85,7 @@ class MlflowTracker(Tracker):
         """Join or open the runs, and log the configuration."""
         super().__init__(identity)
         self.client = client
-        self._attempt, self._last_step, self._patient = str(_now()), 0, False
+        self._attempt, self._last_step = str(_now()), 0
         parent = pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
         self.experiment_id = parent.info.experiment_id if parent else experiment_id(client, config.experiment)
@@ -106,9 +107,8 @@ class MlflowTracker(Tracker):
         self._outbox.put({"run": self.run_id, "file": "stage.json", "text": json.dumps(record, indent=2)})
         with undisturbed():
             if not self._outbox.flush():
-                self._patient = True
-                self._outbox.flush()
-                self._patient = False
+                with patient():
+                    self._outbox.flush()
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.
@@ -155,8 +155,7 @@ class MlflowTracker(Tracker):
             self.client.log_batch(run.info.run_id, params=parameters[start : start + _PARAMETERS_PER_CALL])
 
     def _send(self, message: Message) -> None:
-        with nullcontext() if self._patient else hurry():
-            _tell(self.client, message, self._attempt)
+        _tell(self.client, message, self._attempt)
 
     def _complain(self, error: Exception) -> None:
         self._warn(f"{reason(error)}; what it misses is sent when it answers again")
@@ -180,17 +179,18 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
     if config.tracking_uri is None:
         yield Tracker(identity)
         return
-    with explained(config.tracking_uri), hurry(), undisturbed():
-        client = connect(config.tracking_uri)
-        _deliver_left(client, config)
-        tracker = MlflowTracker(client, config, identity)
-    print(f"{identity['stage']}: MLflow run {tracker.run_id} at {shown(config.tracking_uri)}", flush=True)
-    try:
-        yield tracker
-    except BaseException as error:
-        tracker.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
-        raise
-    tracker.close("FINISHED")
+    with hurry():  # for the whole stage: the environment must not change under the threads of a training
+        with explained(config.tracking_uri), undisturbed():
+            client = connect(config.tracking_uri)
+            _deliver_left(client, config)
+            tracker = MlflowTracker(client, config, identity)
+        print(f"{identity['stage']}: MLflow run {tracker.run_id} at {shown(config.tracking_uri)}", flush=True)
+        try:
+            yield tracker
+        except BaseException as error:
+            tracker.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
+            raise
+        tracker.close("FINISHED")
 
 
 def _unsent(config: StageConfig) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port, mlflow_serving
+from test_promote import race
 
 from minitron import stage, tracking
 from minitron.config import StageConfig, parse
@@ -120,3 +121,7 @@ def test_a_stage_logs_to_postgresql_and_points_that_come_twice_are_there_once(
 
     stage.run(_config(tmp_path, postgresql_server, teacher), work)
     _assert_complete(postgresql_server, tmp_path.name)
+
+
+def test_on_postgresql_of_two_processes_one_wins_each_move(postgresql_server: str, tmp_path: Path) -> None:
+    race(postgresql_server, tmp_path.name, tmp_path, rounds=15)

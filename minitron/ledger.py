@@ -1,0 +1,208 @@
+"""Who made which version of a registered model the champion, when and why: one move at a time, and none is lost.
+
+Anybody can overwrite an alias of MLflow's, but a run's parameter is written only once. So every registered model has a
+run, "promotions of NAME", whose parameters move.0001, move.0002, … are its moves: who writes number n has made it, and
+everybody else learns that. The aliases `previous` and `champion` follow; `done.0001` says that they did. A move without
+it is completed by the next reader, after its author has had time to. An alias moved by hand is where the next move
+starts.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from minitron.errors import RunError
+from minitron.mlflow_client import experiment_id, is_missing, is_refusal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["CHAMPION", "EXPERIMENT", "PREVIOUS", "Ledger", "Move", "State"]
+
+CHAMPION, PREVIOUS = "champion", "previous"
+EXPERIMENT = "promotions"
+
+_TAG = "minitron.promotions"
+"""On a registered model: the id of its run. On the run: the model's name."""
+
+_AUTHOR_SECONDS, _READER_SECONDS = 10, 20
+"""How long an author may take to begin setting the aliases, and how long a reader leaves that to him."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of the alias champion; a version that was not there is None."""
+
+    source: int | None
+    to: int
+    who: str
+    when: str
+    why: str | None
+    id: str
+
+    @classmethod
+    def read(cls, text: str) -> "Move":
+        """Return the move that an entry holds."""
+        values = json.loads(text)
+        return cls(source=values.pop("from"), **values)
+
+    def written(self) -> str:
+        """Return the entry."""
+        values = asdict(self)
+        return json.dumps({"from": values.pop("source")} | values)
+
+
+@dataclass(frozen=True)
+class State:
+    """How many moves there are, and where the aliases are, moved by hand or not."""
+
+    moves: int
+    champion: int | None
+    previous: int | None
+
+
+class Ledger:
+    """The moves of one registered model."""
+
+    def __init__(self, client: "MlflowClient", name: str) -> None:
+        """Find the run, or make it.
+
+        Raises:
+            RunError: no version of the model has a run.
+        """
+        self._client, self._name = client, name
+        self._run_id = client.get_registered_model(name).tags.get(_TAG) or self._elected()
+
+    def moves(self) -> list[Move]:
+        """Return all moves, the earliest first."""
+        parameters = self._parameters()
+        return [Move.read(parameters[key]) for key in sorted(parameters) if key.startswith("move.")]
+
+    def settled(self) -> State:
+        """Complete the last move if its author could not, and return where the aliases are."""
+        moves = self.moves()
+        if moves and not self._is_done(len(moves), moves[-1]):
+            self._complete(len(moves), moves[-1])
+            return self.settled()
+        champion, previous = self._aliases()
+        return State(len(moves), champion, previous)
+
+    def move(self, state: State, to: int, who: str, why: str | None) -> Move:
+        """Make a version the champion, and the present one the previous.
+
+        Args:
+            state: where this move starts.
+            to: the version.
+            who: makes the move.
+            why: reason, for whoever reads the ledger.
+
+        Raises:
+            RunError: another process made a move since.
+        """
+        number, began = state.moves + 1, time.monotonic()
+        move = Move(state.champion, to, who, datetime.now(UTC).isoformat(timespec="seconds"), why, uuid.uuid4().hex)
+        written = _write_once(self._client, self._run_id, _key("move", number), move.written())
+        if written != move.written():
+            other = Move.read(written)
+            raise RunError(
+                f"{self._name}: {other.who} made version {other.to} {CHAMPION} at the same time; run the command again "
+                "if yours is still wanted"
+            )
+        if time.monotonic() - began < _AUTHOR_SECONDS:
+            self._apply(number, move)
+        self.settled()
+        return move
+
+    def _elected(self) -> str:
+        """Make a run, and return the one that all agree upon: it is written into the run of the first version."""
+        versions = self._client.search_model_versions(f"name = '{self._name}'")
+        first = min((version for version in versions if version.run_id), key=lambda v: int(v.version), default=None)
+        if first is None:
+            raise RunError(f"{self._name}: no version has an MLflow run; register one with the pipeline")
+        experiment = experiment_id(self._client, EXPERIMENT)
+        tags, title = {_TAG: self._name}, f"promotions of {self._name}"
+        made = self._client.create_run(experiment, tags=tags, run_name=title).info.run_id
+        self._client.set_terminated(made)  # nothing runs in it
+        key = f"promotions.{hashlib.sha256(self._name.encode()).hexdigest()[:12]}"
+        elected = _write_once(self._client, str(first.run_id), key, made)
+        if elected != made:
+            self._client.delete_run(made)  # another process was faster
+        self._client.set_registered_model_tag(self._name, _TAG, elected)
+        return elected
+
+    def _parameters(self) -> dict[str, str]:
+        return self._client.get_run(self._run_id).data.params
+
+    def _aliases(self) -> tuple[int | None, int | None]:
+        aliases = self._client.get_registered_model(self._name).aliases
+        champion, previous = (int(aliases[alias]) if alias in aliases else None for alias in (CHAMPION, PREVIOUS))
+        return champion, previous
+
+    def _is_done(self, number: int, move: Move) -> bool:
+        """Say whether the aliases followed a move; wait for an author who may be about to set them."""
+        age = (datetime.now(UTC) - datetime.fromisoformat(move.when)).total_seconds()
+        # Clocks differ by minutes at most: an older move is not waited for.
+        deadline = time.monotonic() + (_READER_SECONDS if abs(age) < 600 else 0)
+        while _key("done", number) not in self._parameters():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def _complete(self, number: int, move: Move) -> None:
+        """Do what the author of a move could not, unless somebody moved the alias by hand or deleted the version."""
+        if self._aliases()[0] in (move.source, move.to):
+            try:
+                return self._apply(number, move)
+            except Exception as error:
+                if not is_missing(error):
+                    raise
+        _write_once(self._client, self._run_id, _key("done", number), "given up")
+
+    def _apply(self, number: int, move: Move) -> None:
+        """Let the aliases follow a move, or a later one if there is: whoever sets them last has seen all moves."""
+        latest = move
+        while True:
+            self._set_aliases(latest)
+            newest = self.moves()[-1]
+            if newest == latest:
+                break
+            latest = newest
+        _write_once(self._client, self._run_id, _key("done", number), "applied")
+
+    def _set_aliases(self, move: Move) -> None:
+        client, name, version = self._client, self._name, str(move.to)
+        if move.source is not None:
+            _if_there(lambda: client.set_registered_model_alias(name, PREVIOUS, str(move.source)))
+        client.set_registered_model_alias(name, CHAMPION, version)
+        for tag, value in (("promoted_by", move.who), ("promoted_at", move.when), ("promoted_why", move.why or "")):
+            client.set_model_version_tag(name, version, tag, value)
+
+
+def _write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> str:
+    """Write a parameter of a run, which MLflow never changes, and return what it holds: another writer may be first."""
+    try:
+        client.log_param(run_id, name, value)
+    except Exception as error:
+        if not is_refusal(error) or (written := client.get_run(run_id).data.params.get(name)) is None:
+            raise
+        return written
+    return value
+
+
+def _if_there(call: Callable[[], None]) -> None:
+    """Do something with a version that may have been deleted."""
+    try:
+        call()
+    except Exception as error:
+        if not is_missing(error):
+            raise
+
+
+def _key(kind: str, number: int) -> str:
+    return f"{kind}.{number:04d}"
