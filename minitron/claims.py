@@ -44,7 +44,7 @@ def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str 
             return None
         if holder and (words := _at_work(client, holder)):
             return words
-        if write_once(client, ledger, f"{prefix}.{len(claims):04d}", run_id):
+        if write_once(client, ledger, f"{prefix}.{len(claims):04d}", run_id) == run_id:
             return None
 
 

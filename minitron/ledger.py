@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from minitron.errors import RunError
-from minitron.mlflow_client import experiment_id, is_missing, is_refusal
+from minitron.mlflow_client import experiment_id, is_missing
+from minitron.once import write_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -106,7 +107,7 @@ class Ledger:
         """
         number, began = state.moves + 1, time.monotonic()
         move = Move(state.champion, to, who, datetime.now(UTC).isoformat(timespec="seconds"), why, uuid.uuid4().hex)
-        written = _write_once(self._client, self._run_id, _key("move", number), move.written())
+        written = write_once(self._client, self._run_id, _key("move", number), move.written())
         if written != move.written():
             other = Move.read(written)
             raise RunError(
@@ -129,7 +130,7 @@ class Ledger:
         made = self._client.create_run(experiment, tags=tags, run_name=title).info.run_id
         self._client.set_terminated(made)  # nothing runs in it
         key = f"promotions.{hashlib.sha256(self._name.encode()).hexdigest()[:12]}"
-        elected = _write_once(self._client, str(first.run_id), key, made)
+        elected = write_once(self._client, str(first.run_id), key, made)
         if elected != made:
             self._client.delete_run(made)  # another process was faster
         self._client.set_registered_model_tag(self._name, _TAG, elected)
@@ -162,7 +163,7 @@ class Ledger:
             except Exception as error:
                 if not is_missing(error):
                     raise
-        _write_once(self._client, self._run_id, _key("done", number), "given up")
+        write_once(self._client, self._run_id, _key("done", number), "given up")
 
     def _apply(self, number: int, move: Move) -> None:
         """Let the aliases follow a move, or a later one if there is: whoever sets them last has seen all moves."""
@@ -173,7 +174,7 @@ class Ledger:
             if newest == latest:
                 break
             latest = newest
-        _write_once(self._client, self._run_id, _key("done", number), "applied")
+        write_once(self._client, self._run_id, _key("done", number), "applied")
 
     def _set_aliases(self, move: Move) -> None:
         client, name, version = self._client, self._name, str(move.to)
@@ -182,17 +183,6 @@ class Ledger:
         client.set_registered_model_alias(name, CHAMPION, version)
         for tag, value in (("promoted_by", move.who), ("promoted_at", move.when), ("promoted_why", move.why or "")):
             client.set_model_version_tag(name, version, tag, value)
-
-
-def _write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> str:
-    """Write a parameter of a run, which MLflow never changes, and return what it holds: another writer may be first."""
-    try:
-        client.log_param(run_id, name, value)
-    except Exception as error:
-        if not is_refusal(error) or (written := client.get_run(run_id).data.params.get(name)) is None:
-            raise
-        return written
-    return value
 
 
 def _if_there(call: Callable[[], None]) -> None:

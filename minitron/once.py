@@ -1,9 +1,8 @@
 """What several processes agree on through MLflow: a run that they share, a value that only one of them can write."""
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from minitron.mlflow_client import search
+from minitron.mlflow_client import is_refusal, search
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,14 +22,15 @@ def shared_run(client: "MlflowClient", experiment_id: str, tag: str, value: str,
     return first
 
 
-def write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> bool:
-    """Write a parameter of a run, unless it is written; say whether it now has this value, which nobody else writes.
-
-    That a parameter cannot change is kept by every store of MLflow, whoever writes at the same time.
-    """
-    with suppress(Exception):  # that it has another value, or that the answer was lost: what is there tells
+def write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> str:
+    """Write a parameter of a run, which no store of MLflow ever changes; return what it holds: another may be first."""
+    try:
         client.log_param(run_id, name, value)
-    return client.get_run(run_id).data.params.get(name) == value
+    except Exception as error:
+        if not is_refusal(error) or (written := client.get_run(run_id).data.params.get(name)) is None:
+            raise
+        return written
+    return value
 
 
 def _earliest(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> "Run | None":
