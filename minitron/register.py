@@ -24,6 +24,8 @@ from minitron.tracking import MlflowTracker, Tracker
 
 EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"
 
+_GATES = {True: "met", False: "missed", None: "none"}
+
 
 def run(config: RegisterConfig) -> dict[str, Any]:
     """Register `config.student`, and write `registered.json` to `config.output`: name, version, alias, URI and run.
@@ -45,9 +47,9 @@ def run(config: RegisterConfig) -> dict[str, Any]:
 def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     assert isinstance(tracker, MlflowTracker)  # run() saw a tracking URI
     found = _lineage(config, tracker, time.time())
-    tags = _tags(config, tracker, found)
-    write_atomically(directory / lineage.LINEAGE, found)
     evaluation = json.loads((config.evaluation / EVALUATION).read_text())
+    tags = _tags(config, tracker, found) | {"gates": _GATES[evaluation.get("passed")]}
+    write_atomically(directory / lineage.LINEAGE, found)
     write_card(directory / registry.CARD, config, evaluation, found)
     with explained(config.tracking_uri), patient():
         _log_results(config, directory, tracker)

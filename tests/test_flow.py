@@ -31,6 +31,8 @@ URI = "export MLFLOW_TRACKING_URI=sqlite:///$PWD/runs/tiny/mlflow.db"
 LINEAGE = "minitron lineage models:/tiny@challenger"
 REPRODUCE = "minitron reproduce models:/tiny@challenger --output again.yaml"
 RUN_AGAIN = "minitron run compress --preset again.yaml --work-dir runs/tiny"
+RETRAIN = "minitron run retrain --preset tiny --work-dir runs/nightly"
+"""tests/test_retrain.py runs it, twice."""
 
 
 def execute(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -172,7 +174,7 @@ def test_these_are_the_commands_of_the_readme() -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert "".join(blocks).splitlines() == [
         *(MAKE_DEMO, MAKE_TEST, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW),
-        *(URI, LINEAGE, REPRODUCE, RUN_AGAIN),
+        *(URI, LINEAGE, REPRODUCE, RUN_AGAIN, RETRAIN, RETRAIN),
     ]
 
 

@@ -113,6 +113,7 @@ def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Pat
     distilled = json.loads((student / "stage.json").read_text())
     assert version.tags == {
         "pipeline_run_id": "pipeline-7",
+        "gates": "none",
         "parameters": "213568",  # 2 · 512 · 64 embeddings, 4 · (2 · 64² + 2 · 64 · 32 + 3 · 64 · 128 + 2 · 64), 64
         "validation_loss": str(distilled["metrics"]["validation_loss"]),
         "teacher_sha256": content_hash(Path(distilled["config"]["teacher"])),

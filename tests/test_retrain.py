@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from test_flow import RETRAIN
 
 from minitron import claims, origin, pipeline_run
 from minitron.mlflow_client import connect, experiment_id
@@ -46,7 +47,7 @@ def aliases(directory: Path) -> dict[str, int]:
 def retrain(directory: Path, *settings: str) -> Run:
     started = time.monotonic()
     changes = [part for setting in settings for part in ("--set", setting)]
-    done = minitron("run", "retrain", "--preset", "tiny", "--work-dir", str(directory), *changes)
+    done = minitron(*RETRAIN.replace("runs/nightly", str(directory)).split()[1:], *changes)
     seconds, output = time.monotonic() - started, done.stdout + done.stderr
     summary = json.loads((directory / "summary.json").read_text())
     return Run(seconds, output, done.returncode, summary, aliases(directory))
