@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress.")]
+Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
 Presets = Annotated[
-    list[str], typer.Option("--preset", help="Preset that ships with the package, or a YAML file; later ones win.")
+    list[str] | None,
+    typer.Option("--preset", help="Preset that ships with the package, or a YAML file; later ones win."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value over the presets; repeatable.")]
 Host = Annotated[
@@ -65,20 +66,20 @@ def options(
 @app.command()
 def run(
     pipeline: Pipeline,
-    presets: Presets,
+    presets: Presets = None,
     settings: Settings = None,
     work_dir: Annotated[Path, typer.Option(help="Inputs, results, tracking and summary of the run.")] = Path("runs"),
     debug: Debug = False,
 ) -> None:
     """Run a pipeline on this machine; run it again to resume it and to reuse what is finished."""
     with _one_line(debug):
-        _run(pipeline, presets, settings or [], work_dir.absolute())
+        _run(pipeline, presets or [], settings or [], work_dir.absolute())
 
 
 @app.command()
 def submit(
     pipeline: Pipeline,
-    presets: Presets,
+    presets: Presets = None,
     settings: Settings = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; fail when it fails.")] = False,
     host: Host = None,
@@ -88,7 +89,7 @@ def submit(
 ) -> None:
     """Run a pipeline on a cluster."""
     with _one_line(debug):
-        documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
+        documents, arguments, account = _for_cluster(pipeline, presets or [], settings or [])
         kubeflow = _connect(host, namespace, token)
         version = kubeflow.upload(pipeline, documents)
         run_id = kubeflow.submit(version, arguments, _experiment(arguments), account)
@@ -101,10 +102,10 @@ def submit(
 @app.command()
 def schedule(
     pipeline: Pipeline,
-    presets: Presets,
     expression: Annotated[
         str, typer.Option("--cron", help="Six fields, in UTC: second minute hour day month weekday.")
     ],
+    presets: Presets = None,
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the schedule; none: pipeline and first preset.")] = None,
     host: Host = None,
@@ -117,8 +118,8 @@ def schedule(
         from minitron import cron
 
         first = cron.first_time(expression)
-        documents, arguments, account = _for_cluster(pipeline, presets, settings or [])
-        name = name or f"{pipeline}-{Path(presets[0]).stem}"
+        documents, arguments, account = _for_cluster(pipeline, presets or [], settings or [])
+        name = name or "-".join([pipeline, *(Path(preset).stem for preset in (presets or [])[:1])])
         kubeflow = _connect(host, namespace, token)
         version = kubeflow.upload(pipeline, documents)
         changed = kubeflow.schedule(name, expression, version, arguments, _experiment(arguments), account)

@@ -41,10 +41,12 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
         found |= summarise(outputs, evaluation)
         _print_compression(console, found, evaluation)
         pages.append(outputs["evaluate"] / "report.html")
-    for path in results.glob(f"conclude/*/{CONCLUSION}"):
+    decisions = [*results.glob("promote/*/promoted.json"), *results.glob(f"conclude/*/{CONCLUSION}")]
+    for path in decisions:
         found |= {name: value for name, value in _read(path).items() if name in ("outcome", "reason")}
+        pages += [page for page in [path.with_name("conclusion.html")] if page.is_file()]
+    if decisions:
         console.print(f"{found['outcome']}: {found['reason']}", soft_wrap=True)
-        pages.append(path.with_name("conclusion.html"))
     (work_dir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     for page in pages[:1]:
         shutil.copyfile(page, work_dir / "report.html")

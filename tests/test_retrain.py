@@ -127,6 +127,10 @@ def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Pa
     done = minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
     assert done.returncode == 0, done.stderr
     assert aliases(directory) == {"challenger": 3, "champion": 1, "previous": 3}
+    again = minitron("run", "promote", "--set", f"name={NAME}", "--set", "version=3", "--work-dir", str(directory))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"promoted: version 3 of {NAME} is the champion" in again.stdout
+    assert aliases(directory) == {"challenger": 3, "champion": 3, "previous": 1}
 
 
 def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) -> None:
@@ -154,4 +158,3 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
         if entry.data.tags.get(pipeline_run.OUTCOME_TAG) == "failed"
     ]  # fmt: skip
     assert len(ended) == 1 and ended[0].info.status == "FAILED"
-    assert aliases(directory)["champion"] == 1, "the rollback holds"
