@@ -6,15 +6,20 @@ claim. It ends with the outcome of the run that has it, or when nothing has been
 
 import hashlib
 import json
+import random
 import time
 from typing import TYPE_CHECKING
 
-from minitron.once import shared_run, write_once
+from minitron.mlflow_client import search
+from minitron.once import write_once
 from minitron.pipeline_run import ALIVE_TAG, OUTCOME_TAG, stage_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+_CANDIDATE, _ADOPTED = "minitron.claims", "minitron.claims.adopted"
+"""Tags of the run that holds the claims: what it is made for, and that it is the one."""
 
 SILENCE_SECONDS = 24 * 3600
 """After this long without a sign of life a run is taken for lost: the longest that a task may wait for its node."""
@@ -34,7 +39,7 @@ def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str 
     run_id = run.info.run_id
     if OUTCOME_TAG in run.data.tags:  # an earlier attempt of the same run ended
         client.delete_tag(run_id, OUTCOME_TAG)
-    ledger = shared_run(client, run.info.experiment_id, "minitron.ledger", "claims", "claims").info.run_id
+    ledger = _ledger(client, run.info.experiment_id)
     prefix = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     while True:
         parameters = client.get_run(ledger).data.params
@@ -46,6 +51,23 @@ def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str 
             return words
         if write_once(client, ledger, f"{prefix}.{len(claims):04d}", run_id) == run_id:
             return None
+
+
+def _ledger(client: "MlflowClient", experiment_id: str) -> str:
+    """Return the run that holds the claims, the same for all; it is made if it is not there.
+
+    One is adopted by its maker if, after it was made, there is no other: whoever makes one later finds it.
+    """
+    while True:
+        if adopted := search(client, experiment_id, _ADOPTED, "yes"):
+            return adopted[0].info.run_id
+        made = client.create_run(experiment_id, run_name="claims", tags={_CANDIDATE: "yes"}).info.run_id
+        if len(search(client, experiment_id, _CANDIDATE, "yes")) == 1:
+            client.set_tag(made, _ADOPTED, "yes")
+            client.set_terminated(made)  # nothing runs in it
+            return made
+        client.delete_run(made)
+        time.sleep(random.uniform(0, 1))
 
 
 def _at_work(client: "MlflowClient", run_id: str) -> str | None:

@@ -7,12 +7,10 @@ the licences of base model and corpus. register adds evaluate's record and its o
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import yaml
 from rich.text import Text
@@ -23,7 +21,7 @@ from minitron.config import STAGES, EvaluateConfig
 from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
 from minitron.manifest import MANIFEST, read_manifest
-from minitron.mlflow_client import connect, explained
+from minitron.mlflow_client import connect, environment, explained
 from minitron.storage import read_record
 
 LINEAGE = "lineage.json"
@@ -115,7 +113,7 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
         if TAG not in tags:
             raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
         run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
-        with tempfile.TemporaryDirectory() as directory, patch.dict(os.environ, _WITHOUT_BAR):
+        with tempfile.TemporaryDirectory() as directory, environment(**_WITHOUT_BAR):
             found = json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text())
     if found["stages"]["register"]["inputs"]["student"]["sha256"] != tags["student_sha256"]:
         raise RunError(f"{version}: {tags[TAG]} is of another student; it was overwritten, register this one again")

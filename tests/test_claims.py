@@ -94,3 +94,24 @@ def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any) -> Non
     answers = [process.communicate(timeout=120)[0].split() for process in processes]
     assert [len(answer) for answer in answers] == [12, 12]
     assert all(sorted(pair) == ["0", "1"] for pair in zip(*answers, strict=True)), answers
+
+
+LEDGER = """
+import sys, time
+from minitron import claims
+from minitron.mlflow_client import connect
+uri, start, *experiments = sys.argv[1:]
+client = connect(uri)
+client.search_experiments()
+for number, experiment in enumerate(experiments):
+    time.sleep(max(0, float(start) + number * 3 - time.time()))
+    print(claims._ledger(client, experiment), flush=True)
+"""
+
+
+def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client: Any, tmp_path: Path) -> None:
+    experiments = [experiment_id(client, f"{tmp_path.name}-{number}") for number in range(4)]
+    command = [sys.executable, "-c", LEDGER, uri, str(time.time() + 10), *experiments]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 4
