@@ -8,7 +8,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from minitron.errors import ConfigError
 
@@ -255,6 +265,11 @@ class Gate(BaseModel):
         if self.by and not self.against:
             raise ValueError(f"the gate on {self.metric} is by {self.by}, of what is not said: give against")
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not given: Kubeflow's parameters know no null."""
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
     @property
     def bound(self) -> str:

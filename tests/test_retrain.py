@@ -94,9 +94,9 @@ def test_the_first_is_trained_judged_and_promoted(first: Run, directory: Path) -
     assert "<title>Compression report" in (directory / "report.html").read_text()
 
 
-def test_the_same_again_ends_at_once_and_says_why(second: Run, directory: Path) -> None:
+def test_the_same_again_ends_at_once_and_says_why(first: Run, second: Run, directory: Path) -> None:
     assert second.status == 0, second.output[-3000:]
-    assert second.seconds < 10 or os.getloadavg()[0] > 2, f"{second.seconds:.1f} s on an idle machine"
+    assert second.seconds < first.seconds / 3, f"{second.seconds:.1f} s against {first.seconds:.1f} s"
     assert second.summary["outcome"] == "unchanged"
     assert "version 1, challenger and champion, is made from the same data, teacher" in second.summary["reason"]
     assert "training:" not in second.output and second.aliases == {"challenger": 1, "champion": 1}
@@ -137,7 +137,7 @@ def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) 
     third = directory / "third"
     third.mkdir()
     (third / "third.txt").write_text("\n\n".join(tiny_sentences(600, seed=3)))
-    (version,) = (v for v in connect(uri(directory)).search_model_versions(f"name = '{NAME}'") if v.version == "1")
+    (version,) = (v for v in connect(uri(directory)).search_model_versions(f"name = '{NAME}'") if str(v.version) == "1")
     client = connect(uri(directory))
     other = client.create_run(experiment_id(client, "minitron"), run_name="the nightly run")
     made_from = json.loads(version.tags[origin.TAG]) | {"corpus": content_hash(third)}
