@@ -7,7 +7,7 @@ ENV PATH=/opt/python/bin:$PATH
 # As in NVIDIA's image: another NumPy and transformers than constraints.txt has, and a protobuf that kfp excludes.
 FROM python AS nemo
 COPY constraints-nemo.txt /build/
-RUN pip install --no-cache-dir --constraint /build/constraints-nemo.txt accelerate datasets torch transformers \
+RUN pip install --no-cache-dir --constraint /build/constraints-nemo.txt accelerate datasets tensorboard torch transformers \
     && pip install --no-cache-dir --no-deps --constraint /build/constraints-nemo.txt megatron-core nemo_toolkit \
     && pip install --no-cache-dir --no-deps protobuf==5.29.5 \
     && rm /build/constraints-nemo.txt
