@@ -16,6 +16,8 @@ from minitron.mlflow_client import connect, explained, shown
 from minitron.results import replaced, write_atomically
 from minitron.summary import CONCLUSION
 
+PAGE = "conclusion.html"
+
 
 def run(config: ConcludeConfig) -> dict[str, Any]:
     """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run."""
@@ -28,11 +30,10 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
     print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
     with replaced(config.output) as directory:
         write_atomically(directory / CONCLUSION, found)
-        page = directory / "conclusion.html"
-        page.write_text(_page(found), encoding="utf-8")
-        if found["run_id"]:
-            with explained(config.tracking_uri):
-                connect(config.tracking_uri).log_artifact(found["run_id"], str(page))
+        (directory / PAGE).write_text(_page(found), encoding="utf-8")
+    if found["run_id"]:  # after the page is there: it must not depend on the server
+        with explained(config.tracking_uri):
+            connect(config.tracking_uri).log_artifact(found["run_id"], str(config.output / PAGE))
     return {"metrics": {"failed": int(found["outcome"] == "failed")}} | found
 
 

@@ -12,7 +12,10 @@ PARENT_TAG = "mlflow.parentRunId"
 
 
 def shared_run(client: "MlflowClient", experiment_id: str, tag: str, value: str, name: str) -> "Run":
-    """Return the run with this tag that is nobody's child, made if it is not there; all who ask get the same one."""
+    """Return the run with this tag that is nobody's child, made if it is not there: the earliest, by its maker's clock.
+
+    Processes that ask within the same moment can differ; what must be exclusive needs `write_once`.
+    """
     if found := _earliest(client, experiment_id, tag, value):
         return found
     created = client.create_run(experiment_id, tags={tag: value}, run_name=name)
