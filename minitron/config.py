@@ -1,12 +1,8 @@
-"""The configuration of every stage: one frozen model per stage, the only place a default is written.
+"""The configuration of every stage: one frozen model per stage, the only place a default is written."""
 
-Print the parameter table of the README: `python -m minitron.config`.
-"""
-
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,12 +11,11 @@ from pydantic import (
     PlainSerializer,
     PositiveInt,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from minitron.errors import ConfigError
+from minitron.validation import validated
 
 INPUT = "input"
 """Marks a field that names data: its content, not its path, decides whether a result can be reused."""
@@ -50,8 +45,6 @@ Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-
-Model = TypeVar("Model", bound=BaseModel)
 
 Engine = Annotated[
     Literal["hf", "nemo"],
@@ -397,7 +390,7 @@ def parse(stage: str, values: dict[str, Any]) -> StageConfig:
     Raises:
         ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
     """
-    return _validated(stage, (STAGES | TASKS)[stage], values)
+    return validated(stage, (STAGES | TASKS)[stage], values)
 
 
 def given(stage: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -419,50 +412,4 @@ def parse_cluster(values: dict[str, Any]) -> ClusterConfig:
     Raises:
         ConfigError: as for a stage.
     """
-    return _validated("cluster", ClusterConfig, values)
-
-
-def _validated(section: str, model: type[Model], values: dict[str, Any]) -> Model:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(section, model, fault) for fault in error.errors())) from None
-
-
-def _explain(section: str, model: type[BaseModel], fault: Any) -> str:
-    """Turn one pydantic fault into 'section.key: what is wrong (found …)'."""
-    key = ".".join(str(part) for part in fault["loc"]) if fault["loc"] else ""
-    where = f"{section}.{key}" if key else section
-    match fault["type"]:
-        case "extra_forbidden":
-            close = difflib.get_close_matches(key, model.model_fields, n=1)
-            remedy = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(model.model_fields)}"
-            return f"{where}: unknown key; {remedy}"
-        case "missing":
-            return f"{where}: missing; give it a value"
-        case "value_error":
-            return f"{where}: {fault['ctx']['error']!s}"
-        case _:
-            return f"{where}: {fault['msg']} (found {fault['input']!r})"
-
-
-def parameter_table() -> str:
-    """Return every stage's parameters as Markdown tables: the README's, kept equal by a test."""
-    shared = set(StageConfig.model_fields)
-    sections = [_table("every stage", StageConfig, set())]
-    sections += [_table(stage, model, shared) for stage, model in STAGES.items()]
-    sections += [_table("cluster (submit and schedule)", ClusterConfig, set())]
-    return "\n\n".join(sections)
-
-
-def _table(title: str, model: type[BaseModel], left_out: set[str]) -> str:
-    rows = [
-        f"| `{name}` | {'required' if field.is_required() else f'`{field.default}`'} | {field.description} |"
-        for name, field in model.model_fields.items()
-        if name not in left_out
-    ]
-    return "\n".join([f"**{title}**", "", "| parameter | default | meaning |", "|---|---|---|", *rows])
-
-
-if __name__ == "__main__":
-    print(parameter_table())
+    return validated("cluster", ClusterConfig, values)

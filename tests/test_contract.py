@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from minitron import components, origin
-from minitron.config import STAGES, TASKS, parameter_table, parse
+from minitron.config import STAGES, TASKS, parse
+from minitron.parameters import parameter_table
 from minitron.pipelines.compress import compress
 from minitron.pipelines.retrain import retrain
 from minitron.presets import compiled_pipeline, pipelines_directory, read_arguments, stage_values
@@ -138,4 +139,4 @@ def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any])
 
 
 def test_the_readme_has_the_parameter_table() -> None:
-    assert parameter_table() in (REPOSITORY / "README.md").read_text(), "run 'python -m minitron.config'"
+    assert parameter_table() in (REPOSITORY / "README.md").read_text(), "run 'python -m minitron.parameters'"
