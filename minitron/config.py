@@ -10,11 +10,10 @@ from pydantic import (
     Field,
     PlainSerializer,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
+from minitron.gates import Gate
 from minitron.validation import validated
 
 INPUT = "input"
@@ -231,43 +230,6 @@ class DistillConfig(TrainingConfig):
         if self.engine == "hf" and self.intermediate_layers:
             raise ValueError("intermediate_layers are matched by engine nemo only: use it, or leave them out")
         return self
-
-
-class Gate(BaseModel):
-    """A bound on a number of the student, or on its difference or ratio to that of another model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    metric: str
-    against: Literal["teacher", "champion"] | None = None
-    by: Literal["difference", "ratio"] | None = None
-    at_most: float | None = None
-    at_least: float | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _difference_is_the_usual_way(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("against") and not values.get("by"):
-            return values | {"by": "difference"}
-        return values
-
-    @model_validator(mode="after")
-    def _has_one_bound(self) -> "Gate":
-        if (self.at_most is None) == (self.at_least is None):
-            raise ValueError(f"the gate on {self.metric} needs one of at_most and at_least: give that")
-        if self.by and not self.against:
-            raise ValueError(f"the gate on {self.metric} is by {self.by}, of what is not said: give against")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what was not given: Kubeflow's parameters know no null."""
-        return {name: value for name, value in serialize(self).items() if value is not None}
-
-    @property
-    def bound(self) -> str:
-        """Which of the two bounds it has."""
-        return "at_least" if self.at_most is None else "at_most"
 
 
 class EvaluateConfig(SequenceConfig):

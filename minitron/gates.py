@@ -11,10 +11,14 @@ Used by `python -m minitron.evaluate --config FILE` and `minitron promote NAME`.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from minitron.config import EvaluateConfig
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+
 from minitron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minitron.config import EvaluateConfig
 
 NUMBERS = (
     "parameters", "weights_mb", "generation_tokens_per_second", "validation_loss", "test_loss", "out_of_domain_loss",
@@ -29,7 +33,44 @@ MET = ("passed", "within error", "no champion")
 """The outcomes that do not keep a model from being promoted."""
 
 
-def check(config: EvaluateConfig) -> None:
+class Gate(BaseModel):
+    """A bound on a number of the student, or on its difference or ratio to that of another model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    against: Literal["teacher", "champion"] | None = None
+    by: Literal["difference", "ratio"] | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _difference_is_the_usual_way(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("against") and not values.get("by"):
+            return values | {"by": "difference"}
+        return values
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> "Gate":
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError(f"the gate on {self.metric} needs one of at_most and at_least: give that")
+        if self.by and not self.against:
+            raise ValueError(f"the gate on {self.metric} is by {self.by}, of what is not said: give against")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not given: Kubeflow's parameters know no null."""
+        return {name: value for name, value in serialize(self).items() if value is not None}
+
+    @property
+    def bound(self) -> str:
+        """Which of the two bounds it has."""
+        return "at_least" if self.at_most is None else "at_most"
+
+
+def check(config: "EvaluateConfig") -> None:
     """Refuse a gate on something that is not measured, before anything is.
 
     Raises:
@@ -48,7 +89,7 @@ def check(config: EvaluateConfig) -> None:
             )
 
 
-def declared(config: EvaluateConfig) -> list[dict[str, Any]]:
+def declared(config: "EvaluateConfig") -> list[dict[str, Any]]:
     """Return the gates of a configuration as `judge` takes them: metric, against, by, bound, threshold."""
     return [
         {"metric": gate.metric, "against": gate.against, "by": gate.by, "bound": gate.bound}

@@ -159,7 +159,7 @@ def _existing(client: "MlflowClient", name: str, version: int | None) -> int:
         if not is_missing(error):
             raise
         known = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-        raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known))}") from error
+        raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known)) or 'none'}") from error
 
 
 def _judged(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
