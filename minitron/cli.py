@@ -319,19 +319,7 @@ def _print_promotion(done: "Promotion") -> None:
     _print_table([done.name, "from version", "to version"], moved)
     print(f"by {move.who} at {move.when}" + (f": {move.why}" if move.why else ""))
     if done.gates:
-        print()
-        _print_table(["gate", "limit", "found", "outcome"], [_gate_cells(row) for row in done.gates])
-
-
-def _gate_cells(row: dict[str, Any]) -> list[str]:
-    against = f", {row['by']} to the {row['against']}'s" if row["against"] else ""
-    found = "" if row["found"] is None else f"{row['found']:.4g}"
-    return [
-        f"{row['metric']}{against}",
-        f"{row['bound'].replace('_', ' ')} {row['threshold']:g}",
-        found,
-        row["outcome"],
-    ]
+        _console().print(summary.gates_table(done.gates))
 
 
 def _print_table(columns: list[str], rows: list[list[Any]]) -> None:

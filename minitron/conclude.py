@@ -14,9 +14,7 @@ from minitron.config import ConcludeConfig
 from minitron.errors import RunError
 from minitron.mlflow_client import connect, explained, shown
 from minitron.results import replaced, write_atomically
-from minitron.summary import CONCLUSION
-
-PAGE = "conclusion.html"
+from minitron.summary import CONCLUSION, PAGE
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from minitron import gates
 from minitron.gates import Gate
 from minitron.validation import validated
 
@@ -258,6 +259,11 @@ class EvaluateConfig(SequenceConfig):
     gates: list[Gate] = Field(
         [], description="What the student must meet to be promoted: {metric, against, by, at_most or at_least} each."
     )
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> "EvaluateConfig":
+        gates.check(self)
+        return self
 
 
 class RegisterConfig(StageConfig):

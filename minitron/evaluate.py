@@ -27,8 +27,8 @@ from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.events import write_events
-from minitron.figures import MODELS
 from minitron.manifest import check_tokenizer
+from minitron.measures import CHAMPION, MODELS
 from minitron.report import write_report
 from minitron.results import write_atomically
 from minitron.scoring import score
@@ -36,8 +36,6 @@ from minitron.sources import corpus, resolve
 from minitron.storage import content_hash
 from minitron.tokenised import write_first
 from minitron.tracking import Tracker
-
-CHAMPION = "champion"
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -47,11 +45,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         The stage's record; its metrics are those of evaluation.json, named model_metric or model_task_metric.
 
     Raises:
-        ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model takes, a task is not known, a
-            gate is on something that is not measured.
+        ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model takes, a task is not known.
         RunError: weights, the dataset or a task's data cannot be read.
     """
-    return stage.run(config, _work, gates.check)
+    return stage.run(config, _work)
 
 
 def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from minitron.errors import ConfigError
-
 if TYPE_CHECKING:
     from minitron.config import EvaluateConfig
 
@@ -71,22 +69,20 @@ class Gate(BaseModel):
 
 
 def check(config: "EvaluateConfig") -> None:
-    """Refuse a gate on something that is not measured, before anything is.
+    """Refuse a gate on something that is not measured.
 
     Raises:
-        ConfigError: there is one.
+        ValueError: there is one.
     """
     for place, gate in enumerate(config.gates):
         is_task = any(gate.metric.startswith(f"{task}_") for task in config.tasks)
         if gate.metric not in NUMBERS and not is_task:
-            raise ConfigError(
-                f"evaluate.gates.{place}.metric: {gate.metric} is not measured; give one of {', '.join(NUMBERS)}, or "
+            raise ValueError(
+                f"gates.{place}.metric: {gate.metric} is not measured; give one of {', '.join(NUMBERS)}, or "
                 f"TASK_acc of a task in evaluate.tasks ({', '.join(config.tasks) or 'there is none'})"
             )
         if gate.metric == "out_of_domain_loss" and config.out_of_domain is None:
-            raise ConfigError(
-                f"evaluate.gates.{place}.metric: out_of_domain_loss needs evaluate.out_of_domain; give the text"
-            )
+            raise ValueError(f"gates.{place}.metric: out_of_domain_loss needs evaluate.out_of_domain; give the text")
 
 
 def declared(config: "EvaluateConfig") -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import yaml
 from minitron.errors import MinitronError, RunError
 from minitron.presets import dags
 from minitron.stage import failure_note
+from minitron.summary import PAGE, REPORT
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
@@ -26,7 +28,8 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     """Run the compiled pipeline in subprocesses of this Python; return the directory of the tasks' outputs.
 
     Raises:
-        MinitronError: a stage failed, with the stage's own message and exit status.
+        MinitronError: a stage failed, with the stage's own message and exit status; the page of `conclude`, if the
+            pipeline has that task, is the report then.
     """
     from kfp import components, local
 
@@ -46,6 +49,9 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
         with _only_the_stages_output():
             pipeline(**arguments)
     except RuntimeError as error:
+        for page in results.glob(f"*/conclude/*/{PAGE}"):
+            if page.parents[2] not in earlier:
+                shutil.copyfile(page, work_dir / REPORT)
         raise _explain(failure) from error
     return next(path for path in results.glob("*") if path not in earlier)
 
@@ -57,7 +63,7 @@ def adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
         for task in dag["dag"]["tasks"].values():
             task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
     for executor in specification["deploymentSpec"]["executors"].values():
-        executor["container"].pop("env", None)  # MINITRON_CACHE, a volume of the cluster
+        executor["container"].pop("env", None)  # caches, in a volume of the cluster
 
 
 def _leave_out_unset(specification: dict[str, Any], component: dict[str, Any], given: Any) -> None:

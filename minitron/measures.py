@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from minitron.formats import DASH, FORMS, MINUS, number, share, signed
+from minitron.gates import DEVIATIONS
 
 MODELS = {
     "teacher_before": "Base model",
@@ -33,8 +34,6 @@ MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
 
 TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised"}
 
-_NORMAL_95 = 1.96
-
 
 def models_of(evaluation: dict[str, Any]) -> dict[str, str]:
     """Return the models that were measured, by key: the champion too, if there is one."""
@@ -50,7 +49,7 @@ def tasks_of(evaluation: dict[str, Any]) -> list[str]:
 
 def half_width(standard_error: Any) -> float | None:
     """Return half of a 95 % interval, or None: lm-eval writes 'N/A' where there is no standard error."""
-    return None if (error := number(standard_error)) is None else _NORMAL_95 * error
+    return None if (error := number(standard_error)) is None else DEVIATIONS * error
 
 
 def rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ __all__ = ["GatesFailed", "Promotion", "promote", "rollback", "run"]
 EVALUATION = "evaluation.json"
 CHALLENGER = RegisterConfig.model_fields["alias"].default
 _LONGEST_REASON = 1000
+_MET = "it meets its gates"
 
 
 class GatesFailed(RunError):
@@ -51,8 +52,8 @@ def run(config: PromoteConfig) -> dict[str, Any]:
         version = _existing(client, name, config.version)
     try:
         done = promote(uri, name, version, config.why, run_id)
-        outcome, reason = "promoted", f"version {version} of {name} is the champion, it meets its gates"
-        rows = done.gates
+        outcome, rows = "promoted", done.gates
+        reason = f"version {version} of {name} is the champion; {_MET if rows else 'no gate was asked'}"
     except GatesFailed as error:
         outcome, reason, rows = "challenger", str(error), []
     with explained(uri):

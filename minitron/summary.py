@@ -9,19 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from minitron import measures
 from minitron.config import STAGES
 from minitron.mlflow_client import shown
 from minitron.storage import RECORD
 
-CONCLUSION = "conclusion.json"
-"""What conclude leaves: outcome and reason."""
-
-MODELS = {
-    "teacher_before": "teacher before correction",
-    "teacher": "teacher",
-    "pruned": "pruned",
-    "student": "student",
-}
+CONCLUSION, PAGE, REPORT = "conclusion.json", "conclusion.html", "report.html"
+"""What conclude leaves, outcome and reason and a page that says them; what evaluate leaves, and the run's directory."""
 
 
 def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:
@@ -40,17 +34,17 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
         evaluation = _read(outputs["evaluate"] / "evaluation.json")
         found |= summarise(outputs, evaluation)
         _print_compression(console, found, evaluation)
-        pages.append(outputs["evaluate"] / "report.html")
+        pages.append(outputs["evaluate"] / REPORT)
     decisions = [*results.glob("promote/*/promoted.json"), *results.glob(f"conclude/*/{CONCLUSION}")]
     for path in decisions:
         found |= {name: value for name, value in _read(path).items() if name in ("outcome", "reason")}
-        pages += [page for page in [path.with_name("conclusion.html")] if page.is_file()]
+        pages += [page for page in [path.with_name(PAGE)] if page.is_file()]
     if decisions:
         console.print(f"{found['outcome']}: {found['reason']}", soft_wrap=True)
     (work_dir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     for page in pages[:1]:
-        shutil.copyfile(page, work_dir / "report.html")
-        console.print(f"report:     {work_dir / 'report.html'}", soft_wrap=True)
+        shutil.copyfile(page, work_dir / REPORT)
+        console.print(f"report:     {work_dir / REPORT}", soft_wrap=True)
     console.print(f"MLflow:     {_page(tracking_uri)}", soft_wrap=True)
 
 
@@ -63,6 +57,8 @@ def _outputs(results: Path) -> dict[str, Path]:
 def _print_compression(console: Console, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
     registered = found["registered"]
     console.print(_models_table(evaluation))
+    if evaluation["gates"]:
+        console.print(gates_table(evaluation["gates"]))
     console.print(_stages_table(found["stages"]))
     console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
@@ -77,7 +73,7 @@ def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str,
         "stages": {
             stage: {key: record[key] for key in ("seconds", "peak_rss_mb")} for stage, record in records.items()
         },
-        **{model: {key: evaluation[model][key] for key in keys} for model in MODELS},
+        **{model: {key: evaluation[model][key] for key in keys} for model in measures.MODELS},
         "distill": {key: records["distill"]["metrics"][key] for key in ("tokens", "tokens_per_second")},
         "registered": {key: registered[key] for key in ("name", "version", "alias")},
     }
@@ -97,7 +93,7 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     table = Table("model", title="Models")
     for column in columns:
         table.add_column(column, justify="right")
-    for model, label in MODELS.items():
+    for model, label in measures.models_of(evaluation).items():
         found = evaluation[model]
         table.add_row(
             label,
@@ -107,6 +103,14 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
             *(f"{found['tasks'][task]['acc']:.1%}" for task in tasks),
             f"{found['generation_tokens_per_second']:.1f}",
         )
+    return table
+
+
+def gates_table(gates: list[dict[str, Any]]) -> Table:
+    """Return judged gates, as evaluation.json has them, as a table."""
+    table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
+    for row in measures.gates({"gates": gates}):
+        table.add_row(row["words"], row["found"], row["threshold"], row["margin"], f"{row['mark']} {row['outcome']}")
     return table
 
 

@@ -52,6 +52,7 @@ def connect(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, se
     kubernetes.set_image_pull_secrets(task, [pull_secret])
     kubernetes.mount_pvc(task, claim, VOLUME)
     task.set_env_variable("MINITRON_CACHE", CACHE)
+    task.set_env_variable("HF_HOME", f"{CACHE}/huggingface")  # fetched by the first task, before a GPU waits for it
     kubernetes.use_secret_as_env(task, secret, {name: name for name in CREDENTIALS}, optional=True)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "minitron")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)

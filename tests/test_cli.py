@@ -17,7 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from minitron import cli, local, summary
+from minitron import cli, local, measures, summary
 from minitron.config import STAGES
 from minitron.errors import ConfigError
 from minitron.presets import check_arguments, compiled_pipeline, read_arguments
@@ -83,6 +83,7 @@ def test_arguments_get_the_types_that_kubeflow_insists_on(parameters: dict[str, 
         ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
         ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
         ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill."),
+        ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
         ({"teacher": None}, "teacher: missing; give it in the preset or by --set teacher=…"),
         ({"distill": {"gpus": "two"}}, "distill.gpus: Input should be a valid integer"),
         ({"evaluate": {"tasks": "mmlu"}}, "evaluate.tasks: Input should be a valid list (found 'mmlu')"),
@@ -202,7 +203,7 @@ def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None
         '{"name": "n", "version": 3, "alias": "challenger", "model_uri": "models:/n/3", "run_id": "r"}'
     )
     model = {"parameters": 10, "validation_loss": 2.0, "perplexity": 7.4, "tasks": {"t": {"acc": 0.5}}, "kl": 0.1}
-    found = summary.summarise(outputs, dict.fromkeys(summary.MODELS, model))
+    found = summary.summarise(outputs, dict.fromkeys(measures.MODELS, model))
     del model["kl"]
     assert found == {
         "stages": {

@@ -123,6 +123,14 @@ def test_every_task_has_volume_credentials_labels_and_an_end(documents: list[dic
             assert settings["nodeSelector"] == {"nodeSelectorJson": parameter("gpu_node_selector")}
 
 
+@pytest.mark.parametrize("pipeline", ["compress", "promote", "retrain"])
+def test_what_a_task_fetches_lies_in_the_volume(pipeline: str) -> None:
+    executors = compiled_pipeline(pipeline)[0]["deploymentSpec"]["executors"].values()
+    for executor in executors:
+        places = {entry["name"]: entry["value"] for entry in executor["container"]["env"]}
+        assert places == {"MINITRON_CACHE": "/workspace/cache", "HF_HOME": "/workspace/cache/huggingface"}
+
+
 def test_artifacts_are_typed(documents: list[dict[str, Any]]) -> None:
     kinds = {
         stage: {

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -490,16 +489,3 @@ def test_damaged_weights_end_the_run_and_leave_nothing(job: dict[str, Any], tmp_
     with pytest.raises(RunError, match="weights cannot be read"):
         evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"student": broken}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
-
-
-@pytest.mark.parametrize(
-    ("gate", "message"),
-    [
-        ({"metric": "loss", "at_most": 3}, r"evaluate\.gates\.0\.metric: loss is not measured; give one of parameters"),
-        ({"metric": "out_of_domain_loss", "at_most": 3}, r"out_of_domain_loss needs evaluate\.out_of_domain"),
-    ],
-)
-def test_a_gate_on_what_is_not_measured_is_refused(
-    job: dict[str, Any], no_model: None, tmp_path: Path, gate: dict[str, Any], message: str
-) -> None:
-    assert re.search(message, refused(job, tmp_path / "out", gates=[gate]))

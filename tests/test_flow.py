@@ -77,7 +77,7 @@ def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
 
 def test_it_prints_the_table_the_version_and_the_next_command(flow: dict[str, Any]) -> None:
     for text in (
-        "teacher before correction",
+        "Base model",
         "registered: tiny version",
         "report.html",
         "mlflow ui --backend-store-uri",

@@ -9,6 +9,7 @@ from minitron.config import EvaluateConfig, parse
 from minitron.errors import ConfigError
 
 REQUIRED = {name: "x" for name, field in EvaluateConfig.model_fields.items() if field.is_required()}
+REQUIRED |= {"tasks": ["arc"]}
 
 
 def model(loss: float, accuracy: float, error: float = 0.02) -> dict[str, Any]:
@@ -90,6 +91,9 @@ def test_a_judged_gate_can_be_judged_again() -> None:
         ({"metric": "kl", "by": "ratio", "at_most": 1}, "by ratio, of what is not said: give against"),
         ({"metric": "kl", "against": "best", "at_most": 1}, "evaluate.gates.0.against: .*'teacher' or 'champion'"),
         ({"metric": "kl", "most": 1}, "evaluate.gates.0.most: "),
+        ({"metric": "loss", "at_most": 3}, "evaluate: gates.0.metric: loss is not measured; give one of parameters"),
+        ({"metric": "mmlu_acc", "at_least": 0}, r"mmlu_acc is not measured; .* of a task in evaluate.tasks \(arc\)"),
+        ({"metric": "out_of_domain_loss", "at_most": 3}, "out_of_domain_loss needs evaluate.out_of_domain"),
     ],
 )
 def test_a_gate_that_says_nothing_is_refused(gate: dict[str, Any], message: str) -> None:
