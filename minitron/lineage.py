@@ -7,7 +7,6 @@ the licences of base model and corpus. register adds evaluate's record and its o
 """
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from minitron.config import STAGES, EvaluateConfig
 from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
 from minitron.manifest import MANIFEST, read_manifest
-from minitron.mlflow_client import connect, environment, explained
+from minitron.mlflow_client import connect, explained, read_artifact
 from minitron.storage import read_record
 
 LINEAGE = "lineage.json"
@@ -30,8 +29,6 @@ TAG = "lineage"
 """The tag of a model version that says where its lineage is: runs:/RUN/lineage.json."""
 
 UNKNOWN = "unknown"
-
-_WITHOUT_BAR = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 def collect(config: EvaluateConfig) -> dict[str, Any]:
@@ -113,8 +110,7 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
         if TAG not in tags:
             raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
         run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
-        with tempfile.TemporaryDirectory() as directory, environment(**_WITHOUT_BAR):
-            found = json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text())
+        found = read_artifact(client, run_id, path)
     if found["stages"]["register"]["inputs"]["student"]["sha256"] != tags["student_sha256"]:
         raise RunError(f"{version}: {tags[TAG]} is of another student; it was overwritten, register this one again")
     return found | {"version": version}

@@ -3,14 +3,16 @@
 Its global state is never used, and mlflow is imported where a URI is given, not before.
 """
 
+import json
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError, RunError
 
@@ -27,6 +29,7 @@ __all__ = [
     "is_missing",
     "is_refusal",
     "patient",
+    "read_artifact",
     "reason",
     "search",
     "shown",
@@ -134,6 +137,12 @@ def undisturbed() -> Iterator[None]:
 def search(client: "MlflowClient", experiment: str, tag: str, value: str) -> list["Run"]:
     """Return the runs of an experiment that have a tag with this value."""
     return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'"))
+
+
+def read_artifact(client: "MlflowClient", run_id: str, path: str) -> Any:
+    """Return the content of a JSON file that was logged to a run."""
+    with tempfile.TemporaryDirectory() as directory, environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
+        return json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text())
 
 
 def experiment_id(client: "MlflowClient", name: str) -> str:

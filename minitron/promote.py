@@ -8,20 +8,17 @@ changed since; who moved which alias when is in the ledger.
 """
 
 import getpass
-import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron import gates
 from minitron.config import PromoteConfig, RegisterConfig
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
-from minitron.mlflow_client import connect, explained, hurry, is_missing, shown, undisturbed
+from minitron.mlflow_client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
 from minitron.pipeline_run import conclude, pipeline_run
 from minitron.registry import DECISION_TAG
 from minitron.results import replaced, write_atomically
@@ -34,7 +31,6 @@ __all__ = ["GatesFailed", "Promotion", "promote", "rollback", "run"]
 EVALUATION = "evaluation.json"
 CHALLENGER = RegisterConfig.model_fields["alias"].default
 _LONGEST_REASON = 1000
-_MET = "it meets its gates"
 
 
 class GatesFailed(RunError):
@@ -52,12 +48,13 @@ def run(config: PromoteConfig) -> dict[str, Any]:
         version = _existing(client, name, config.version)
     try:
         done = promote(uri, name, version, config.why, run_id)
-        outcome, rows = "promoted", done.gates
-        reason = f"version {version} of {name} is the champion; {_MET if rows else 'no gate was asked'}"
+        outcome, rows, decision = "promoted", done.gates, _decision(done)
+        reason = f"version {version} of {name} is the champion: {decision}"
     except GatesFailed as error:
-        outcome, reason, rows = "challenger", str(error), []
+        outcome, rows, decision = "challenger", [], str(error)
+        reason = decision
     with explained(uri):
-        client.set_model_version_tag(name, str(version), DECISION_TAG, reason)
+        client.set_model_version_tag(name, str(version), DECISION_TAG, decision)
         if (parent := pipeline_run(client, config)) is not None:
             conclude(client, parent.info.run_id, outcome, reason)
     print(f"promote: {outcome}: {reason}", flush=True)
@@ -130,6 +127,13 @@ def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id
         return Promotion(name, version, ledger.move(state, version, author, why), [])
 
 
+def _decision(done: Promotion) -> str:
+    """Return why a version became the champion: true of it when another one is."""
+    if done.move is None:
+        return "it was that already"
+    return "it met its gates" if done.gates else "no gates were declared"
+
+
 @contextmanager
 def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger]]:
     """Give a client and the ledger of a registered model."""
@@ -189,8 +193,7 @@ def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, An
     run_id = client.get_model_version(name, str(version)).run_id
     if not run_id or EVALUATION not in {file.path for file in client.list_artifacts(run_id)}:
         return None
-    with tempfile.TemporaryDirectory() as directory:
-        return json.loads(Path(client.download_artifacts(run_id, EVALUATION, directory)).read_text())
+    return read_artifact(client, run_id, EVALUATION)
 
 
 def _author(why: str | None, pipeline_run_id: str | None) -> str:
