@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from minitron import pipeline_run as runs
 from minitron.config import ConcludeConfig
 from minitron.errors import RunError
-from minitron.mlflow_client import connect, explained, shown
+from minitron.mlflow_client import connect, explained, hurry, shown
 from minitron.results import replaced, write_atomically
 from minitron.summary import CONCLUSION, PAGE
 
@@ -20,7 +20,7 @@ from minitron.summary import CONCLUSION, PAGE
 def run(config: ConcludeConfig) -> dict[str, Any]:
     """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run."""
     try:
-        with explained(config.tracking_uri):
+        with explained(config.tracking_uri), hurry():
             found = _ending(config)
     except RunError as error:  # the page is wanted then most of all
         found = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
@@ -30,7 +30,7 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
         write_atomically(directory / CONCLUSION, found)
         (directory / PAGE).write_text(_page(found), encoding="utf-8")
     if found["run_id"]:  # after the page is there: it must not depend on the server
-        with explained(config.tracking_uri):
+        with explained(config.tracking_uri), hurry():
             connect(config.tracking_uri).log_artifact(found["run_id"], str(config.output / PAGE))
     return {"metrics": {"failed": int(found["outcome"] == "failed")}} | found
 

@@ -20,7 +20,7 @@ from minitron.config import STAGES, EvaluateConfig
 from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
 from minitron.manifest import MANIFEST, read_manifest
-from minitron.mlflow_client import connect, explained, read_artifact
+from minitron.mlflow_client import connect, explained, hurry, read_artifact
 from minitron.storage import read_record
 
 LINEAGE = "lineage.json"
@@ -102,9 +102,9 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
         ConfigError: the address has another form, or the version was not registered by this package.
         RunError: MLflow cannot be reached, or has no such version, or the lineage there is another version's.
     """
-    version = registry.model_version(uri, address)
-    name, _, number = version.removeprefix("models:/").rpartition("/")
-    with explained(uri):
+    with explained(uri), hurry():
+        version = registry.model_version(uri, address)
+        name, _, number = version.removeprefix("models:/").rpartition("/")
         client = connect(uri)
         tags = client.get_model_version(name, number).tags
         if TAG not in tags:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
-from minitron.mlflow_client import connect, environment, explained, patient, undisturbed
+from minitron.mlflow_client import connect, environment, explained, undisturbed
 from minitron.tracking import MlflowTracker
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def model_version(uri: str, address: str) -> str:
             f"{address}: not a model of MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
         )
     name, alias, number = match.groups()
-    with explained(uri), patient():
+    with explained(uri):
         client = connect(uri)
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     return f"models:/{name}/{found.version}"
@@ -78,7 +78,7 @@ def download_version(uri: str, identity: str, target: Path) -> None:
     Raises:
         RunError: the registry cannot be reached.
     """
-    with explained(uri), patient():
+    with explained(uri):
         from mlflow.artifacts import download_artifacts
 
         connect(uri)

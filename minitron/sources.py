@@ -20,6 +20,7 @@ from minitron import bucket, ngc, registry
 from minitron.config import StageConfig
 from minitron.config import address as address_of
 from minitron.errors import ConfigError, RunError
+from minitron.mlflow_client import patient
 from minitron.references import followed, lasting_directory
 from minitron.results import arrive, write_atomically
 from minitron.storage import content_hash, hub_model, local_path
@@ -99,8 +100,9 @@ def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
                 f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
-    identity = _resolved_once(address, find, config)
-    return _kept(identity, fetch, config), identity
+    with patient():  # no stage can do without it
+        identity = _resolved_once(address, find, config)
+        return _kept(identity, fetch, config), identity
 
 
 def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
