@@ -10,7 +10,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from minitron.mlflow_client import search
+from minitron.mlflow_client import existing_run, search
 from minitron.once import write_once
 from minitron.pipeline_run import ALIVE_TAG, OUTCOME_TAG, stage_runs
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _CANDIDATE, _ADOPTED = "minitron.claims", "minitron.claims.adopted"
 """Tags of the run that holds the claims: what it is made for, and that it is the one."""
+
+_MAKER_SECONDS = 120
 
 SILENCE_SECONDS = 24 * 3600
 """After this long without a sign of life a run is taken for lost: the longest that a task may wait for its node."""
@@ -56,25 +58,31 @@ def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str 
 def _ledger(client: "MlflowClient", experiment_id: str) -> str:
     """Return the run that holds the claims, the same for all; it is made if it is not there.
 
-    One is adopted by its maker if, after it was made, there is no other: whoever makes one later finds it.
+    One is adopted by its maker if, after it was made, there is no other: whoever makes one later finds it. One whose
+    maker died before is deleted; a maker that was only slow finds it so, and fails.
     """
     while True:
         if adopted := search(client, experiment_id, _ADOPTED, "yes"):
             return adopted[0].info.run_id
         made = client.create_run(experiment_id, run_name="claims", tags={_CANDIDATE: "yes"}).info.run_id
-        if len(search(client, experiment_id, _CANDIDATE, "yes")) == 1:
+        others = [run for run in search(client, experiment_id, _CANDIDATE, "yes") if run.info.run_id != made]
+        if not others:
             client.set_tag(made, _ADOPTED, "yes")
             client.set_terminated(made)  # nothing runs in it
             return made
         client.delete_run(made)
+        for run in others:
+            if _ADOPTED not in run.data.tags and time.time() - run.info.start_time / 1000 > _MAKER_SECONDS:
+                client.delete_run(run.info.run_id)
         time.sleep(random.uniform(0, 1))
 
 
 def _at_work(client: "MlflowClient", run_id: str) -> str | None:
     """Return in words that a run is at work; None if it has ended, or nothing is heard of it."""
-    run = client.get_run(run_id)
+    if (run := existing_run(client, run_id)) is None:
+        return None
     seconds = time.time() - _last_sign(client, run)
-    if OUTCOME_TAG in run.data.tags or run.info.lifecycle_stage == "deleted" or seconds > SILENCE_SECONDS:
+    if OUTCOME_TAG in run.data.tags or seconds > SILENCE_SECONDS:
         return None
     return f"run {run.info.run_name}, last heard of {seconds / 60:.0f} minutes ago,"
 

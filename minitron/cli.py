@@ -273,7 +273,7 @@ def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path)
     sample = arguments.pop(SAMPLES, None)
     if sample:
         inputs = samples.paths(sample, work_dir / "inputs")
-        arguments = {name: str(path) for name, path in inputs.items()} | arguments
+        arguments = {name: str(path) for name, path in inputs.items() if name in parameters} | arguments
     arguments = check_arguments(arguments, parameters)
     if sample:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

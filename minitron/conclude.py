@@ -3,7 +3,7 @@
 It leaves conclusion.html, which Kubeflow shows, and the outcome in MLflow: then another run may train the same.
 """
 
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from jinja2 import Environment, StrictUndefined
 
 from minitron import pipeline_run as runs
 from minitron.config import ConcludeConfig
-from minitron.errors import RunError
-from minitron.mlflow_client import connect, explained, hurry, shown
+from minitron.errors import MinitronError
+from minitron.mlflow_client import connect, explained, hurry, reason, shown
 from minitron.results import replaced, write_atomically
+from minitron.stage import noted_failure
 from minitron.summary import CONCLUSION, PAGE
 
 
@@ -22,16 +23,15 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
     try:
         with explained(config.tracking_uri), hurry():
             found = _ending(config)
-    except RunError as error:  # the page is wanted then most of all
+    except MinitronError as error:  # the page is wanted then most of all
         found = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
     found |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": shown(config.tracking_uri)}
     print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
     with replaced(config.output) as directory:
         write_atomically(directory / CONCLUSION, found)
         (directory / PAGE).write_text(_page(found), encoding="utf-8")
-    if found["run_id"]:  # after the page is there: it must not depend on the server
-        with explained(config.tracking_uri), hurry():
-            connect(config.tracking_uri).log_artifact(found["run_id"], str(config.output / PAGE))
+    if found["run_id"]:
+        _log(config, found["run_id"])
     return {"metrics": {"failed": int(found["outcome"] == "failed")}} | found
 
 
@@ -44,11 +44,25 @@ def _ending(config: ConcludeConfig) -> dict[str, Any]:
     if runs.OUTCOME_TAG in tags:
         outcome, reason = tags[runs.OUTCOME_TAG], tags[runs.REASON_TAG]
     else:
-        outcome, reason = "failed", runs.failure(client, run) or config.message or "see the log of its tasks"
+        reasons = (runs.failure(client, run), _noted(config), config.message, "see the log of its tasks")
+        outcome, reason = "failed", next(filter(None, reasons))
         runs.conclude(client, run_id, outcome, reason)
-    if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened it and ends it
-        client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")
     return {"outcome": outcome, "reason": reason, "run_id": run_id}
+
+
+def _noted(config: ConcludeConfig) -> str | None:
+    """Return what the last task of this run that failed left in the workspace: not all have a run in MLflow."""
+    note = noted_failure(config.workspace)
+    return f"{note['stage']}: {note['message']}" if note.get("pipeline_run_id") == config.pipeline_run_id else None
+
+
+def _log(config: ConcludeConfig, run_id: str) -> None:
+    """Show the page in MLflow; Kubeflow shows it, too, so it does not matter which error its storage has."""
+    try:
+        with hurry():
+            connect(config.tracking_uri).log_artifact(run_id, str(config.output / PAGE))
+    except Exception as error:
+        print(f"warning: conclude: MLflow has not got {PAGE}: {reason(error)}", file=sys.stderr, flush=True)
 
 
 def _page(found: dict[str, Any]) -> str:

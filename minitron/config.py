@@ -40,6 +40,7 @@ Place = Annotated[Path, PlainSerializer(address)]
 
 InputPath = Annotated[Place, INPUT]
 ModelAddress = Annotated[str, INPUT, MODEL]
+RegisteredName = Annotated[str, Field(pattern=r"^[^/:@'\"]+$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -274,7 +275,7 @@ class RegisterConfig(StageConfig):
     student: InputPath = Field(description="Model directory to register.")
     evaluation: InputPath = Field(description="Directory written by evaluate.")
     dataset: InputPath = Field(description="Directory written by prepare.")
-    name: str = Field("minitron", pattern=r"^[^/:'\"]+$", description="Registered model.")
+    name: RegisteredName = Field("minitron", description="Registered model.")
     alias: str = Field("challenger", pattern=r"^[\w-]+$", description="Alias that the new version gets.")
 
     @model_validator(mode="after")
@@ -289,7 +290,7 @@ class ResolveConfig(StageConfig):
 
     tracking_uri: str = Field(description="MLflow server whose registry has the versions.")
     pipeline_run_id: str = Field(description="Kubeflow run that asks.")
-    name: str = RegisterConfig.model_fields["name"].default
+    name: RegisteredName = RegisterConfig.model_fields["name"].default
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(description="As prepare's.")
     teacher: ModelAddress = Field(description="As prepare's.")
     settings: dict[str, Any] = Field(description="The pipeline's parameters that decide the weights.")
@@ -299,7 +300,7 @@ class PromoteConfig(StageConfig):
     """Version → champion, if it meets its gates."""
 
     tracking_uri: str = Field(description="MLflow server whose registry has the version.")
-    name: str = RegisterConfig.model_fields["name"].default
+    name: RegisteredName = RegisterConfig.model_fields["name"].default
     version: PositiveInt | None = Field(None, description="Its number; none: the challenger's.")
     why: str | None = Field(None, description="Reason, for the ledger.")
 

@@ -8,6 +8,7 @@ Writes `evaluation.json`, `lineage.json`, `report.html` and `tensorboard/`. Mode
 import gc
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     names = [*MODELS, *([CHAMPION] if config.champion else [])]
     paths = {name: resolve(getattr(config, name), config) for name in names}
-    _check(config, paths)
+    _check(config, {name: path for name, path in paths.items() if name != CHAMPION})
+    if CHAMPION in paths and not _is_comparable(config, paths[CHAMPION]):
+        del paths[CHAMPION]
     with _splits(config, directory, paths["teacher"]) as splits, loaded_tasks(config, directory) as tasks:
         evaluation = _measure(config, paths, splits, tasks, tracker)
     evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
@@ -71,10 +74,16 @@ def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[
     champion = None
     if config.champion:
         entry = inputs[CHAMPION]  # an alias may move: `pinned` is the version that it meant
-        champion = evaluation[CHAMPION] | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
+        numbers = evaluation.get(CHAMPION, {"tasks": {}})
+        champion = numbers | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
     rows = gates.judge(gates.declared(config), evaluation, champion)
     for row in rows:
         print(f"gate: {gates.words(row)}", flush=True)
+        if row["student"] is None and row["metric"] not in gates.NUMBERS:
+            found = ", ".join(
+                f"{task}_{name}" for task, scores in evaluation["student"]["tasks"].items() for name in scores
+            )
+            raise ConfigError(f"evaluate.gates: {row['metric']} is not measured; give one of {found}")
     return {
         "test_set": _test_set(config, inputs), "champion": champion, "gates": rows, "passed": gates.passed(rows)
     }  # fmt: skip
@@ -82,10 +91,10 @@ def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[
 
 def _test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
     """Return a hash of everything that must be equal for the numbers of two evaluations to be comparable."""
-    data = {name: inputs[name]["sha256"] for name in ("dataset", "task_directory", "out_of_domain") if name in inputs}
-    settings = config.model_dump(
-        mode="json", include={"sequence_length", "evaluation_sequences", "seed", "tasks", "task_limit"}
-    )
+    names = ("dataset", "teacher", "task_directory", "out_of_domain")
+    data = {name: inputs[name]["sha256"] for name in names if name in inputs}
+    kept = {"sequence_length", "evaluation_sequences", "seed", "tasks", "task_limit", "prompts", "generation_tokens"}
+    settings = config.model_dump(mode="json", include=kept)
     return hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()
 
 
@@ -117,6 +126,16 @@ def _check(config: EvaluateConfig, paths: dict[str, Path]) -> None:
                 f"{name} {path}; choose at most {longest}"
             )
         check_tokenizer(config.dataset, path)
+
+
+def _is_comparable(config: EvaluateConfig, champion: Path) -> bool:
+    """Say whether the champion can read this data: no reason to fail after all the training if it cannot."""
+    try:
+        _check(config, {CHAMPION: champion})
+    except ConfigError as error:
+        print(f"warning: evaluate: not compared with the champion: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 @contextmanager

@@ -13,14 +13,23 @@ Used by `python -m minitron.evaluate --config FILE` and `minitron promote NAME`.
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from minitron.config import EvaluateConfig
 
+SPEED = "generation_tokens_per_second"
+
 NUMBERS = (
-    "parameters", "weights_mb", "generation_tokens_per_second", "validation_loss", "test_loss", "out_of_domain_loss",
-    "perplexity", "kl", "top1_agreement",
+    "parameters", "weights_mb", SPEED, "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl",
+    "top1_agreement",
 )  # fmt: skip
 """What is measured of every model; beside these there are a task's metrics, `arc_easy_acc`."""
 
@@ -39,8 +48,8 @@ class Gate(BaseModel):
     metric: str
     against: Literal["teacher", "champion"] | None = None
     by: Literal["difference", "ratio"] | None = None
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: FiniteFloat | None = None
+    at_least: FiniteFloat | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -17,16 +17,19 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from minitron.errors import RunError
-from minitron.mlflow_client import experiment_id, is_missing
+from minitron.mlflow_client import existing_run, experiment_id, is_missing
 from minitron.once import write_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["CHAMPION", "EXPERIMENT", "PREVIOUS", "Ledger", "Move", "State"]
+__all__ = ["CHAMPION", "EXPERIMENT", "PREVIOUS", "PROMOTED_TAG", "Ledger", "Move", "State"]
 
 CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
+
+PROMOTED_TAG = "promoted_at"
+"""Tag of a version that is or was the champion."""
 
 _TAG = "minitron.promotions"
 """On a registered model: the id of its run. On the run: the model's name."""
@@ -55,7 +58,7 @@ class Move:
     def written(self) -> str:
         """Return the entry."""
         values = asdict(self)
-        return json.dumps({"from": values.pop("source")} | values)
+        return json.dumps({"from": values.pop("source")} | values, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ class Ledger:
     def _elected(self) -> str:
         """Make a run, and return the one that all agree upon: it is written into the run of the first version."""
         versions = self._client.search_model_versions(f"name = '{self._name}'")
-        first = min((version for version in versions if version.run_id), key=lambda v: int(v.version), default=None)
+        numbered = sorted(versions, key=lambda version: int(version.version))
+        runs = (existing_run(self._client, version.run_id) for version in numbered if version.run_id)
+        first = next(filter(None, runs), None)
         if first is None:
             raise RunError(f"{self._name}: no version has an MLflow run; register one with the pipeline")
         experiment = experiment_id(self._client, EXPERIMENT)
@@ -130,7 +135,7 @@ class Ledger:
         made = self._client.create_run(experiment, tags=tags, run_name=title).info.run_id
         self._client.set_terminated(made)  # nothing runs in it
         key = f"promotions.{hashlib.sha256(self._name.encode()).hexdigest()[:12]}"
-        elected = write_once(self._client, str(first.run_id), key, made)
+        elected = write_once(self._client, first.info.run_id, key, made)
         if elected != made:
             self._client.delete_run(made)  # another process was faster
         self._client.set_registered_model_tag(self._name, _TAG, elected)
@@ -181,7 +186,7 @@ class Ledger:
         if move.source is not None:
             _if_there(lambda: client.set_registered_model_alias(name, PREVIOUS, str(move.source)))
         client.set_registered_model_alias(name, CHAMPION, version)
-        for tag, value in (("promoted_by", move.who), ("promoted_at", move.when), ("promoted_why", move.why or "")):
+        for tag, value in (("promoted_by", move.who), (PROMOTED_TAG, move.when), ("promoted_why", move.why or "")):
             client.set_model_version_tag(name, version, tag, value)
 
 

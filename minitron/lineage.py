@@ -62,7 +62,7 @@ def model_licence(model: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
         front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter: a date that is none
         front = {}
     lines = front.items() if isinstance(front, dict) else ()
     given = {name: value for name, value in lines if name in ("license", "license_name", "license_link") and value}
@@ -111,7 +111,8 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
             raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
         run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
         found = read_artifact(client, run_id, path)
-    if found["stages"]["register"]["inputs"]["student"]["sha256"] != tags["student_sha256"]:
+    registered = found.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
+    if registered.get("sha256", UNKNOWN) != tags.get("student_sha256"):
         raise RunError(f"{version}: {tags[TAG]} is of another student; it was overwritten, register this one again")
     return found | {"version": version}
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ import yaml
 
 from minitron.errors import MinitronError, RunError
 from minitron.presets import dags
-from minitron.stage import failure_note
+from minitron.stage import failure_note, noted_failure
 from minitron.summary import PAGE, REPORT
 
 _INDENTATION = " " * 4
@@ -36,8 +35,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     adapt(documents[0], arguments)
     workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
     os.environ.setdefault("MINITRON_CACHE", str(work_dir / "cache"))
-    failure = failure_note(workspace)
-    failure.unlink(missing_ok=True)
+    failure_note(workspace).unlink(missing_ok=True)
     earlier = set(results.glob("*"))
     os.environ |= {"MINITRON_WORKSPACE": workspace, "PYTHONUNBUFFERED": "1"}
     os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -52,7 +50,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
         for page in results.glob(f"*/conclude/*/{PAGE}"):
             if page.parents[2] not in earlier:
                 shutil.copyfile(page, work_dir / REPORT)
-        raise _explain(failure) from error
+        raise _explain(workspace) from error
     return next(path for path in results.glob("*") if path not in earlier)
 
 
@@ -79,10 +77,9 @@ def _leave_out_unset(specification: dict[str, Any], component: dict[str, Any], g
         _leave_out_unset(specification, specification["components"][task["componentRef"]["name"]], inputs)
 
 
-def _explain(failure: Path) -> MinitronError:
-    if not failure.is_file():
+def _explain(workspace: str) -> MinitronError:
+    if not (found := noted_failure(workspace)):
         return RunError("a stage ended without a message; see its output above, then run the command again to resume")
-    found = json.loads(failure.read_text())
     error = RunError(f"{found['stage']}: {found['message']}")
     error.exit_status = found["exit_status"]
     return error

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "connect",
     "environment",
+    "existing_run",
     "experiment_id",
     "explained",
     "hurry",
@@ -56,7 +57,9 @@ def connect(uri: str) -> "MlflowClient":
     """
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "path"
     if scheme not in ("http", "https", *_DATABASES):
-        raise ConfigError(f"tracking_uri {uri}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE")
+        raise ConfigError(
+            f"tracking_uri {shown(uri)}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE"
+        )
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
     _silence()
@@ -71,7 +74,7 @@ def connect(uri: str) -> "MlflowClient":
 
 @contextmanager
 def explained(uri: str | None) -> Iterator[None]:
-    """Turn the errors of MLflow and of its connections into one line.
+    """Turn the errors of MLflow, of its database and of its connections into one line.
 
     Raises:
         RunError: MLflow cannot be reached or refuses.
@@ -81,7 +84,10 @@ def explained(uri: str | None) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+    except Exception as error:
+        of_database = type(error).__module__.startswith("sqlalchemy")
+        if not of_database and not isinstance(error, (MlflowException, OSError)):  # requests' errors are OSErrors
+            raise
         raise RunError(f"MLflow at {shown(uri or '')}: {reason(error)}; {_remedy(error)}") from error
 
 
@@ -91,6 +97,10 @@ def _remedy(error: BaseException) -> str:
             return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user whom the server knows"
         case "PERMISSION_DENIED":
             return "give the user the permission; if it is about the host, start the server with --allowed-hosts"
+        case "RESOURCE_DOES_NOT_EXIST":
+            return "give one that is there"
+        case "INVALID_PARAMETER_VALUE" if "deleted" in str(error):
+            return "bring it back: mlflow experiments restore, or mlflow runs restore"
         case _:
             return "check tracking_uri and that the server runs"
 
@@ -114,8 +124,8 @@ def reason(error: BaseException) -> str:
 
 
 def shown(uri: str) -> str:
-    """Return a URI without its user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    """Return a URI without its user and password, which may have any character in it."""
+    return re.sub(r"//(?:[^/:@]*:.*|[^/@]*)@", "//", uri)
 
 
 @contextmanager
@@ -139,10 +149,34 @@ def search(client: "MlflowClient", experiment: str, tag: str, value: str) -> lis
     return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'"))
 
 
-def read_artifact(client: "MlflowClient", run_id: str, path: str) -> Any:
-    """Return the content of a JSON file that was logged to a run."""
+def existing_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """Return a run; None if it was deleted."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if not is_missing(error):
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def read_artifact(client: "MlflowClient", run_id: str, path: str) -> dict[str, Any]:
+    """Return the content of a JSON file that a stage logged to a run.
+
+    Raises:
+        RunError: it is something else.
+    """
     with tempfile.TemporaryDirectory() as directory, environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
-        return json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text())
+        text = Path(client.download_artifacts(run_id, path, directory)).read_text(errors="replace")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(
+            f"runs:/{run_id}/{path}: not what minitron writes (found {text[:40]!r}); register the model again"
+        )
+    return found
 
 
 def experiment_id(client: "MlflowClient", name: str) -> str:

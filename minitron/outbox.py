@@ -109,7 +109,7 @@ class Outbox:
             self._kept.seek(0)
             for message in _messages(self._kept):
                 self._send(message)
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)  # without locks another process may have sent it
             self._kept.close()
             self._kept = None
 

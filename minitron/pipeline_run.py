@@ -41,13 +41,16 @@ def stage_runs(client: "MlflowClient", run: "Run") -> list["Run"]:
 
 
 def failure(client: "MlflowClient", run: "Run") -> str | None:
-    """Return what the latest of the stages that failed says of it; None if none did."""
-    failed = [entry for entry in stage_runs(client, run) if ERROR_TAG in entry.data.tags]
+    """Return what the latest of the stages that failed says of it; None if none did, or they ended well later."""
+    runs = stage_runs(client, run)
+    failed = [entry for entry in runs if ERROR_TAG in entry.data.tags and entry.info.status != "FINISHED"]
     latest = max(failed, key=lambda entry: entry.info.end_time or 0, default=None)
     return f"{latest.info.run_name}: {latest.data.tags[ERROR_TAG]}" if latest else None
 
 
 def conclude(client: "MlflowClient", run_id: str, outcome: str, reason: str) -> None:
-    """Record what came of a pipeline run; what it has claimed is free then."""
+    """Record what came of a pipeline run, and end it; what it has claimed is free then."""
     client.set_tag(run_id, REASON_TAG, reason)
     client.set_tag(run_id, OUTCOME_TAG, outcome)
+    if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened it and ends it
+        client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")

@@ -8,6 +8,7 @@ changed since; who moved which alias when is in the ledger.
 """
 
 import getpass
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +32,15 @@ __all__ = ["GatesFailed", "Promotion", "promote", "rollback", "run"]
 EVALUATION = "evaluation.json"
 CHALLENGER = RegisterConfig.model_fields["alias"].default
 _LONGEST_REASON = 1000
+_ANEW = "run the pipeline retrain, which evaluates it anew"
 
 
 class GatesFailed(RunError):
-    """The version is not good enough, or it is not known whether it is."""
+    """The version is not good enough."""
+
+
+class NotJudged(GatesFailed):
+    """It is not known whether the version is good enough: it may be made and measured again."""
 
 
 def run(config: PromoteConfig) -> dict[str, Any]:
@@ -46,15 +52,17 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     with explained(uri):
         client = connect(uri)
         version = _existing(client, name, config.version)
+    decision: str | None
     try:
         done = promote(uri, name, version, config.why, run_id)
         outcome, rows, decision = "promoted", done.gates, _decision(done)
         reason = f"version {version} of {name} is the champion: {decision}"
     except GatesFailed as error:
-        outcome, rows, decision = "challenger", [], str(error)
-        reason = decision
+        outcome, rows, reason = "challenger", [], str(error)
+        decision = None if isinstance(error, NotJudged) else reason
     with explained(uri):
-        client.set_model_version_tag(name, str(version), DECISION_TAG, decision)
+        if decision:
+            client.set_model_version_tag(name, str(version), DECISION_TAG, decision)
         if (parent := pipeline_run(client, config)) is not None:
             conclude(client, parent.info.run_id, outcome, reason)
     print(f"promote: {outcome}: {reason}", flush=True)
@@ -95,7 +103,8 @@ def promote(
 
     Raises:
         ConfigError: there is no registry at such a URI, or the reason is too long.
-        GatesFailed: a gate is not met, or the version was compared with another champion than today's.
+        GatesFailed: a gate is not met.
+        NotJudged: the version was not compared with today's champion, or not evaluated by this package.
         RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
     """
     author = _author(why, pipeline_run_id)
@@ -104,7 +113,12 @@ def promote(
         version = _existing(client, name, version)
         if version == state.champion:
             return Promotion(name, version, None, [])
-        rows = _judged(client, name, version, state.champion)
+        try:
+            rows = _judged(client, name, version, state.champion)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise NotJudged(
+                f"{name} version {version}: {EVALUATION} of its run is none of minitron's; {_ANEW}"
+            ) from error
         if gates.passed(rows) is False:
             failed = "; ".join(gates.words(row) for row in rows if row["outcome"] not in gates.MET)
             raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
@@ -171,19 +185,21 @@ def _judged(client: "MlflowClient", name: str, version: int, champion: int | Non
     """Return the judged gates of a version, compared with today's champion."""
     evaluation = _evaluation(client, name, version)
     if evaluation is None:
-        raise GatesFailed(f"{name} version {version}: its MLflow run has no {EVALUATION}; register it by the pipeline")
+        raise NotJudged(f"{name} version {version}: its MLflow run has no {EVALUATION}; {_ANEW}")
     rows = evaluation.get("gates", [])
     today = f"models:/{name}/{champion}" if champion else None
     compared = (evaluation.get(CHAMPION) or {}).get("address")
-    if compared == today or all(row["against"] != CHAMPION for row in rows):
+    measures = {row["metric"] for row in rows if row["against"] == CHAMPION}
+    if compared == today or not measures:
         return rows
     if champion is None:
         return gates.judge(rows, evaluation, None)
     other = _evaluation(client, name, champion)
-    if other is None or evaluation.get("test_set") is None or other.get("test_set") != evaluation["test_set"]:
-        raise GatesFailed(
-            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, on another test set "
-            f"than that of today's champion, version {champion}; run the pipeline retrain, which evaluates it anew"
+    same_test = other is not None and other.get("test_set") == evaluation.get("test_set") is not None
+    if other is None or not same_test or gates.SPEED in measures:  # another machine's speed says nothing
+        raise NotJudged(
+            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
+            f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
         )
     return gates.judge(rows, evaluation, other["student"])
 
@@ -198,8 +214,8 @@ def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, An
 
 def _author(why: str | None, pipeline_run_id: str | None) -> str:
     """Return who moves the alias."""
-    if why and len(why) > _LONGEST_REASON:
-        raise ConfigError(f"why: {len(why)} characters; give at most {_LONGEST_REASON}")
+    if (length := len(json.dumps(why, ensure_ascii=False)) - 2) > _LONGEST_REASON:
+        raise ConfigError(f"why: {length} characters as it is written; give at most {_LONGEST_REASON}")
     if pipeline_run_id:
         return f"Kubeflow run {pipeline_run_id}"
     try:

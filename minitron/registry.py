@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
-from minitron.mlflow_client import connect, environment, explained, undisturbed
+from minitron.mlflow_client import connect, environment, explained, hurry, is_missing, undisturbed
 from minitron.tracking import MlflowTracker
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "DECISION_TAG",
     "create_version",
     "download_version",
+    "holds",
     "model_version",
     "registered_model",
     "uploaded",
@@ -70,6 +71,18 @@ def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int,
     for alias, version in client.get_registered_model(name).aliases.items():
         aliases.setdefault(int(version), []).append(alias)
     return sorted(found, key=lambda version: -int(version.version)), aliases
+
+
+def holds(uri: str, name: str, version: int, student_sha256: str) -> bool:
+    """Say whether a version is there and is of this student."""
+    with explained(uri), hurry():
+        try:
+            tags = connect(uri).get_model_version(name, str(version)).tags
+        except Exception as error:
+            if not is_missing(error):
+                raise
+            return False
+    return tags.get("student_sha256") == student_sha256
 
 
 def download_version(uri: str, identity: str, target: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from minitron import claims, inputs, origin, registry
 from minitron.config import ResolveConfig
+from minitron.ledger import CHAMPION, PROMOTED_TAG
 from minitron.mlflow_client import connect, explained, hurry
 from minitron.origin import Origin
 from minitron.pipeline_run import conclude, pipeline_run
@@ -39,11 +40,13 @@ def _decide(config: ResolveConfig, made_from: Origin) -> dict[str, Any]:
     run = pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     versions, aliases = registry.versions_of(client, config.name)
-    champion = next((version for version in versions if "champion" in aliases.get(int(version.version), [])), None)
+    champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
     if same := _same(versions, aliases, made_from):
         outcome, reason = "unchanged", same
-    elif rival := claims.claim(client, run, made_from):
+    elif rival := claims.claim(client, run, made_from | {"name": config.name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
+    elif same := _same(*registry.versions_of(client, config.name), made_from):  # by a run that has just ended
+        outcome, reason = "unchanged", same
     else:
         outcome, reason = None, _what_is_new(champion, made_from)
     if outcome:
@@ -56,11 +59,17 @@ def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Origin)
     """Return in words that there is such a version, of which it is decided what becomes of it."""
     for version in versions:
         held = aliases.get(int(version.version), [])
-        decided = version.tags.get(registry.DECISION_TAG) or ("it is the champion" if "champion" in held else None)
+        decided = version.tags.get(registry.DECISION_TAG) or _promoted_by_hand(version, held)
         if _origin(version) == made_from and decided:
             named = f", {' and '.join(held)}," if held else ""
             return f"version {version.version}{named} is made from the same data, teacher and settings; {decided}"
     return None
+
+
+def _promoted_by_hand(version: Any, held: list[str]) -> str | None:
+    if CHAMPION in held:
+        return "it is the champion"
+    return "it was the champion" if PROMOTED_TAG in version.tags else None
 
 
 def _what_is_new(champion: Any, made_from: Origin) -> str:
@@ -74,4 +83,8 @@ def _what_is_new(champion: Any, made_from: Origin) -> str:
 
 
 def _origin(version: Any) -> Origin | None:
-    return json.loads(version.tags[origin.TAG]) if origin.TAG in version.tags else None
+    try:
+        found = json.loads(version.tags.get(origin.TAG, "null"))
+    except ValueError:  # not register's
+        return None
+    return found if isinstance(found, dict) else None

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from minitron import bucket, ngc, registry
@@ -123,11 +124,16 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
 def _kept(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
     """Return the directory that holds an identity's files; they come to be there in one rename."""
     home = _home(config) / _digest(identity)
-    if home.is_dir() and _record(home).is_file():
+    if _is_kept(identity, config):
         return home
     arrive(home, identity, partial(fetch, identity))
     write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
     return home
+
+
+def _is_kept(identity: str, config: StageConfig) -> bool:
+    home = _home(config) / _digest(identity)
+    return home.is_dir() and _record(home).is_file()
 
 
 def _complete_snapshot(address: str) -> str:
@@ -150,15 +156,21 @@ def _is_nemo(path: Path) -> bool:
 
 
 def _exported(checkpoint: Path, config: StageConfig) -> Path:
-    """Return a NeMo 2 checkpoint as a Hugging Face directory, exported by engine nemo."""
-    from minitron.engines import nemo
+    """Return a NeMo 2 checkpoint as a Hugging Face directory, exported by engine nemo.
 
-    nemo.check_installed()
+    The image of resolve has no engine. It does not need one: what was never exported, nothing is made from yet.
+    """
 
     def export(identity: str, target: Path) -> None:
+        from minitron.engines import nemo
+
+        nemo.check_installed()
         nemo.export_checkpoint(checkpoint, target)
 
-    return _kept(f"nemo {content_hash(checkpoint)}", export, config)
+    identity = f"nemo {content_hash(checkpoint)}"
+    if not _is_kept(identity, config) and find_spec("torch") is None:
+        return checkpoint
+    return _kept(identity, export, config)
 
 
 def _home(config: StageConfig) -> Path:

@@ -35,9 +35,9 @@ from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, p
 from minitron.storage import RECORD, content_hash, read_record
 
 FAILURE = "failure.json"
-"""What `launch` leaves in the workspace when a stage fails: stage, exit status and message."""
+"""What `launch` leaves in the workspace when a stage fails."""
 
-__all__ = ["circumstances", "failure_note", "launch", "main", "read_yaml", "run", "stage_name"]
+__all__ = ["circumstances", "failure_note", "launch", "main", "noted_failure", "read_yaml", "run", "stage_name"]
 
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
@@ -90,12 +90,14 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
     """
     _terminate_by_exception()
     workspace = os.environ.get("MINITRON_WORKSPACE") or values.pop("workspace", None)
+    if noted_failure(workspace).get("stage") == stage:  # of an earlier attempt
+        failure_note(workspace).unlink(missing_ok=True)
     try:
         record = _module(stage).run(parse(stage, given(stage, values | {"workspace": workspace})))
     except MinitronError as error:
         if workspace:
             with suppress(OSError):  # the failure may be that the disk is full
-                write_atomically(failure_note(workspace), _failure(stage, error))
+                write_atomically(failure_note(workspace), _failure(stage, error, values.get("pipeline_run_id")))
         sys.exit(_complain(error))
     for name, value in record["metrics"].items():
         if metrics is not None and isinstance(value, int | float):
@@ -103,9 +105,17 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
     return record
 
 
-def failure_note(workspace: str | Path) -> Path:
+def failure_note(workspace: str | Path | None) -> Path:
     """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
     return lasting_directory(workspace) / FAILURE
+
+
+def noted_failure(workspace: str | Path | None) -> dict[str, Any]:
+    """Return what that file says: stage, exit_status, message, pipeline_run_id; nothing if it is not there."""
+    try:
+        return json.loads(failure_note(workspace).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def main(stage: str) -> None:
@@ -224,8 +234,8 @@ def _terminate_by_exception() -> None:
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _failure(stage: str, error: MinitronError) -> dict[str, Any]:
-    return {"stage": stage, "exit_status": error.exit_status, "message": str(error)}
+def _failure(stage: str, error: MinitronError, run_id: str | None) -> dict[str, Any]:
+    return {"stage": stage, "exit_status": error.exit_status, "message": str(error), "pipeline_run_id": run_id}
 
 
 def _complain(error: MinitronError) -> int:

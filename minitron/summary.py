@@ -95,6 +95,8 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for model, label in measures.models_of(evaluation).items():
         found = evaluation[model]
+        if "parameters" not in found:
+            continue  # a champion that cannot read this data
         table.add_row(
             label,
             f"{found['parameters'] / 1e6:.1f} M",

@@ -28,9 +28,10 @@ def _explain(section: str, model: type[BaseModel], fault: Any) -> str:
     where = f"{section}.{key}" if key else section
     match fault["type"]:
         case "extra_forbidden":
-            close = difflib.get_close_matches(key, model.model_fields, n=1)
-            remedy = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(model.model_fields)}"
-            return f"{where}: unknown key; {remedy}"
+            known = list(model.model_fields) if len(fault["loc"]) == 1 else []  # else it is a key within a value
+            close = difflib.get_close_matches(key, known, n=1)
+            listed = f"known: {', '.join(known)}" if known else "correct or remove it"
+            return f"{where}: unknown key; " + (f"did you mean '{close[0]}'?" if close else listed)
         case "missing":
             return f"{where}: missing; give it a value"
         case "value_error":
