@@ -12,13 +12,10 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +24,7 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 from google.cloud import storage
 from google.cloud.storage import transfer_manager
+from servers import free_port, running
 
 from minitron import transfers
 from minitron.bucket import CHUNK, objects, snapshot
@@ -127,30 +125,12 @@ def measure(sides: dict[str, Callable[[], float]], size: float, runs: int) -> di
 @contextmanager
 def emulator(directory: Path) -> Iterator[None]:
     """Run the storage emulator in a process of its own, with a bucket named `bucket`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--in-memory", "--default-bucket", "bucket"], stdout=log, stderr=log)
     os.environ |= {"STORAGE_EMULATOR_HOST": address, "GOOGLE_CLOUD_PROJECT": "test"}
-    try:
-        _wait_for(address)
+    with running([*command, "--in-memory", "--default-bucket", "bucket"], address, directory / "log", os.environ):
         yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_for(address: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(address)
 
 
 if __name__ == "__main__":

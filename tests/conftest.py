@@ -4,21 +4,22 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from http_server import free_port
 
 from minitron import bucket, samples
 from minitron.data import IndexedWriter
 from minitron.manifest import MANIFEST
+from minitron.mlflow_client import connect, experiment_id
 from minitron.storage import content_hash
 
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
@@ -26,7 +27,8 @@ if TYPE_CHECKING:  # engine nemo's environment has no emulator
 
     from minitron.config import EvaluateConfig
 
-SEQUENCE = 32
+SEQUENCE, STEPS = 32, 6
+"""Of the trainings of `compressed`: tokens of a sequence, optimizer steps."""
 
 collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_nemo", "images"]
 """`make test-nemo` runs those of engine nemo, in an environment of its own; `make test-images` builds the images."""
@@ -75,7 +77,7 @@ def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.
     root, base = tmp_path_factory.mktemp("compressed"), inputs["teacher"]
     teacher, pruned, student = root / "teacher", root / "pruned", root / "student"
     sequences = {"dataset": dataset, "sequence_length": SEQUENCE, "micro_batch_size": 4}
-    training = sequences | {"max_steps": 6, "global_batch_size": 4, "validation_interval": 2, "learning_rate": 1e-3}
+    training = sequences | {"max_steps": STEPS, "global_batch_size": 4, "validation_interval": 2, "learning_rate": 1e-3}
     training["validation_sequences"] = 8
     finetune.run(FinetuneConfig(output=teacher, teacher=str(base), **training))
     cut = {"hidden_size": 48, "intermediate_size": 96, "num_key_value_heads": 1, "num_hidden_layers": 3}
@@ -85,11 +87,27 @@ def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.
     return EvaluateConfig(output=root / "out", dataset=dataset, tracking_uri="http://user:secret@host", **places)
 
 
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Ask for something until it is there, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not there after {seconds} seconds")
+        time.sleep(0.05)
+    return found
+
+
+def together(*commands: list[str], timeout: float = 200) -> list[str]:
+    """Run commands at the same time and return what they print; if one fails, none of the others is left waiting."""
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * len(commands)
+    return outputs
 
 
 @contextmanager
@@ -140,6 +158,27 @@ def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def mlflow_server(mlflow_process: tuple[str, subprocess.Popen]) -> str:
     """URI of a real MLflow server."""
     return mlflow_process[0]
+
+
+@pytest.fixture(params=["mlflow_server", "mlflow_file"])
+def uri(request: pytest.FixtureRequest) -> str:
+    """URI of either."""
+    return request.getfixturevalue(request.param)
+
+
+def new_version(uri: str, name: str, alias: str | None, tags: dict[str, str], **files: str) -> None:
+    """Register a version that is nothing but its tags and the JSON files of its run."""
+    client = connect(uri)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    run = client.create_run(experiment_id(client, name))
+    client.log_text(run.info.run_id, "{}", "model/MLmodel")
+    for stem, text in files.items():
+        client.log_text(run.info.run_id, text, f"{stem}.json")
+    source = f"{run.info.artifact_uri}/model"
+    version = client.create_model_version(name, source, run.info.run_id, tags=tags).version
+    if alias:
+        client.set_registered_model_alias(name, alias, str(version))
 
 
 @pytest.fixture

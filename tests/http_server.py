@@ -13,6 +13,13 @@ CUT, HALF = 0, 1
 """Faults besides a status: the connection is cut before the answer, or in the middle of it."""
 
 
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Refused(Exception):
     """An answer that is an error."""
 
@@ -29,6 +36,8 @@ class State:
         self.requests: list[str] = []
         self.faults: list[int] = []
         """What becomes of the next requests: CUT, HALF, a status, or 200: they are answered."""
+        self.broken: list[Exception] = []
+        """What `answer` raised beside Refused: the end of the block raises the first."""
 
     def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
         """Return text, or what becomes JSON; or raise Refused."""
@@ -62,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = self.state.answer(self.command, url.path, query, data, self.headers)
         except Refused as refusal:
             return self._send(refusal.status, self.state.error(refusal.status, str(refusal)))
+        except Exception as error:  # an assertion fails no test in this thread
+            self.state.broken.append(error)
+            raise
         self._send(200, content, half=fault == HALF)
 
     do_GET = do_POST = do_DELETE = _respond
@@ -81,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def http_server(state: S) -> Iterator[S]:
-    """Serve until the block ends."""
+    """Serve until the block ends; raise what the server could not answer."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
     state.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
@@ -90,6 +102,8 @@ def http_server(state: S) -> Iterator[S]:
     finally:
         server.shutdown()
         server.server_close()
+    if state.broken:
+        raise state.broken[0]
 
 
 class Page(State):
@@ -103,3 +117,6 @@ class Page(State):
         if self._status != 200:
             raise Refused(self._status, self._text)
         return self._text
+
+    def error(self, status: int, message: str) -> Any:
+        return message

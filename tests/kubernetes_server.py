@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from http_server import Refused, State, http_server
+from http_server import Refused, State, free_port, http_server
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from minitron import trainjob
@@ -209,7 +208,7 @@ class KubernetesServer(State):
     def _run(self, job: Entry) -> None:
         """Run the nodes of a job as processes of this machine, as Trainer's torch plugin would let them run."""
         trainer, name = job["spec"]["trainer"], job["metadata"]["name"]
-        port = _free_port()
+        port = free_port()
         logs = []
         for rank in range(trainer["numNodes"]):
             variables = {
@@ -243,12 +242,6 @@ class KubernetesServer(State):
 
 def _now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _without_nulls(value: Any) -> Any:

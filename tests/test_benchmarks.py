@@ -24,4 +24,5 @@ def test_transfers_are_nearly_as_fast_as_the_bare_library() -> None:
 def test_ten_thousand_points_are_in_mlflow_within_seconds() -> None:
     found = measured("tracking.py")
     assert found["arrived"] == found["points"] == 10_000
-    assert found["value"] < 5 and found["seconds_the_training_waited"] < 1, found
+    assert found["value"] < max(5, found["seconds_one_by_one"] / 10), found
+    assert found["seconds_the_training_waited"] < 1, found

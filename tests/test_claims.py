@@ -1,5 +1,6 @@
 """Two pipeline runs that overlap do not make the same: claims on a real MLflow server and on a SQLite file."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import together
 
 from minitron import claims, pipeline_run
 from minitron.mlflow_client import connect, experiment_id
 
 ORIGIN = {"corpus": "c", "teacher": "t", "settings": "s", "minitron": "1"}
-
-
-@pytest.fixture(params=["mlflow_server", "mlflow_file"])
-def uri(request: pytest.FixtureRequest) -> str:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -69,49 +66,69 @@ def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) ->
     assert claims.claim(client, third, ORIGIN) is None
 
 
+def test_a_run_that_is_gone_for_good_has_no_claim(mlflow_file: str, tmp_path: Path) -> None:
+    client = connect(mlflow_file)
+    first, second = (client.create_run(experiment_id(client, tmp_path.name)) for _ in range(2))
+    assert claims.claim(client, first, ORIGIN) is None
+    client.delete_run(first.info.run_id)
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", mlflow_file, "--run-ids", first.info.run_id]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow_file}
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+    assert claims.claim(client, second, ORIGIN) is None
+
+
 CLAIMANT = """
 import sys, time
+from pathlib import Path
 from minitron import claims
 from minitron.mlflow_client import connect
-uri, run_id, rounds, start = sys.argv[1:]
+uri, run_id, directory, me, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 client = connect(uri)
 run = client.get_run(run_id)
-for number in range(int(rounds)):
-    time.sleep(max(0, float(start) + number * 0.7 - time.time()))
+for number in range(rounds):
+    (directory / f"{number}-{me}").touch()
+    while not (directory / f"{number}-{1 - me}").exists():
+        time.sleep(0.001)
     print(int(claims.claim(client, run, {"corpus": str(number)}) is None), flush=True)
 """
 
 
-def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any) -> None:
-    """Twelve rounds, in which both ask within the same milliseconds."""
-    runs, begin = [start("a"), start("b")], str(time.time() + 8)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CLAIMANT, uri, run.info.run_id, "12", begin], stdout=subprocess.PIPE, text=True
-        )
-        for run in runs
-    ]
-    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any, tmp_path: Path) -> None:
+    """Twelve rounds, in which both wait for each other and then ask within the same milliseconds."""
+    command = [sys.executable, "-c", CLAIMANT, uri]
+    runs = [start("a").info.run_id, start("b").info.run_id]
+    outputs = together(*([*command, run, str(tmp_path), str(me), "12"] for me, run in enumerate(runs)))
+    answers = [output.split() for output in outputs]
     assert [len(answer) for answer in answers] == [12, 12]
     assert all(sorted(pair) == ["0", "1"] for pair in zip(*answers, strict=True)), answers
 
 
 LEDGER = """
 import sys, time
+from pathlib import Path
 from minitron import claims
 from minitron.mlflow_client import connect
-uri, start, *experiments = sys.argv[1:]
+uri, directory, me, *experiments = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
 client = connect(uri)
 client.search_experiments()
 for number, experiment in enumerate(experiments):
-    time.sleep(max(0, float(start) + number * 3 - time.time()))
+    (directory / f"{number}-{me}").touch()
+    while len(list(directory.glob(f"{number}-*"))) < 3:
+        time.sleep(0.001)
     print(claims._ledger(client, experiment), flush=True)
 """
 
 
 def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client: Any, tmp_path: Path) -> None:
     experiments = [experiment_id(client, f"{tmp_path.name}-{number}") for number in range(4)]
-    command = [sys.executable, "-c", LEDGER, uri, str(time.time() + 10), *experiments]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+    command = [sys.executable, "-c", LEDGER, uri, str(tmp_path)]
+    answers = [output.split() for output in together(*([*command, str(me), *experiments] for me in range(3)))]
     assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 4
+
+
+def test_a_ledger_whose_maker_died_is_replaced(client: Any, tmp_path: Path) -> None:
+    experiment, long_ago = experiment_id(client, tmp_path.name), int((time.time() - 600) * 1000)
+    left = client.create_run(experiment, tags={claims._CANDIDATE: "yes"}, start_time=long_ago).info.run_id
+    made = claims._ledger(client, experiment)
+    assert made != left and claims._ledger(client, experiment) == made
+    assert client.get_run(left).info.lifecycle_stage == "deleted"

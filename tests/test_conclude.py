@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from minitron import conclude, pipeline_run
+from minitron import conclude, pipeline_run, stage
 from minitron.config import ConcludeConfig, parse
 from minitron.mlflow_client import connect, experiment_id
+from minitron.results import write_atomically
 
 
 def ended(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
@@ -30,9 +31,46 @@ def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     assert conclude.PAGE in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def test_without_mlflow_there_is_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+def test_without_mlflow_there_is_a_page(tmp_path: Path) -> None:
     found = ended("http://127.0.0.1:9", tmp_path, message="node lost")
     assert found["outcome"] == "failed" and found["reason"].startswith("node lost; MLflow at http://127.0.0.1:9")
     assert "node lost" in (tmp_path / "concluded" / conclude.PAGE).read_text()
     assert json.loads((tmp_path / "concluded" / "conclusion.json").read_text())["run_id"] is None
+
+
+def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
+    mlflow_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = connect(mlflow_file)
+    (tmp_path / "file").write_text("")  # no directory can be made here
+    client.create_experiment(tmp_path.name, artifact_location=str(tmp_path / "file" / "artifacts"))
+    assert ended(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "Not a directory" in warning
+    assert "node lost" in (tmp_path / "concluded" / conclude.PAGE).read_text()
+    (run,) = client.search_runs([experiment_id(client, tmp_path.name)])
+    assert (run.data.tags[pipeline_run.OUTCOME_TAG], run.info.status) == ("failed", "FAILED")
+
+
+def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> None:
+    found = ended("mlflow.minitron:5000", tmp_path, message="node lost")
+    assert found["reason"].startswith("node lost; tracking_uri mlflow.minitron:5000: MLflow does not write there")
+    assert "node lost" in (tmp_path / "concluded" / conclude.PAGE).read_text()
+
+
+def test_a_failure_that_was_overcome_is_not_quoted(mlflow_file: str, tmp_path: Path) -> None:
+    client = connect(mlflow_file)
+    parent = client.create_run(experiment_id(client, tmp_path.name), tags={pipeline_run.RUN_TAG: "run-1"})
+    tags = {pipeline_run.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
+    child = client.create_run(parent.info.experiment_id, tags=tags, run_name="distill")
+    client.set_terminated(child.info.run_id)
+    assert ended(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
+
+
+@pytest.mark.parametrize(("run_id", "reason"), [("run-1", "promote: no version 1"), ("run-2", "node lost")])
+def test_a_task_without_a_run_is_quoted_from_the_workspace(
+    mlflow_file: str, tmp_path: Path, run_id: str, reason: str
+) -> None:
+    note = {"stage": "promote", "message": "no version 1", "exit_status": 1, "pipeline_run_id": run_id}
+    write_atomically(stage.failure_note(tmp_path), note)
+    assert ended(mlflow_file, tmp_path, message="node lost", workspace=tmp_path)["reason"] == reason

@@ -9,6 +9,7 @@ import yaml
 
 from minitron import components, origin
 from minitron.config import STAGES, TASKS, parse
+from minitron.errors import ConfigError
 from minitron.parameters import parameter_table
 from minitron.pipelines.compress import compress
 from minitron.pipelines.retrain import retrain
@@ -140,3 +141,11 @@ def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any])
 
 def test_the_readme_has_the_parameter_table() -> None:
     assert parameter_table() in (REPOSITORY / "README.md").read_text(), "run 'python -m minitron.parameters'"
+
+
+@pytest.mark.parametrize("task", ["resolve", "promote", "register"])
+@pytest.mark.parametrize("name", ["a/b", "a@b", "it's"])
+def test_a_name_that_the_registry_cannot_address_is_refused(task: str, name: str) -> None:
+    required = {field: "x" for field, info in (STAGES | TASKS)[task].model_fields.items() if info.is_required()}
+    with pytest.raises(ConfigError, match=f"{task}.name: .*found"):
+        parse(task, required | {"name": name} | ({"settings": {}} if task == "resolve" else {}))

@@ -117,9 +117,9 @@ def likelihood(model: Any, tokenizer: Any, question: str, choice: str) -> float:
     return sum(scores[len(context) + place - 1, token].item() for place, token in enumerate(answer))
 
 
-@pytest.mark.parametrize("model", ["teacher", "student"])
-def test_task_accuracy_is_that_of_an_independent_count(model: str, job: dict[str, Any], found: dict[str, Any]) -> None:
-    network, tokenizer = (cls.from_pretrained(job[model]) for cls in (AutoModelForCausalLM, AutoTokenizer))
+def counted(directory: Path | str, job: dict[str, Any]) -> dict[str, float]:
+    """A model's accuracies on the task, with their standard errors."""
+    network, tokenizer = (cls.from_pretrained(directory) for cls in (AutoModelForCausalLM, AutoTokenizer))
     rows = (job["task_directory"] / f"{TASK}.jsonl").read_text().splitlines()[: job["task_limit"]]
     right, right_per_character = [], []
     for row in map(json.loads, rows):
@@ -132,6 +132,12 @@ def test_task_accuracy_is_that_of_an_independent_count(model: str, job: dict[str
         mean = sum(hits) / len(hits)
         deviation = (sum((hit - mean) ** 2 for hit in hits) / (len(hits) - 1)) ** 0.5
         expected |= {metric: mean, f"{metric}_stderr": deviation / len(hits) ** 0.5}
+    return expected
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_task_accuracy_is_that_of_an_independent_count(model: str, job: dict[str, Any], found: dict[str, Any]) -> None:
+    expected = counted(job[model], job)
     assert 0 < expected["acc"] < 1
     assert found[model]["tasks"] == {TASK: pytest.approx(expected, abs=1e-9)}
 
@@ -317,7 +323,8 @@ def test_the_champion_is_measured_on_the_same_text(job: dict[str, Any], judged: 
     rows, labels = split(job["dataset"], "validation")
     expected = F.cross_entropy(logits(settings["champion"], rows).flatten(0, 1), labels.flatten())
     assert champion["validation_loss"] == pytest.approx(expected.item(), abs=1e-4)
-    assert champion["tasks"][TASK]["acc"] >= 0 and len(champion["samples"]) == len(PROMPTS)
+    assert champion["tasks"] == {TASK: pytest.approx(counted(settings["champion"], job), abs=1e-9)}
+    assert len(champion["samples"]) == len(PROMPTS)
     assert champion["address"] == settings["champion"]
     assert champion["sha256"] == judged["record"]["inputs"]["champion"]["sha256"]
 
@@ -341,6 +348,7 @@ def test_the_gates_are_judged_and_logged(judged: dict[str, Any], found: dict[str
     assert [row["outcome"] for row in rows] == ["passed", "failed", "passed"] and judged["found"]["passed"] is False
     student, champion = (judged["found"][model]["validation_loss"] for model in ("student", "champion"))
     assert rows[1]["found"] == pytest.approx(student - champion)
+    assert rows[2]["found"] == judged["found"]["student"]["tasks"][TASK]["acc"]
     assert (metrics["gates_met"], metrics["gates_missed"]) == (2, 1)
     assert metrics["champion_validation_loss"] == champion
     assert judged["found"]["test_set"] != found["test_set"], "it has text that the other has not"
@@ -348,7 +356,7 @@ def test_the_gates_are_judged_and_logged(judged: dict[str, Any], found: dict[str
 
 def test_other_gates_do_not_make_another_test_set(job: dict[str, Any], found: dict[str, Any], tmp_path: Path) -> None:
     gates = [{"metric": "validation_loss", "against": "champion", "at_most": 0.0}]
-    evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"gates": gates, "prompts": ["a"]}))
+    evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"gates": gates}))
     again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert again["test_set"] == found["test_set"]
     assert again["gates"][0]["outcome"] == "no champion" and again["passed"] is True
@@ -489,3 +497,30 @@ def test_damaged_weights_end_the_run_and_leave_nothing(job: dict[str, Any], tmp_
     with pytest.raises(RunError, match="weights cannot be read"):
         evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"student": broken}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize("fault", ["tokenizer", "max_position_embeddings"])
+def test_a_champion_that_cannot_read_the_data_is_left_out(
+    job: dict[str, Any], tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    champion = save_llama(Path(job["teacher_before"]), tmp_path / "champion", 2, seed=5)
+    file = champion / ("tokenizer.json" if fault == "tokenizer" else "config.json")
+    content = json.loads(file.read_text())
+    if fault == "tokenizer":
+        content["added_tokens"] = []
+    file.write_text(json.dumps(content | ({} if fault == "tokenizer" else {fault: 16})))
+    gates = [{"metric": "validation_loss", "against": "champion", "at_most": 9.0}]
+    settings = job | {"tasks": [], "task_directory": None, "champion": str(champion), "gates": gates}
+    record = evaluate.run(EvaluateConfig(output=tmp_path / "out", **settings))
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "not compared with the champion: " in capsys.readouterr().err
+    assert found["champion"].keys() == {"address", "sha256", "tasks"} and found["passed"] is False
+    assert found["gates"][0]["outcome"] == "not measured" and record["metrics"]["gates_missed"] == 1
+    assert "not measured" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_gate_on_what_a_task_does_not_measure_ends_the_stage(job: dict[str, Any], tmp_path: Path) -> None:
+    gates = [{"metric": f"{TASK}_accuracy", "at_least": 0.5}]
+    with pytest.raises(ConfigError, match=f"{TASK}_accuracy is not measured; give one of {TASK}_acc, {TASK}_acc_"):
+        evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"gates": gates}))
+    assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def test_the_library_knows_neither_kubeflow_nor_the_layers_above(path: Path) -> 
         ("google_crc32c", {"transfers.py"}),
     ],
 )
-def test_a_service_has_one_user(package: str, users: set[str]) -> None:
+def test_only_these_modules_use_a_service(package: str, users: set[str]) -> None:
     found = {path.name for path in LIBRARY if within(imported(path.read_text()), package)}
     assert found == users
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from conftest import free_port, mlflow_serving
 from test_promote import race
+from typer.testing import CliRunner
 
-from minitron import stage, tracking
+from minitron import cli, stage, tracking
 from minitron.config import StageConfig, parse
 from minitron.errors import RunError
-from minitron.mlflow_client import connect
+from minitron.mlflow_client import connect, shown
 
 PASSWORD = "a long password"
 
@@ -42,7 +43,7 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 
 @contextmanager
 def _postgresql() -> Iterator[str]:
-    """Run a new PostgreSQL, which refuses to be root's."""
+    """Run a new PostgreSQL, which refuses to be root's and cannot enter root's tmp_path: it lies in /tmp."""
     programs = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
     if programs is None:
         pytest.skip("PostgreSQL's programs are not installed: apt-get install postgresql")
@@ -50,16 +51,17 @@ def _postgresql() -> Iterator[str]:
     directory, port = Path(tempfile.mkdtemp(dir="/tmp")), free_port()
     os.chown(directory, pwd.getpwnam(user).pw_uid, -1)
 
-    def call(program: str, *arguments: str) -> None:
+    def call(program: str, *arguments: str, check: bool = True) -> None:
         command = [str(programs.with_name(program)), "-D", str(directory / "data"), *arguments]
-        subprocess.run(command, check=True, cwd=directory, user=user, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=check, cwd=directory, user=user, stdout=subprocess.DEVNULL)
 
     try:
         call("initdb", "--auth=trust", f"--username={user}", "--no-sync")
         call("pg_ctl", "-w", "-l", str(directory / "log"), "-o", f"-p {port} -k {directory} -h 127.0.0.1", "start")
         yield f"postgresql+psycopg2://{user}@127.0.0.1:{port}/postgres"
     finally:
-        call("pg_ctl", "-m", "immediate", "stop")
+        if (directory / "data" / "postmaster.pid").exists():
+            call("pg_ctl", "-m", "immediate", "stop", check=False)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -81,8 +83,9 @@ def _assert_complete(uri: str, experiment: str) -> None:
         run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     }
     assert {name: run.info.status for name, run in runs.items()} == {"prepare": "FINISHED", "p": "FINISHED"}
-    points = client.get_metric_history(runs["prepare"].info.run_id, "loss")
-    assert sorted((point.step, point.value) for point in points) == [(step, float(step)) for step in range(1500)]
+    loss, other = (client.get_metric_history(runs["prepare"].info.run_id, name) for name in ("loss", "other"))
+    assert sorted((point.step, point.value) for point in loss) == [(step, float(step)) for step in range(1500)]
+    assert sorted(point.step for point in other) == list(range(1500))
 
 
 def test_a_stage_logs_to_a_server_with_a_login(
@@ -109,19 +112,45 @@ def test_a_wrong_or_missing_password_is_one_line_that_names_the_remedy(
 
 
 def test_a_stage_logs_to_postgresql_and_points_that_come_twice_are_there_once(
-    postgresql_server: str, teacher: Path, tmp_path: Path
+    postgresql_server: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(config: Any, directory: Path, tracker: Any) -> dict[str, Any]:
         found = _work(config, directory, tracker)
         sent = list(tracker._outbox._waiting)
-        tracker._outbox.flush()
+        assert len(sent) == 1500 and tracker._outbox.flush()
         for message in sent:  # as if the answers had been lost
             tracker._outbox.put(message)
         return found
 
+    monkeypatch.setattr("minitron.outbox._INTERVAL_SECONDS", 600)  # nothing is sent before it is asked for
     stage.run(_config(tmp_path, postgresql_server, teacher), work)
     _assert_complete(postgresql_server, tmp_path.name)
 
 
 def test_on_postgresql_of_two_processes_one_wins_each_move(postgresql_server: str, tmp_path: Path) -> None:
     race(postgresql_server, tmp_path.name, tmp_path, rounds=15)
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("http://host/mlflow", "http://host/mlflow"),
+        ("https://user:secret@host/mlflow", "https://host/mlflow"),
+        ("https://user:se@cret@host", "https://host"),
+        ("postgresql://user:se/cret@db/mlflow", "postgresql://db/mlflow"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+    ],
+)
+def test_a_uri_is_shown_without_its_password(uri: str, text: str) -> None:
+    assert shown(uri) == text
+
+
+def test_errors_of_the_registry_are_one_line_and_hide_the_password(tmp_path: Path) -> None:
+    (tmp_path / "not.db").write_text("text " * 1000)
+    answers = {
+        "postgres://user:secret@db/mlflow": "tracking_uri postgres://db/mlflow: MLflow does not write there",
+        f"sqlite:///{tmp_path}/not.db": "file is not a database",
+    }
+    for uri, words in answers.items():
+        done = CliRunner().invoke(cli.app, ["lineage", "models:/x/1", "--tracking-uri", uri])
+        assert words in done.output and done.output.count("\n") == 1 and "secret" not in done.output

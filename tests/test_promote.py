@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import new_version, together, until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron import cli, ledger, register
-from minitron.config import parse
+from minitron import cli, ledger, pipeline_run, register
+from minitron import promote as promotion
+from minitron.config import PromoteConfig, parse
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import Ledger
 from minitron.mlflow_client import connect, experiment_id
-from minitron.promote import GatesFailed, promote, rollback
-
-
-@pytest.fixture(params=["mlflow_server", "mlflow_file"])
-def uri(request: pytest.FixtureRequest) -> str:
-    return request.getfixturevalue(request.param)
+from minitron.promote import GatesFailed, NotJudged, promote, rollback
 
 
 @pytest.fixture
@@ -33,17 +30,9 @@ def name(tmp_path: Path) -> str:
 
 def registered(uri: str, name: str, *evaluations: dict[str, Any] | None) -> None:
     """Register versions that are nothing but their evaluation; the last one is the challenger."""
-    client = connect(uri)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
     for evaluation in evaluations:
-        run = client.create_run(experiment_id(client, name))
-        client.log_text(run.info.run_id, "{}", "model/MLmodel")
-        if evaluation is not None:
-            client.log_text(run.info.run_id, json.dumps(evaluation), "evaluation.json")
-        source = f"{run.info.artifact_uri}/model"
-        version = client.create_model_version(name, source, run.info.run_id).version
-        client.set_registered_model_alias(name, "challenger", version)
+        files = {} if evaluation is None else {"evaluation": json.dumps(evaluation)}
+        new_version(uri, name, "challenger", {}, **files)
 
 
 def _aliases(uri: str, name: str) -> dict[str, int]:
@@ -66,7 +55,7 @@ def _evaluation(loss: float, against: str | None = None, test_set: str = "a", **
 def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: str) -> None:
     registered(uri, name, _evaluation(1.5), _evaluation(1.4))
     first = promote(uri, name, 1)
-    assert (first.version, first.move and first.move.source) == (1, None)
+    assert first.version == 1 and first.move is not None and first.move.source is None
     assert _aliases(uri, name) == {"challenger": 2, "champion": 1}
     second = promote(uri, name, why="better", pipeline_run_id="run-7")
     assert second.move and (second.move.source, second.move.to) == (1, 2) and second.gates[0]["student"] == 1.4
@@ -109,8 +98,7 @@ def race(uri: str, name: str, directory: Path, rounds: int) -> None:
     """Let two processes promote at the same time, again and again: one wins each move, and none is lost."""
     registered(uri, name, *[_evaluation(1.0)] * 4)
     commands = [[sys.executable, "-c", RIVAL, uri, name, str(directory), str(me), str(rounds)] for me in range(2)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    answers = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
+    answers = [json.loads(output) for output in together(*commands)]
     made, lost = ([entry for answer in answers for entry in answer[kind]] for kind in range(2))
     found = Ledger(connect(uri), name)
     moves = found.moves()
@@ -181,11 +169,14 @@ def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
     registered(uri, name, *[_evaluation(1.0)] * 3)
     promote(uri, name, 1)
     with subprocess.Popen([sys.executable, "-c", SLOW, uri, name, str(tmp_path)]) as slow:
-        while not (tmp_path / "about to").exists():
-            time.sleep(0.05)
-        promote(uri, name, 3)
-        (tmp_path / "go").touch()
-        assert slow.wait(60) == 0
+        try:
+            until(lambda: (tmp_path / "about to").exists() or slow.poll() is not None)
+            assert slow.poll() is None
+            promote(uri, name, 3)
+            (tmp_path / "go").touch()
+            assert slow.wait(60) == 0
+        finally:
+            slow.kill()
     assert _moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
     assert _aliases(uri, name) == {"challenger": 3, "champion": 3, "previous": 2}
 
@@ -228,7 +219,7 @@ def test_gates_decide(mlflow_file: str, name: str) -> None:
     assert _aliases(mlflow_file, name) == {"challenger": 1} and _moves(mlflow_file, name) == []
     registered(mlflow_file, name, {"student": {}}, None)
     assert promote(mlflow_file, name, 2).gates == [], "it declares none"
-    with pytest.raises(GatesFailed, match=r"version 3: its MLflow run has no evaluation\.json; register it by the"):
+    with pytest.raises(GatesFailed, match=r"version 3: its MLflow run has no evaluation\.json; run the pipe"):
         promote(mlflow_file, name)
 
 
@@ -250,7 +241,7 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
     assert rows[0]["reference"] == 1.5 and rows[0]["outcome"] == "passed"
     with pytest.raises(GatesFailed, match=r"version 3: validation_loss 1\.6, difference to the champion's 1\.4: 0\.2"):
         promote(mlflow_file, name, 3)
-    with pytest.raises(GatesFailed, match=r"against models:/.*/9, on another test set .*, version 2; run the pipeline"):
+    with pytest.raises(GatesFailed, match=r"against models:/.*/9, and .* cannot be compared .*, version 2; run the"):
         promote(mlflow_file, name, 4)
     assert promote(mlflow_file, name, 5).version == 5, "it was compared with today's champion"
 
@@ -264,7 +255,8 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
         ({"uri": None}, r"tracking_uri: missing; the registry is MLflow's"),
         ({"uri": "./mlruns"}, r"tracking_uri \./mlruns: MLflow does not write there"),
         ({"uri": "http://127.0.0.1:9"}, r"MLflow at http://127\.0\.0\.1:9: .*check tracking_uri and that"),
-        ({"why": "x" * 1001}, r"why: 1001 characters; give at most 1000"),
+        ({"why": "x" * 1001}, r"why: 1001 characters as it is written; give at most 1000"),
+        ({"why": '"' * 501}, r"why: 1002 characters as it is written; give at most 1000"),
     ],
 )
 def test_what_cannot_be_promoted_is_refused(mlflow_file: str, name: str, values: dict[str, Any], message: str) -> None:
@@ -298,6 +290,60 @@ def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> Non
     connect(mlflow_file).set_registered_model_alias(name, "previous", "2")
     answer = said(0, "rollback", name, "--why", "too slow")
     assert "champion 1 2 previous 1" in answer and answer.endswith(": too slow")
+
+
+@pytest.mark.parametrize("why", ["ж" * 1000, '"' * 500, "line\n" * 160])
+def test_whatever_the_reason_the_ledger_can_be_read(mlflow_file: str, name: str, why: str) -> None:
+    registered(mlflow_file, name, *[_evaluation(1.0)] * 2)
+    done = promote(mlflow_file, name, 1, why)
+    assert done.move is not None and done.move.why == why
+    promote(mlflow_file, name, 2)
+    assert _moves(mlflow_file, name) == [(None, 1), (1, 2)]
+
+
+def test_a_first_version_whose_run_was_deleted_keeps_nobody(mlflow_file: str, name: str) -> None:
+    registered(mlflow_file, name, *[_evaluation(1.0)] * 2)
+    client = connect(mlflow_file)
+    client.delete_run(client.get_model_version(name, "1").run_id)
+    assert promote(mlflow_file, name, 2).version == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "oops", '{"gates": [{"metric": "x"}]}', '{"gates": 3}'])
+def test_an_evaluation_of_another_tool_is_refused(mlflow_file: str, name: str, text: str) -> None:
+    new_version(mlflow_file, name, "challenger", {}, evaluation=text)
+    with pytest.raises(RunError, match=r"not what minitron writes|none of minitron's") as caught:
+        promote(mlflow_file, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_speed_of_another_evaluation_is_not_compared(mlflow_file: str, name: str) -> None:
+    by_loss = _evaluation(1.0, "champion")
+    by_speed = by_loss | {"gates": [by_loss["gates"][0] | {"metric": "generation_tokens_per_second"}]}
+    registered(mlflow_file, name, _evaluation(1.5), by_loss, by_speed)
+    promote(mlflow_file, name, 1)
+    with pytest.raises(NotJudged, match="cannot be compared with those of today's champion, version 1; run the pipe"):
+        promote(mlflow_file, name, 3)
+    assert promote(mlflow_file, name, 2).version == 2
+
+
+def asked(uri: str, name: str, version: int, tmp_path: Path) -> dict[str, Any]:
+    """Return what the task of the pipeline says of a version."""
+    values = {"output": tmp_path / f"promoted-{version}", "tracking_uri": uri, "name": name, "version": version}
+    config = parse("promote", values | {"experiment": name, "pipeline_run_id": f"run-{version}"})
+    assert isinstance(config, PromoteConfig)
+    return promotion.run(config)
+
+
+def test_what_could_not_be_judged_is_not_decided(mlflow_file: str, name: str, tmp_path: Path) -> None:
+    against = _evaluation(1.0, "champion", test_set="b")
+    registered(mlflow_file, name, _evaluation(1.5), against, None, _evaluation(3.5))
+    outcomes = [asked(mlflow_file, name, version, tmp_path)["outcome"] for version in (1, 2, 3, 4)]
+    assert outcomes == ["promoted", "challenger", "challenger", "challenger"]
+    client = connect(mlflow_file)
+    tags = [client.get_model_version(name, str(version)).tags.get("decision", "") for version in (1, 2, 3, 4)]
+    assert tags[:3] == ["it met its gates", "", ""] and "validation_loss" in tags[3]
+    runs = client.search_runs([experiment_id(client, name)], f"tags.`{pipeline_run.RUN_TAG}` LIKE 'run-%'")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
 
 
 GENERATE = """

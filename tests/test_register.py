@@ -52,11 +52,6 @@ def make(tmp_path: Path, student: Path, dataset: Path) -> Callable[..., Register
     return configuration
 
 
-@pytest.fixture(params=["mlflow_server", "mlflow_file"])
-def uri(request: pytest.FixtureRequest) -> str:
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def mlflow(uri: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The fluent API, as a user of the registry has it."""
@@ -339,3 +334,12 @@ def test_an_evaluation_without_report_is_refused(make: Callable[..., RegisterCon
     with pytest.raises(ConfigError, match=r"report\.html: no such file; give a directory that evaluate wrote"):
         register.run(config)
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_version_that_was_deleted_is_made_anew(mlflow_file: str, make: Any, tmp_path: Path) -> None:
+    first = register.run(make(mlflow_file))["registered"]
+    client = connect(mlflow_file)
+    assert register.run(make(mlflow_file))["registered"] == first
+    client.delete_model_version(first["name"], str(first["version"]))
+    again = register.run(make(mlflow_file))["registered"]
+    assert client.get_model_version_by_alias(first["name"], "challenger").version == again["version"]

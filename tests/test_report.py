@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SEQUENCE
+from conftest import SEQUENCE, STEPS
 
-from minitron import charts, formats, measures, prune
+from minitron import charts, formats, gates, measures, prune
 from minitron.config import EvaluateConfig, PruneConfig
 from minitron.report import write_report
 
-STEPS = 6
 SEQUENCES = {"sequence_length": SEQUENCE, "micro_batch_size": 4}
 
 
@@ -86,13 +85,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def config(compressed: EvaluateConfig) -> EvaluateConfig:
-    return compressed
-
-
-@pytest.fixture(scope="module")
-def page(config: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return written(tmp_path_factory.mktemp("page"), config, EVALUATION)
+def page(compressed: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return written(tmp_path_factory.mktemp("page"), compressed, EVALUATION)
 
 
 def written(directory: Path, config: EvaluateConfig, evaluation: dict[str, Any]) -> Page:
@@ -117,12 +111,12 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def bare(config: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
+def bare(compressed: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
     """Models and a dataset that no stage of ours wrote."""
     paths = {name: tmp_path / name for name in ("dataset", "teacher", "pruned", "student")}
     for path in paths.values():
         path.mkdir()
-    return config.model_copy(update=paths)
+    return compressed.model_copy(update=paths)
 
 
 def test_opens_offline(page: Page) -> None:
@@ -171,9 +165,9 @@ def test_headline(page: Page) -> None:
     ],
 )
 def test_headline_without_a_gain(
-    config: EvaluateConfig, tmp_path: Path, gap: float | None, loss: float, words: str
+    compressed: EvaluateConfig, tmp_path: Path, gap: float | None, loss: float, words: str
 ) -> None:
-    page = written(tmp_path, config, changed(gap_closed=gap, student__validation_loss=loss))
+    page = written(tmp_path, compressed, changed(gap_closed=gap, student__validation_loss=loss))
     assert words in page.text["verdict"]
     assert "of the gap closed" not in page.text["verdict"]
 
@@ -187,9 +181,9 @@ def test_table_of_models(page: Page) -> None:
     assert "arc accuracy, 95 % interval 58.0 ± 5.9 % −2.0 points 60.0 ± 5.9 % 30.0 ± 5.9 % ▼ −30.0 points" in text
 
 
-def test_a_value_that_was_not_measured_is_left_out(config: EvaluateConfig, tmp_path: Path) -> None:
+def test_a_value_that_was_not_measured_is_left_out(compressed: EvaluateConfig, tmp_path: Path) -> None:
     nothing = {f"{name}__test_loss": None for name in ("teacher_before", "teacher", "pruned", "student")}
-    page = written(tmp_path, config, changed(**nothing, student__tasks={}, pruned__perplexity=float("inf")))
+    page = written(tmp_path, compressed, changed(**nothing, student__tasks={}, pruned__perplexity=float("inf")))
     assert "Test loss" not in page.text["models"]
     assert "Perplexity 25.0 ▼ +5.0 20.0 – 30.0 ▼ +10.0" in page.text["models"]
     assert len([title for title in page.titles if "validation:" in title]) == 4
@@ -209,7 +203,7 @@ def points(html: str, name: str) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", group)] for group in groups]
 
 
-def test_curves_hold_every_step(page: Page, config: EvaluateConfig) -> None:
+def test_curves_hold_every_step(page: Page, compressed: EvaluateConfig) -> None:
     drawn = points(page.html, "training")
     validations = points(page.html, "validation")
     assert [len(line) for line in drawn] == [STEPS] * 4
@@ -217,14 +211,14 @@ def test_curves_hold_every_step(page: Page, config: EvaluateConfig) -> None:
     assert page.html.count('<g class="kept">') == 2
     [[(_, y), (_, also)]] = points(page.html, "floor")
     assert y == also
-    history = record_of(config.student)["history"]
+    history = record_of(compressed.student)["history"]
     losses = [row["validation_loss"] for row in history if "validation_loss" in row]
     slope = (validations[1][-1][1] - validations[1][0][1]) / (losses[-1] - losses[0])  # the axis is linear
     expected = [row["cross_entropy"] - losses[0] for row in history if "cross_entropy" in row]
     assert [y - validations[1][0][1] for _, y in drawn[1]] == pytest.approx(
         [slope * difference for difference in expected], abs=0.01
     )
-    floor = record_of(config.student)["metrics"]["teacher_validation_loss"]
+    floor = record_of(compressed.student)["metrics"]["teacher_validation_loss"]
     assert y - validations[1][0][1] == pytest.approx(slope * (floor - losses[0]), abs=0.01)
     assert f"teacher: {floor:.3f}" in page.text["training"]
 
@@ -237,8 +231,8 @@ def test_long_curves_are_averaged() -> None:
     assert charts.thin([1.0, 3.0]).tolist() == [1.0, 3.0]
 
 
-def test_importance_marks_what_was_kept(page: Page, config: EvaluateConfig) -> None:
-    account = json.loads((config.pruned / "pruning.json").read_text())
+def test_importance_marks_what_was_kept(page: Page, compressed: EvaluateConfig) -> None:
+    account = json.loads((compressed.pruned / "pruning.json").read_text())
     [dropped] = account["dropped_layers"]
     for number, score in enumerate(account["scores"]["layers"], start=1):
         state = "dropped" if number == dropped else "kept"
@@ -253,16 +247,16 @@ def test_importance_marks_what_was_kept(page: Page, config: EvaluateConfig) -> N
     assert [group.count("<use") for group in crosses] == [4 * 1 + 2 * 3, 2 * 1 + 1 * 3]  # a dropped layer, then heads
 
 
-def test_sizes_that_were_cut(page: Page, config: EvaluateConfig) -> None:
-    account = json.loads((config.pruned / "pruning.json").read_text())
+def test_sizes_that_were_cut(page: Page, compressed: EvaluateConfig) -> None:
+    account = json.loads((compressed.pruned / "pruning.json").read_text())
     assert "Layers 4 3 75.0 % Hidden channels 64 48 75.0 % MLP channels per layer 128 96 75.0 %" in page.text["pruning"]
     before, after = account["teacher"]["parameters"], account["student"]["parameters"]
     assert f"{100 * after / before:.1f} %" in page.text["pruning"]
     assert "over 256 tokens (8 sequences)" in page.text["pruning"]
 
 
-def test_cost_and_lineage(page: Page, config: EvaluateConfig) -> None:
-    for directory in (config.teacher, config.pruned, config.student):
+def test_cost_and_lineage(page: Page, compressed: EvaluateConfig) -> None:
+    for directory in (compressed.teacher, compressed.pruned, compressed.student):
         record = record_of(directory)
         row = f"{record['stage']} {record['seconds']:.1f} s {formats.megabytes(record['peak_rss_mb'])}"
         assert row in page.text["cost"]
@@ -280,12 +274,12 @@ def test_samples_stand_side_by_side(page: Page) -> None:
     assert text.index("“Once upon …”") < text.index("student one") < text.index("“In physics …”")
 
 
-def test_generated_text_is_escaped(config: EvaluateConfig, tmp_path: Path) -> None:
+def test_generated_text_is_escaped(compressed: EvaluateConfig, tmp_path: Path) -> None:
     attack = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
     evaluation = changed(prompts=[attack, attack], student__samples=[attack, attack])
     for name in ("teacher_before", "teacher", "pruned", "student"):
         evaluation[name]["tasks"] = {f'"{attack}': {"acc": 0.5, "acc_stderr": 0.1}, "$a_1$": {"acc": 0.5}}
-    page = written(tmp_path, config, evaluation)
+    page = written(tmp_path, compressed, evaluation)
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert not page.values("onerror", "src")
@@ -340,7 +334,7 @@ def test_layers_dropped_by_hand(bare: EvaluateConfig, dataset: Path, teacher: Pa
 
 
 def test_a_large_model_and_a_long_training_stay_small(
-    bare: EvaluateConfig, config: EvaluateConfig, tmp_path: Path
+    bare: EvaluateConfig, compressed: EvaluateConfig, tmp_path: Path
 ) -> None:
     generator = np.random.default_rng(0)
     layers, sizes = 32, {"intermediate": (14336, 9216), "heads": (32, 32), "key_value": (8, 8)}
@@ -349,10 +343,10 @@ def test_a_large_model_and_a_long_training_stay_small(
     for axis, (before, after) in sizes.items():
         scores[axis] = generator.random((layers, before)).tolist()
         kept[axis] = [list(range(after))] * layers
-    account = json.loads((config.pruned / "pruning.json").read_text())
+    account = json.loads((compressed.pruned / "pruning.json").read_text())
     account |= {"scores": scores, "kept": kept, "dropped_layers": []}
     (bare.pruned / "pruning.json").write_text(json.dumps(account))
-    record = record_of(config.student)
+    record = record_of(compressed.student)
     row = record["history"][1]
     record["history"] = [{"step": 0, "validation_loss": 9.0}, *({**row, "step": step} for step in range(1, 20_001))]
     (bare.student / "stage.json").write_text(json.dumps(record))
@@ -396,51 +390,50 @@ def test_pages_are_reproducible(bare: EvaluateConfig, tmp_path: Path) -> None:
     assert all(one == other for one, other in pairwise(without_time))
 
 
-def gate(metric: str, outcome: str, **values: Any) -> dict[str, Any]:
-    common = {"against": "champion", "by": "difference", "bound": "at_most", "threshold": 0.01, "student": 3.0}
-    common |= {"reference": 2.995, "found": 0.005, "margin": 0.005, "error": None, "outcome": outcome}
-    return {"metric": metric} | common | values
-
-
-GATES = [
-    gate("validation_loss", "passed", error=0.002),
-    gate(
-        "arc_acc", "failed", bound="at_least", threshold=-0.01, student=0.5, reference=0.55, found=-0.05, margin=-0.04
-    ),
-    gate("perplexity", "within error", against="teacher", by="ratio", threshold=1.5, reference=20.0, found=1.501),
-    gate("test_loss", "no champion", reference=None, found=None, margin=None),
-    gate("out_of_domain_loss", "passed", against=None, by=None, threshold=3.5, student=3.1, found=3.1, margin=0.4),
-]
+def judged(evaluation: dict[str, Any], *declared: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation with the gates of a preset."""
+    config = EvaluateConfig.model_construct(gates=[gates.Gate(**gate) for gate in declared])
+    rows = gates.judge(gates.declared(config), evaluation, evaluation.get("champion"))
+    return evaluation | {"gates": rows, "passed": gates.passed(rows)}
 
 
 def gated_evaluation() -> dict[str, Any]:
-    """An evaluation with gates of every outcome, and a champion."""
+    """An evaluation without a test split, with a champion and gates of every outcome that there is with one."""
     champion = model(90_214_488, 2.9, 0.55, 30.0, "champion")
-    champion |= {"address": "models:/small/3", "out_of_domain_loss": 3.2}
-    return changed(gates=GATES, passed=False, champion=champion, student__out_of_domain_loss=3.1)
+    champion |= {"address": "models:/small/3", "out_of_domain_loss": 3.2, "test_loss": None}
+    nothing = {f"{name}__test_loss": None for name in measures.MODELS}
+    return judged(
+        changed(champion=champion, student__out_of_domain_loss=3.1, **nothing),
+        {"metric": "validation_loss", "against": "champion", "at_most": 0.15},
+        {"metric": "arc_acc", "against": "champion", "at_least": 0.05},
+        {"metric": "arc_acc_norm", "at_least": 0.53},
+        {"metric": "perplexity", "against": "teacher", "by": "ratio", "at_most": 1.6},
+        {"metric": "test_loss", "at_most": 3.5},
+        {"metric": "out_of_domain_loss", "at_most": 3.5},
+    )
 
 
 @pytest.fixture(scope="module")
-def gated(config: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return written(tmp_path_factory.mktemp("gated"), config, gated_evaluation())
+def gated(compressed: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return written(tmp_path_factory.mktemp("gated"), compressed, gated_evaluation())
 
 
 def test_the_decision_and_the_gates_come_first(gated: Page) -> None:
     sections = re.findall(r'<(?:section|header) id="(\w+)"', gated.html)
     assert sections[:3] == ["verdict", "gates", "models"]
-    words = "Not passed: of 5 gates 2 passed, 1 failed, 1 within error, 1 no champion"
+    words = "Not passed: of 6 gates 3 passed, 1 failed, 1 within error, 1 not measured"
     assert f"{measures.FAILED} {words}" in gated.text["verdict"]
 
 
 def test_a_gate_is_a_sentence_with_its_numbers(gated: Page) -> None:
     text = gated.text["gates"].replace(measures.FAILED, "x").replace(measures.PASSED, "v")
     for row in (
-        "Validation loss, difference from the champion's v passed 0.005 ± 0.002 at most 0.010 +0.005 3.000 "
-        "champion: 2.995",
-        "arc, accuracy, difference from the champion's x failed −5.0 points at least −1.0 points −4.0 50.0 % "
-        "champion: 55.0 %",
-        "Perplexity, ratio to the teacher's ≈ within error 1.501 at most 1.500 +0.005 3.0 teacher: 20.0",
-        "Test loss, difference from the champion's – no champion – at most 0.010 – 3.000 champion: –",
+        "Validation loss, difference from the champion's v passed 0.100 at most 0.150 +0.050 3.000 champion: 2.900",
+        "arc, accuracy, difference from the champion's x failed −5.0 points ± 8.3 points at least 5.0 points −10.0 "
+        "50.0 % champion: 55.0 %",
+        "arc, accuracy, length-normalised ≈ within error 51.0 % ± 3.9 % at least 53.0 % −2.0 51.0 % –",
+        "Perplexity, ratio to the teacher's v passed 1.500 at most 1.600 +0.100 30.0 teacher: 20.0",
+        "Test loss – not measured – at most 3.500 – – –",
         "Out-of-domain loss v passed 3.100 at most 3.500 +0.400 3.100 –",
     ):
         assert row in text
@@ -454,19 +447,28 @@ def test_the_champion_has_its_column(gated: Page, page: Page) -> None:
     assert "Champion" not in page.text["models"] and "Out-of-domain" not in page.text["models"]
 
 
-@pytest.mark.parametrize(("passed", "words"), [(None, "No verdict: no gates were set"), (True, "Passed: of 5 gates")])
-def test_the_decision_is_said_in_words(config: EvaluateConfig, tmp_path: Path, passed: bool | None, words: str) -> None:
-    page = written(tmp_path, config, changed(gates=GATES if passed else [], passed=passed))
-    assert words in page.text["verdict"]
-    assert ("gates" in page.text) == bool(passed)
+def test_without_a_champion_a_gate_against_it_is_passed_over(compressed: EvaluateConfig, tmp_path: Path) -> None:
+    against = {"metric": "validation_loss", "against": "champion", "at_most": 0.01}
+    evaluation = judged(EVALUATION, against, {"metric": "validation_loss", "at_most": 3.5})
+    page = written(tmp_path, compressed, evaluation)
+    assert "Passed: of 2 gates 1 passed, 1 no champion" in page.text["verdict"]
+    row = "Validation loss, difference from the champion's – no champion – at most 0.010 – 3.000 champion: –"
+    assert row in page.text["gates"]
 
 
-def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(config: EvaluateConfig, page: Page, tmp_path: Path) -> None:
+def test_without_gates_there_is_no_verdict(compressed: EvaluateConfig, tmp_path: Path) -> None:
+    page = written(tmp_path, compressed, judged(EVALUATION))
+    assert "No verdict: no gates were set" in page.text["verdict"] and "gates" not in page.text
+
+
+def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(
+    compressed: EvaluateConfig, page: Page, tmp_path: Path
+) -> None:
     assert "GPU-hours" not in page.text["cost"]
-    student = shutil.copytree(config.student, tmp_path / "student")
+    student = shutil.copytree(compressed.student, tmp_path / "student")
     record = record_of(student) | {"gpus": 8, "seconds": 900.0, "image": "registry/trainer:1", "mlflow_run_id": "run7"}
     (student / "stage.json").write_text(json.dumps(record))
-    gpu_page = written(tmp_path, config.model_copy(update={"student": student}), EVALUATION)
+    gpu_page = written(tmp_path, compressed.model_copy(update={"student": student}), EVALUATION)
     tokens = formats.count(record["metrics"]["tokens"])
     speed = formats.decimal(record["metrics"]["tokens_per_second"])
     memory = formats.megabytes(record["peak_rss_mb"])

@@ -56,10 +56,11 @@ const behind = part => {
     if (colour !== "rgba(0, 0, 0, 0)") return colour;
   }
 };
-const texts = [...document.querySelectorAll("body *:not(svg):not(svg *)")].filter(
+const texts = [...document.querySelectorAll("body *:not(svg):not(svg *), svg text, svg tspan")].filter(
   part => [...part.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim()));
 return texts.map(part => {
-  const both = [luminance(getComputedStyle(part).color), luminance(behind(part))].sort((a, b) => b - a);
+  const style = getComputedStyle(part), colour = part.closest("svg") ? style.fill : style.color;
+  const both = [luminance(colour), luminance(behind(part))].sort((a, b) => b - a);
   return [(both[0] + 0.05) / (both[1] + 0.05), part.outerHTML.slice(0, 80)];
 });"""
 

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import new_version
 
-from minitron import components, origin, resolve
+from minitron import claims, components, origin, pipeline_run, resolve
 from minitron.config import ResolveConfig, parse
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import connect, experiment_id
+from minitron.mlflow_client import connect, experiment_id, search
+from minitron.promote import promote, rollback
+from minitron.registry import DECISION_TAG
 
 DEFAULTS = {name: components.resolve.component_spec.inputs[name].default for name in origin.parameters()}
 
@@ -34,15 +37,8 @@ def ask(mlflow_file: str, teacher: Path, tmp_path: Path) -> Ask:
     return asked
 
 
-def version(uri: str, name: str, made_from: dict[str, str] | None, alias: str | None = None) -> None:
-    client = connect(uri)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    run = client.create_run(experiment_id(client, name))
-    tags = {origin.TAG: json.dumps(made_from)} if made_from else {}
-    number = client.create_model_version(name, "gs://bucket/model", run.info.run_id, tags=tags).version
-    if alias:
-        client.set_registered_model_alias(name, alias, str(number))
+def version(uri: str, name: str, made_from: dict[str, str], alias: str) -> None:
+    new_version(uri, name, alias, {origin.TAG: json.dumps(made_from)})
 
 
 def test_without_a_champion_there_is_something_to_train(ask: Ask, tmp_path: Path) -> None:
@@ -61,7 +57,12 @@ def test_a_champion_promoted_by_hand_is_not_made_again(ask: Ask, mlflow_file: st
 def test_a_challenger_whose_gates_nobody_asked_about_is_made(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
     """Its run was killed before promote: the same run again, or another that takes its claim over, goes on."""
     version(mlflow_file, tmp_path.name, ask(pipeline_run_id="killed")["made_from"], "challenger")
+    assert not ask(pipeline_run_id="another")["train"]
     assert ask(pipeline_run_id="killed")["train"]
+    client = connect(mlflow_file)
+    (run,) = search(client, experiment_id(client, tmp_path.name), pipeline_run.RUN_TAG, "killed")
+    pipeline_run.conclude(client, run.info.run_id, "failed", "killed")
+    assert ask(pipeline_run_id="another")["train"]
 
 
 @pytest.mark.parametrize(
@@ -85,13 +86,48 @@ def test_what_has_changed_is_said(ask: Ask, mlflow_file: str, tmp_path: Path, wh
 
 
 def test_of_a_champion_from_elsewhere_nothing_is_known(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
-    version(mlflow_file, tmp_path.name, None, "champion")
+    new_version(mlflow_file, tmp_path.name, "champion", {})
     assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"
 
 
 def test_what_cannot_be_resolved_is_one_line(ask: Ask, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing"):
         ask(corpus=str(tmp_path / "nothing"))
-    with pytest.raises(RunError, match="check tracking_uri and that the server runs"):
+    with pytest.raises(RunError, match="check tracking_uri and that the server runs") as caught:
         ask(tracking_uri="http://127.0.0.1:9")
-    assert not (tmp_path / "resolved").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "resolved").exists()
+
+
+def test_what_was_promoted_and_taken_back_by_hand_is_not_made_again(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
+    made_from = ask()["made_from"]
+    new_version(mlflow_file, tmp_path.name, None, {}, evaluation='{"gates": []}')
+    new_version(mlflow_file, tmp_path.name, None, {origin.TAG: json.dumps(made_from)}, evaluation='{"gates": []}')
+    promote(mlflow_file, tmp_path.name, 1)
+    promote(mlflow_file, tmp_path.name, 2)
+    rollback(mlflow_file, tmp_path.name)
+    found = ask()
+    assert not found["train"] and "it was the champion" in found["reason"]
+
+
+def test_what_a_rival_has_just_made_is_not_made_again(
+    ask: Ask, mlflow_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_from, claim = ask(name="other")["made_from"], claims.claim
+
+    def after_the_rival(*arguments: Any) -> str | None:
+        tags = {origin.TAG: json.dumps(made_from), DECISION_TAG: "it met its gates"}
+        new_version(mlflow_file, tmp_path.name, None, tags)
+        return claim(*arguments)
+
+    monkeypatch.setattr(claims, "claim", after_the_rival)
+    assert ask()["reason"].endswith("is made from the same data, teacher and settings; it met its gates")
+
+
+def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
+    assert ask()["train"] and ask(name="another")["train"]
+
+
+@pytest.mark.parametrize("tag", ["my laptop", '["x"]'])
+def test_a_tag_of_another_tool_is_no_origin(ask: Ask, mlflow_file: str, tmp_path: Path, tag: str) -> None:
+    new_version(mlflow_file, tmp_path.name, "champion", {origin.TAG: tag})
+    assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"

@@ -277,3 +277,16 @@ def test_an_object_outside_the_model_is_refused(config: FinetuneConfig, monkeypa
         RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the directory; delete it"
     ):
         sources.resolve("gs://bucket/models/bad", config)
+
+
+def test_without_an_engine_a_checkpoint_that_was_never_exported_is_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    for part in ("context", "weights"):
+        (tmp_path / "nemo" / part).mkdir(parents=True)
+    config = FinetuneConfig(output=tmp_path / "out", dataset=tmp_path, teacher="x", workspace=tmp_path / "workspace")
+    assert sources.resolve(tmp_path / "nemo", config) == tmp_path / "nemo"
+    identity = f"nemo {content_hash(tmp_path / 'nemo')}"
+    kept = sources._kept(identity, lambda _, target: (target / "config.json").write_text("{}") and None, config)
+    assert sources.resolve(tmp_path / "nemo", config) == kept

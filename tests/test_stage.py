@@ -413,7 +413,9 @@ def test_a_task_fails_with_a_status_and_a_note(
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as caught:
-            stage.launch("prepare", output=str(tmp_path / "out"), corpus="nowhere.txt", teacher="", licence=None)
+            stage.launch(
+                "prepare", output=str(tmp_path / "out"), corpus="nowhere.txt", teacher="", pipeline_run_id="run-1"
+            )
     finally:
         signal.signal(signal.SIGTERM, before)
     message = "prepare.teacher: missing; give it a value"
@@ -422,4 +424,21 @@ def test_a_task_fails_with_a_status_and_a_note(
         "stage": "prepare",
         "exit_status": 2,
         "message": message,
+        "pipeline_run_id": "run-1",
     }
+
+
+def test_the_note_of_an_earlier_attempt_is_taken_away(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRON_WORKSPACE", str(tmp_path))
+    before, note = signal.getsignal(signal.SIGTERM), tmp_path / "failure.json"
+    try:
+        for failed in ("prepare", "finetune"):
+            note.write_text(json.dumps({"stage": failed, "message": "disk full"}))
+            stage.launch(
+                "prepare", output=tmp_path / "out", corpus=str(inputs["corpus"]), teacher=str(inputs["teacher"])
+            )
+            assert note.exists() == (failed == "finetune")
+    finally:
+        signal.signal(signal.SIGTERM, before)

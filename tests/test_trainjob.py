@@ -246,7 +246,7 @@ def test_what_an_earlier_job_met_does_not_count(server: KubernetesServer, tmp_pa
         "message": "exceeded quota: minitron",
         "involvedObject": {"name": f"{JOB}-node-0"},
     }
-    server.add("events", "old", lastTimestamp="2026-01-01T00:00:00Z", **event)
+    server.add("events", "old", lastTimestamp="2000-01-01T00:00:00Z", **event)
     later(server, lambda: server.end("Complete"), 0.5)
     launch(tmp_path)
 
@@ -254,7 +254,7 @@ def test_what_an_earlier_job_met_does_not_count(server: KubernetesServer, tmp_pa
 def test_of_a_node_that_was_restarted_the_last_pod_is_followed(server: KubernetesServer, tmp_path: Path) -> None:
     def restart() -> None:
         labels = server.objects["pods"][FIRST]["metadata"]["labels"]
-        again = {"labels": labels, "creationTimestamp": "2036-01-01T00:00:00Z"}
+        again = {"labels": labels, "creationTimestamp": "9999-12-31T00:00:00Z"}
         server.add("pods", f"{FIRST}-again", metadata=again, status={"phase": "Running"})
         server.say(f"{FIRST}-again", "second attempt")
 
