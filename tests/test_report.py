@@ -451,7 +451,7 @@ def test_without_a_champion_a_gate_against_it_is_passed_over(compressed: Evaluat
     against = {"metric": "validation_loss", "against": "champion", "at_most": 0.01}
     evaluation = judged(EVALUATION, against, {"metric": "validation_loss", "at_most": 3.5})
     page = written(tmp_path, compressed, evaluation)
-    assert "Passed: of 2 gates 1 passed, 1 no champion" in page.text["verdict"]
+    assert "Passed: of 2 gates 1 no champion, 1 passed" in page.text["verdict"]
     row = "Validation loss, difference from the champion's – no champion – at most 0.010 – 3.000 champion: –"
     assert row in page.text["gates"]
 
