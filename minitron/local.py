@@ -41,7 +41,8 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=str(work_dir / "kfp"))  # it is deleted
+    unused = str(work_dir / "kfp")  # deleted in the end; else one is made in /tmp
+    local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=unused)
     pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
     try:
         with _only_the_stages_output():
