@@ -22,6 +22,7 @@ _CANDIDATE, _ADOPTED = "minitron.claims", "minitron.claims.adopted"
 """Tags of the run that holds the claims: what it is made for, and that it is the one."""
 
 _MAKER_SECONDS = 120
+"""How long a maker may take to adopt that run: seconds, with clocks that differ."""
 
 SILENCE_SECONDS = 24 * 3600
 """After this long without a sign of life a run is taken for lost: the longest that a task may wait for its node."""

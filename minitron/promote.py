@@ -195,7 +195,8 @@ def _judged(client: "MlflowClient", name: str, version: int, champion: int | Non
     if champion is None:
         return gates.judge(rows, evaluation, None)
     other = _evaluation(client, name, champion)
-    same_test = other is not None and other.get("test_set") == evaluation.get("test_set") is not None
+    test_set = evaluation.get("test_set")
+    same_test = test_set is not None and other is not None and other.get("test_set") == test_set
     if other is None or not same_test or gates.SPEED in measures:  # another machine's speed says nothing
         raise NotJudged(
             f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "

@@ -42,14 +42,10 @@ def run(config: RegisterConfig) -> dict[str, Any]:
             "register.tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE"
         )
     record = stage.run(config, _work, _check_inputs)
-    if not registry.holds(config.tracking_uri, config.name, record["registered"]["version"], _sha256(record)):
-        # It was reused, but the version has been deleted since.
+    version, student = record["registered"]["version"], record["inputs"]["student"]["sha256"]
+    if not registry.holds(config.tracking_uri, config.name, version, student):  # reused, but deleted since
         record = stage.run(config.model_copy(update={"caching": False}), _work, _check_inputs)
     return record
-
-
-def _sha256(record: dict[str, Any]) -> str:
-    return record["inputs"]["student"]["sha256"]
 
 
 def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
