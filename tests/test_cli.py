@@ -133,13 +133,13 @@ def test_of_the_output_only_the_stages_own_lines_remain() -> None:
 
 
 def test_a_stage_that_left_no_message_is_a_run_error(tmp_path: Path) -> None:
-    error = local._explain(tmp_path / "failure.json")
+    error = local._explain(str(tmp_path))
     assert error.exit_status == 1 and str(error).startswith("a stage ended without a message")
 
 
 def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"stage": "prune", "exit_status": 2, "message": "hidden_size: too large"}')
-    error = local._explain(tmp_path / "failure.json")
+    error = local._explain(str(tmp_path))
     assert (str(error), error.exit_status) == ("prune: hidden_size: too large", 2)
 
 
