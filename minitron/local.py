@@ -43,7 +43,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     unused = str(work_dir / "kfp")  # deleted in the end; else one is made in /tmp
     local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=unused)
-    pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
+    pipeline = components.load_component_from_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
     try:
         with _only_the_stages_output():
             pipeline(**arguments)

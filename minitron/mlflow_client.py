@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError, RunError
+from minitron.imports import many_imports
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,10 +64,11 @@ def connect(uri: str) -> "MlflowClient":
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
     _silence()
-    from mlflow import MlflowClient
-
     try:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with many_imports():  # a database's are made by the client
+            from mlflow import MlflowClient
+
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ImportError as error:
         remedy = "pip install mlflow, or give a server's http(s)://HOST"
         raise ConfigError(f"tracking_uri {shown(uri)}: needs the package {error.name}; {remedy}") from error
@@ -80,8 +82,8 @@ def explained(uri: str | None) -> Iterator[None]:
         RunError: MLflow cannot be reached or refuses.
     """
     _silence()
-    from mlflow.exceptions import MlflowException
-
+    with many_imports():
+        from mlflow.exceptions import MlflowException
     try:
         yield
     except Exception as error:

@@ -47,7 +47,7 @@ def compiled_pipeline(name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         known = [file.stem for file in pipelines_directory().glob("*.yaml")]
         raise ConfigError(f"pipeline {name}: unknown; {_suggest(name, known)}")
-    return list(yaml.safe_load_all(path.read_text()))
+    return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))  # ten times as fast as the one in Python
 
 
 def read_arguments(presets: list[str], settings: list[str], known: list[str]) -> dict[str, Any]:
