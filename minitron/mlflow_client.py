@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +64,10 @@ def connect(uri: str) -> "MlflowClient":
         )
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-    _silence()
+    mlflow = _mlflow()
     try:
-        with many_imports():  # a database's are made by the client
-            from mlflow import MlflowClient
-
-            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with many_imports():  # those of a database
+            return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ImportError as error:
         remedy = "pip install mlflow, or give a server's http(s)://HOST"
         raise ConfigError(f"tracking_uri {shown(uri)}: needs the package {error.name}; {remedy}") from error
@@ -81,14 +80,12 @@ def explained(uri: str | None) -> Iterator[None]:
     Raises:
         RunError: MLflow cannot be reached or refuses.
     """
-    _silence()
-    with many_imports():
-        from mlflow.exceptions import MlflowException
+    refusal = _mlflow().exceptions.MlflowException
     try:
         yield
     except Exception as error:
         of_database = type(error).__module__.startswith("sqlalchemy")
-        if not of_database and not isinstance(error, (MlflowException, OSError)):  # requests' errors are OSErrors
+        if not of_database and not isinstance(error, (refusal, OSError)):  # requests' errors are OSErrors
             raise
         raise RunError(f"MLflow at {shown(uri or '')}: {reason(error)}; {_remedy(error)}") from error
 
@@ -204,10 +201,14 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _silence() -> None:
-    """Keep mlflow from logging and telephoning; it reads this when it is imported."""
+@cache
+def _mlflow() -> Any:
+    """Import mlflow once, kept from logging and telephoning: it reads that when it is imported."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    with many_imports():
+        import mlflow.exceptions
+    return mlflow
 
 
 @contextmanager

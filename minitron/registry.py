@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
-from minitron.mlflow_client import connect, environment, explained, hurry, is_missing, undisturbed
+from minitron.mlflow_client import connect, environment, explained, is_missing, undisturbed
 from minitron.tracking import MlflowTracker
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int,
 
 def holds(uri: str, name: str, version: int, student_sha256: str) -> bool:
     """Say whether a version is there and is of this student."""
-    with explained(uri), hurry():
+    with explained(uri):
         try:
             tags = connect(uri).get_model_version(name, str(version)).tags
         except Exception as error:

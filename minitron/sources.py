@@ -124,15 +124,14 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
 def _kept(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
     """Return the directory that holds an identity's files; they come to be there in one rename."""
     home = _home(config) / _digest(identity)
-    if _is_kept(identity, config):
+    if _is_complete(home):
         return home
     arrive(home, identity, partial(fetch, identity))
     write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
     return home
 
 
-def _is_kept(identity: str, config: StageConfig) -> bool:
-    home = _home(config) / _digest(identity)
+def _is_complete(home: Path) -> bool:
     return home.is_dir() and _record(home).is_file()
 
 
@@ -168,7 +167,7 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
         nemo.export_checkpoint(checkpoint, target)
 
     identity = f"nemo {content_hash(checkpoint)}"
-    if not _is_kept(identity, config) and find_spec("torch") is None:
+    if find_spec("torch") is None and not _is_complete(_home(config) / _digest(identity)):
         return checkpoint
     return _kept(identity, export, config)
 

@@ -90,8 +90,9 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
     """
     _terminate_by_exception()
     workspace = os.environ.get("MINITRON_WORKSPACE") or values.pop("workspace", None)
-    if noted_failure(workspace).get("stage") == stage:  # of an earlier attempt
-        failure_note(workspace).unlink(missing_ok=True)
+    if noted_failure(workspace).get("stage") == stage:
+        with suppress(OSError):  # of an earlier attempt
+            failure_note(workspace).unlink()
     try:
         record = _module(stage).run(parse(stage, given(stage, values | {"workspace": workspace})))
     except MinitronError as error:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +29,7 @@ class Refused(Exception):
         self.status = status
 
 
-class State:
+class State(ABC):
     """What a server knows; a subclass answers from it."""
 
     def __init__(self) -> None:
@@ -39,9 +40,9 @@ class State:
         self.broken: list[Exception] = []
         """What `answer` raised beside Refused: the end of the block raises the first."""
 
+    @abstractmethod
     def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
         """Return text, or what becomes JSON; or raise Refused."""
-        raise NotImplementedError
 
     def error(self, status: int, message: str) -> Any:
         """Return the content of an error."""
