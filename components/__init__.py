@@ -6,6 +6,7 @@ from minitron.components.prune import prune  # isort: skip
 from minitron.components.distill import distill  # isort: skip
 from minitron.components.evaluate import evaluate  # isort: skip
 from minitron.components.register import register  # isort: skip
+from minitron.components.plan import plan  # isort: skip
 from minitron.components.resolve import resolve  # isort: skip
 from minitron.components.promote import promote  # isort: skip
 from minitron.components.conclude import conclude  # isort: skip
@@ -17,6 +18,7 @@ __all__ = [  # noqa: RUF022  (order of the flow)
     "distill",
     "evaluate",
     "register",
+    "plan",
     "resolve",
     "promote",
     "conclude",

@@ -8,7 +8,6 @@ from kfp.dsl import Dataset, Input, Metrics, Model, Output
 from minitron.components.images import TRAINER
 
 
-# fmt: off
 @dsl.component(base_image=TRAINER, packages_to_install=[], install_kfp_package=False)
 def distill(
     dataset: Input[Dataset],
@@ -16,35 +15,19 @@ def distill(
     student: Input[Model],
     distilled: Output[Model],
     metrics: Output[Metrics],
-    seed: int = 1234, engine: str = "hf",
-    sequence_length: int = 8192, micro_batch_size: int = 4, global_batch_size: int = 128, max_steps: int = 30,
-    learning_rate: float = 0.0001, min_learning_rate: float = 1e-05, warmup_steps: int = 2, weight_decay: float = 0.1,
-    adam_beta1: float = 0.9, adam_beta2: float = 0.95, gradient_clipping: float = 1.0,
-    gradient_checkpointing: bool = False,
-    validation_interval: int = 10, validation_sequences: int = 640, checkpoint_interval: int = 10,
-    tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, context_parallel_size: int = 1,
-    sequence_parallel: bool = False, num_nodes: int = 1, gpus_per_node: int = 8,
-    temperature: float = 1.0, kl_weight: float = 1.0, cross_entropy_weight: float = 0.0,
-    intermediate_layers: list = [],
-    workspace: Optional[str] = None, tracking_uri: Optional[str] = None,
-    experiment: str = "minitron", pipeline_run_id: Optional[str] = None, caching: bool = True, gpus: int = 0,
+    settings: dict = {},
+    workspace: Optional[str] = None,
+    tracking_uri: Optional[str] = None,
+    experiment: str = "minitron",
+    pipeline_run_id: Optional[str] = None,
 ):
-    """Distil the teacher into the pruned student. Settings: minitron.config.DistillConfig."""
+    """Distil the teacher into the pruned student. Settings: minitron.config.DistillSettings."""
     from minitron.stage import launch
 
+    # fmt: off
     launch(
-        "distill", metrics, dataset=dataset.path, teacher=teacher.path, student=student.path,
-        output=distilled.path, seed=seed, engine=engine, sequence_length=sequence_length,
-        micro_batch_size=micro_batch_size, global_batch_size=global_batch_size, max_steps=max_steps,
-        learning_rate=learning_rate, min_learning_rate=min_learning_rate, warmup_steps=warmup_steps,
-        weight_decay=weight_decay, adam_beta1=adam_beta1, adam_beta2=adam_beta2,
-        gradient_clipping=gradient_clipping, gradient_checkpointing=gradient_checkpointing,
-        validation_interval=validation_interval, validation_sequences=validation_sequences,
-        checkpoint_interval=checkpoint_interval, tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size, context_parallel_size=context_parallel_size,
-        sequence_parallel=sequence_parallel, num_nodes=num_nodes,
-        gpus_per_node=gpus_per_node, temperature=temperature, kl_weight=kl_weight,
-        cross_entropy_weight=cross_entropy_weight, intermediate_layers=intermediate_layers, workspace=workspace,
-        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
+        "distill", metrics, settings, output=distilled.path, dataset=dataset.path, teacher=teacher.path,
+        student=student.path, workspace=workspace,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )
-# fmt: on
+    # fmt: on

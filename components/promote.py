@@ -10,7 +10,7 @@ from minitron.components.images import TOOLS
 
 @dsl.component(base_image=TOOLS, packages_to_install=[], install_kfp_package=False)
 def promote(
-    name: str,
+    model_name: str,
     tracking_uri: str,
     promoted: Output[Artifact],
     metrics: Output[Metrics],
@@ -25,7 +25,7 @@ def promote(
 
     # fmt: off
     launch(
-        "promote", metrics, output=promoted.path, name=name, version=version, why=why, workspace=workspace,
+        "promote", metrics, output=promoted.path, model_name=model_name, version=version, why=why, workspace=workspace,
         tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )
     # fmt: on

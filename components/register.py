@@ -15,24 +15,20 @@ def register(
     evaluation: Input[Artifact],
     registered: Output[Artifact],
     metrics: Output[Metrics],
-    seed: int = 1234,
-    name: str = "minitron",
-    alias: str = "challenger",
+    settings: dict = {},
     workspace: Optional[str] = None,
     tracking_uri: Optional[str] = None,
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
-    caching: bool = True,
-    gpus: int = 0,
 ) -> int:
-    """Register the student in the MLflow registry; return its version. Settings: minitron.config.RegisterConfig."""
+    """Register the student in the MLflow registry; return its version. Settings: minitron.config.RegisterSettings."""
     from minitron.stage import launch
 
     # fmt: off
     record = launch(
-        "register", metrics, dataset=dataset.path, student=student.path, evaluation=evaluation.path,
-        output=registered.path, seed=seed, name=name, alias=alias, workspace=workspace,
-        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id, caching=caching, gpus=gpus,
+        "register", metrics, settings, output=registered.path, dataset=dataset.path, student=student.path,
+        evaluation=evaluation.path, workspace=workspace,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )
     # fmt: on
     return record["registered"]["version"]

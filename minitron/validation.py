@@ -1,8 +1,10 @@
 """From pydantic's faults to one line: the key, what is wrong with it, the value found, the remedy."""
 
 import difflib
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from minitron.errors import ConfigError
@@ -11,7 +13,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(section: str, model: type[Model], values: dict[str, Any]) -> Model:
-    """Validate the values of one section of a configuration.
+    """Validate the values of one section of a configuration; the top level has an empty name.
 
     Raises:
         ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
@@ -25,16 +27,39 @@ def validated(section: str, model: type[Model], values: dict[str, Any]) -> Model
 def _explain(section: str, model: type[BaseModel], fault: Any) -> str:
     """Turn one pydantic fault into 'section.key: what is wrong (found …)'."""
     key = ".".join(str(part) for part in fault["loc"]) if fault["loc"] else ""
-    where = f"{section}.{key}" if key else section
+    where = ".".join(filter(None, (section, key)))
     match fault["type"]:
         case "extra_forbidden":
             known = list(model.model_fields) if len(fault["loc"]) == 1 else []  # else it is a key within a value
-            close = difflib.get_close_matches(key, known, n=1)
-            listed = f"known: {', '.join(known)}" if known else "correct or remove it"
-            return f"{where}: unknown key; " + (f"did you mean '{close[0]}'?" if close else listed)
+            return f"{where}: unknown key; {suggest(key, known) if known else 'correct or remove it'}"
         case "missing":
             return f"{where}: missing; give it a value"
         case "value_error":
             return f"{where}: {fault['ctx']['error']!s}"
         case _:
             return f"{where}: {fault['msg']} (found {fault['input']!r})"
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """Return the known name that was probably meant, or all of them, as the end of a message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give an existing YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text ({error.reason}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); correct it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found {type(values).__name__}, not 'key: value' lines; correct it")
+    return values

@@ -3,70 +3,75 @@
 Rewrite the compiled pipeline beside this file: `python -m minitron.pipelines.retrain`.
 """
 
-import inspect
 from pathlib import Path
-from typing import Any, get_args
 
-from kfp import compiler, dsl
+from kfp import dsl
 
 from minitron.components import conclude, promote, resolve
-from minitron.pipelines.compress import CLUSTER, compress, connect, give, protect
+from minitron.components.images import TOOLS, TRAINER
+from minitron.pipelines.compress import compress
+from minitron.pipelines.tasks import CLUSTER, PULL_SECRET, VOLUME, set_tool, write_compiled
 
 COMPILED = Path(__file__).with_suffix(".yaml")
 
-_UNSET: dict[Any, Any] = {int: 0, str: "", list: [], dict: {}}
-"""Inside a condition Kubeflow cannot leave a parameter out; these stand for that. See minitron.config.given."""
 
-
-def _parameters() -> list[inspect.Parameter]:
-    """Return compress's parameters: the champion is looked up, so not among them; there must be an MLflow server."""
-    of_compress = inspect.signature(compress.pipeline_func).parameters
-    given = {name: _with_a_value(entry) for name, entry in of_compress.items() if name != "evaluate_champion"}
-    given["tracking_uri"] = given["tracking_uri"].replace(default=inspect.Parameter.empty)
-    # The name of a secret cannot be empty; one that is not there is passed over.
-    given["image_pull_secret"] = given["image_pull_secret"].replace(default="minitron-pull")
-    return sorted(given.values(), key=lambda entry: entry.default is not inspect.Parameter.empty)
-
-
-def _with_a_value(entry: inspect.Parameter) -> inspect.Parameter:
-    """Give an optional parameter without a value the one that stands for that."""
-    if entry.default is not None:
-        return entry
-    (kind,) = (kind for kind in get_args(entry.annotation) if kind is not type(None))
-    return entry.replace(annotation=kind, default=_UNSET[getattr(kind, "__origin__", kind)])
-
-
-_PARAMETERS = _parameters()
-
-
-def _retrain(*values: Any) -> None:
-    given = dict(zip((entry.name for entry in _PARAMETERS), values, strict=True))
-    common = {name: given[name] for name in ("tracking_uri", "experiment", "workspace")}
-    common |= {"pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
-    tasks = {"conclude": conclude(**common)}
-    with dsl.ExitHandler(tasks["conclude"]):
-        settings = {name: given[name] for name in resolve.component_spec.inputs if name in given}
-        tasks["resolve"] = resolve(name=given["register_name"], **settings | common)
-        with dsl.If(tasks["resolve"].outputs["Output"] == True):  # noqa: E712  (KFP's condition)
-            compress_task = compress(**given, evaluate_champion=tasks["resolve"].outputs["champion"])
-            tasks["promote"] = promote(name=given["register_name"], version=compress_task.output, **common)
-    for name, task in tasks.items():
-        give(task, gpus=0, cpu="2", memory="8Gi")
-        protect(task)
-        image, secrets = given["tools_image"], (given["image_pull_secret"], given["secret"])
-        connect(task, name, image, *secrets, given["workspace_claim"])
-
-
-_retrain.__name__ = "retrain"
-_retrain.__doc__ = (compress.pipeline_func.__doc__ or "").partition("Returns:")[0]
-_retrain.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
-
-retrain = dsl.pipeline(
+@dsl.pipeline(
     name="retrain",
     description="Compress again when data, teacher or settings changed; promote the student if it meets the gates.",
     pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=CLUSTER.ttl_hours * 3600),
-)(_retrain)
+)
+def retrain(
+    tracking_uri: str,
+    teacher: str = "",
+    corpus: str = "",
+    model_name: str = "",
+    preset: str = "",
+    settings: dict = {},
+    experiment: str = "minitron",
+    workspace: str = VOLUME,
+    workspace_claim: str = "minitron-workspace",
+    trainer_image: str = TRAINER,
+    tools_image: str = TOOLS,
+    image_pull_secret: str = PULL_SECRET,
+    credentials_secret: str = "minitron",
+):
+    """Compress again when data, teacher or settings changed; promote the student if it meets the gates.
+
+    Args:
+        tracking_uri: MLflow server that gets the metrics and the model: http(s)://HOST.
+        teacher: Base model: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias or
+            ngc://org/team/model:version. Empty: the preset's.
+        corpus: Text: a file or directory every task can read, gs://bucket/path or hf://dataset. Empty: the preset's.
+        model_name: Registered model that gets the new version and has the champion. Empty: the preset's.
+        preset: Preset that ships with the package, llama-3.1-minitron-4b-width for one. Empty: all defaults.
+        settings: Settings that win over the preset's, one section per stage: {"distill": {"max_steps": 500}}.
+        experiment: MLflow experiment.
+        workspace: Where results are kept: a directory of the claim, or gs://bucket/path (work in progress stays in
+            the claim).
+        workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany, if they run on several nodes.
+        trainer_image: Container image of prepare, finetune, prune, distill and evaluate.
+        tools_image: Container image of the other tasks.
+        image_pull_secret: Secret to pull the images with, if they are private.
+        credentials_secret: Secret with credentials, all optional: HF_TOKEN, NGC_API_KEY, MLFLOW_TRACKING_USERNAME,
+            MLFLOW_TRACKING_PASSWORD.
+    """
+    common = {"tracking_uri": tracking_uri, "experiment": experiment, "workspace": workspace}
+    form = {"teacher": teacher, "corpus": corpus, "preset": preset, "settings": settings}
+    run = common | {"pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    tasks = {"conclude": conclude(**run)}
+    with dsl.ExitHandler(tasks["conclude"]):
+        tasks["resolve"] = resolve(model_name=model_name, **form, **run)
+        found = tasks["resolve"].outputs
+        with dsl.If(found["Output"] == True):  # noqa: E712  (KFP's condition)
+            compress_task = compress(
+                model_name=model_name, champion=found["champion"], **form, **common, workspace_claim=workspace_claim,
+                trainer_image=trainer_image, tools_image=tools_image, image_pull_secret=image_pull_secret,
+                credentials_secret=credentials_secret,
+            )  # fmt: skip
+            tasks["promote"] = promote(model_name=found["model_name"], version=compress_task.output, **run)
+    for name, task in tasks.items():
+        set_tool(task, name, tools_image, image_pull_secret, credentials_secret, workspace_claim)
 
 
 if __name__ == "__main__":
-    compiler.Compiler().compile(retrain, str(COMPILED))
+    write_compiled(retrain, COMPILED)

@@ -1,0 +1,52 @@
+"""Check what a run is going to do, before any GPU is paid for, and hand each stage its settings."""
+
+from typing import NamedTuple, Optional
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Metrics, Output
+
+from minitron.components.images import TOOLS
+
+
+@dsl.component(base_image=TOOLS, packages_to_install=[], install_kfp_package=False)
+def plan(
+    planned: Output[Artifact],
+    report: Output[HTML],
+    metrics: Output[Metrics],
+    teacher: str = "",
+    corpus: str = "",
+    model_name: str = "",
+    champion: str = "",
+    preset: str = "",
+    settings: dict = {},
+    workspace: Optional[str] = None,
+    pipeline_run_id: Optional[str] = None,
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Plan",
+    [
+        *((name, str) for name in ("teacher", "corpus")),
+        *((name, dict) for name in ("prepare", "finetune", "prune", "distill", "evaluate", "register")),
+        *(
+            (f"{stage}_{resource}", str)
+            for stage in ("prepare", "finetune", "prune", "distill", "evaluate", "register")
+            for resource in ("cpu", "memory")
+        ),
+        *((f"{stage}_gpus", str) for stage in ("finetune", "prune", "distill", "evaluate")),
+        ("gpu_tolerations", list),
+        ("gpu_node_selector", dict),
+    ],
+):
+    """Check what a run is going to do, and hand each stage its settings. Settings: minitron.config.PipelineSettings."""
+    import shutil
+    from collections import namedtuple
+
+    from minitron.stage import launch
+
+    # fmt: off
+    outputs = launch(
+        "plan", metrics, output=planned.path, teacher=teacher, corpus=corpus, model_name=model_name,
+        champion=champion, preset=preset, document=settings, workspace=workspace, pipeline_run_id=pipeline_run_id,
+    )["outputs"]
+    # fmt: on
+    shutil.copyfile(f"{planned.path}/plan.html", report.path)
+    return namedtuple("Plan", outputs)(**outputs)

@@ -1,0 +1,159 @@
+"""A settings document: what presets, `--set` values and a run's form say together, checked before anything starts.
+
+The top level of a document is `PipelineSettings`, and each stage has a section, `distill: {max_steps: 30}`, with its
+settings and the `cpu` and `memory` of its task. Merged, a document is flat: {"seed": 1, "distill.max_steps": 30}.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from minitron.config import PlanConfig
+from minitron.errors import ConfigError
+from minitron.fields import Engine
+from minitron.presets import read_preset
+from minitron.settings import RESOURCES, SETTINGS, Resources, SequenceSettings, Settings, StageSettings
+from minitron.validation import suggest, validated
+
+CLUSTER, SAMPLES = "cluster", "samples"
+"""The keys of a preset that are no stage's: what `submit` writes into the pipeline, and inputs that packages ship."""
+
+
+class PipelineSettings(Settings):
+    """The top level of a preset: what all stages share, and where their tasks run."""
+
+    teacher: str = Field(
+        description="Base model: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name, "
+        "gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
+    )
+    corpus: str = Field(
+        description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
+        "or hf://dataset[/config]."
+    )
+    sequence_length: PositiveInt = SequenceSettings.model_fields["sequence_length"]
+    seed: int = StageSettings.model_fields["seed"]
+    engine: Engine = "nemo"
+    caching: bool = StageSettings.model_fields["caching"]
+    gpu_tolerations: list[dict[str, Any]] = Field(
+        [], description="Tolerations of finetune, prune, distill and evaluate, as in a pod: for spot nodes, say."
+    )
+    gpu_node_selector: dict[str, str] = Field({}, description="Labels of the nodes that these run on.")
+
+
+SHARED = ("sequence_length", "seed", "engine", "caching")
+"""Settings that all stages have in common: they stand at the top level only."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pipeline is going to do: the top level of its document, and each stage's settings and resources."""
+
+    pipeline: PipelineSettings
+    stages: dict[str, StageSettings]
+    resources: dict[str, Resources]
+
+
+def merge(*documents: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge documents, nested or flat, into a flat one: the later ones win, and null gives the default back."""
+    flat: dict[str, Any] = {}
+    for document in documents:
+        flat |= dict(_flatten(document))
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a flat document with its sections."""
+    document: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            document.setdefault(section, {})[name] = value
+        else:
+            document[key] = value
+    return document
+
+
+def make_plan(flat: Mapping[str, Any]) -> Plan:
+    """Validate a flat document.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has a value of the wrong kind.
+    """
+    known = known_keys()
+    for key in flat:
+        check_key(key, known)
+    document = nest(flat)
+    sections = {stage: document.pop(stage, {}) for stage in SETTINGS}
+    pipeline = validated("", PipelineSettings, document)
+    resources = {stage: _resources(stage, section) for stage, section in sections.items()}
+    stages = {stage: _settings(stage, sections[stage], pipeline, resources[stage]) for stage in SETTINGS}
+    return Plan(pipeline, stages, resources)
+
+
+def plan_of(config: PlanConfig) -> Plan:
+    """Return the plan of a run from what its form says.
+
+    Raises:
+        ConfigError: as for `make_plan`; or the preset has inputs that only `minitron run` can make.
+    """
+    form = {
+        "teacher": config.teacher,
+        "corpus": config.corpus,
+        "register.name": config.model_name,
+        "evaluate.champion": config.champion,
+    }
+    preset = read_preset(config.preset) if config.preset else {}
+    flat = merge(preset, config.document, {key: value for key, value in form.items() if value})
+    if sample := flat.pop(SAMPLES, None):
+        raise ConfigError(f"preset {config.preset}: its inputs, {sample}, are made by minitron run on your machine only")
+    for key in [key for key in flat if key.startswith(f"{CLUSTER}.")]:
+        print(f"warning: plan: {key} has no effect here; minitron submit and minitron schedule set it", flush=True)
+        del flat[key]
+    return make_plan(flat)
+
+
+def known_keys() -> list[str]:
+    """Return the keys of a flat document."""
+    keys = list(PipelineSettings.model_fields)
+    for stage, model in SETTINGS.items():
+        names = [name for name in (*model.model_fields, *Resources.model_fields) if name not in SHARED]
+        keys += [f"{stage}.{name}" for name in dict.fromkeys(names)]
+    return keys
+
+
+def check_key(key: str, known: list[str]) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        ConfigError: it is not; the message names the one that was probably meant.
+    """
+    if key in known:
+        return
+    if key.partition(".")[2] in SHARED:
+        raise ConfigError(f"{key}: all stages have the same; set {key.partition('.')[2]}")
+    raise ConfigError(f"{key}: unknown key; {suggest(key, known)}")
+
+
+def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the entries, those of sections as `section.key`."""
+    for key, value in document.items():
+        if key in (*SETTINGS, CLUSTER) and isinstance(value, dict):
+            yield from ((f"{key}.{name}", entry) for name, entry in value.items())
+        else:
+            yield key, value
+
+
+def _resources(stage: str, section: dict[str, Any]) -> Resources:
+    given = {name: section[name] for name in Resources.model_fields if name in section}
+    return validated(stage, Resources, RESOURCES[stage].model_dump() | given)
+
+
+def _settings(
+    stage: str, section: dict[str, Any], pipeline: PipelineSettings, resources: Resources
+) -> StageSettings:
+    model = SETTINGS[stage]
+    shared = {name: getattr(pipeline, name) for name in SHARED if name in model.model_fields}
+    own = {name: value for name, value in section.items() if name not in Resources.model_fields}
+    return validated(stage, model, own | shared | {"gpus": resources.gpus})

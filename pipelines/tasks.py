@@ -1,0 +1,82 @@
+"""What every task of a pipeline gets on a cluster: resources, retries, image, volume, credentials, labels."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kfp import compiler, dsl, kubernetes
+
+from minitron.settings import ClusterConfig
+
+CLUSTER = ClusterConfig()
+
+VOLUME = "/workspace"
+"""Where every task has the shared volume: results by key, fetched models, checkpoints of work in progress. It outlives
+the run, so that the next one finds them."""
+
+CACHE = f"{VOLUME}/cache"
+"""Where the tasks keep what they fetched from a workspace in a bucket, and their work in progress."""
+
+RETRY_PERIOD = "2592000s"
+"""30 days. What Kubeflow calls the maximum back-off is Argo's maxDuration, counted from the start of the first attempt:
+with the default of an hour, a stage lost in its second hour is not tried again."""
+
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "NGC_API_KEY")
+"""Keys of the optional secret that the tasks get as environment variables."""
+
+PULL_SECRET = "minitron-pull"
+"""Default name of the secret to pull private images with; Kubernetes passes over one that is not there."""
+
+
+def set_resources(task: dsl.PipelineTask, cpu: Any, memory: Any) -> None:
+    """Limit a task; Kubernetes requests as much as the limit if nothing else is said."""
+    task.set_cpu_limit(cpu).set_memory_limit(memory)
+
+
+def set_gpus(task: dsl.PipelineTask, count: Any, tolerations: Any, node_selector: Any) -> None:
+    """Give a task GPUs and say on which nodes; the count is text: the backend drops one that is a number."""
+    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(count)
+    # /dev/shm, through which data loaders and NCCL pass tensors: the default of 64 MB ends in a bus error.
+    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=CLUSTER.shared_memory)
+    kubernetes.add_toleration_json(task, tolerations)
+    kubernetes.add_node_selector_json(task, node_selector)
+
+
+def set_retries(task: dsl.PipelineTask) -> None:
+    """Say what happens to a task whose node is lost: it resumes from its checkpoint in the workspace."""
+    task.set_retry(CLUSTER.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
+    kubernetes.set_timeout(task, CLUSTER.timeout_hours * 3600)
+    # Kubeflow's own cache compares addresses, not what lies there; the stages compare content (`caching`).
+    task.set_caching_options(False)
+
+
+def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, secret: Any, claim: Any) -> None:
+    """Say what a task's pod is made of: its image, the volume that all share, its credentials, its labels."""
+    task.set_container_image(image)
+    kubernetes.set_image_pull_secrets(task, [pull_secret])
+    kubernetes.mount_pvc(task, claim, VOLUME)
+    task.set_env_variable("MINITRON_CACHE", CACHE)
+    task.set_env_variable("HF_HOME", f"{CACHE}/huggingface")  # fetched by the first task, before a GPU waits for it
+    kubernetes.use_secret_as_env(task, secret, {name: name for name in CREDENTIALS}, optional=True)
+    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "minitron")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
+
+
+def set_tool(task: dsl.PipelineTask, stage: str, *pod: Any) -> None:
+    """Say what a task gets that only moves files and calls servers."""
+    set_resources(task, cpu="2", memory="8Gi")
+    set_retries(task)
+    set_pod(task, stage, *pod)
+
+
+def write_compiled(pipeline: Any, path: Path) -> None:
+    """Compile a pipeline, and write it as KFP does but with one line for what has no parts of its own: half as long."""
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = Path(directory) / path.name
+        compiler.Compiler().compile(pipeline, str(compiled))
+        text = compiled.read_text()
+    comments = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    documents = yaml.load_all(text, yaml.CSafeLoader)
+    body = yaml.dump_all(documents, Dumper=yaml.CSafeDumper, default_flow_style=None, width=120)
+    path.write_text(comments + body)
