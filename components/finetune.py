@@ -25,7 +25,7 @@ def finetune(
 
     # fmt: off
     launch(
-        "finetune", metrics, settings, output=corrected.path, dataset=dataset.path, teacher=teacher, workspace=workspace,
-        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
+        "finetune", metrics, settings, output=corrected.path, dataset=dataset.path, teacher=teacher,
+        workspace=workspace, tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )
     # fmt: on

@@ -3,7 +3,7 @@
 from typing import NamedTuple, Optional
 
 from kfp import dsl
-from kfp.dsl import HTML, Artifact, Metrics, Output
+from kfp.dsl import HTML, Artifact, Output
 
 from minitron.components.images import TOOLS
 
@@ -12,7 +12,6 @@ from minitron.components.images import TOOLS
 def plan(
     planned: Output[Artifact],
     report: Output[HTML],
-    metrics: Output[Metrics],
     teacher: str = "",
     corpus: str = "",
     model_name: str = "",
@@ -44,7 +43,7 @@ def plan(
 
     # fmt: off
     outputs = launch(
-        "plan", metrics, output=planned.path, teacher=teacher, corpus=corpus, model_name=model_name,
+        "plan", output=planned.path, teacher=teacher, corpus=corpus, model_name=model_name,
         champion=champion, preset=preset, document=settings, workspace=workspace, pipeline_run_id=pipeline_run_id,
     )["outputs"]
     # fmt: on

@@ -18,9 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron import __version__, local, samples, summary
-from minitron.config import StageConfig, parse_cluster
+from minitron.compiled import (
+    SETTINGS_PARAMETER,
+    checked_arguments,
+    compiled_pipeline,
+    configured,
+    parameters_of,
+    read_request,
+)
+from minitron.config import StageConfig
 from minitron.errors import ConfigError, MinitronError
-from minitron.presets import CLUSTER, SAMPLES, check_arguments, compiled_pipeline, configured, read_arguments
+from minitron.settings import RESOURCES, GpuResources
 
 if TYPE_CHECKING:
     from minitron.promote import Promotion
@@ -264,22 +272,26 @@ def _connect(host: str | None, namespace: str | None, token: str | None) -> Any:
 
 def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
     documents = compiled_pipeline(pipeline)
-    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
-    laptop = {"engine": "hf"} | {name: 0 for name in parameters if name.endswith("_gpus")}  # it has no NeMo
-    laptop["tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"
-    laptop = {name: value for name, value in laptop.items() if name in parameters}
-    arguments = laptop | read_arguments(presets, settings, list(parameters))
-    arguments.pop(CLUSTER, None)
-    sample = arguments.pop(SAMPLES, None)
-    if sample:
-        inputs = samples.paths(sample, work_dir / "inputs")
-        arguments = {name: str(path) for name, path in inputs.items() if name in parameters} | arguments
-    arguments = check_arguments(arguments, parameters)
-    if sample:
+    parameters = parameters_of(documents)
+    request = read_request(presets, settings, parameters, _laptop(parameters, work_dir))
+    if request.samples:
+        paths = samples.paths(request.samples, work_dir / "inputs")
+        request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
+    arguments = checked_arguments(request, parameters)
+    if request.samples:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        samples.build(sample, work_dir / "inputs")
+        samples.build(request.samples, work_dir / "inputs")
     results = local.run_pipeline(documents, arguments, work_dir)
     summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
+
+
+def _laptop(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
+    """Return what this machine has instead of a cluster's: a file for MLflow, no NeMo and no GPUs."""
+    here = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"}
+    if SETTINGS_PARAMETER in parameters:
+        here["engine"] = "hf"
+        here |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}
+    return here
 
 
 def _for_cluster(
@@ -287,18 +299,19 @@ def _for_cluster(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], str | None]:
     """Return the documents to upload, the arguments of the run and the account of its tasks, all checked."""
     documents = compiled_pipeline(pipeline)
-    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
-    arguments = read_arguments(presets, settings, list(parameters))
-    cluster = parse_cluster(arguments.pop(CLUSTER, {}))
-    if sample := arguments.pop(SAMPLES, None):
-        _refuse_samples(sample, arguments)
+    parameters = parameters_of(documents)
+    request = read_request(presets, settings, parameters)
+    arguments = request.arguments
+    if request.samples:
+        _refuse_samples(request.samples, arguments)
     for name in ("teacher", "corpus"):
         if not re.match(r"/|\w+:/", str(arguments.get(name, "/"))):
             raise ConfigError(
                 f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks do not see; give "
                 "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
             )
-    return configured(documents, cluster), check_arguments(arguments, parameters), cluster.service_account
+    account = request.cluster.service_account
+    return configured(documents, request.cluster), checked_arguments(request, parameters), account
 
 
 def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A pipeline as it ships, compiled, and what a run of it is started with: arguments, all checked before it starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -42,6 +42,12 @@ class Request:
     document: dict[str, Any]
     cluster: ClusterConfig
     samples: str | None
+
+    def with_defaults(self, defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> "Request":
+        """Return the request with values, by key of a flat document, for what it does not say."""
+        arguments = {key: value for key, value in defaults.items() if key in parameters}
+        document = {key: value for key, value in defaults.items() if key not in parameters}
+        return replace(self, arguments=arguments | self.arguments, document=document | self.document)
 
 
 def compiled_pipeline(name: str) -> list[dict[str, Any]]:

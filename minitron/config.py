@@ -1,6 +1,5 @@
 """The configuration of every stage: its settings, its inputs, and where it writes and reports."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, model_validator

@@ -14,7 +14,15 @@ from minitron.config import PlanConfig
 from minitron.errors import ConfigError
 from minitron.fields import Engine
 from minitron.presets import read_preset
-from minitron.settings import RESOURCES, SETTINGS, Resources, SequenceSettings, Settings, StageSettings
+from minitron.settings import (
+    RESOURCES,
+    SETTINGS,
+    RegisterSettings,
+    Resources,
+    SequenceSettings,
+    Settings,
+    StageSettings,
+)
 from minitron.validation import suggest, validated
 
 CLUSTER, SAMPLES = "cluster", "samples"
@@ -53,6 +61,13 @@ class Plan:
     pipeline: PipelineSettings
     stages: dict[str, StageSettings]
     resources: dict[str, Resources]
+
+    @property
+    def model_name(self) -> str:
+        """Registered model that gets the new version."""
+        register = self.stages["register"]
+        assert isinstance(register, RegisterSettings)
+        return register.name
 
 
 def merge(*documents: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +122,9 @@ def plan_of(config: PlanConfig) -> Plan:
     preset = read_preset(config.preset) if config.preset else {}
     flat = merge(preset, config.document, {key: value for key, value in form.items() if value})
     if sample := flat.pop(SAMPLES, None):
-        raise ConfigError(f"preset {config.preset}: its inputs, {sample}, are made by minitron run on your machine only")
+        raise ConfigError(
+            f"preset {config.preset}: its inputs, {sample}, are made by minitron run on your machine only"
+        )
     for key in [key for key in flat if key.startswith(f"{CLUSTER}.")]:
         print(f"warning: plan: {key} has no effect here; minitron submit and minitron schedule set it", flush=True)
         del flat[key]
@@ -118,8 +135,8 @@ def known_keys() -> list[str]:
     """Return the keys of a flat document."""
     keys = list(PipelineSettings.model_fields)
     for stage, model in SETTINGS.items():
-        names = [name for name in (*model.model_fields, *Resources.model_fields) if name not in SHARED]
-        keys += [f"{stage}.{name}" for name in dict.fromkeys(names)]
+        names = {*model.model_fields} - {*SHARED, "gpus"} | {*type(RESOURCES[stage]).model_fields}
+        keys += [f"{stage}.{name}" for name in sorted(names)]
     return keys
 
 
@@ -139,21 +156,22 @@ def check_key(key: str, known: list[str]) -> None:
 def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the entries, those of sections as `section.key`."""
     for key, value in document.items():
-        if key in (*SETTINGS, CLUSTER) and isinstance(value, dict):
+        if key in (*SETTINGS, CLUSTER):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}: found {value!r}, not a section; write {key}: {{setting: value}}")
             yield from ((f"{key}.{name}", entry) for name, entry in value.items())
         else:
             yield key, value
 
 
 def _resources(stage: str, section: dict[str, Any]) -> Resources:
-    given = {name: section[name] for name in Resources.model_fields if name in section}
-    return validated(stage, Resources, RESOURCES[stage].model_dump() | given)
+    usual = RESOURCES[stage]
+    given = {name: section[name] for name in type(usual).model_fields if name in section}
+    return validated(stage, type(usual), usual.model_dump() | given)
 
 
-def _settings(
-    stage: str, section: dict[str, Any], pipeline: PipelineSettings, resources: Resources
-) -> StageSettings:
+def _settings(stage: str, section: dict[str, Any], pipeline: PipelineSettings, resources: Resources) -> StageSettings:
     model = SETTINGS[stage]
-    shared = {name: getattr(pipeline, name) for name in SHARED if name in model.model_fields}
-    own = {name: value for name, value in section.items() if name not in Resources.model_fields}
-    return validated(stage, model, own | shared | {"gpus": resources.gpus})
+    own = {name: value for name, value in section.items() if name not in type(resources).model_fields}
+    own |= {name: getattr(pipeline, name) for name in SHARED if name in model.model_fields}
+    return validated(stage, model, own | resources.model_dump(include={"gpus"}))

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from minitron.compiled import dags
 from minitron.errors import MinitronError, RunError
-from minitron.presets import dags
 from minitron.stage import failure_note, noted_failure
 from minitron.summary import PAGE, REPORT
 
@@ -32,7 +32,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     """
     from kfp import components, local
 
-    adapt(documents[0], arguments)
+    adapt(documents[0])
     workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
     os.environ.setdefault("MINITRON_CACHE", str(work_dir / "cache"))
     failure_note(workspace).unlink(missing_ok=True)
@@ -55,27 +55,13 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     return next(path for path in results.glob("*") if path not in earlier)
 
 
-def adapt(specification: dict[str, Any], arguments: dict[str, Any]) -> None:
+def adapt(specification: dict[str, Any]) -> None:
     """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
-    _leave_out_unset(specification, specification["root"], arguments)
     for dag in dags(specification):
         for task in dag["dag"]["tasks"].values():
             task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
     for executor in specification["deploymentSpec"]["executors"].values():
         executor["container"].pop("env", None)  # caches, in a volume of the cluster
-
-
-def _leave_out_unset(specification: dict[str, Any], component: dict[str, Any], given: Any) -> None:
-    """Drop parameters without a value, also from what gets them: a cluster leaves them out, kfp.local fails on them."""
-    parameters = component.get("inputDefinitions", {}).get("parameters", {})
-    unset = {name for name, entry in parameters.items() if "defaultValue" not in entry and name not in given}
-    for name in unset:
-        del parameters[name]
-    for task in component.get("dag", {}).get("tasks", {}).values():
-        inputs = task.get("inputs", {}).get("parameters", {})
-        for name in [name for name, source in inputs.items() if source.get("componentInputParameter") in unset]:
-            del inputs[name]
-        _leave_out_unset(specification, specification["components"][task["componentRef"]["name"]], inputs)
 
 
 def _explain(workspace: str) -> MinitronError:

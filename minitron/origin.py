@@ -7,21 +7,20 @@ import hashlib
 import json
 from typing import Any
 
-from minitron import __version__
-from minitron.config import EXECUTION, INPUT, STAGES, fields_marked, parse
-from minitron.presets import stage_values
+from minitron import METHOD_VERSION
+from minitron.config import fields_marked
+from minitron.document import Plan
+from minitron.fields import EXECUTION, INPUT
+from minitron.settings import SETTINGS
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")
 """The stages that decide a student's weights."""
-
-SHARED = ("sequence_length", "seed", "engine")
-"""The pipeline's parameters that several of them get."""
 
 TAG = "made_from"
 """Tag of a version in MLflow's registry: its student's origin, as JSON."""
 
 Origin = dict[str, str]
-"""Hashes of `corpus`, `teacher` and `settings`, and the version of `minitron`."""
+"""Hashes of `corpus`, `teacher` and `settings`, and under `minitron` the version of the method."""
 
 
 def of_records(records: dict[str, dict[str, Any]]) -> Origin | None:
@@ -31,37 +30,30 @@ def of_records(records: dict[str, dict[str, Any]]) -> Origin | None:
     prepare = records["prepare"]
     given = {name: entry["sha256"] for name, entry in prepare["inputs"].items()}
     configs = {stage: records[stage]["config"] for stage in MADE_BY}
-    return _origin(configs, given["corpus"], given["teacher"], prepare["versions"]["minitron"])
+    versions = prepare["versions"]
+    method = versions.get("method", versions["minitron"])  # the same in what 0.1.0 made
+    return _origin(configs, given["corpus"], given["teacher"], method)
 
 
-def of_arguments(arguments: dict[str, Any], corpus: str, teacher: str) -> Origin:
+def of_plan(plan: Plan, corpus: str, teacher: str) -> Origin:
     """Return the origin that a run of the pipeline would give its student.
 
     Args:
-        arguments: the pipeline's.
+        plan: the pipeline's.
         corpus: hash of the corpus's content, or its snapshot.
         teacher: hash of the base model's content.
-
-    Raises:
-        ConfigError: an argument has a value of the wrong kind.
     """
-    configs = {stage: parse(stage, stage_values(stage, arguments)).model_dump(mode="json") for stage in MADE_BY}
-    return _origin(configs, corpus, teacher, __version__)
+    configs = {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
+    return _origin(configs, corpus, teacher, METHOD_VERSION)
 
 
-def parameters() -> list[str]:
-    """Return the pipeline's parameters that decide a student's weights, the addresses of its inputs left out."""
-    own = [f"{stage}_{name}" for stage in MADE_BY for name in _settings(stage) if name not in SHARED]
-    return [*SHARED, *own]
-
-
-def _origin(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, version: str) -> Origin:
+def _origin(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, method: str) -> Origin:
     settings = {stage: {name: config[name] for name in _settings(stage)} for stage, config in configs.items()}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return {"corpus": corpus, "teacher": teacher, "settings": digest, "minitron": version}
+    return {"corpus": corpus, "teacher": teacher, "settings": digest, "minitron": method}
 
 
 def _settings(stage: str) -> list[str]:
-    model = STAGES[stage]
+    model = SETTINGS[stage]
     left_out = {*fields_marked(model, EXECUTION), *fields_marked(model, INPUT)}
     return [name for name in model.model_fields if name not in left_out]

@@ -2,7 +2,8 @@
 
 from pydantic import BaseModel
 
-from minitron.config import STAGES, ClusterConfig, StageConfig
+from minitron.config import STAGES, StageConfig
+from minitron.settings import ClusterConfig
 
 
 def parameter_table() -> str:

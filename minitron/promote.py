@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minitron import gates
-from minitron.config import PromoteConfig, RegisterConfig
+from minitron.config import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
 from minitron.mlflow_client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
 from minitron.pipeline_run import conclude, pipeline_run
 from minitron.registry import DECISION_TAG
 from minitron.results import replaced, write_atomically
+from minitron.settings import RegisterSettings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["GatesFailed", "Promotion", "promote", "rollback", "run"]
 
 EVALUATION = "evaluation.json"
-CHALLENGER = RegisterConfig.model_fields["alias"].default
+CHALLENGER = RegisterSettings.model_fields["alias"].default
 _LONGEST_REASON = 1000
 _ANEW = "run the pipeline retrain, which evaluates it anew"
 
@@ -48,7 +49,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
 
     A version that does not meet its gates stays what it is: that is an outcome, no failure.
     """
-    uri, name, run_id = config.tracking_uri, config.name, config.pipeline_run_id
+    uri, name, run_id = config.tracking_uri, config.model_name, config.pipeline_run_id
     with explained(uri):
         client = connect(uri)
         version = _existing(client, name, config.version)

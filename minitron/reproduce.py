@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
-from minitron.config import EXECUTION, INPUT, STAGES, fields_marked
+from minitron.compiled import compiled_pipeline, parameters_of
+from minitron.config import STAGES, fields_marked
+from minitron.document import known_keys
 from minitron.errors import ConfigError
-from minitron.presets import compiled_pipeline
+from minitron.fields import EXECUTION, INPUT
 
 PIPELINE = "compress"
 
@@ -46,9 +48,10 @@ def preset(found: dict[str, Any]) -> str:
 
 def _comments(found: dict[str, Any]) -> Iterator[str]:
     records = found["stages"]
-    package = records["distill"]["versions"]["minitron"]
+    versions = records["distill"]["versions"]
     yield f"Makes {found['version']} again: minitron run {PIPELINE} --preset FILE"
-    yield f"minitron-pipelines {package} made it; another version computes every stage anew."
+    package, method = versions["minitron"], versions.get("method", versions["minitron"])
+    yield f"minitron-pipelines {package}, method {method}, made it; another method computes every stage anew."
     made = {record.get("output_sha256") for record in records.values()}
     given: dict[str, str] = {}
     for record in records.values():
@@ -63,17 +66,17 @@ def _comments(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _arguments(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the pipeline's parameters that the stages share, and each stage's own."""
-    parameters = compiled_pipeline(PIPELINE)[0]["root"]["inputDefinitions"]["parameters"]
+    """Return what the stages share, and each stage's own settings."""
+    known = {*known_keys(), *parameters_of(compiled_pipeline(PIPELINE))}
     shared: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for stage, record in found["stages"].items():
         # Of a stage that was reused, the record names the inputs and the experiment that it had when it ran.
         may_differ = {*fields_marked(STAGES[stage], INPUT), *fields_marked(STAGES[stage], EXECUTION)}
         for name, value in _settings(record).items():
-            if f"{stage}_{name}" in parameters:
+            if f"{stage}.{name}" in known:
                 sections.setdefault(stage, {})[name] = value
-            elif name in parameters and shared.setdefault(name, value) != value and name not in may_differ:
+            elif name in known and shared.setdefault(name, value) != value and name not in may_differ:
                 raise ConfigError(
                     f"{found['version']}: {name} is {shared[name]} in one stage and {value} in {stage}, but pipeline "
                     f"{PIPELINE} has one for all; run the stages by hand with the settings that minitron lineage shows"

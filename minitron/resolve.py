@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from minitron import claims, inputs, origin, registry
-from minitron.config import ResolveConfig
+from minitron.config import PrepareConfig, ResolveConfig
+from minitron.document import plan_of
 from minitron.ledger import CHAMPION, PROMOTED_TAG
 from minitron.mlflow_client import connect, explained, hurry
 from minitron.origin import Origin
@@ -18,40 +19,45 @@ DECISION = "decision.json"
 
 
 def run(config: ResolveConfig) -> dict[str, Any]:
-    """Write `decision.json` to `config.output`: `train`, the `reason`, and the address of the `champion`, or None.
+    """Write `decision.json` to `config.output`: `train`, the `reason`, the `champion`'s address or None, `model_name`.
 
     Raises:
         ConfigError: a setting or an input cannot be used.
         RunError: the corpus, the teacher or MLflow cannot be reached.
     """
-    found = inputs.find(config)
-    settings = {name: config.settings[name] for name in origin.parameters() if config.settings.get(name) is not None}
-    made_from = origin.of_arguments(settings, found["corpus"].sha256, found["teacher"].sha256)
+    plan = plan_of(config)
+    name, wanted = plan.model_name, plan.pipeline
+    prepare = PrepareConfig(
+        corpus=wanted.corpus, teacher=wanted.teacher, output=config.output, workspace=config.workspace,
+        tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
+    )  # fmt: skip
+    found = inputs.find(prepare)
+    made_from = origin.of_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
     with explained(config.tracking_uri), hurry():
-        decision = _decide(config, made_from)
+        decision = _decide(config, name, made_from) | {"model_name": name}
     print(f"resolve: {decision['reason']}", flush=True)
     with replaced(config.output) as directory:
         write_atomically(directory / DECISION, decision)
     return {"metrics": {"train": int(decision["train"])}} | decision
 
 
-def _decide(config: ResolveConfig, made_from: Origin) -> dict[str, Any]:
+def _decide(config: ResolveConfig, name: str, made_from: Origin) -> dict[str, Any]:
     client = connect(config.tracking_uri)
     run = pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
-    versions, aliases = registry.versions_of(client, config.name)
+    versions, aliases = registry.versions_of(client, name)
     champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
     if same := _same(versions, aliases, made_from):
         outcome, reason = "unchanged", same
-    elif rival := claims.claim(client, run, made_from | {"name": config.name}):
+    elif rival := claims.claim(client, run, made_from | {"name": name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif same := _same(*registry.versions_of(client, config.name), made_from):  # by a run that has just ended
+    elif same := _same(*registry.versions_of(client, name), made_from):  # by a run that has just ended
         outcome, reason = "unchanged", same
     else:
         outcome, reason = None, _what_is_new(champion, made_from)
     if outcome:
         conclude(client, run.info.run_id, outcome, reason)
-    address = f"models:/{config.name}/{champion.version}" if champion else None
+    address = f"models:/{name}/{champion.version}" if champion else None
     return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
 
 

@@ -42,7 +42,7 @@ def build(name: str, directory: Path) -> dict[str, Path]:
 
 
 def paths(name: str, directory: Path) -> dict[str, Path]:
-    """Return where `build` puts the inputs, under the names of the pipeline parameters that they are for.
+    """Return where `build` puts the inputs, under the keys of the settings that they are for.
 
     Raises:
         ConfigError: no such sample.
@@ -50,7 +50,7 @@ def paths(name: str, directory: Path) -> dict[str, Path]:
     if name not in _BUILDERS:
         raise ConfigError(f"samples: {name!r} is unknown; choose from {', '.join(_BUILDERS)}")
     root = directory / name
-    return {"teacher": root / "teacher", "corpus": root / "corpus", "evaluate_task_directory": root / "tasks"}
+    return {"teacher": root / "teacher", "corpus": root / "corpus", "evaluate.task_directory": root / "tasks"}
 
 
 def tiny_sentences(count: int, seed: int = 0) -> list[str]:

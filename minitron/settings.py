@@ -228,18 +228,21 @@ class RegisterSettings(StageSettings):
 
 
 class Resources(Settings):
-    """What a stage's task gets on a cluster; in a preset they stand in the stage's section."""
+    """What a stage's task gets on a cluster; in a preset it stands in the stage's section."""
 
-    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of the task.")
-    cpu: str = Field(
-        "8", coerce_numbers_to_str=True, pattern=r"^\d+(\.\d+)?m?$", description="CPU cores of the task."
-    )
+    cpu: str = Field("8", coerce_numbers_to_str=True, pattern=r"^\d+(\.\d+)?m?$", description="CPU cores of the task.")
     memory: str = Field(
         "64Gi",
         coerce_numbers_to_str=True,
         pattern=r"^\d+(\.\d+)?([kMGTP]|[KMGTP]i)?$",
         description="Memory of the task, /dev/shm included.",
     )
+
+
+class GpuResources(Resources):
+    """What a task gets that computes."""
+
+    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of the task.")
 
 
 class ClusterConfig(Settings):
@@ -266,8 +269,8 @@ SETTINGS: dict[str, type[StageSettings]] = {
 }
 """Every stage's settings, in the order of the flow."""
 
-RESOURCES: dict[str, Resources] = dict.fromkeys(SETTINGS, Resources()) | {
-    "prepare": Resources(gpus=0, memory="32Gi"),
-    "register": Resources(gpus=0, cpu="2", memory="8Gi"),
+RESOURCES: dict[str, Resources] = dict.fromkeys(SETTINGS, GpuResources()) | {
+    "prepare": Resources(memory="32Gi"),
+    "register": Resources(cpu="2", memory="8Gi"),
 }
 """What every stage's task gets if nothing else is asked for: nobody pays for a GPU that idles."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from minitron import bucket, ngc, registry
 from minitron.config import StageConfig
-from minitron.config import address as address_of
 from minitron.errors import ConfigError, RunError
+from minitron.fields import address as address_of
 from minitron.mlflow_client import patient
 from minitron.references import followed, lasting_directory
 from minitron.results import arrive, write_atomically

@@ -24,20 +24,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from minitron import __version__, delivery, gpus, inputs, tracking
-from minitron.config import EXECUTION, STAGES, StageConfig, fields_marked, given, parse
+from minitron import METHOD_VERSION, __version__, delivery, gpus, inputs, tracking
+from minitron.config import STAGES, StageConfig, fields_marked, parse
 from minitron.errors import ConfigError, MinitronError
+from minitron.fields import EXECUTION
 from minitron.imports import many_imports
 from minitron.references import lasting_directory
 from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
 from minitron.storage import RECORD, content_hash, read_record
+from minitron.validation import read_yaml
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails."""
 
-__all__ = ["circumstances", "failure_note", "launch", "main", "noted_failure", "read_yaml", "run", "stage_name"]
+__all__ = ["circumstances", "failure_note", "launch", "main", "noted_failure", "run", "stage_name"]
 
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
@@ -80,21 +80,22 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
     return record
 
 
-def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
+def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
     """Run a stage inside a Kubeflow task; a failure is one line and an exit status.
 
     Args:
         stage: the stage's name.
         metrics: a KFP Metrics artifact that gets the stage's numbers.
-        **values: the stage's configuration, as Kubeflow has it.
+        settings: the stage's section of a settings document, as Kubeflow has it.
+        **values: the rest of its configuration: inputs, output, where it reports and keeps results.
     """
     _terminate_by_exception()
-    workspace = os.environ.get("MINITRON_WORKSPACE") or values.pop("workspace", None)
+    values["workspace"] = workspace = os.environ.get("MINITRON_WORKSPACE") or values.get("workspace")
     if noted_failure(workspace).get("stage") == stage:
         with suppress(OSError):  # of an earlier attempt
             failure_note(workspace).unlink()
     try:
-        record = _module(stage).run(parse(stage, given(stage, values | {"workspace": workspace})))
+        record = _module(stage).run(parse(stage, _joined(stage, settings or {}, values)))
     except MinitronError as error:
         if workspace:
             with suppress(OSError):  # the failure may be that the disk is full
@@ -104,6 +105,15 @@ def launch(stage: str, metrics: Any = None, **values: Any) -> dict[str, Any]:
         if metrics is not None and isinstance(value, int | float):
             metrics.log_metric(name, value)
     return record
+
+
+def _joined(stage: str, settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Join a stage's settings and the rest of its configuration, which are apart in a component's parameters."""
+    if both := settings.keys() & values.keys():
+        raise ConfigError(
+            f"{stage}: {', '.join(sorted(both))} are no settings; give them as the component's parameters"
+        )
+    return settings | values
 
 
 def failure_note(workspace: str | Path | None) -> Path:
@@ -145,25 +155,6 @@ def stage_name(config: StageConfig) -> str:
     return next(name for name, model in STAGES.items() if type(config) is model)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing or is not a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give an existing YAML file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not text ({error.reason}); give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); correct it") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: found {type(values).__name__}, not 'key: value' lines; correct it")
-    return values
-
-
 def _produce(
     local: StageConfig, config: StageConfig, work: Work, home: Path, identity: dict[str, Any]
 ) -> dict[str, Any]:
@@ -187,7 +178,7 @@ def _produce(
 def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
     settings = config.model_dump(mode="json", exclude=set(fields_marked(type(config), EXECUTION)) | set(found))
     hashes = {name: entry.sha256 for name, entry in found.items()}
-    return hashlib.sha256(json.dumps([stage, __version__, settings, hashes], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()
 
 
 def circumstances(config: StageConfig, tracker: tracking.Tracker, started: float) -> dict[str, Any]:
@@ -208,7 +199,7 @@ def circumstances(config: StageConfig, tracker: tracking.Tracker, started: float
 
 
 def _versions() -> dict[str, str]:
-    versions = {"minitron": __version__, "python": platform.python_version()}
+    versions = {"minitron": __version__, "method": METHOD_VERSION, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "numpy", "mlflow-skinny", "nemo_toolkit", "megatron-core"):
         try:
             versions[package] = version(package)

@@ -12,12 +12,13 @@ from minitron.components.images import TOOLS, TRAINER
 from minitron.pipelines.tasks import (
     CLUSTER,
     PULL_SECRET,
+    TOOLS_CPU,
+    TOOLS_MEMORY,
     VOLUME,
     set_gpus,
     set_pod,
     set_resources,
     set_retries,
-    set_tool,
     write_compiled,
 )
 
@@ -75,7 +76,8 @@ def compress(
         teacher=teacher, corpus=corpus, model_name=model_name, champion=champion, preset=preset, settings=settings,
         **common,
     )  # fmt: skip
-    set_tool(plan_task, "plan", tools_image, *pod)
+    set_resources(plan_task, TOOLS_CPU, TOOLS_MEMORY)
+    set_pod(plan_task, "plan", tools_image, *pod)  # without retries: what is wrong is said within the first minute
     planned = plan_task.outputs
     common |= {"tracking_uri": tracking_uri, "experiment": experiment}
     base, text = planned["teacher"], planned["corpus"]

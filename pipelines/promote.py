@@ -10,7 +10,17 @@ from kfp import dsl
 
 from minitron.components import promote as promote_component
 from minitron.components.images import TOOLS
-from minitron.pipelines.tasks import CLUSTER, PULL_SECRET, VOLUME, set_tool, write_compiled
+from minitron.pipelines.tasks import (
+    CLUSTER,
+    PULL_SECRET,
+    TOOLS_CPU,
+    TOOLS_MEMORY,
+    VOLUME,
+    set_pod,
+    set_resources,
+    set_retries,
+    write_compiled,
+)
 
 COMPILED = Path(__file__).with_suffix(".yaml")
 
@@ -50,7 +60,9 @@ def promote(
         model_name=model_name, version=version, why=why, workspace=workspace, tracking_uri=tracking_uri,
         experiment=experiment, pipeline_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )  # fmt: skip
-    set_tool(task, "promote", tools_image, image_pull_secret, credentials_secret, workspace_claim)
+    set_resources(task, TOOLS_CPU, TOOLS_MEMORY)
+    set_retries(task)
+    set_pod(task, "promote", tools_image, image_pull_secret, credentials_secret, workspace_claim)
 
 
 if __name__ == "__main__":

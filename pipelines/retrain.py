@@ -10,7 +10,17 @@ from kfp import dsl
 from minitron.components import conclude, promote, resolve
 from minitron.components.images import TOOLS, TRAINER
 from minitron.pipelines.compress import compress
-from minitron.pipelines.tasks import CLUSTER, PULL_SECRET, VOLUME, set_tool, write_compiled
+from minitron.pipelines.tasks import (
+    CLUSTER,
+    PULL_SECRET,
+    TOOLS_CPU,
+    TOOLS_MEMORY,
+    VOLUME,
+    set_pod,
+    set_resources,
+    set_retries,
+    write_compiled,
+)
 
 COMPILED = Path(__file__).with_suffix(".yaml")
 
@@ -70,7 +80,9 @@ def retrain(
             )  # fmt: skip
             tasks["promote"] = promote(model_name=found["model_name"], version=compress_task.output, **run)
     for name, task in tasks.items():
-        set_tool(task, name, tools_image, image_pull_secret, credentials_secret, workspace_claim)
+        set_resources(task, TOOLS_CPU, TOOLS_MEMORY)
+        set_retries(task)
+        set_pod(task, name, tools_image, image_pull_secret, credentials_secret, workspace_claim)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every task of a pipeline gets on a cluster: resources, retries, image, volume, credentials, labels."""
+"""What the tasks of a pipeline get on a cluster: resources, retries, image, volume, credentials, labels."""
 
 import tempfile
 from pathlib import Path
@@ -25,6 +25,9 @@ with the default of an hour, a stage lost in its second hour is not tried again.
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "NGC_API_KEY")
 """Keys of the optional secret that the tasks get as environment variables."""
 
+TOOLS_CPU, TOOLS_MEMORY = "2", "8Gi"
+"""Limits of the tasks that only move files and call servers."""
+
 PULL_SECRET = "minitron-pull"
 """Default name of the secret to pull private images with; Kubernetes passes over one that is not there."""
 
@@ -46,9 +49,6 @@ def set_gpus(task: dsl.PipelineTask, count: Any, tolerations: Any, node_selector
 def set_retries(task: dsl.PipelineTask) -> None:
     """Say what happens to a task whose node is lost: it resumes from its checkpoint in the workspace."""
     task.set_retry(CLUSTER.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
-    kubernetes.set_timeout(task, CLUSTER.timeout_hours * 3600)
-    # Kubeflow's own cache compares addresses, not what lies there; the stages compare content (`caching`).
-    task.set_caching_options(False)
 
 
 def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, secret: Any, claim: Any) -> None:
@@ -61,13 +61,9 @@ def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, se
     kubernetes.use_secret_as_env(task, secret, {name: name for name in CREDENTIALS}, optional=True)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "minitron")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
-
-
-def set_tool(task: dsl.PipelineTask, stage: str, *pod: Any) -> None:
-    """Say what a task gets that only moves files and calls servers."""
-    set_resources(task, cpu="2", memory="8Gi")
-    set_retries(task)
-    set_pod(task, stage, *pod)
+    kubernetes.set_timeout(task, CLUSTER.timeout_hours * 3600)
+    # Kubeflow's own cache compares addresses, not what lies there; the stages compare content (`caching`).
+    task.set_caching_options(False)
 
 
 def write_compiled(pipeline: Any, path: Path) -> None:

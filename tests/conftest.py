@@ -36,7 +36,7 @@ collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_ne
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The inputs of the preset `tiny`: paths of teacher, corpus and evaluate_task_directory."""
+    """The inputs of the preset `tiny`: paths of teacher, corpus and evaluate.task_directory."""
     return samples.build("tiny", tmp_path_factory.mktemp("inputs"))
 
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from minitron import __version__, cluster
 from minitron.cli import app
-from minitron.config import ClusterConfig
 from minitron.cron import first_time
 from minitron.errors import ConfigError
 from minitron.presets import compiled_pipeline, configured
+from minitron.settings import ClusterConfig
 
 JOB = ["compress", "--preset", "nemo-tutorial-width", "--preset", "gke-spot", "--set", "corpus=gs://bucket/text"]
 JOB += ["--set", "teacher=hf://meta-llama/Llama-3.1-8B"]

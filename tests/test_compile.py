@@ -11,11 +11,11 @@ import yaml
 from kfp import compiler
 
 from minitron.components.images import TRAINER
-from minitron.config import ClusterConfig
 from minitron.pipelines.compress import COMPILED, compress
 from minitron.pipelines.promote import promote
 from minitron.pipelines.retrain import retrain
 from minitron.presets import compiled_pipeline, configured, dags
+from minitron.settings import ClusterConfig
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 

@@ -53,7 +53,7 @@ def job(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.TempPat
         "micro_batch_size": 4,
         "evaluation_sequences": SEQUENCES,
         "tasks": [TASK],
-        "task_directory": inputs["evaluate_task_directory"],
+        "task_directory": inputs["evaluate.task_directory"],
         "task_limit": 15,
         "prompts": PROMPTS,
         "generation_tokens": 5,

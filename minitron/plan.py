@@ -1,0 +1,62 @@
+"""Check what a run is going to do, and hand each stage its settings: the first task of a pipeline, without a GPU.
+
+It leaves plan.html, which Kubeflow shows: every stage's settings, those marked that are not the default.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from minitron.config import PlanConfig
+from minitron.document import SHARED, Plan, plan_of
+from minitron.results import replaced, write_atomically
+from minitron.settings import RESOURCES, Settings
+
+PLAN, PLAN_PAGE = "plan.json", "plan.html"
+
+
+def run(config: PlanConfig) -> dict[str, Any]:
+    """Write `plan.json` and `plan.html` to `config.output`; return what the task hands on as `outputs`.
+
+    Raises:
+        ConfigError: a setting is unknown, missing or has a value of the wrong kind.
+    """
+    plan = plan_of(config)
+    outputs = _outputs(plan)
+    with replaced(config.output) as directory:
+        write_atomically(directory / PLAN, outputs)
+        (directory / PLAN_PAGE).write_text(_page(plan), encoding="utf-8")
+    return {"metrics": {}, "outputs": outputs}
+
+
+def _outputs(plan: Plan) -> dict[str, Any]:
+    """Return the outputs of the component: each stage's settings as a dict, its resources as text."""
+    outputs: dict[str, Any] = {"teacher": plan.pipeline.teacher, "corpus": plan.pipeline.corpus}
+    outputs |= {stage: settings.as_settings() for stage, settings in plan.stages.items()}
+    for stage, resources in plan.resources.items():
+        outputs |= {f"{stage}_{name}": str(value) for name, value in resources.model_dump().items()}
+    where = plan.pipeline.model_dump(mode="json", include={"gpu_tolerations", "gpu_node_selector"})
+    return outputs | where
+
+
+def _page(plan: Plan) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = Path(__file__).with_name("plan.html.j2").read_text(encoding="utf-8")
+    sections = {"all stages": _rows(plan.pipeline)}
+    for stage, settings in plan.stages.items():
+        sections[stage] = _rows(settings, {*SHARED, "gpus"}) + _rows(plan.resources[stage], default=RESOURCES[stage])
+    return environment.from_string(template).render(model_name=plan.model_name, sections=sections)
+
+
+def _rows(
+    settings: Settings, left_out: set[str] | None = None, default: Settings | None = None
+) -> list[dict[str, Any]]:
+    """Return the settings of one section: name, value, whether it is the default, and what it means."""
+    rows = []
+    for name, field in type(settings).model_fields.items():
+        if name not in (left_out or ()):
+            value = getattr(settings, name)
+            usual = getattr(default, name) if default else field.get_default()
+            rows.append({"name": name, "value": value, "changed": value != usual, "meaning": field.description or ""})
+    return rows
