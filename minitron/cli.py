@@ -287,7 +287,7 @@ def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path)
 
 def _laptop(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
     """Return what this machine has instead of a cluster's: a file for MLflow, no NeMo and no GPUs."""
-    here = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"}
+    here: dict[str, Any] = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"}
     if SETTINGS_PARAMETER in parameters:
         here["engine"] = "hf"
         here |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}

@@ -7,8 +7,8 @@ import requests
 
 from minitron import bucket, kube, trainjob
 from minitron.cluster import Kubeflow
+from minitron.compiled import compiled_pipeline
 from minitron.errors import MinitronError
-from minitron.presets import compiled_pipeline
 
 
 class Check(NamedTuple):

@@ -29,6 +29,11 @@ CLUSTER, SAMPLES = "cluster", "samples"
 """The keys of a preset that are no stage's: what `submit` writes into the pipeline, and inputs that packages ship."""
 
 
+def _setting(model: type[Settings], name: str) -> Any:
+    """Return a field of a stage's settings: its default and its meaning are written there only."""
+    return model.model_fields[name]
+
+
 class PipelineSettings(Settings):
     """The top level of a preset: what all stages share, and where their tasks run."""
 
@@ -40,10 +45,10 @@ class PipelineSettings(Settings):
         description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
         "or hf://dataset[/config]."
     )
-    sequence_length: PositiveInt = SequenceSettings.model_fields["sequence_length"]
-    seed: int = StageSettings.model_fields["seed"]
+    sequence_length: PositiveInt = _setting(SequenceSettings, "sequence_length")
+    seed: int = _setting(StageSettings, "seed")
     engine: Engine = "nemo"
-    caching: bool = StageSettings.model_fields["caching"]
+    caching: bool = _setting(StageSettings, "caching")
     gpu_tolerations: list[dict[str, Any]] = Field(
         [], description="Tolerations of finetune, prune, distill and evaluate, as in a pod: for spot nodes, say."
     )

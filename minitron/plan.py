@@ -55,7 +55,7 @@ def _rows(
     """Return the settings of one section: name, value, whether it is the default, and what it means."""
     rows = []
     for name, field in type(settings).model_fields.items():
-        if name not in (left_out or ()):
+        if name not in left_out:
             value = getattr(settings, name)
             usual = getattr(default, name) if default else field.get_default()
             rows.append({"name": name, "value": value, "changed": value != usual, "meaning": field.description or ""})

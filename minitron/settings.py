@@ -269,8 +269,9 @@ SETTINGS: dict[str, type[StageSettings]] = {
 }
 """Every stage's settings, in the order of the flow."""
 
-RESOURCES: dict[str, Resources] = dict.fromkeys(SETTINGS, GpuResources()) | {
+RESOURCES: dict[str, Resources] = {
     "prepare": Resources(memory="32Gi"),
+    **dict.fromkeys(("finetune", "prune", "distill", "evaluate"), GpuResources()),
     "register": Resources(cpu="2", memory="8Gi"),
 }
 """What every stage's task gets if nothing else is asked for: nobody pays for a GPU that idles."""
