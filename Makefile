@@ -7,7 +7,7 @@ MODULES := minitron components pipelines images tests benchmarks
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-nemo test-images manifests lint compile bench clean
+.PHONY: help setup demo test test-nemo test-images manifests lint compile docs bench clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -53,6 +53,9 @@ compile: setup ## rewrite the compiled pipelines beside their sources
 	$(BIN)/python -m minitron.pipelines.compress
 	$(BIN)/python -m minitron.pipelines.promote
 	$(BIN)/python -m minitron.pipelines.retrain
+
+docs: setup ## rewrite the generated pages of docs/reference
+	$(BIN)/python -m minitron.parameters > docs/reference/parameters.md
 
 bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/prepare.py

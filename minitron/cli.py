@@ -28,6 +28,7 @@ from minitron.compiled import (
 )
 from minitron.config import StageConfig
 from minitron.errors import ConfigError, MinitronError
+from minitron.parameters import help_text
 from minitron.settings import RESOURCES, GpuResources
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def options(
     """Compress a large language model: prepare → finetune → prune → distill → evaluate → register."""
 
 
-@app.command()
+@app.command(epilog=help_text())
 def run(
     pipeline: Pipeline,
     presets: Presets = None,
@@ -84,7 +85,7 @@ def run(
         _run(pipeline, presets or [], settings or [], work_dir.absolute())
 
 
-@app.command()
+@app.command(epilog=help_text())
 def submit(
     pipeline: Pipeline,
     presets: Presets = None,

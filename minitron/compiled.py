@@ -127,7 +127,8 @@ def configured(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[
     kubernetes["pipelineConfig"]["resourceTtlOnCompletion"] = cluster.ttl_hours * 3600
     for executor in kubernetes["deploymentSpec"]["executors"].values():
         executor["activeDeadlineSeconds"] = str(cluster.timeout_hours * 3600)
-        executor["emptyDirMounts"][0]["sizeLimit"] = cluster.shared_memory
+        for mount in executor.get("emptyDirMounts", []):
+            mount["sizeLimit"] = cluster.shared_memory
         executor["podMetadata"]["labels"] |= cluster.labels
     for dag in dags(specification):
         for task in dag["dag"]["tasks"].values():

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 if TYPE_CHECKING:
-    from minitron.config import EvaluateConfig
+    from minitron.settings import EvaluateSettings
 
 SPEED = "generation_tokens_per_second"
 
@@ -77,7 +77,7 @@ class Gate(BaseModel):
         return "at_least" if self.at_most is None else "at_most"
 
 
-def check(config: "EvaluateConfig") -> None:
+def check(config: "EvaluateSettings") -> None:
     """Refuse a gate on something that is not measured.
 
     Raises:
@@ -94,7 +94,7 @@ def check(config: "EvaluateConfig") -> None:
             raise ValueError(f"gates.{place}.metric: out_of_domain_loss needs evaluate.out_of_domain; give the text")
 
 
-def declared(config: "EvaluateConfig") -> list[dict[str, Any]]:
+def declared(config: "EvaluateSettings") -> list[dict[str, Any]]:
     """Return the gates of a configuration as `judge` takes them: metric, against, by, bound, threshold."""
     return [
         {"metric": gate.metric, "against": gate.against, "by": gate.by, "bound": gate.bound}

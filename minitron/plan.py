@@ -3,6 +3,7 @@
 It leaves plan.html, which Kubeflow shows: every stage's settings, those marked that are not the default.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,7 @@ def _page(plan: Plan) -> str:
     return environment.from_string(template).render(model_name=plan.model_name, sections=sections)
 
 
-def _rows(
-    settings: Settings, left_out: set[str] | None = None, default: Settings | None = None
-) -> list[dict[str, Any]]:
+def _rows(settings: Settings, left_out: Collection[str] = (), default: Settings | None = None) -> list[dict[str, Any]]:
     """Return the settings of one section: name, value, whether it is the default, and what it means."""
     rows = []
     for name, field in type(settings).model_fields.items():

@@ -18,9 +18,10 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron import cli, local, measures, summary
+from minitron.compiled import checked_arguments, compiled_pipeline, parameters_of, read_request
 from minitron.config import STAGES
+from minitron.document import make_plan, merge
 from minitron.errors import ConfigError
-from minitron.presets import check_arguments, compiled_pipeline, read_arguments
 
 PLACES = {"teacher": "teacher", "corpus": "corpus"}
 
@@ -32,7 +33,7 @@ def specification() -> dict[str, Any]:
 
 @pytest.fixture
 def parameters(specification: dict[str, Any]) -> dict[str, Any]:
-    return specification["root"]["inputDefinitions"]["parameters"]
+    return parameters_of([specification])
 
 
 def preset(directory: Path, **values: Any) -> str:
@@ -42,39 +43,33 @@ def preset(directory: Path, **values: Any) -> str:
 
 
 def test_a_preset_file_has_shared_keys_and_a_section_per_stage(tmp_path: Path, parameters: dict[str, Any]) -> None:
-    path = preset(tmp_path, seed=7, distill={"max_steps": 5}, finetune_max_steps=6)
-    assert read_arguments([path], [], list(parameters)) == PLACES | {
-        "seed": 7,
-        "distill_max_steps": 5,
-        "finetune_max_steps": 6,
-    }
+    path = preset(tmp_path, seed=7, distill={"max_steps": 5}, cluster={"retries": 9})
+    request = read_request([path], [], parameters)
+    assert request.arguments == PLACES
+    assert request.document == {"seed": 7, "distill.max_steps": 5}
+    assert request.cluster.retries == 9
 
 
 def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
     tmp_path: Path, parameters: dict[str, Any]
 ) -> None:
     path = preset(tmp_path, seed=7, prune={"num_hidden_layers": 3, "hidden_size": 32})
-    settings = ["prune.num_hidden_layers=null", "prune.drop_layers=[2, 3]", "prune_hidden_size=48", "corpus=a=b"]
-    assert read_arguments([path], settings, list(parameters)) == {
-        "teacher": "teacher",
-        "corpus": "a=b",
-        "seed": 7,
-        "prune_drop_layers": [2, 3],
-        "prune_hidden_size": 48,
-    }
+    settings = ["prune.num_hidden_layers=null", "prune.drop_layers=[2, 3]", "prune.hidden_size=48", "corpus=a=b"]
+    request = read_request([path], settings, parameters)
+    assert request.arguments == {"teacher": "teacher", "corpus": "a=b"}
+    assert request.document == {"seed": 7, "prune.drop_layers": [2, 3], "prune.hidden_size": 48}
 
 
-def test_arguments_get_the_types_that_kubeflow_insists_on(parameters: dict[str, Any]) -> None:
-    given = {"distill_learning_rate": "1e-3", "distill_max_steps": 4.0, "finetune_weight_decay": 1, "distill_cpu": 2}
-    checked = check_arguments(PLACES | given, parameters)
-    values = {name: checked[name] for name in given}
-    assert values == {
-        "distill_learning_rate": 0.001,
-        "distill_max_steps": 4,
-        "finetune_weight_decay": 1.0,
-        "distill_cpu": "2",
-    }
-    assert [type(value) for value in values.values()] == [float, int, float, str]
+def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    """YAML reads 1e-3, without a point, as text; Kubeflow insists on its parameters' types."""
+    settings = ["distill.learning_rate=1e-3", "distill.cpu=2", "experiment=7", "tracking_uri=http://m"]
+    request = read_request([preset(tmp_path)], settings, parameters)
+    arguments = checked_arguments(request, parameters)
+    document = arguments.pop("settings")
+    assert arguments == PLACES | {"experiment": "7", "tracking_uri": "http://m"}
+    plan = make_plan(merge(document, PLACES))
+    assert document == {"distill": {"learning_rate": "1e-3", "cpu": 2}}
+    assert plan.resources["distill"].cpu == "2" and plan.stages["distill"].model_dump()["learning_rate"] == 0.001
 
 
 @pytest.mark.parametrize(
@@ -82,9 +77,14 @@ def test_arguments_get_the_types_that_kubeflow_insists_on(parameters: dict[str, 
     [
         ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
         ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
-        ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill."),
+        ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill"),
         ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
-        ({"teacher": None}, "teacher: missing; give it in the preset or by --set teacher=…"),
+        ({"teacher": None}, "teacher: missing; give it a value"),
+        ({"tracking_uri": None}, "tracking_uri: missing; give it in the preset or by --set tracking_uri=…"),
+        ({"distill": {"seed": 1}}, "distill.seed: all stages have the same; set seed"),
+        ({"distill": 5}, "distill: found 5, not a section; write distill: {setting: value}"),
+        ({"distill": {"memory": "much"}}, "distill.memory: String should match pattern"),
+        ({"distill": {"gpus": -1}}, "distill.gpus: Input should be greater than or equal to 0 (found -1)"),
         ({"distill": {"gpus": "two"}}, "distill.gpus: Input should be a valid integer"),
         ({"evaluate": {"tasks": "mmlu"}}, "evaluate.tasks: Input should be a valid list (found 'mmlu')"),
         ({"prune": {"num_hidden_layers": 2, "drop_layers": [1]}}, "prune: drop_layers and num_hidden_layers are both"),
@@ -95,22 +95,16 @@ def test_a_bad_preset_is_refused(
     tmp_path: Path, parameters: dict[str, Any], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_arguments(read_arguments([preset(tmp_path, **values)], [], list(parameters)), parameters)
+        values = {"tracking_uri": "http://m"} | values
+        checked_arguments(read_request([preset(tmp_path, **values)], [], parameters), parameters)
     assert str(refused.value).startswith(message)
 
 
-def test_kfp_local_gets_no_parameter_without_a_value_and_no_retry(specification: dict[str, Any]) -> None:
-    local.adapt(specification, PLACES | {"prune_hidden_size": 32})
-    root, tasks = specification["root"]["inputDefinitions"]["parameters"], specification["root"]["dag"]["tasks"]
-    assert "prune_hidden_size" in root and "prune_num_hidden_layers" not in root and "tracking_uri" not in root
-    for task in tasks.values():
-        component = specification["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]
-        inputs = task["inputs"]["parameters"]
-        assert "retryPolicy" not in task and "tracking_uri" not in inputs and "tracking_uri" not in component
-        assert all(source.get("componentInputParameter", "seed") in root for source in inputs.values())
-        assert all(name in inputs or "defaultValue" in entry for name, entry in component.items())
-    assert "hidden_size" in tasks["prune"]["inputs"]["parameters"]
-    assert "num_hidden_layers" not in tasks["prune"]["inputs"]["parameters"]
+def test_kfp_local_gets_no_retry_and_no_environment(specification: dict[str, Any]) -> None:
+    local.adapt(specification)
+    assert all("retryPolicy" not in task for task in specification["root"]["dag"]["tasks"].values())
+    executors = specification["deploymentSpec"]["executors"].values()
+    assert executors and all("env" not in executor["container"] for executor in executors)
 
 
 def test_of_the_output_only_the_stages_own_lines_remain() -> None:

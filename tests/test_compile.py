@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
-from kfp import compiler
 
 from minitron.components.images import TRAINER
 from minitron.pipelines.compress import COMPILED, compress
 from minitron.pipelines.promote import promote
 from minitron.pipelines.retrain import retrain
-from minitron.presets import compiled_pipeline, configured, dags
+from minitron.pipelines.tasks import write_compiled
+from minitron.compiled import compiled_pipeline, configured, dags
 from minitron.settings import ClusterConfig
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
+GPU_STAGES = ["finetune", "prune", "distill", "evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def documents() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("pipeline", [compress, promote, retrain], ids=lambda pipeline: pipeline.name)
 def test_the_golden_is_what_the_source_compiles_to(pipeline: Any, tmp_path: Path) -> None:
-    compiler.Compiler().compile(pipeline, str(tmp_path / "compiled.yaml"))
+    write_compiled(pipeline, tmp_path / "compiled.yaml")
     golden = COMPILED.with_name(f"{pipeline.name}.yaml")
     assert (tmp_path / "compiled.yaml").read_text() == golden.read_text(), "run 'make compile'"
 
@@ -36,7 +37,7 @@ def test_retraining_is_compress_between_decisions_with_an_end() -> None:
     specification, platform = compiled_pipeline("retrain")
     tasks = [dag["dag"]["tasks"] for dag in dags(specification)]
     assert {name for found in tasks for name in found} == {
-        *STAGES, "resolve", "promote", "conclude", "compress", "exit-handler-1", "condition-2",
+        *STAGES, "plan", "resolve", "promote", "conclude", "compress", "exit-handler-1", "condition-2",
     }  # fmt: skip
     condition = next(found["condition-2"]["triggerPolicy"]["condition"] for found in tasks if "condition-2" in found)
     assert condition == "inputs.parameter_values['pipelinechannel--resolve-Output'] == true"
@@ -44,7 +45,9 @@ def test_retraining_is_compress_between_decisions_with_an_end() -> None:
     configured([specification, platform], settings)
     executors = specification["deploymentSpec"]["executors"]
     executed = [task for found in tasks for name, task in found.items() if f"exec-{name}" in executors]
-    assert len(executed) == 9 and all(task["retryPolicy"]["maxRetryCount"] == 7 for task in executed)
+    retried = [task for task in executed if "retryPolicy" in task]
+    assert len(executed) == 10 and len(retried) == 9, "all but plan, which says at once what is wrong"
+    assert all(task["retryPolicy"]["maxRetryCount"] == 7 for task in retried)
     kubernetes = platform["platforms"]["kubernetes"]
     for executor in kubernetes["deploymentSpec"]["executors"].values():
         assert executor["activeDeadlineSeconds"] == "7200" and executor["podMetadata"]["labels"]["team"] == "llm"
@@ -67,37 +70,43 @@ def test_the_flow(documents: list[dict[str, Any]]) -> None:
     tasks = documents[0]["root"]["dag"]["tasks"]
     dependencies = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
     assert dependencies == {
-        "prepare": set(),
-        "finetune": {"prepare"},
-        "prune": {"prepare", "finetune"},
-        "distill": {"prepare", "finetune", "prune"},
-        "evaluate": {"prepare", "finetune", "prune", "distill"},
-        "register": {"prepare", "distill", "evaluate"},
+        "plan": set(),
+        "prepare": {"plan"},
+        "finetune": {"plan", "prepare"},
+        "prune": {"plan", "prepare", "finetune"},
+        "distill": {"plan", "prepare", "finetune", "prune"},
+        "evaluate": {"plan", "prepare", "finetune", "prune", "distill"},
+        "register": {"plan", "prepare", "distill", "evaluate"},
     }
 
 
 def test_every_task_has_its_image_gpus_memory_retries_and_no_kfp_cache(documents: list[dict[str, Any]]) -> None:
+    """All limits are text from the plan: Kubeflow's driver reads an accelerator count with GetStringValue()."""
     specification, platform = documents
-    parameters = specification["root"]["inputDefinitions"]["parameters"]
-    assert parameters["image"]["defaultValue"] == TRAINER
+    outputs = specification["components"]["comp-plan"]["outputDefinitions"]["parameters"]
+    assert specification["root"]["inputDefinitions"]["parameters"]["trainer_image"]["defaultValue"] == TRAINER
     for stage in STAGES:
-        container = specification["deploymentSpec"]["executors"][f"exec-{stage}"]["container"]
-        resources = container["resources"]
+        resources = specification["deploymentSpec"]["executors"][f"exec-{stage}"]["container"]["resources"]
         task = specification["root"]["dag"]["tasks"][stage]
-        assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
-        assert f"{stage}_gpus" in str(task["inputs"]["parameters"])
-        assert parameters[f"{stage}_gpus"]["defaultValue"] == (0 if stage in ("prepare", "register") else 1)
-        for limit, parameter in (("Cpu", "cpu"), ("Memory", "memory")):
-            wanted = {f"resource{limit}Request", f"resource{limit}Limit"}
-            assert wanted <= resources.keys() and f"{stage}_{parameter}" in str(task["inputs"]["parameters"])
+        limits = {"cpu": resources["resourceCpuLimit"], "memory": resources["resourceMemoryLimit"]}
+        if stage in GPU_STAGES:
+            assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
+            limits["gpus"] = resources["accelerator"]["resourceCount"]
+        for name, limit in limits.items():
+            channel = f"pipelinechannel--plan-{stage}_{name}"
+            assert limit == f"{{{{$.inputs.parameters['{channel}']}}}}"
+            source = {"outputParameterKey": f"{stage}_{name}", "producerTask": "plan"}
+            assert task["inputs"]["parameters"][channel] == {"taskOutputParameter": source}
+            assert outputs[f"{stage}_{name}"] == {"parameterType": "STRING"}
+        assert ("accelerator" in resources) == (stage in GPU_STAGES)
         assert task["retryPolicy"] == {
             "maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "2592000s",
         }  # fmt: skip
         assert not task["cachingOptions"].get("enableCache", False)
         settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{stage}"]
-        assert settings["emptyDirMounts"][0] | {"sizeLimit": ""} == {
-            "medium": "Memory", "mountPath": "/dev/shm", "volumeName": "shared-memory", "sizeLimit": "",
-        }  # fmt: skip
+        mounts = [mount | {"sizeLimit": ""} for mount in settings.get("emptyDirMounts", [])]
+        memory = {"medium": "Memory", "mountPath": "/dev/shm", "volumeName": "shared-memory", "sizeLimit": ""}
+        assert mounts == ([memory] if stage in GPU_STAGES else [])
 
 
 def test_every_task_has_volume_credentials_labels_and_an_end(documents: list[dict[str, Any]]) -> None:
@@ -107,20 +116,23 @@ def test_every_task_has_volume_credentials_labels_and_an_end(documents: list[dic
     def parameter(name: str) -> dict[str, str]:
         return {"componentInputParameter": name}
 
-    for stage in STAGES:
+    def planned(name: str) -> dict[str, Any]:
+        return {"taskOutputParameter": {"outputParameterKey": name, "producerTask": "plan"}}
+
+    for stage in ["plan", *STAGES]:
         settings = kubernetes["deploymentSpec"]["executors"][f"exec-{stage}"]
         (volume,) = settings["pvcMount"]
         assert volume["mountPath"] == "/workspace" and volume["pvcNameParameter"] == parameter("workspace_claim")
         (secret,) = settings["secretAsEnv"]
-        assert secret["optional"] and secret["secretNameParameter"] == parameter("secret")
+        assert secret["optional"] and secret["secretNameParameter"] == parameter("credentials_secret")
         assert settings["imagePullSecret"] == [{"secretNameParameter": parameter("image_pull_secret")}]
         assert settings["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
         assert int(settings["activeDeadlineSeconds"]) == 168 * 3600
-        on_gpu_nodes = stage not in ("prepare", "register")
+        on_gpu_nodes = stage in GPU_STAGES
         assert ("tolerations" in settings, "nodeSelector" in settings) == (on_gpu_nodes, on_gpu_nodes)
         if on_gpu_nodes:
-            assert settings["tolerations"] == [{"tolerationJson": parameter("gpu_tolerations")}]
-            assert settings["nodeSelector"] == {"nodeSelectorJson": parameter("gpu_node_selector")}
+            assert settings["tolerations"] == [{"tolerationJson": planned("gpu_tolerations")}]
+            assert settings["nodeSelector"] == {"nodeSelectorJson": planned("gpu_node_selector")}
 
 
 @pytest.mark.parametrize("pipeline", ["compress", "promote", "retrain"])
@@ -156,3 +168,8 @@ def test_compiling_imports_no_heavy_package() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("pipeline", "most"), [("compress", 900), ("retrain", 1400)])
+def test_the_compiled_pipeline_is_short_enough_to_read(pipeline: str, most: int) -> None:
+    assert len(COMPILED.with_name(f"{pipeline}.yaml").read_text().splitlines()) < most

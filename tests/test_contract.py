@@ -1,24 +1,28 @@
 """Components, pipeline, presets and README say the same as the configuration models."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from minitron import components, origin
+from minitron import components, plan
 from minitron.config import STAGES, TASKS, parse
+from minitron.document import make_plan, merge
 from minitron.errors import ConfigError
-from minitron.parameters import parameter_table
+from minitron.parameters import reference_page
 from minitron.pipelines.compress import compress
+from minitron.pipelines.promote import promote
 from minitron.pipelines.retrain import retrain
-from minitron.presets import compiled_pipeline, pipelines_directory, read_arguments, stage_values
+from minitron.presets import pipelines_directory, read_preset
+from minitron.settings import SETTINGS
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))
 REPOSITORY = Path(__file__).parent.parent
-SHARED = {"teacher", "corpus", "sequence_length", "seed", "engine", "tracking_uri", "experiment", "caching"}
+REQUIRED = {"teacher": "/teacher", "corpus": "/corpus"}
 
 
 def test_the_components_are_the_stages_in_the_order_of_the_flow() -> None:
@@ -26,75 +30,57 @@ def test_the_components_are_the_stages_in_the_order_of_the_flow() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_component_has_the_parameters_and_defaults_of_its_config(stage: str) -> None:
+def test_a_component_takes_inputs_settings_and_where_it_reports(stage: str) -> None:
     inputs = getattr(components, stage).component_spec.inputs
     fields = STAGES[stage].model_fields
-    assert inputs.keys() == fields.keys() - {"output"}
+    assert inputs.keys() == fields.keys() - SETTINGS[stage].model_fields.keys() - {"output"} | {"settings"}
+    assert inputs["settings"].default == {}
     for name, entry in inputs.items():
         if entry.type.startswith("system."):
             assert name in ARTIFACTS and fields[name].is_required()
-        else:
-            expected = None if fields[name].is_required() else fields[name].default
-            assert entry.default == expected, name
-            assert entry.optional != fields[name].is_required(), name
+        elif name != "settings":
+            assert entry.optional != fields[name].is_required() or name == "tracking_uri", name
+            assert entry.default == (fields[name].default if entry.optional else None), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_component_passes_every_value_on_under_its_own_name(stage: str) -> None:
-    """What the component's body hands to the stage are its parameters, each under its own name."""
     component = getattr(components, stage)
-    received: dict[str, Any] = {}
-    source = inspect.getsource(component.python_func)
-    names = component.component_spec.inputs
-    for name, entry in names.items():
-        wanted = f"{name}={name}.path" if entry.type.startswith("system.") else f"{name}={name}"
-        assert f"{wanted}," in source or f"{wanted}\n" in source, name
-        received[name] = wanted
-    assert received and f'"{stage}"' in source
+    (call,) = re.findall(r"launch\((.*?)\n    \)", inspect.getsource(component.python_func), re.DOTALL)
+    name, metrics, settings, *passed = [" ".join(part.split()) for part in call.strip().rstrip(",").split(",")]
+    assert (name, metrics, settings) == (f'"{stage}"', "metrics", "settings")
+    inputs = component.component_spec.inputs
+    wanted = {f"{name}={name}.path" if entry.type.startswith("system.") else f"{name}={name}"
+              for name, entry in inputs.items() if name != "settings"}  # fmt: skip
+    assert {part for part in passed if not part.startswith("output=")} == wanted
 
 
-def test_resolve_gets_every_setting_that_decides_the_weights_as_compress_does() -> None:
-    inputs, offered = components.resolve.component_spec.inputs, compress.component_spec.inputs
-    others = {*TASKS["resolve"].model_fields} - {"settings", "output", "caching", "gpus", "seed"}
-    assert inputs.keys() - others == set(origin.parameters())
-    for name in origin.parameters():
-        assert (inputs[name].type, inputs[name].default) == (offered[name].type, offered[name].default), name
+@pytest.mark.parametrize("pipeline", [compress, retrain, promote], ids=lambda pipeline: pipeline.name)
+def test_the_run_form_is_short_and_every_parameter_is_described(pipeline: Any) -> None:
+    parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    assert len(parameters) <= 25
+    assert all(entry.description for entry in parameters.values())
 
 
-def test_retrain_offers_what_compress_does_and_leaves_nothing_out() -> None:
-    """Inside a condition Kubeflow cannot leave a parameter out: each has a value, one that stands for the default."""
-    inputs, offered = retrain.component_spec.inputs, compress.component_spec.inputs
-    assert inputs.keys() == offered.keys() - {"evaluate_champion"}
-    assert {name for name, entry in inputs.items() if entry.default is None} == {"teacher", "corpus", "tracking_uri"}
-    values = {name: entry.default for name, entry in inputs.items()}
-    for stage, model in STAGES.items():
-        for name, field in model.model_fields.items():
-            if f"{stage}_{name}" in values and field.default is None:
-                assert name not in stage_values(stage, values), f"{stage}_{name}"
+def test_retrain_has_the_form_of_compress_without_the_champion_that_it_looks_up() -> None:
+    offered, inputs = compress.component_spec.inputs, retrain.component_spec.inputs
+    assert inputs.keys() == offered.keys() - {"champion"}
+    for name, entry in inputs.items():  # a condition hands on no parameter that has no value
+        assert entry.default is not None or name == "tracking_uri"
+        assert entry.default == offered[name].default
+
+
+def test_the_plan_hands_on_what_the_component_declares() -> None:
+    outputs = plan._outputs(make_plan(REQUIRED))
+    declared = components.plan.component_spec.outputs
+    assert outputs.keys() == declared.keys() - {"planned", "report"}
+    kinds = {"String": str, "Dict": dict, "List": list}
+    assert all(isinstance(outputs[name], kinds[declared[name].type]) for name in outputs)
 
 
 def test_a_component_is_a_short_declaration() -> None:
     for stage in STAGES:
         assert len((REPOSITORY / "components" / f"{stage}.py").read_text().splitlines()) <= 60, stage
-
-
-def test_the_pipeline_offers_every_setting_with_its_default() -> None:
-    inputs = compress.component_spec.inputs
-    for stage, model in STAGES.items():
-        for name, field in model.model_fields.items():
-            if name in {"output", "workspace", "pipeline_run_id", "teacher_before"} | (ARTIFACTS - {"teacher"}):
-                continue
-            parameter = name if name in SHARED else f"{stage}_{name}"
-            if name == "gpus":  # a task has one by default where it computes; a stage run by hand checks nothing
-                assert inputs[parameter].default == (0 if stage in ("prepare", "register") else 1)
-                continue
-            expected = "nemo" if name == "engine" else None if field.is_required() else field.default
-            assert inputs[parameter].default == expected, parameter
-
-
-def test_every_pipeline_parameter_is_documented() -> None:
-    documented = inspect.getdoc(compress.pipeline_func) or ""
-    assert [name for name in compress.component_spec.inputs if f"\n    {name}: " not in documented] == []
 
 
 def test_presets_are_those_promised() -> None:
@@ -111,11 +97,9 @@ def test_presets_are_those_promised() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_valid_for_every_stage(preset: str) -> None:
-    known = list(compiled_pipeline("compress")[0]["root"]["inputDefinitions"]["parameters"])
-    arguments = read_arguments([preset], [], known)
-    for stage in STAGES:
-        parse(stage, stage_values(stage, arguments))
+def test_a_preset_is_valid(preset: str) -> None:
+    document = merge(REQUIRED, read_preset(preset))
+    make_plan({key: value for key, value in document.items() if key != "samples" and not key.startswith("cluster.")})
 
 
 @pytest.mark.parametrize(
@@ -129,8 +113,7 @@ def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any])
     values = yaml.safe_load((pipelines_directory() / "presets" / f"{preset}.yaml").read_text())
     assert values["sequence_length"] == 8192
     assert values["prune"] == cut | {"calibration_sequences": 1024}
-    flat = {"engine": "nemo"} | {f"distill_{name}": value for name, value in values["distill"].items()}
-    training = parse("distill", stage_values("distill", flat))
+    training = make_plan(merge(values)).stages["distill"]
     expected = {
         "max_steps": 30, "global_batch_size": 128, "micro_batch_size": 4, "learning_rate": 1e-4,
         "min_learning_rate": 1e-5, "warmup_steps": 2, "validation_interval": 10, "validation_sequences": 5 * 128,
@@ -139,13 +122,15 @@ def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any])
     assert {name: getattr(training, name) for name in expected} == expected
 
 
-def test_the_readme_has_the_parameter_table() -> None:
-    assert parameter_table() in (REPOSITORY / "README.md").read_text(), "run 'python -m minitron.parameters'"
+def test_the_parameter_reference_is_what_the_models_say() -> None:
+    page = REPOSITORY / "docs" / "reference" / "parameters.md"
+    assert page.read_text() == reference_page(), "run 'make docs'"
 
 
-@pytest.mark.parametrize("task", ["resolve", "promote", "register"])
+@pytest.mark.parametrize("task", ["promote", "register"])
 @pytest.mark.parametrize("name", ["a/b", "a@b", "it's"])
 def test_a_name_that_the_registry_cannot_address_is_refused(task: str, name: str) -> None:
     required = {field: "x" for field, info in (STAGES | TASKS)[task].model_fields.items() if info.is_required()}
-    with pytest.raises(ConfigError, match=f"{task}.name: .*found"):
-        parse(task, required | {"name": name} | ({"settings": {}} if task == "resolve" else {}))
+    key = "name" if task == "register" else "model_name"
+    with pytest.raises(ConfigError, match=f"{task}.{key}: .*found"):
+        parse(task, required | {key: name})
