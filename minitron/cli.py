@@ -25,7 +25,12 @@ from minitron.presets import CLUSTER, SAMPLES, check_arguments, compiled_pipelin
 if TYPE_CHECKING:
     from minitron.promote import Promotion
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts have brackets of their own: gs://bucket[/prefix]
+)
 
 Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
 Presets = Annotated[
@@ -332,7 +337,7 @@ def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return summary.make_console(200)
 
 
 def _when(moment: Any) -> str:
