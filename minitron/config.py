@@ -23,9 +23,6 @@ INPUT = "input"
 HUB_DATASET = "hub dataset"
 """Marks an input whose hf:// address names a dataset, read over the network: its commit stands for its content."""
 
-MODEL = "model"
-"""Marks an input that is the address of a model: minitron/sources.py fetches it."""
-
 EXECUTION = "execution"
 """Marks a field that says where and how to run: it has no influence on the result."""
 
@@ -39,7 +36,7 @@ Place = Annotated[Path, PlainSerializer(address)]
 """A directory of this machine or, where `address` gives gs://, of a bucket."""
 
 InputPath = Annotated[Place, INPUT]
-ModelAddress = Annotated[str, INPUT, MODEL]
+ModelAddress = Annotated[str, INPUT]
 RegisteredName = Annotated[str, Field(pattern=r"^[^/:@'\"]+$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
@@ -254,7 +251,7 @@ class EvaluateConfig(SequenceConfig):
     out_of_domain: Annotated[str | None, INPUT, HUB_DATASET] = Field(
         None, description="Text of another kind than the corpus, addressed as it is: what compression lost elsewhere."
     )
-    champion: Annotated[str | None, INPUT, MODEL] = Field(
+    champion: Annotated[str | None, INPUT] = Field(
         None, description="Model in production to compare with, measured on the same test set: models:/NAME@champion."
     )
     gates: list[Gate] = Field(
