@@ -47,6 +47,7 @@ lint: setup ## ruff, ruff format, mypy, hadolint
 	$(BIN)/ruff check $(MODULES)
 	$(BIN)/ruff format --check $(MODULES)
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 	$(BIN)/hadolint images/*.Dockerfile tests/images/*.Dockerfile
 
 compile: setup ## rewrite the compiled pipelines beside their sources

@@ -8,6 +8,7 @@ deduplicating, splitting, tokenising, writing. Left out is what a start costs, w
 tokenizer (neither side does) and hashing the teacher. Both have all cores. They take turns.
 """
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -22,20 +23,22 @@ from minitron.corpus import Corpus
 from minitron.prepare import Selection, write
 from minitron.tracking import Tracker
 
-RUNS = 7
-
 
 def main() -> None:
     """Measure both sides and print the ratio of their medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", choices=("tiny", "demo"), default="demo", help="whose corpus and tokenizer")
+    parser.add_argument("--runs", type=int, default=7)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        paths = samples.build("demo", directory)
+        paths = samples.build(arguments.sample, directory)
         config = PrepareConfig(output=directory, corpus=str(paths["corpus"]), teacher=str(paths["teacher"]))
         sides = {"prepare": _prepare(config), "encode_batch": _bare(config, "encode_batch")}
         sides["encode_batch_fast"] = _bare(config, "encode_batch_fast")
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         tokens = {side: measure() for side, measure in sides.items()}  # the first turn warms up
-        for _ in range(RUNS):
+        for _ in range(arguments.runs):
             for side, measure in sides.items():
                 started = time.perf_counter()
                 measure()
@@ -44,16 +47,18 @@ def main() -> None:
     speeds = {side: tokens[side] / statistics.median(runs) for side, runs in seconds.items()}
     ratio = speeds["prepare"] / speeds["encode_batch"]
     figures = {f"{side}_tokens_per_second": round(speed) for side, speed in speeds.items()}
-    print(json.dumps({"claim": "prepare_over_tokenizer", "value": round(ratio, 3), "runs": RUNS} | figures))
+    claim = {"claim": "prepare_over_tokenizer", "value": round(ratio, 3), "runs": arguments.runs}
+    print(json.dumps(claim | figures))
 
 
 def _prepare(config: PrepareConfig) -> Callable[[], int]:
     tokenizer = load_tokenizer(Path(config.teacher))
+    tracker = Tracker({"stage": "prepare", "key": "key", "inputs": {}})
 
     def measure() -> int:
         selection = Selection(Corpus(config.corpus, config.text_field), config)
         with tempfile.TemporaryDirectory() as directory:
-            tokens = write(selection, tokenizer, Path(directory), Tracker())
+            tokens = write(selection, tokenizer, Path(directory), tracker)
         return sum(tokens.values()) - sum(map(len, selection.digests.values()))
 
     return measure

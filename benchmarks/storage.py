@@ -80,7 +80,11 @@ def both_ways(model: dict[str, Path], directory: Path) -> dict[str, dict[str, Ca
             transfer_manager.download_chunks_concurrently(blob, str(path), CHUNK, **OPTIONS)
 
     def clean(prefix: str) -> Callable[[], None]:
-        return lambda: [blob.delete() for blob in bucket.list_blobs(prefix=prefix)] and None
+        def delete_all() -> None:
+            for blob in bucket.list_blobs(prefix=prefix):
+                blob.delete()
+
+        return delete_all
 
     def renew() -> None:
         shutil.rmtree(target, ignore_errors=True)
@@ -99,7 +103,7 @@ def both_ways(model: dict[str, Path], directory: Path) -> dict[str, dict[str, Ca
     }
 
 
-def _after(prepare: Callable[[], None], move: Callable[[], None]) -> Callable[[], float]:
+def _after(prepare: Callable[[], None], move: Callable[[], object]) -> Callable[[], float]:
     """Return a function that moves a model, in a place that is prepared, and returns the seconds that it takes."""
 
     def timed() -> float:

@@ -4,7 +4,7 @@ ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 USER 0
 
-COPY pyproject.toml README.md constraints.txt /build/minitron/
+COPY pyproject.toml LICENSE README.md constraints.txt /build/minitron/
 COPY minitron /build/minitron/minitron
 COPY components /build/minitron/components
 COPY pipelines /build/minitron/pipelines

@@ -5,7 +5,7 @@ ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE_IMAGE}
 USER 0
 
-COPY pyproject.toml README.md constraints.txt /build/minitron/
+COPY pyproject.toml LICENSE README.md constraints.txt /build/minitron/
 COPY images/install.py /build/minitron/images/
 COPY minitron /build/minitron/minitron
 COPY components /build/minitron/components

@@ -34,7 +34,12 @@ from minitron.settings import RESOURCES, GpuResources
 if TYPE_CHECKING:
     from minitron.promote import Promotion
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts have brackets of their own: gs://bucket[/prefix]
+)
 
 Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
 Presets = Annotated[
@@ -346,7 +351,7 @@ def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return summary.make_console(200)
 
 
 def _when(moment: Any) -> str:

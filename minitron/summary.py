@@ -28,7 +28,7 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
         tracking_uri: where the run was logged.
     """
     found: dict[str, Any] = {"pipeline": pipeline}
-    console = Console(width=None if Console().is_terminal else 120)
+    console = make_console(120)
     pages = []
     if (outputs := _outputs(results)).keys() == STAGES.keys():
         evaluation = _read(outputs["evaluate"] / "evaluation.json")
@@ -46,6 +46,15 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
         shutil.copyfile(page, work_dir / REPORT)
         console.print(f"report:     {work_dir / REPORT}", soft_wrap=True)
     console.print(f"MLflow:     {_page(tracking_uri)}", soft_wrap=True)
+
+
+def make_console(width: int) -> Console:
+    """Return what tables are printed on; brackets and colons of names and paths stay as they are.
+
+    Args:
+        width: columns, where the output is no terminal.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
 
 
 def _outputs(results: Path) -> dict[str, Path]:

@@ -15,6 +15,12 @@ def measured(name: str, *options: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def test_prepare_is_measured_against_the_bare_tokenizer() -> None:
+    """On the tiny corpus, once: that it runs, and that both sides come to the same tokens."""
+    found = measured("prepare.py", "--sample", "tiny", "--runs", "1")
+    assert found["claim"] == "prepare_over_tokenizer" and found["value"] > 0, found
+
+
 def test_transfers_are_nearly_as_fast_as_the_bare_library() -> None:
     """At full size the ratio is 0.9; here, of a small model and the medians of five turns, no less than half."""
     found = measured("storage.py", "--megabytes", "24", "--runs", "5")

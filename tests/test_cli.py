@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from minitron.config import STAGES
 from minitron.document import make_plan, merge
 from minitron.errors import ConfigError
 
+GROUP: Any = typer.main.get_command(cli.app)
 PLACES = {"teacher": "teacher", "corpus": "corpus"}
 
 
@@ -135,6 +137,25 @@ def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"stage": "prune", "exit_status": 2, "message": "hidden_size: too large"}')
     error = local._explain(str(tmp_path))
     assert (str(error), error.exit_status) == ("prune: hidden_size: too large", 2)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in sorted(GROUP.commands))])
+def test_help_names_every_option(command: list[str]) -> None:
+    done = CliRunner().invoke(cli.app, [*command, "--help"])
+    assert done.exit_code == 0, done.output
+    shown = GROUP.commands[command[0]] if command else GROUP
+    assert all(name in done.output for parameter in shown.params for name in parameter.opts if name.startswith("-"))
+
+
+def test_brackets_of_a_help_text_are_in_the_help() -> None:
+    assert "gs://bucket[/prefix]" in CliRunner().invoke(cli.app, ["doctor", "--help"]).output
+
+
+def test_brackets_and_colons_of_paths_and_messages_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["gs://bucket[/prefix]", "/runs/[red]/:smile:", "[/]"]
+    cli._print_table(["found [/]"], [[text] for text in texts])
+    cli._console().print(*texts)
+    assert capsys.readouterr().out.split() == ["found", "[/]", *texts, *texts]
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/deploy.md can be followed: its shell is correct, and what it names and calls is there."""
+"""What README.md and docs/ show is correct: shell, YAML, every `minitron` command; docs/deploy.md can be followed."""
 
 import re
 import shlex
@@ -8,11 +8,15 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 from deploy_guide import GUIDE, REPOSITORY, blocks, created_secrets, follow
 
 from minitron.cli import app
 
 CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule"}
+FENCE = re.compile(r"^```(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
+"""Language and content of a code block."""
+COMMAND = re.compile(r"^(?:.*\$\()?minitron ([^)\n]+)", re.MULTILINE)
 NAMED = re.compile(r"(?<![\w./:-])(?:manifests|images|docs|pipelines)/[\w./-]+")
 
 
@@ -22,20 +26,59 @@ def commands() -> dict[str, click.Command]:
     return group.commands  # type: ignore[union-attr, no-any-return]
 
 
-def minitron_lines() -> list[list[str]]:
-    """Read the `minitron` commands off the text, variables as they are."""
-    joined = "\n".join(blocks()).replace("\\\n", " ")
-    return [shlex.split(line)[1:] for line in joined.splitlines() if line.startswith("minitron ")]
+def pages() -> list[Path]:
+    return [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+def fences(*languages: str) -> list[str]:
+    """Return the content of all code blocks of these languages."""
+    found = [fence for page in pages() for fence in FENCE.findall(page.read_text())]
+    return [content for language, content in found if language in languages]
+
+
+def minitron_lines(*blocks: str) -> list[list[str]]:
+    """Read the `minitron` commands off the blocks, variables as they are."""
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in COMMAND.findall(joined)]
+
+
+def take(line: list[str]) -> None:
+    """Parse a command as `minitron` does, without running it."""
+    group = typer.main.get_command(app)
+    command = group if line[0].startswith("-") else commands()[line[0]]
+    arguments = line if command is group else line[1:]
+    try:
+        command.make_context("minitron", arguments)
+    except typer.Exit as done:  # of --help and --version
+        assert done.exit_code == 0
 
 
 def named_files() -> list[str]:
     return sorted({name.rstrip("./") for name in NAMED.findall(GUIDE.read_text())})
 
 
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: block.split("\n")[0][:40])
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    """A block without a language would be checked by nobody."""
+    text = page.read_text()
+    languages = [language for language, _ in FENCE.findall(text)]
+    assert set(languages) <= {"sh", "text", "yaml"}
+    assert 2 * len(languages) == sum(line.lstrip().startswith(("```", "~~~")) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("block", fences("sh"), ids=lambda block: block.split("\n")[0][:40])
 def test_the_shell_understands_it(block: str) -> None:
     done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("block", fences("yaml"), ids=lambda block: block.split("\n")[0][:40])
+def test_yaml_is_yaml(block: str) -> None:
+    assert yaml.safe_load(block)
+
+
+def test_commands_are_only_in_blocks_of_shell() -> None:
+    assert minitron_lines(*fences("text", "yaml")) == []
 
 
 def test_every_command_runs_and_every_variable_is_set_before_it_is_used() -> None:
@@ -50,20 +93,24 @@ def test_what_it_names_exists(name: str) -> None:
     assert (REPOSITORY / name).exists()
 
 
-@pytest.mark.parametrize("line", minitron_lines(), ids=lambda line: " ".join(line[:2]))
-def test_minitron_takes_its_commands(line: list[str]) -> None:
-    """Parse as the command does, without running it: unknown commands and flags, and missing ones, end here."""
-    command = commands()[line[0]]
-    command.make_context(line[0], line[1:])
+@pytest.mark.parametrize("line", minitron_lines(*fences("sh")), ids=lambda line: " ".join(line[:2]))
+def test_minitron_takes_its_commands(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown commands and flags, and missing ones, end here."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # as the text says
+    take(line)
 
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
     with pytest.raises(Exception, match="--frobnicate"):
-        commands()["run"].make_context("run", ["compress", "--preset", "tiny", "--frobnicate"])
+        take(["run", "compress", "--preset", "tiny", "--frobnicate"])
 
 
 def test_the_guide_uses_all_that_talk_to_a_cluster() -> None:
-    assert {line[0] for line in minitron_lines()} == CLUSTER_COMMANDS
+    assert {line[0] for line in minitron_lines(*blocks())} == {"--version", *CLUSTER_COMMANDS}
+
+
+def test_the_docs_show_every_command() -> None:
+    assert {line[0] for line in minitron_lines(*fences("sh"))} == {"--version", *commands()}
 
 
 def applied() -> list[Path]:
