@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 from conftest import new_version
 
-from minitron import claims, components, origin, pipeline_run, resolve
+from minitron import claims, origin, pipeline_run, resolve
 from minitron.config import ResolveConfig, parse
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect, experiment_id, search
 from minitron.promote import promote, rollback
 from minitron.registry import DECISION_TAG
-
-DEFAULTS = {name: components.resolve.component_spec.inputs[name].default for name in origin.parameters()}
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -27,10 +25,10 @@ def ask(mlflow_file: str, teacher: Path, tmp_path: Path) -> Ask:
     count = iter(range(100))
 
     def asked(settings: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
-        common = {"tracking_uri": mlflow_file, "experiment": tmp_path.name, "name": tmp_path.name}
+        common = {"tracking_uri": mlflow_file, "experiment": tmp_path.name, "model_name": tmp_path.name}
         common |= {"corpus": str(tmp_path / "corpus.txt"), "teacher": str(teacher)}
         common |= {"output": tmp_path / "resolved", "pipeline_run_id": f"run-{next(count)}"}
-        config = parse("resolve", common | {"settings": DEFAULTS | (settings or {})} | values)
+        config = parse("resolve", common | {"document": settings or {}} | values)
         assert isinstance(config, ResolveConfig)
         return resolve.run(config)
 
@@ -78,7 +76,7 @@ def test_what_has_changed_is_said(ask: Ask, mlflow_file: str, tmp_path: Path, wh
     version(mlflow_file, tmp_path.name, ask()["made_from"], "champion")
     if what == "corpus":
         (tmp_path / "corpus.txt").write_text("other text\n")
-    settings = {"setting": {"distill_max_steps": 31}, "unset": {"prune_hidden_size": 0}, "gpu": {"distill_gpus": 8}}
+    settings = {"setting": {"distill.max_steps": 31}, "unset": {"prune.hidden_size": None}, "gpu": {"distill.gpus": 8}}
     found = ask(settings.get(what))
     assert found["train"] == bool(changed)
     if changed:
@@ -112,7 +110,7 @@ def test_what_was_promoted_and_taken_back_by_hand_is_not_made_again(ask: Ask, ml
 def test_what_a_rival_has_just_made_is_not_made_again(
     ask: Ask, mlflow_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_from, claim = ask(name="other")["made_from"], claims.claim
+    made_from, claim = ask(model_name="other")["made_from"], claims.claim
 
     def after_the_rival(*arguments: Any) -> str | None:
         tags = {origin.TAG: json.dumps(made_from), DECISION_TAG: "it met its gates"}
@@ -124,7 +122,7 @@ def test_what_a_rival_has_just_made_is_not_made_again(
 
 
 def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
-    assert ask()["train"] and ask(name="another")["train"]
+    assert ask()["train"] and ask(model_name="another")["train"]
 
 
 @pytest.mark.parametrize("tag", ["my laptop", '["x"]'])

@@ -126,7 +126,8 @@ def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Pa
     done = minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
     assert done.returncode == 0, done.stderr
     assert aliases(directory) == {"challenger": 3, "champion": 1, "previous": 3}
-    again = minitron("run", "promote", "--set", f"name={NAME}", "--set", "version=3", "--work-dir", str(directory))
+    settings = ("--set", f"model_name={NAME}", "--set", "version=3")
+    again = minitron("run", "promote", *settings, "--work-dir", str(directory))
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"promoted: version 3 of {NAME} is the champion" in again.stdout
     assert aliases(directory) == {"challenger": 3, "champion": 3, "previous": 1}

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from deploy_guide import follow
 
-from minitron.presets import compiled_pipeline
+from minitron.settings import RESOURCES, GpuResources
 
 REPOSITORY = Path(__file__).parent.parent
-RESOURCES = {"pod": "pods", "pod_log": "pods/log", "event": "events", "custom_object": "trainjobs"}
+KINDS = {"pod": "pods", "pod_log": "pods/log", "event": "events", "custom_object": "trainjobs"}
 CALL = re.compile(r"(read|get|list|create|delete|patch|replace)_namespaced_(\w+)")
 VERBS = {"read": "get", "replace": "update"}
 
@@ -20,7 +20,7 @@ def asked(source: str) -> set[tuple[str, str]]:
     """Return resource and verb of every call of the Kubernetes client that reaches into a namespace."""
     names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     calls = [match for name in names if (match := CALL.fullmatch(name))]
-    return {(RESOURCES[match[2]], VERBS.get(match[1], match[1])) for match in calls}
+    return {(KINDS[match[2]], VERBS.get(match[1], match[1])) for match in calls}
 
 
 def allowed() -> set[tuple[str, str]]:
@@ -50,13 +50,12 @@ def option(command: list[str], name: str) -> str:
 
 def test_the_nodes_without_gpus_take_the_tasks_without_gpus() -> None:
     """A node of N CPUs has some less to give: a task that asks for N waits for ever."""
-    defaults = compiled_pipeline("compress")[0]["root"]["inputDefinitions"]["parameters"]
     match = re.fullmatch(r"e2-standard-(\d+)", option(["gcloud", "container", "clusters", "create"], "--machine-type"))
     assert match
     for stage in ("prepare", "register"):
-        assert defaults[f"{stage}_gpus"]["defaultValue"] == 0
-        assert int(match[1]) > int(defaults[f"{stage}_cpu"]["defaultValue"])
-        assert int(match[1]) * 4 * 0.85 > int(defaults[f"{stage}_memory"]["defaultValue"].removesuffix("Gi"))
+        assert not isinstance(RESOURCES[stage], GpuResources)
+        assert int(match[1]) > int(RESOURCES[stage].cpu)
+        assert int(match[1]) * 4 * 0.85 > int(RESOURCES[stage].memory.removesuffix("Gi"))
 
 
 @pytest.mark.parametrize("name", ["gke-gpu"])

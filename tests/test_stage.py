@@ -19,6 +19,7 @@ from minitron.config import PrepareConfig, parse
 from minitron.errors import ConfigError, RunError
 from minitron.results import CHECKPOINTS
 from minitron.storage import content_hash
+from minitron.validation import read_yaml
 
 
 class Counting:
@@ -402,7 +403,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes | None, message: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"config\.yaml: {message}$") as caught:
-        stage.read_yaml(path)
+        read_yaml(path)
     assert "\n" not in str(caught.value)
 
 

@@ -11,8 +11,9 @@ from docker.types import Mount
 from kfp import components, local
 from podman_support import run
 
+from minitron.compiled import checked_arguments, compiled_pipeline, parameters_of, read_request
 from minitron.local import adapt
-from minitron.presets import SAMPLES, check_arguments, compiled_pipeline, read_arguments
+from minitron.settings import RESOURCES, GpuResources
 
 USER = 1000
 LOCAL = "localhost/"
@@ -42,22 +43,20 @@ class Cluster:
     def run(self, **values: Any) -> Finished:
         """Run the preset tiny with these arguments over it."""
         documents = compiled_pipeline("compress")
-        arguments = self._arguments(documents[0], values)
+        arguments = self._arguments(documents, values)
         _name_images(documents[0], arguments)
-        adapt(documents[0], arguments)
+        adapt(documents[0])
         local.init(self._runner(), pipeline_root=str(self.results))
         components.load_component_from_text(yaml.safe_dump_all(documents))(**arguments)
         (results,) = self.results.iterdir()
         return Finished(results, self._started_images())
 
-    def _arguments(self, specification: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        parameters = specification["root"]["inputDefinitions"]["parameters"]
-        arguments = read_arguments(["tiny"], [], list(parameters))
-        del arguments[SAMPLES]
-        arguments |= {name: str(path) for name, path in self._inputs.items()}
-        laptop = {"engine": "hf", "tracking_uri": self._tracking_uri}
-        laptop |= {name: 0 for name in parameters if name.endswith("_gpus")}
-        return check_arguments(arguments | laptop | values, parameters)
+    def _arguments(self, documents: list[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+        parameters = parameters_of(documents)
+        laptop = {"engine": "hf", "tracking_uri": self._tracking_uri} | values
+        laptop |= {name: str(path) for name, path in self._inputs.items()}
+        laptop |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}
+        return checked_arguments(read_request(["tiny"], [], parameters, laptop), parameters)
 
     def _runner(self) -> local.DockerRunner:
         mounts = [Mount(str(path), str(path), type="bind", read_only=True) for path in self._inputs.values()]

@@ -47,6 +47,6 @@ def _check_registered(uri: str, directory: Path) -> None:
 )
 def test_an_image_that_cannot_run_the_task_leaves_no_result(cluster: Cluster, image: str, message: str) -> None:
     with pytest.raises((RuntimeError, ValueError, DockerException), match=message):
-        cluster.run(image=image)
+        cluster.run(trainer_image=image)
     assert not list(cluster.workspace.iterdir())
     assert not [path for path in cluster.results.rglob("*") if path.is_file()]
