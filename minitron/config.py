@@ -41,8 +41,9 @@ class PrepareConfig(PrepareSettings, StageConfig):
     """Corpus → deduplicated, split, tokenised dataset."""
 
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
+        min_length=1,
         description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
-        "or hf://dataset[/config]."
+        "or hf://dataset[/config].",
     )
     teacher: ModelAddress = Field(description="Model whose tokenizer is used; its address is finetune's.")
 

@@ -95,7 +95,7 @@ def _claim(core: Any, namespace: str) -> Check:
 
 
 def _secret(core: Any, namespace: str) -> Check:
-    wanted = _default("secret")
+    wanted = _default("credentials_secret")
     name = f"secret {wanted}"
     secret, problem = kube.look(lambda: core.read_namespaced_secret(wanted, namespace))
     if secret is None:

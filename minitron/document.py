@@ -127,9 +127,7 @@ def plan_of(config: PlanConfig) -> Plan:
     preset = read_preset(config.preset) if config.preset else {}
     flat = merge(preset, config.document, {key: value for key, value in form.items() if value})
     if sample := flat.pop(SAMPLES, None):
-        raise ConfigError(
-            f"preset {config.preset}: minitron run makes its inputs, {sample}, on your machine; use that"
-        )
+        raise ConfigError(f"preset {config.preset}: minitron run makes its inputs, {sample}, on your machine; use that")
     for key in [key for key in flat if key.startswith(f"{CLUSTER}.")]:
         print(f"warning: plan: {key} has no effect here; minitron submit and minitron schedule set it", flush=True)
         del flat[key]

@@ -25,7 +25,7 @@ Place = Annotated[Path, PlainSerializer(address)]
 """A directory of this machine or, where `address` gives gs://, of a bucket."""
 
 InputPath = Annotated[Place, INPUT]
-ModelAddress = Annotated[str, INPUT]
+ModelAddress = Annotated[str, INPUT, Field(min_length=1)]
 RegisteredName = Annotated[str, Field(pattern=r"^[^/:@'\"]+$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]

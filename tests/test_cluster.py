@@ -23,7 +23,7 @@ from minitron.errors import ConfigError
 from minitron.settings import ClusterConfig
 
 JOB = ["compress", "--preset", "nemo-tutorial-width", "--preset", "gke-spot", "--set", "corpus=gs://bucket/text"]
-JOB += ["--set", "teacher=hf://meta-llama/Llama-3.1-8B"]
+JOB += ["--set", "teacher=hf://meta-llama/Llama-3.1-8B", "--set", "tracking_uri=http://mlflow.minitron:5000"]
 NIGHTLY = ["schedule", *JOB, "--cron", "0 0 2 * * *", "--name", "nightly"]
 
 

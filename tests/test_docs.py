@@ -62,7 +62,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     """A block without a language would be checked by nobody."""
     text = page.read_text()
     languages = [language for language, _ in FENCE.findall(text)]
-    assert set(languages) <= {"sh", "text", "yaml"}
+    assert set(languages) <= {"python", "sh", "text", "yaml"}
     assert 2 * len(languages) == sum(line.lstrip().startswith(("```", "~~~")) for line in text.splitlines())
 
 
@@ -70,6 +70,12 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 def test_the_shell_understands_it(block: str) -> None:
     done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("block", fences("python"), ids=lambda block: block.split("\n")[0][:40])
+def test_python_is_python(block: str) -> None:
+    """tests/test_own_pipeline.py runs the README's."""
+    compile(block, "block", "exec")
 
 
 @pytest.mark.parametrize("block", fences("yaml"), ids=lambda block: block.split("\n")[0][:40])

@@ -164,7 +164,6 @@ def test_the_preset_has_settings_and_what_addresses_meant(found: dict[str, Any])
     assert values["teacher"] == "hf://org/base@c0ffee" and values["corpus"] == "gs://bucket/text"
     assert values["prepare"]["licence"] == "CC0: [all]" and values["prune"]["drop_layers"] == [1, 2]
     assert values["distill"]["max_steps"] == 7 and values["register"] == {
-        "gpus": 0,
         "name": "small",
         "alias": "challenger",
     }

@@ -419,7 +419,7 @@ def test_a_task_fails_with_a_status_and_a_note(
             )
     finally:
         signal.signal(signal.SIGTERM, before)
-    message = "prepare.teacher: missing; give it a value"
+    message = "prepare.teacher: String should have at least 1 character (found '')"
     assert caught.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
     assert json.loads((tmp_path / "failure.json").read_text()) == {
         "stage": "prepare",
