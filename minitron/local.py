@@ -15,6 +15,7 @@ import yaml
 
 from minitron.compiled import dags
 from minitron.errors import MinitronError, RunError
+from minitron.imports import many_imports
 from minitron.stage import failure_note, noted_failure
 from minitron.summary import PAGE, REPORT
 
@@ -30,7 +31,8 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
         MinitronError: a stage failed, with the stage's own message and exit status; the page of `conclude`, if the
             pipeline has that task, is the report then.
     """
-    from kfp import components, local
+    with many_imports():
+        from kfp import components, local
 
     adapt(documents[0])
     workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"

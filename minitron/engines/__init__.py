@@ -3,7 +3,10 @@
 import importlib
 from typing import Any
 
+from minitron.imports import many_imports
+
 
 def get(name: str) -> Any:
     """Return an engine's module, which has `train`; only the one that is used is imported."""
-    return importlib.import_module(f"minitron.engines.{name}")
+    with many_imports():
+        return importlib.import_module(f"minitron.engines.{name}")
