@@ -97,19 +97,6 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def together(*commands: list[str], timeout: float = 200) -> list[str]:
-    """Run commands at the same time and return what they print; if one fails, none of the others is left waiting."""
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * len(commands)
-    return outputs
-
-
 @contextmanager
 def serving(
     command: list[str], directory: Path, uri: str, environment: Mapping[str, str]

@@ -3,31 +3,29 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import forks
 from gcs import World
 
 from minitron.config import LARGE, STAGES
 from minitron.references import REFERENCE
 from minitron.storage import RECORD
 
-BIN = Path(sys.executable).parent
 SMALL = 60_000
 """Bytes: more than a reference and a record take."""
 
 
 def run(directory: Path, workspace: str, cache: Path, *arguments: str) -> dict[str, Path]:
-    """Run the preset tiny as a user does; return the directories of Kubeflow's artifacts."""
-    command = [str(BIN / "minitron"), "run", "compress", "--preset", "tiny", "--work-dir", str(directory)]
+    """Run the preset tiny; return the directories of Kubeflow's artifacts."""
+    command = ["run", "compress", "--preset", "tiny", "--work-dir", str(directory)]
     command += ["--set", f"workspace={workspace}", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment |= {"MINITRON_CACHE": str(cache)}
     shutil.rmtree(directory / "results", ignore_errors=True)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = forks.minitron(*command, environment=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert json.loads((directory / "summary.json").read_text())["student"]["parameters"] > 0
     return {path.parent.parent.name: path.parent for path in directory.glob(f"results/*/*/*/{RECORD}")}

@@ -1,14 +1,12 @@
 """Two pipeline runs that overlap do not make the same: claims on a real MLflow server and on a SQLite file."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
-from conftest import together
 
 from minitron import claims, pipeline_run
 from minitron.mlflow_client import connect, experiment_id
@@ -71,9 +69,9 @@ def test_a_run_that_is_gone_for_good_has_no_claim(mlflow_file: str, tmp_path: Pa
     first, second = (client.create_run(experiment_id(client, tmp_path.name)) for _ in range(2))
     assert claims.claim(client, first, ORIGIN) is None
     client.delete_run(first.info.run_id)
-    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", mlflow_file, "--run-ids", first.info.run_id]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow_file}
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+    command = ["-m", "mlflow", "gc", "--backend-store-uri", mlflow_file, "--run-ids", first.info.run_id]
+    done = forks.python(*command, environment=os.environ | {"MLFLOW_TRACKING_URI": mlflow_file})
+    assert done.returncode == 0, done.stderr
     assert claims.claim(client, second, ORIGIN) is None
 
 
@@ -95,10 +93,10 @@ for number in range(rounds):
 
 def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any, tmp_path: Path) -> None:
     """Twelve rounds, in which both wait for each other and then ask within the same milliseconds."""
-    command = [sys.executable, "-c", CLAIMANT, uri]
+    command = ["-c", CLAIMANT, uri]
     runs = [start("a").info.run_id, start("b").info.run_id]
-    outputs = together(*([*command, run, str(tmp_path), str(me), "12"] for me, run in enumerate(runs)))
-    answers = [output.split() for output in outputs]
+    ended = forks.together(*([*command, run, str(tmp_path), str(me), "12"] for me, run in enumerate(runs)))
+    answers = [done.stdout.split() for done in ended]
     assert [len(answer) for answer in answers] == [12, 12]
     assert all(sorted(pair) == ["0", "1"] for pair in zip(*answers, strict=True)), answers
 
@@ -121,8 +119,9 @@ for number, experiment in enumerate(experiments):
 
 def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client: Any, tmp_path: Path) -> None:
     experiments = [experiment_id(client, f"{tmp_path.name}-{number}") for number in range(4)]
-    command = [sys.executable, "-c", LEDGER, uri, str(tmp_path)]
-    answers = [output.split() for output in together(*([*command, str(me), *experiments] for me in range(3)))]
+    command = ["-c", LEDGER, uri, str(tmp_path)]
+    ended = forks.together(*([*command, str(me), *experiments] for me in range(3)))
+    answers = [done.stdout.split() for done in ended]
     assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 4
 
 

@@ -10,11 +10,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import free_port, serving
 from mlflow import MlflowClient
 from test_events import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from minitron import cli
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 REPOSITORY = Path(__file__).parent.parent
@@ -40,9 +44,16 @@ def execute(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(_shell(command), capture_output=True, text=True, env=ENVIRONMENT, cwd=directory)
 
 
-def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "minitron"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=560)
+def forked(command: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README without the start of its processes."""
+    program, *arguments = shlex.split(command)
+    assert program == "minitron"
+    return forks.minitron(*arguments, environment=ENVIRONMENT | environment, directory=directory)
+
+
+def asked(*arguments: str) -> Result:
+    """Ask for something that no task is started for."""
+    return CliRunner().invoke(cli.app, arguments)
 
 
 def _shell(command: str) -> list[str]:
@@ -51,7 +62,7 @@ def _shell(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The README's run of the preset tiny: its directory, what it printed, its summary."""
+    """The README's run of the preset tiny, in processes as a user has them: its directory, output and summary."""
     root = tmp_path_factory.mktemp("flow")
     directory = root / "runs" / "tiny"
     (root / ".venv").symlink_to(BIN.parent)
@@ -106,7 +117,7 @@ def test_mlflow_has_a_parent_run_a_run_per_stage_and_the_version(flow: dict[str,
 
 
 def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
-    done = execute(RUN, flow["root"])
+    done = forked(RUN, flow["root"])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
     again = json.loads((flow["directory"] / "summary.json").read_text())
@@ -114,7 +125,8 @@ def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
 
 
 def test_the_lineage_shows_every_stage_and_makes_the_preset_that_reuses_them_all(flow: dict[str, Any]) -> None:
-    shown = execute(f"{URI}\n{LINEAGE}", flow["root"])
+    uri = {"MLFLOW_TRACKING_URI": f"sqlite:///{flow['directory']}/mlflow.db"}
+    shown = execute(f"{URI}\n{LINEAGE}\n{REPRODUCE}", flow["root"])
     assert (shown.returncode, shown.stderr) == (0, "")
     results = list(flow["directory"].glob("results/*/*/*/stage.json"))
     assert len(results) >= len(STAGES)
@@ -122,7 +134,7 @@ def test_the_lineage_shows_every_stage_and_makes_the_preset_that_reuses_them_all
         record = json.loads(result.read_text())
         assert record["stage"] == "register" or record["output_sha256"] in shown.stdout
         assert record["mlflow_run_id"] in shown.stdout and record["pipeline_run_id"] in shown.stdout
-    done = execute(f"{URI}\n{REPRODUCE}\n{RUN_AGAIN}", flow["root"])
+    done = forked(RUN_AGAIN, flow["root"], **uri)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
     assert json.loads((flow["directory"] / "summary.json").read_text()) == flow["summary"]
@@ -143,8 +155,8 @@ def test_tensorboard_reads_the_curves_of_the_run_from_mlflow(flow: dict[str, Any
 
 def test_a_misspelt_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    done = minitron("run", "compress", "--preset", "tiny", "--work-dir", str(directory), "--set", "distill.max_step=3")
-    assert done.returncode == 2
+    done = asked("run", "compress", "--preset", "tiny", "--work-dir", str(directory), "--set", "distill.max_step=3")
+    assert done.exit_code == 2
     assert done.stderr.strip() == "error: distill.max_step: unknown key; did you mean 'distill.max_steps'?"
     assert not directory.exists()
 
@@ -162,15 +174,15 @@ def test_a_misspelt_key_is_refused_before_anything_starts(tmp_path: Path) -> Non
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = minitron("run", *arguments, "--work-dir", str(tmp_path / "run"))
-    assert (done.returncode, done.stderr.strip()) == (2, f"error: {message}")
+    done = asked("run", *arguments, "--work-dir", str(tmp_path / "run"))
+    assert (done.exit_code, done.stderr.strip()) == (2, f"error: {message}")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_version_is_shown() -> None:
     from minitron import __version__
 
-    assert minitron("--version").stdout.strip() == __version__
+    assert asked("--version").stdout.strip() == __version__
 
 
 def test_these_are_the_commands_of_the_readme() -> None:
@@ -192,7 +204,7 @@ def test_the_make_commands_start_the_demo_and_the_tests() -> None:
 
 
 def test_a_changed_setting_runs_only_what_depends_on_it(flow: dict[str, Any]) -> None:
-    done = execute(RUN_LONGER, flow["root"])
+    done = forked(RUN_LONGER, flow["root"])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     reused = [stage for stage in STAGES if f"{stage}: result" in done.stdout]
     assert reused == ["prepare", "finetune", "prune"]

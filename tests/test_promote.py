@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
-from conftest import new_version, together, until
+from conftest import new_version, until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -97,8 +96,8 @@ print(json.dumps([made, lost]))
 def race(uri: str, name: str, directory: Path, rounds: int) -> None:
     """Let two processes promote at the same time, again and again: one wins each move, and none is lost."""
     registered(uri, name, *[_evaluation(1.0)] * 4)
-    commands = [[sys.executable, "-c", RIVAL, uri, name, str(directory), str(me), str(rounds)] for me in range(2)]
-    answers = [json.loads(output) for output in together(*commands)]
+    commands = [["-c", RIVAL, uri, name, str(directory), str(me), str(rounds)] for me in range(2)]
+    answers = [json.loads(done.stdout) for done in forks.together(*commands)]
     made, lost = ([entry for answer in answers for entry in answer[kind]] for kind in range(2))
     found = Ledger(connect(uri), name)
     moves = found.moves()
@@ -125,7 +124,7 @@ promote(sys.argv[1], sys.argv[2], 2)
 
 def _killed(uri: str, name: str) -> None:
     """Let a process die between the entry and the aliases."""
-    done = subprocess.run([sys.executable, "-c", KILLED, uri, name], capture_output=True, check=False)
+    done = forks.python("-c", KILLED, uri, name)
     assert done.returncode == -9, done.stderr
 
 
@@ -168,15 +167,16 @@ def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
     monkeypatch.setattr(ledger, "_READER_SECONDS", 1)
     registered(uri, name, *[_evaluation(1.0)] * 3)
     promote(uri, name, 1)
-    with subprocess.Popen([sys.executable, "-c", SLOW, uri, name, str(tmp_path)]) as slow:
-        try:
-            until(lambda: (tmp_path / "about to").exists() or slow.poll() is not None)
-            assert slow.poll() is None
-            promote(uri, name, 3)
-            (tmp_path / "go").touch()
-            assert slow.wait(60) == 0
-        finally:
-            slow.kill()
+    slow = forks.start(["-c", SLOW, uri, name, str(tmp_path)], tmp_path / "log", tmp_path / "log")
+    try:
+        until(lambda: (tmp_path / "about to").exists() or slow.exitcode is not None)
+        assert slow.exitcode is None, (tmp_path / "log").read_text()
+        promote(uri, name, 3)
+        (tmp_path / "go").touch()
+        slow.join(60)
+        assert slow.exitcode == 0
+    finally:
+        slow.kill()
     assert _moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
     assert _aliases(uri, name) == {"challenger": 3, "champion": 3, "previous": 2}
 
@@ -378,8 +378,8 @@ def test_the_champion_generates_wherever_its_alias_is_loaded(
 
 
 def _generated(uri: str, name: str, directory: Path) -> list[str]:
-    command = [sys.executable, "-c", GENERATE, uri, name]
-    done = subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True)
+    done = forks.python("-c", GENERATE, uri, name, directory=directory)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

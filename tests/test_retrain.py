@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forks
 import pytest
-from test_flow import RETRAIN, minitron
+from test_flow import BIN, RETRAIN, execute, forked
 
 from minitron import claims, origin, pipeline_run
 from minitron.mlflow_client import connect, experiment_id
@@ -43,11 +45,10 @@ def tags(directory: Path, version: int) -> dict[str, str]:
     return connect(uri(directory)).get_model_version(NAME, str(version)).tags
 
 
-def retrain(directory: Path, *settings: str) -> Run:
+def retrain(directory: Path, *settings: str, start: Callable[..., Any] = forked) -> Run:
     (directory / "summary.json").unlink(missing_ok=True)  # an earlier run's
     started = time.monotonic()
-    changes = [part for setting in settings for part in ("--set", setting)]
-    done = minitron(*RETRAIN.replace("runs/nightly", str(directory)).split()[1:], *changes)
+    done = start(" ".join([RETRAIN, *(f"--set {setting}" for setting in settings)]), directory.parents[1])
     seconds, output = time.monotonic() - started, done.stdout + done.stderr
     written = directory / "summary.json"
     summary = json.loads(written.read_text()) if written.exists() else {}
@@ -56,7 +57,10 @@ def retrain(directory: Path, *settings: str) -> Run:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("retrain")
+    """The directory of the README's command."""
+    root = tmp_path_factory.mktemp("retrain")
+    (root / ".venv").symlink_to(BIN.parent)
+    return root / "runs" / "nightly"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,8 @@ def first(directory: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def second(first: Run, directory: Path) -> Run:
-    return retrain(directory)
+    """As a user starts it: processes of its own, which import what they need."""
+    return retrain(directory, start=execute)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +128,10 @@ def test_a_version_that_failed_its_gates_is_not_made_again(better: Run, director
 
 
 def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Path) -> None:
-    done = minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
+    done = forks.minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
     assert done.returncode == 0, done.stderr
     assert aliases(directory) == {"challenger": 3, "champion": 1, "previous": 3}
-    settings = ("--set", f"model_name={NAME}", "--set", "version=3")
-    again = minitron("run", "promote", *settings, "--work-dir", str(directory))
+    again = forked(f"minitron run promote --set model_name={NAME} --set version=3 --work-dir {directory}", directory)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"promoted: version 3 of {NAME} is the champion" in again.stdout
     assert aliases(directory) == {"challenger": 3, "champion": 3, "previous": 1}

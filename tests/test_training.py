@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,21 +178,23 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
     for name, output in paths.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings | {"output": str(output)}))
 
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", f"minitron.{stage}", "--config", str(tmp_path / f"{name}.yaml")]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(name: str) -> BaseProcess:
+        command = ["-m", f"minitron.{stage}", "--config", str(tmp_path / f"{name}.yaml")]
+        return forks.start(command, tmp_path / "log", tmp_path / "log")
 
     process = start("killed")
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
     while not (checkpoints / "checkpoint-20" / "trainer_state.json").exists():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.exitcode is None, "it ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not paths["killed"].exists()
     (checkpoints / "checkpoint-99").mkdir()  # what a kill during a save leaves: a checkpoint without its last file
-    assert start("whole").wait() == 0
-    assert start("killed").wait() == 0
+    for name in ("whole", "killed"):
+        process = start(name)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert_same_weights(paths["whole"], paths["killed"])
     whole, killed = (json.loads((path / "stage.json").read_text()) for path in paths.values())
     assert whole["history"] == killed["history"]
