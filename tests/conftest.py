@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forks
 import pytest
 from http_server import free_port
 
@@ -114,22 +114,43 @@ def serving(
         process.wait()
 
 
+MLFLOW_SERVER = """
+import os, runpy, sys
+import mlflow.cli, mlflow.server
+
+def become(command, extra_env, **_):
+    os.environ.update(extra_env)
+    _, _, module, *sys.argv[1:] = command
+    runpy.run_module(module, run_name="__main__")
+
+mlflow.server._exec_cmd = become
+mlflow.cli.cli()
+"""
+"""`mlflow server`, which would start `python -m uvicorn`, becomes it."""
+
+
 @contextmanager
 def mlflow_serving(
     directory: Path, port: int, *options: str, database: str | None = None, **environment: str
-) -> Iterator[subprocess.Popen]:
+) -> Iterator[int]:
     """Run a real MLflow server; what it has stored in a directory or database, it has when it is started again."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = ["-c", MLFLOW_SERVER, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database or f"sqlite:///{directory}/mlflow.db", *options]
     command += ["--artifacts-destination", str(directory)]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with serving(command, directory, f"http://127.0.0.1:{port}", os.environ | quiet | environment) as process:
-        yield process
+    log = directory / "log"
+    process = forks.start(command, log, log, os.environ | quiet | environment, directory)
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}", log)
+        yield process.pid or 0
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(scope="session")
-def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A real MLflow server on a database of its own, which takes 17 to 32 seconds to start: its URI and process."""
+def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """A real MLflow server on a database of its own: its URI and process."""
     port = free_port()
     with mlflow_serving(tmp_path_factory.mktemp("mlflow"), port) as process:
         yield f"http://127.0.0.1:{port}", process
@@ -142,7 +163,7 @@ def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(mlflow_process: tuple[str, subprocess.Popen]) -> str:
+def mlflow_server(mlflow_process: tuple[str, int]) -> str:
     """URI of a real MLflow server."""
     return mlflow_process[0]
 
@@ -182,10 +203,10 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["World"]:
 
 
 def _wait_until_healthy(uri: str, log: Path) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         try:
             with urllib.request.urlopen(f"{uri}/health", timeout=5):
                 return
         except OSError:
-            time.sleep(0.2)
+            time.sleep(0.05)
     raise TimeoutError(log.read_text())

@@ -17,7 +17,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 STAGES = ("prepare", "finetune", "prune", "distill", "evaluate", "register", "plan", "resolve", "promote", "conclude")
-MLFLOW = ("mlflow", "mlflow.cli", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store")
+MLFLOW = (
+    "uvicorn",
+    "mlflow",
+    "mlflow.cli",
+    "mlflow.server.fastapi_app",
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store",
+)
 OTHERS = ("kfp.local", "kfp.dsl.executor_main", "minitron.cli", "pytest", "transformers.models.llama.modeling_llama")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*(f"minitron.{stage}" for stage in STAGES), *MLFLOW, *OTHERS])
@@ -98,7 +105,8 @@ def _run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -
         arguments = ["-m", "kfp.dsl.executor_main", "--component_module_path", str(module), *options]
         task = start(arguments, log, log, os.environ | (env_vars or {}) | {"_KFP_RUNTIME": "true"})
         task.join()
-        print(log.read_text())
+        for line in log.read_text().splitlines():
+            print(line)  # indented, by which `minitron run` knows a stage's lines
     assert task.exitcode is not None
     return task.exitcode
 

@@ -6,13 +6,13 @@ The run itself is in test_flow.py.
 import io
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import typer
 import yaml
@@ -166,10 +166,10 @@ def test_debug_adds_the_traceback(tmp_path: Path) -> None:
     assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
 
 
-def test_an_unreachable_tracking_server_is_one_line_and_status_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from minitron.cli import main; main()", "run", "compress", "--preset", "tiny"]
-    command += ["--work-dir", str(tmp_path), "--set", "tracking_uri=http://127.0.0.1:9"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_an_unreachable_tracking_server_is_one_line_and_status_1(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(inputs["teacher"].parent, tmp_path / "inputs" / "tiny")
+    command = ["run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
+    done = forks.minitron(*command, "--set", "tracking_uri=http://127.0.0.1:9")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: prepare: ") and "http://127.0.0.1:9" in line
@@ -177,17 +177,17 @@ def test_an_unreachable_tracking_server_is_one_line_and_status_1(tmp_path: Path)
 
 
 def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with_its_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from minitron.cli import main; main()", "run", "compress", "--preset", "tiny"]
-    command += ["--work-dir", str(tmp_path), "--set", "finetune.max_steps=200", "--set", "prune.hidden_size=128"]
+    command = ["-c", forks.COMMAND, "run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
+    command += ["--set", "finetune.max_steps=200", "--set", "prune.hidden_size=128"]
     command += ["--set", "finetune.checkpoint_interval=20", "--set", "finetune.validation_interval=100"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    first = forks.start(command, tmp_path / "log", tmp_path / "log")
     while not list(tmp_path.glob("workspace/finetune/*.partial/checkpoints/**/trainer_state.json")):
-        assert first.poll() is None, "the run ended before it could be killed"
+        assert first.exitcode is None, "the run ended before it could be killed"
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    os.killpg(first.pid or 0, signal.SIGKILL)
+    first.join()
     killed_at = time.time()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.python(*command)
     assert "prepare: result" in done.stdout
     start = next(line for line in done.stdout.splitlines() if line.startswith("training:"))
     assert 10 <= int(start.removeprefix("training:").partition("%")[0]) < 100, start

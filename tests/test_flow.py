@@ -188,7 +188,9 @@ def test_the_version_is_shown() -> None:
 def test_these_are_the_commands_of_the_readme() -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    on_a_cluster = re.compile(r"minitron (doctor|submit|schedule|runs|unschedule|promote|rollback) ")  # test_docs.py parses these
+    on_a_cluster = re.compile(
+        r"minitron (doctor|submit|schedule|runs|unschedule|promote|rollback) "
+    )  # test_docs.py parses these
     assert [line for line in lines if not on_a_cluster.match(line)] == [
         *(MAKE_DEMO, MAKE_TEST, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW),
         *(URI, LINEAGE, REPRODUCE, RUN_AGAIN, RETRAIN, RETRAIN),

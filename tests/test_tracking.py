@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import yaml
 from conftest import SEQUENCE, free_port, until
@@ -206,27 +207,25 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     uri, name = mlflow_file, tmp_path.name
     connect(uri).search_experiments()  # two processes must not make the tables at once
     values = {"output": f"{tmp_path}/out", "teacher": f"{teacher}", "dataset": f"{dataset}", "tracking_uri": uri}
-    values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 600}
-    values |= {"checkpoint_interval": 10, "validation_interval": 600, "validation_sequences": 2, "experiment": name}
+    values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 200}
+    values |= {"checkpoint_interval": 10, "validation_interval": 200, "validation_sequences": 2, "experiment": name}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
     at_once = "from minitron import outbox, stage; outbox._INTERVAL_SECONDS = 0.05; stage.main('finetune')"
-    command = [sys.executable, "-c", at_once, "--config", str(tmp_path / "finetune.yaml")]
-    options: dict[str, Any] = {
-        "cwd": tmp_path,
-        "stderr": subprocess.DEVNULL,
-        "env": os.environ | {"OMP_NUM_THREADS": "1"},
-    }
-    process = subprocess.Popen(command, **options)
+    command = ["-c", at_once, "--config", str(tmp_path / "finetune.yaml")]
+    (tmp_path / "cwd").mkdir()
+    process = forks.start(command, tmp_path / "log", tmp_path / "log", directory=tmp_path / "cwd")
     run = until(partial(_run_with_points, uri, name, "cross_entropy", 12), 120)
     assert run.info.status == "RUNNING"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM
+    process.terminate()
+    process.join(120)
+    assert process.exitcode == 128 + signal.SIGTERM
     assert [run.info.status for run in _runs(uri, name)] == ["KILLED"]
-    subprocess.run(command, check=True, **options)
+    assert forks.python(*command, directory=tmp_path / "cwd").returncode == 0
     runs = _runs(uri, name)
     assert [(r.info.run_id, r.info.status) for r in runs] == [(run.info.run_id, "FINISHED")]
-    assert {step for step, _ in _history(uri, run.info.run_id, "cross_entropy")} == set(range(1, 601))
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "finetune.yaml"}
+    assert {step for step, _ in _history(uri, run.info.run_id, "cross_entropy")} == set(range(1, 201))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "finetune.yaml", "cwd", "log"}
+    assert not list((tmp_path / "cwd").iterdir())
 
 
 def test_sigterm_waits_for_the_end_of_a_call(
@@ -286,7 +285,7 @@ def test_a_place_that_mlflow_cannot_write_to_is_refused(make: Callable[..., Stag
 
 
 def test_a_server_that_goes_away_costs_nothing(
-    mlflow_process: tuple[str, subprocess.Popen],
+    mlflow_process: tuple[str, int],
     make: Callable[..., StageConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -299,7 +298,7 @@ def test_a_server_that_goes_away_costs_nothing(
 
     def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         tracker.log({"loss": 9.0}, 0)
-        os.killpg(server.pid, signal.SIGSTOP)
+        os.kill(server, signal.SIGSTOP)
         try:
             started = time.monotonic()
             for step in range(1, 200):
@@ -307,7 +306,7 @@ def test_a_server_that_goes_away_costs_nothing(
             assert time.monotonic() - started < 1
             time.sleep(6)
         finally:
-            os.killpg(server.pid, signal.SIGCONT)
+            os.kill(server, signal.SIGCONT)
             monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         return {"metrics": {}}
 
@@ -321,7 +320,7 @@ def test_a_server_that_goes_away_costs_nothing(
 
 
 def test_a_server_that_never_comes_back_does_not_lose_the_result(
-    mlflow_process: tuple[str, subprocess.Popen],
+    mlflow_process: tuple[str, int],
     make: Callable[..., StageConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -332,13 +331,13 @@ def test_a_server_that_never_comes_back_does_not_lose_the_result(
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
 
     def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
-        os.killpg(server.pid, signal.SIGSTOP)
+        os.kill(server, signal.SIGSTOP)
         return {"metrics": {"loss": 1.0}}
 
     try:
         record = stage.run(make("prepare", uri), work)
     finally:
-        os.killpg(server.pid, signal.SIGCONT)
+        os.kill(server, signal.SIGCONT)
     assert json.loads((tmp_path / "prepare" / "stage.json").read_text()) == record
 
 
