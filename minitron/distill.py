@@ -23,10 +23,11 @@ def run(config: DistillConfig) -> dict[str, Any]:
         ConfigError: a model is not supported, or its tokenizer is not the dataset's.
         RunError: weights or the dataset are damaged.
     """
-    return stage.run(config, _work)
+    return stage.run(config, work)
 
 
-def _work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    """Train the student."""
     for model in (config.teacher, config.student):
         check_tokenizer(config.dataset, model)
     weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)

@@ -49,10 +49,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model takes, a task is not known.
         RunError: weights, the dataset or a task's data cannot be read.
     """
-    return stage.run(config, _work)
+    return stage.run(config, work)
 
 
-def _work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    """Measure, judge, report."""
     names = [*MODELS, *([CHAMPION] if config.champion else [])]
     paths = {name: resolve(getattr(config, name), config) for name in names}
     _check(config, {name: path for name, path in paths.items() if name != CHAMPION})

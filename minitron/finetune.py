@@ -25,10 +25,11 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         ConfigError: the model is not supported, or its tokenizer is not the dataset's.
         RunError: the weights or the dataset are damaged.
     """
-    return stage.run(config, _work)
+    return stage.run(config, work)
 
 
-def _work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    """Train, or copy the base model."""
     base = resolve(config.teacher, config)
     check_tokenizer(config.dataset, base)
     found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}

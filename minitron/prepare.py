@@ -54,10 +54,11 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         ConfigError: there is no text, no text field or no tokenizer, or a split gets no document.
         RunError: a file is damaged.
     """
-    return stage.run(config, _work)
+    return stage.run(config, work)
 
 
-def _work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    """Write the dataset."""
     teacher = resolve(config.teacher, config)
     with many_imports():  # those of transformers
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)

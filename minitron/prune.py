@@ -36,10 +36,11 @@ def run(config: PruneConfig) -> dict[str, Any]:
         ConfigError: a target does not fit the teacher, or the dataset was made with another tokenizer.
         RunError: the teacher's weights cannot be read or give activations that are not finite.
     """
-    return stage.run(config, _work)
+    return stage.run(config, work)
 
 
-def _work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
+    """Cut the student out of the teacher."""
     check_architecture(config.teacher)
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)

@@ -37,7 +37,10 @@ from minitron.validation import read_yaml
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails."""
 
-__all__ = ["circumstances", "failure_note", "launch", "main", "noted_failure", "run", "stage_name"]
+LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
+"""Stages whose modules import torch and transformers: that waits until it is known that there is something to do."""
+
+__all__ = ["LATE", "circumstances", "failure_note", "launch", "main", "noted_failure", "run", "stage_name"]
 
 Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
 
@@ -95,7 +98,7 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
         with suppress(OSError):  # of an earlier attempt
             failure_note(workspace).unlink()
     try:
-        record = _module(stage).run(parse(stage, _joined(stage, settings or {}, values)))
+        record = _start(stage, parse(stage, _joined(stage, settings or {}, values)))
     except MinitronError as error:
         if workspace:
             with suppress(OSError):  # the failure may be that the disk is full
@@ -138,11 +141,17 @@ def main(stage: str) -> None:
     _terminate_by_exception()
     try:
         values = read_yaml(arguments.config)
-        _module(stage).run(parse(stage, values))
+        _start(stage, parse(stage, values))
     except MinitronError as error:
         if arguments.debug:
             traceback.print_exc()
         sys.exit(_complain(error))
+
+
+def _start(stage: str, config: StageConfig) -> dict[str, Any]:
+    if stage in LATE:
+        return run(config, lambda *arguments: _module(stage).work(*arguments))
+    return _module(stage).run(config)
 
 
 def _module(stage: str) -> Any:

@@ -1,6 +1,7 @@
 """The contract of every stage: reuse, resume, a record that is written last, and one line per failure."""
 
 import hashlib
+import importlib
 import json
 import signal
 import subprocess
@@ -443,3 +444,23 @@ def test_the_note_of_an_earlier_attempt_is_taken_away(
             assert note.exists() == (failed == "finetune")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", stage.LATE)
+def test_a_stage_that_is_imported_late_runs_as_its_module_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"minitron.{name}")
+    monkeypatch.setattr(stage, "run", lambda *arguments: arguments)
+    assert module.run("config") == ("config", module.work)
+
+
+def test_a_task_whose_result_is_there_imports_no_torch(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """In processes of their own, as tasks are: this one has torch."""
+    values = {name: str(inputs[name]) for name in ("corpus", "teacher")} | {"workspace": str(tmp_path / "workspace")}
+    values |= {"validation_fraction": 0.1, "test_fraction": 0.1}
+    code = f"import sys; from minitron.stage import launch; launch('prepare', output=sys.argv[1], **{values})"
+    code += "; print(*sorted({'torch', 'transformers', 'mlflow'} & {*sys.modules}))"
+    for output, loaded in (("first", "torch transformers"), ("again", "")):
+        command = [sys.executable, "-c", code, str(tmp_path / output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == loaded
+        assert (tmp_path / output / "stage.json").is_file()
