@@ -20,7 +20,10 @@ def finetune(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Correct the teacher on the corpus, and keep the better of the two. Settings: minitron.config.FinetuneSettings."""
+    """Correct the teacher on the corpus, and keep the better of the two.
+
+    Settings: minitron.settings.FinetuneSettings.
+    """
     from minitron.stage import launch
 
     # fmt: off

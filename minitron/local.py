@@ -15,7 +15,7 @@ import yaml
 
 from minitron.compiled import dags
 from minitron.errors import MinitronError, RunError
-from minitron.imports import many_imports
+from minitron.fast_imports import many_imports
 from minitron.stage import failure_note, noted_failure
 from minitron.summary import PAGE, REPORT
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError, RunError
-from minitron.imports import many_imports
+from minitron.fast_imports import many_imports
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

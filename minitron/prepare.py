@@ -29,7 +29,7 @@ from minitron.config import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import SPLITS, IndexedWriter
 from minitron.errors import ConfigError, RunError
-from minitron.imports import many_imports
+from minitron.fast_imports import many_imports
 from minitron.manifest import MANIFEST
 from minitron.sources import corpus, resolve
 from minitron.storage import content_hash, hub_dataset, local_path

