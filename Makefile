@@ -56,7 +56,7 @@ compile: setup ## rewrite the compiled pipelines beside their sources
 	$(BIN)/python -m minitron.pipelines.retrain
 
 docs: setup ## rewrite the generated pages of docs/reference
-	$(BIN)/python -m minitron.parameters > docs/reference/parameters.md
+	$(BIN)/python -m minitron.config.reference > docs/reference/parameters.md
 
 bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/prepare.py

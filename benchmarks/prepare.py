@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minitron import samples
 from minitron.checkpoint import load_tokenizer
-from minitron.config import PrepareConfig
+from minitron.config.stages import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.prepare import Selection, write
 from minitron.tracking import Tracker

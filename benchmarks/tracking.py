@@ -19,7 +19,7 @@ from pathlib import Path
 
 from servers import free_port, running
 
-from minitron.config import parse
+from minitron.config.parse import parse
 from minitron.mlflow_client import connect
 from minitron.tracking import MlflowTracker
 

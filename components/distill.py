@@ -21,7 +21,7 @@ def distill(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Distil the teacher into the pruned student. Settings: minitron.settings.DistillSettings."""
+    """Distil the teacher into the pruned student. Settings: minitron.config.settings.DistillSettings."""
     from minitron.stage import launch
 
     # fmt: off

@@ -24,7 +24,10 @@ def evaluate(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Measure teacher, pruned model and student, and write the report. Settings: minitron.settings.EvaluateSettings."""
+    """Measure teacher, pruned model and student, and write the report.
+
+    Settings: minitron.config.settings.EvaluateSettings.
+    """
     import shutil
 
     from minitron.stage import launch

@@ -22,7 +22,7 @@ def finetune(
 ):
     """Correct the teacher on the corpus, and keep the better of the two.
 
-    Settings: minitron.settings.FinetuneSettings.
+    Settings: minitron.config.settings.FinetuneSettings.
     """
     from minitron.stage import launch
 

@@ -35,7 +35,10 @@ def plan(
         ("gpu_node_selector", dict),
     ],
 ):
-    """Check what a run is going to do, and hand each stage its settings. Settings: minitron.config.PipelineSettings."""
+    """Check what a run is going to do, and hand each stage its settings.
+
+    Settings: minitron.config.stages.PipelineSettings.
+    """
     import shutil
     from collections import namedtuple
 

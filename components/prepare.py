@@ -20,7 +20,10 @@ def prepare(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Turn a corpus into a deduplicated, split, tokenised dataset. Settings: minitron.settings.PrepareSettings."""
+    """Turn a corpus into a deduplicated, split, tokenised dataset.
+
+    Settings: minitron.config.settings.PrepareSettings.
+    """
     from minitron.stage import launch
 
     # fmt: off

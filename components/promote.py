@@ -20,7 +20,7 @@ def promote(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Promote a version to champion, if it meets its gates. Settings: minitron.config.PromoteConfig."""
+    """Promote a version to champion, if it meets its gates. Settings: minitron.config.tasks.PromoteConfig."""
     from minitron.stage import launch
 
     # fmt: off

@@ -21,7 +21,10 @@ def register(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ) -> int:
-    """Register the student in the MLflow registry; return its version. Settings: minitron.settings.RegisterSettings."""
+    """Register the student in the MLflow registry; return its version.
+
+    Settings: minitron.config.settings.RegisterSettings.
+    """
     from minitron.stage import launch
 
     # fmt: off

@@ -22,7 +22,7 @@ def resolve(
     workspace: Optional[str] = None,
     experiment: str = "minitron",
 ) -> NamedTuple("Decision", [("Output", bool), ("champion", str), ("model_name", str)]):  # type: ignore[valid-type]
-    """Find out whether there is anything to train. Settings: minitron.config.PipelineSettings.
+    """Find out whether there is anything to train. Settings: minitron.config.stages.PipelineSettings.
 
     `Output` says whether there is anything: kfp.local knows no other name in a condition.
     """

@@ -11,7 +11,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from minitron import lineage, measures
-from minitron.config import RegisterConfig
+from minitron.config.metrics import TASK_METRICS
+from minitron.config.stages import RegisterConfig
 from minitron.formats import FORMS, number
 from minitron.registry import CARD_BEGINS
 
@@ -60,7 +61,7 @@ def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     for task, scores in student.get("tasks", {}).items():
         found = [
             {"type": "accuracy", "name": metric, "value": value}
-            for metric in measures.TASK_METRICS
+            for metric in TASK_METRICS
             if (value := number(scores.get(metric))) is not None
         ]
         results += [_result(task, task, found)] if found else []

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron import __version__, local, samples, summary
-from minitron.compiled import (
+from minitron.config.pipelines import (
     SETTINGS_PARAMETER,
     checked_arguments,
     compiled_pipeline,
@@ -26,10 +26,10 @@ from minitron.compiled import (
     parameters_of,
     read_request,
 )
-from minitron.config import StageConfig
+from minitron.config.reference import help_text
+from minitron.config.settings import RESOURCES, GpuResources
+from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, MinitronError
-from minitron.parameters import help_text
-from minitron.settings import RESOURCES, GpuResources
 
 if TYPE_CHECKING:
     from minitron.promote import Promotion

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from minitron import pipeline_run as runs
-from minitron.config import ConcludeConfig
+from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
 from minitron.mlflow_client import connect, explained, hurry, reason, shown
 from minitron.results import replaced, write_atomically

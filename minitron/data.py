@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from minitron.config import TrainingConfig
+from minitron.config.stages import TrainingConfig
 from minitron.errors import ConfigError, RunError
 
 SPLITS = ("train", "validation", "test")

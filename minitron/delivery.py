@@ -15,9 +15,9 @@ from typing import Any
 
 from minitron import references
 from minitron.bucket import is_bucket
-from minitron.config import LARGE, StageConfig
+from minitron.config.fields import address
+from minitron.config.stages import LARGE, StageConfig
 from minitron.errors import ConfigError
-from minitron.fields import address
 from minitron.results import finished, publish_copy, publish_links
 from minitron.storage import read_record
 

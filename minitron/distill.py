@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron import engines, stage
-from minitron.config import DistillConfig
+from minitron.config.stages import DistillConfig
 from minitron.losses import LossWeights
 from minitron.manifest import check_tokenizer
 from minitron.tracking import Tracker

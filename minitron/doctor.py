@@ -7,7 +7,7 @@ import requests
 
 from minitron import bucket, kube, trainjob
 from minitron.cluster import Kubeflow
-from minitron.compiled import compiled_pipeline
+from minitron.config.pipelines import compiled_pipeline
 from minitron.errors import MinitronError
 
 

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minitron.config import EvaluateConfig
+from minitron.config.stages import EvaluateConfig
 from minitron.errors import ConfigError, RunError
 
 FORWARD_TOKENS = {"cpu": 256, "cuda": 2048}

@@ -21,7 +21,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from minitron import gates, lineage, stage
 from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
-from minitron.config import EvaluateConfig, PrepareConfig
+from minitron.config.metrics import CHAMPION, MODELS, NUMBERS
+from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import IndexedDataset, PackedDataset
 from minitron.downstream import ask, loaded_tasks
@@ -29,7 +30,6 @@ from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.events import write_events
 from minitron.manifest import check_tokenizer
-from minitron.measures import CHAMPION, MODELS
 from minitron.report import write_report
 from minitron.results import write_atomically
 from minitron.scoring import score
@@ -80,7 +80,7 @@ def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[
     rows = gates.judge(gates.declared(config), evaluation, champion)
     for row in rows:
         print(f"gate: {gates.words(row)}", flush=True)
-        if row["student"] is None and row["metric"] not in gates.NUMBERS:
+        if row["student"] is None and row["metric"] not in NUMBERS:
             found = ", ".join(
                 f"{task}_{name}" for task, scores in evaluation["student"]["tasks"].items() for name in scores
             )

@@ -9,8 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from minitron import charts
+from minitron.config.metrics import MODELS
 from minitron.formats import count, loss, number, percent, share
-from minitron.measures import MODELS, half_width, tasks_of
+from minitron.measures import half_width, tasks_of
 
 
 def comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

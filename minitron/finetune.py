@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron import engines, stage
 from minitron.checkpoint import copy_model
-from minitron.config import FinetuneConfig
+from minitron.config.stages import FinetuneConfig
 from minitron.losses import LossWeights
 from minitron.manifest import check_tokenizer
 from minitron.sources import resolve

@@ -1,6 +1,6 @@
 """The GPUs of this task."""
 
-from minitron.config import StageConfig, TrainingConfig
+from minitron.config.stages import StageConfig, TrainingConfig
 from minitron.errors import RunError
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minitron import bucket, references, sources
-from minitron.config import StageConfig, fields_marked
+from minitron.config.fields import HUB_DATASET, INPUT, address
+from minitron.config.parse import fields_marked
+from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
-from minitron.fields import HUB_DATASET, INPUT, address
 from minitron.storage import hub_dataset, verified_hash
 
 Config = TypeVar("Config", bound=StageConfig)

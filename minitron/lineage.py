@@ -16,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from minitron import registry
-from minitron.config import STAGES, EvaluateConfig
+from minitron.config.stages import STAGES, EvaluateConfig
 from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
 from minitron.manifest import MANIFEST, read_manifest

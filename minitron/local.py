@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from minitron.compiled import dags
+from minitron.config.pipelines import dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
 from minitron.stage import failure_note, noted_failure

@@ -6,33 +6,9 @@ Light: register's image, which writes the card, has neither torch nor matplotlib
 import math
 from typing import Any
 
+from minitron.config.metrics import CHAMPION, MEASURES, MODELS, TASK_METRICS
 from minitron.formats import DASH, FORMS, MINUS, number, share, signed
 from minitron.gates import DEVIATIONS
-
-MODELS = {
-    "teacher_before": "Base model",
-    "teacher": "Teacher",
-    "pruned": "Pruned student",
-    "student": "Distilled student",
-}
-"""The four models in the order of the flow, as evaluation.json and the page name them."""
-
-CHAMPION = "champion"
-
-MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
-    # key, label, note, how it is written, how its difference to the teacher is written, the better direction
-    ("parameters", "Parameters", "", "count", "relative", -1),
-    ("weights_mb", "Weights", "", "megabytes", "relative", -1),
-    ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "relative", 1),
-    ("validation_loss", "Validation loss", "nats per token", "loss", "loss", -1),
-    ("test_loss", "Test loss", "nats per token", "loss", "loss", -1),
-    ("out_of_domain_loss", "Out-of-domain loss", "nats per token, on other text", "loss", "loss", -1),
-    ("perplexity", "Perplexity", "", "decimal", "decimal", -1),
-    ("kl", "Divergence from the teacher", "forward KL, nats per token", "loss", None, -1),
-    ("top1_agreement", "Agreement with the teacher", "same most likely next token", "share", None, 1),
-)
-
-TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised"}
 
 
 def models_of(evaluation: dict[str, Any]) -> dict[str, str]:

@@ -8,10 +8,10 @@ import json
 from typing import Any
 
 from minitron import METHOD_VERSION
-from minitron.config import fields_marked
-from minitron.document import Plan
-from minitron.fields import EXECUTION, INPUT
-from minitron.settings import SETTINGS
+from minitron.config.document import Plan
+from minitron.config.fields import EXECUTION, INPUT
+from minitron.config.parse import fields_marked
+from minitron.config.settings import SETTINGS
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")
 """The stages that decide a student's weights."""

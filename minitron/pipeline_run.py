@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from minitron.config import StageConfig
+from minitron.config.stages import StageConfig
 from minitron.mlflow_client import experiment_id, search
 from minitron.once import PARENT_TAG, shared_run
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minitron.config import PlanConfig
-from minitron.document import SHARED, Plan, plan_of
+from minitron.config.document import SHARED, Plan, plan_of
+from minitron.config.settings import RESOURCES, Settings
+from minitron.config.tasks import PlanConfig
 from minitron.results import replaced, write_atomically
-from minitron.settings import RESOURCES, Settings
 
 PLAN, PLAN_PAGE = "plan.json", "plan.html"
 

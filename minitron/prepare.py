@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minitron import bucket, stage
 from minitron.checkpoint import load_tokenizer, tokenizer_hash
-from minitron.config import PrepareConfig
+from minitron.config.stages import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import SPLITS, IndexedWriter
 from minitron.errors import ConfigError, RunError

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minitron import gates
-from minitron.config import PromoteConfig
+from minitron.config import metrics
+from minitron.config.settings import RegisterSettings
+from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
 from minitron.mlflow_client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
 from minitron.pipeline_run import conclude, pipeline_run
 from minitron.registry import DECISION_TAG
 from minitron.results import replaced, write_atomically
-from minitron.settings import RegisterSettings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -198,7 +199,7 @@ def _judged(client: "MlflowClient", name: str, version: int, champion: int | Non
     other = _evaluation(client, name, champion)
     test_set = evaluation.get("test_set")
     same_test = test_set is not None and other is not None and other.get("test_set") == test_set
-    if other is None or not same_test or gates.SPEED in measures:  # another machine's speed says nothing
+    if other is None or not same_test or metrics.SPEED in measures:  # another machine's speed says nothing
         raise NotJudged(
             f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
             f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"

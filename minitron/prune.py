@@ -13,7 +13,7 @@ from typing import Any
 
 from minitron import stage
 from minitron.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
-from minitron.config import PruneConfig
+from minitron.config.stages import PruneConfig
 from minitron.data import PackedDataset
 from minitron.engines import hf, nemo
 from minitron.errors import ConfigError

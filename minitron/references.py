@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.bucket import is_bucket, snapshot
+from minitron.config.fields import address
 from minitron.errors import RunError
-from minitron.fields import address
 from minitron.results import arrive, replaced, write_atomically
 from minitron.storage import RECORD, content_hash, read_record
 

@@ -14,7 +14,7 @@ from typing import Any
 from minitron import lineage, origin, registry, stage
 from minitron.card import write_card
 from minitron.checkpoint import check_architecture, stored_parameters
-from minitron.config import RegisterConfig
+from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError
 from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.mlflow_client import explained, patient

@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from minitron.compiled import compiled_pipeline, parameters_of
-from minitron.config import STAGES, fields_marked
-from minitron.document import known_keys
+from minitron.config.document import known_keys
+from minitron.config.fields import EXECUTION, INPUT
+from minitron.config.parse import fields_marked
+from minitron.config.pipelines import compiled_pipeline, parameters_of
+from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
-from minitron.fields import EXECUTION, INPUT
 
 PIPELINE = "compress"
 

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from minitron import claims, inputs, origin, registry
-from minitron.config import PrepareConfig, ResolveConfig
-from minitron.document import plan_of
+from minitron.config.document import plan_of
+from minitron.config.stages import PrepareConfig
+from minitron.config.tasks import ResolveConfig
 from minitron.ledger import CHAMPION, PROMOTED_TAG
 from minitron.mlflow_client import connect, explained, hurry
 from minitron.origin import Origin

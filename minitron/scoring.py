@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from minitron.config import TrainingConfig
+from minitron.config.stages import TrainingConfig
 from minitron.data import PackedDataset
 from minitron.losses import LossWeights, linear_loss
 

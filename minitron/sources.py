@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minitron import bucket, ngc, registry
-from minitron.config import StageConfig
+from minitron.config.fields import address as address_of
+from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
-from minitron.fields import address as address_of
 from minitron.mlflow_client import patient
 from minitron.references import followed, lasting_directory
 from minitron.results import arrive, write_atomically

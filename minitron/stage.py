@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron import METHOD_VERSION, __version__, delivery, gpus, inputs, tracking
-from minitron.config import STAGES, StageConfig, fields_marked, parse
+from minitron.config.fields import EXECUTION
+from minitron.config.parse import fields_marked, parse, read_yaml
+from minitron.config.stages import STAGES, StageConfig
 from minitron.errors import ConfigError, MinitronError
 from minitron.fast_imports import many_imports
-from minitron.fields import EXECUTION
 from minitron.references import lasting_directory
 from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
 from minitron.storage import RECORD, content_hash, read_record
-from minitron.validation import read_yaml
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails."""

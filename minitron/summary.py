@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron import measures
-from minitron.config import STAGES
+from minitron.config import metrics
+from minitron.config.stages import STAGES
 from minitron.mlflow_client import shown
 from minitron.storage import RECORD
 
@@ -82,7 +83,7 @@ def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str,
         "stages": {
             stage: {key: record[key] for key in ("seconds", "peak_rss_mb")} for stage, record in records.items()
         },
-        **{model: {key: evaluation[model][key] for key in keys} for model in measures.MODELS},
+        **{model: {key: evaluation[model][key] for key in keys} for model in metrics.MODELS},
         "distill": {key: records["distill"]["metrics"][key] for key in ("tokens", "tokens_per_second")},
         "registered": {key: registered[key] for key in ("name", "version", "alias")},
     }

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.config import StageConfig
+from minitron.config.stages import StageConfig
 from minitron.mlflow_client import (
     connect,
     experiment_id,

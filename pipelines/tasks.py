@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from kfp import compiler, dsl, kubernetes
 
-from minitron.settings import ClusterConfig
+from minitron.config.settings import ClusterConfig
 
 CLUSTER = ClusterConfig()
 

@@ -25,7 +25,7 @@ from minitron.storage import content_hash
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
     from gcs import World
 
-    from minitron.config import EvaluateConfig
+    from minitron.config.stages import EvaluateConfig
 
 SEQUENCE, STEPS = 32, 6
 """Of the trainings of `compressed`: tokens of a sequence, optimizer steps."""
@@ -72,7 +72,7 @@ def dataset(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> "EvaluateConfig":
     """The directories of a real finetune, prune and distill of the tiny model, as evaluate gets them."""
     from minitron import distill, finetune, prune
-    from minitron.config import DistillConfig, EvaluateConfig, FinetuneConfig, PruneConfig
+    from minitron.config.stages import DistillConfig, EvaluateConfig, FinetuneConfig, PruneConfig
 
     root, base = tmp_path_factory.mktemp("compressed"), inputs["teacher"]
     teacher, pruned, student = root / "teacher", root / "pruned", root / "student"

@@ -10,7 +10,7 @@ from typing import Any
 import forks
 from gcs import World
 
-from minitron.config import LARGE, STAGES
+from minitron.config.stages import LARGE, STAGES
 from minitron.references import REFERENCE
 from minitron.storage import RECORD
 

@@ -18,10 +18,11 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from minitron import cli, local, measures, summary
-from minitron.compiled import checked_arguments, compiled_pipeline, parameters_of, read_request
-from minitron.config import STAGES
-from minitron.document import make_plan, merge
+from minitron import cli, local, summary
+from minitron.config import metrics
+from minitron.config.document import make_plan, merge
+from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
+from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
 
 GROUP: Any = typer.main.get_command(cli.app)
@@ -218,7 +219,7 @@ def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None
         '{"name": "n", "version": 3, "alias": "challenger", "model_uri": "models:/n/3", "run_id": "r"}'
     )
     model = {"parameters": 10, "validation_loss": 2.0, "perplexity": 7.4, "tasks": {"t": {"acc": 0.5}}, "kl": 0.1}
-    found = summary.summarise(outputs, dict.fromkeys(measures.MODELS, model))
+    found = summary.summarise(outputs, dict.fromkeys(metrics.MODELS, model))
     del model["kl"]
     assert found == {
         "stages": {

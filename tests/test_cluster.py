@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from minitron import __version__, cluster
 from minitron.cli import app
-from minitron.compiled import compiled_pipeline, configured
+from minitron.config.pipelines import compiled_pipeline, configured
+from minitron.config.settings import ClusterConfig
 from minitron.cron import first_time
 from minitron.errors import ConfigError
-from minitron.settings import ClusterConfig
 
 JOB = ["compress", "--preset", "nemo-tutorial-width", "--preset", "gke-spot", "--set", "corpus=gs://bucket/text"]
 JOB += ["--set", "teacher=hf://meta-llama/Llama-3.1-8B", "--set", "tracking_uri=http://mlflow.minitron:5000"]

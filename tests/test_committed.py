@@ -12,7 +12,7 @@ import pytest
 from gcs import CUT, STALL, World
 
 from minitron import committed, transfers
-from minitron.config import FinetuneConfig
+from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
 from minitron.sources import resolve
 from minitron.storage import RECORD, content_hash

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.compiled import compiled_pipeline, configured, dags
 from minitron.components.images import TRAINER
+from minitron.config.pipelines import compiled_pipeline, configured, dags
+from minitron.config.settings import ClusterConfig
 from minitron.pipelines.compress import COMPILED, compress
 from minitron.pipelines.promote import promote
 from minitron.pipelines.retrain import retrain
 from minitron.pipelines.tasks import write_compiled
-from minitron.settings import ClusterConfig
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 GPU_STAGES = ["finetune", "prune", "distill", "evaluate"]

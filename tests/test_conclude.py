@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from minitron import conclude, pipeline_run, stage
-from minitron.config import ConcludeConfig, parse
+from minitron.config.parse import parse
+from minitron.config.tasks import ConcludeConfig
 from minitron.mlflow_client import connect, experiment_id
 from minitron.results import write_atomically
 

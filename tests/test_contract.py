@@ -9,15 +9,17 @@ import pytest
 import yaml
 
 from minitron import components, plan
-from minitron.config import STAGES, TASKS, parse
-from minitron.document import make_plan, merge
+from minitron.config.document import make_plan, merge
+from minitron.config.parse import parse
+from minitron.config.presets import pipelines_directory, read_preset
+from minitron.config.reference import reference_page
+from minitron.config.settings import SETTINGS
+from minitron.config.stages import STAGES
+from minitron.config.tasks import TASKS
 from minitron.errors import ConfigError
-from minitron.parameters import reference_page
 from minitron.pipelines.compress import compress
 from minitron.pipelines.promote import promote
 from minitron.pipelines.retrain import retrain
-from minitron.presets import pipelines_directory, read_preset
-from minitron.settings import SETTINGS
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from minitron import downstream, evaluate
 from minitron.checkpoint import save_model
-from minitron.config import EvaluateConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import EvaluateConfig
 from minitron.data import PackedDataset
 from minitron.errors import ConfigError, RunError
 

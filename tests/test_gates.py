@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from minitron import gates
-from minitron.config import EvaluateConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import EvaluateConfig
 from minitron.errors import ConfigError
 
 REQUIRED = {name: "x" for name, field in EvaluateConfig.model_fields.items() if field.is_required()}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minitron import gpus, stage
-from minitron.config import PrepareConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import PrepareConfig
 from minitron.errors import RunError
 
 

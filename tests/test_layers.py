@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron.config import STAGES, TASKS
+from minitron.config.stages import STAGES
+from minitron.config.tasks import TASKS
 
 REPOSITORY = Path(__file__).parent.parent
 LIBRARY = sorted(path for path in (REPOSITORY / "minitron").rglob("*.py"))

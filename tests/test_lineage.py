@@ -13,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from minitron import cli, evaluate, lineage, register, reproduce
-from minitron.config import STAGES, EvaluateConfig, StageConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
 from minitron.storage import content_hash

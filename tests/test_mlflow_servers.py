@@ -17,7 +17,8 @@ from test_promote import race
 from typer.testing import CliRunner
 
 from minitron import cli, stage, tracking
-from minitron.config import StageConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import StageConfig
 from minitron.errors import RunError
 from minitron.mlflow_client import connect, shown
 

@@ -16,7 +16,8 @@ import requests
 from conftest import free_port, mlflow_serving, until
 
 from minitron import stage, tracking
-from minitron.config import StageConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import StageConfig
 from minitron.mlflow_client import connect
 from minitron.outbox import Message, Outbox, deliver
 

@@ -8,7 +8,7 @@ import pytest
 from kfp import compiler, components, local
 from transformers import AutoModelForCausalLM
 
-from minitron.settings import PruneSettings
+from minitron.config.settings import PruneSettings
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minitron import plan
-from minitron.config import PlanConfig
+from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -95,8 +95,8 @@ import json, pathlib
 from typer.testing import CliRunner
 from minitron import plan
 from minitron.cli import app
-from minitron.config import DistillConfig, PlanConfig
-from minitron.parameters import reference_page
+from minitron.config.stages import DistillConfig; from minitron.config.tasks import PlanConfig
+from minitron.config.reference import reference_page
 from minitron.pipelines.compress import compress
 from minitron.pipelines.tasks import write_compiled
 root = pathlib.Path({str(tmp_path)!r})

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 
 from minitron import prepare, storage
 from minitron.checkpoint import load_tokenizer
-from minitron.config import PrepareConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import PrepareConfig
 from minitron.corpus import Corpus
 from minitron.data import SPLITS, IndexedDataset
 from minitron.errors import ConfigError, MinitronError, RunError
@@ -437,7 +438,7 @@ def test_a_dataset_on_a_hub(hub: str, teacher: Path, tmp_path: Path) -> None:
         tmp_path / "script.py",
         f"""
 from minitron import prepare
-from minitron.config import PrepareConfig
+from minitron.config.stages import PrepareConfig
 for job in {jobs!r}:
     prepare.run(PrepareConfig(**job))
 """,

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from minitron import cli, ledger, pipeline_run, register
 from minitron import promote as promotion
-from minitron.config import PromoteConfig, parse
+from minitron.config.parse import parse
+from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import Ledger
 from minitron.mlflow_client import connect, experiment_id

@@ -28,7 +28,7 @@ from transformers import (
 
 from minitron import prune
 from minitron.checkpoint import load_model, parameter_count, save_model
-from minitron.config import PruneConfig
+from minitron.config.stages import PruneConfig
 from minitron.data import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.pruning.importance import Importance, measure

@@ -12,7 +12,8 @@ from gcs import World
 
 from minitron import finetune, prepare, references, stage
 from minitron.bucket import pinned
-from minitron.config import EvaluateConfig, FinetuneConfig, PrepareConfig, PruneConfig, StageConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import EvaluateConfig, FinetuneConfig, PrepareConfig, PruneConfig, StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.references import REFERENCE
 from minitron.storage import RECORD, content_hash

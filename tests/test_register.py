@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import distill, register, registry
 from minitron.checkpoint import parameter_count, stored_parameters
-from minitron.config import RegisterConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
 from minitron.storage import content_hash

@@ -14,7 +14,9 @@ import pytest
 from conftest import SEQUENCE, STEPS
 
 from minitron import charts, formats, gates, measures, prune
-from minitron.config import EvaluateConfig, PruneConfig
+from minitron.config import metrics
+from minitron.config.gates import Gate
+from minitron.config.stages import EvaluateConfig, PruneConfig
 from minitron.report import write_report
 
 SEQUENCES = {"sequence_length": SEQUENCE, "micro_batch_size": 4}
@@ -392,7 +394,7 @@ def test_pages_are_reproducible(bare: EvaluateConfig, tmp_path: Path) -> None:
 
 def judged(evaluation: dict[str, Any], *declared: dict[str, Any]) -> dict[str, Any]:
     """The evaluation with the gates of a preset."""
-    config = EvaluateConfig.model_construct(gates=[gates.Gate(**gate) for gate in declared])
+    config = EvaluateConfig.model_construct(gates=[Gate(**gate) for gate in declared])
     rows = gates.judge(gates.declared(config), evaluation, evaluation.get("champion"))
     return evaluation | {"gates": rows, "passed": gates.passed(rows)}
 
@@ -401,7 +403,7 @@ def gated_evaluation() -> dict[str, Any]:
     """An evaluation without a test split, with a champion and gates of every outcome that there is with one."""
     champion = model(90_214_488, 2.9, 0.55, 30.0, "champion")
     champion |= {"address": "models:/small/3", "out_of_domain_loss": 3.2, "test_loss": None}
-    nothing = {f"{name}__test_loss": None for name in measures.MODELS}
+    nothing = {f"{name}__test_loss": None for name in metrics.MODELS}
     return judged(
         changed(champion=champion, student__out_of_domain_loss=3.1, **nothing),
         {"metric": "validation_loss", "against": "champion", "at_most": 0.15},

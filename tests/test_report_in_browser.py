@@ -15,7 +15,7 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from test_report import gated_evaluation
 
-from minitron.config import EvaluateConfig
+from minitron.config.stages import EvaluateConfig
 from minitron.report import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -9,7 +9,8 @@ import pytest
 from conftest import new_version
 
 from minitron import claims, origin, pipeline_run, resolve
-from minitron.config import ResolveConfig, parse
+from minitron.config.parse import parse
+from minitron.config.tasks import ResolveConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect, experiment_id, search
 from minitron.promote import promote, rollback

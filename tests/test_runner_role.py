@@ -8,7 +8,7 @@ import pytest
 import yaml
 from deploy_guide import follow
 
-from minitron.settings import RESOURCES, GpuResources
+from minitron.config.settings import RESOURCES, GpuResources
 
 REPOSITORY = Path(__file__).parent.parent
 KINDS = {"pod": "pods", "pod_log": "pods/log", "event": "events", "custom_object": "trainjobs"}

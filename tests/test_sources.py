@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from minitron import finetune, inputs, register, sources
 from minitron.checkpoint import stored_parameters
-from minitron.config import FinetuneConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
 from minitron.storage import content_hash

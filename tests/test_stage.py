@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 
 from minitron import __version__, stage
-from minitron.config import PrepareConfig, parse
+from minitron.config.parse import parse, read_yaml
+from minitron.config.stages import PrepareConfig
 from minitron.errors import ConfigError, RunError
 from minitron.results import CHECKPOINTS
 from minitron.storage import content_hash
-from minitron.validation import read_yaml
 
 
 class Counting:
@@ -163,7 +163,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from minitron import stage
-from minitron.config import parse
+from minitron.config.parse import parse
 from minitron.results import CHECKPOINTS
 
 def work(config, directory, tracker):

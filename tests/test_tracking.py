@@ -18,7 +18,8 @@ import yaml
 from conftest import SEQUENCE, free_port, until
 
 from minitron import stage, tracking
-from minitron.config import StageConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
 
@@ -64,7 +65,7 @@ def test_without_a_uri_mlflow_is_not_imported(tmp_path: Path, teacher: Path) -> 
     code = f"""
 import sys
 from minitron import stage, tracking
-from minitron.config import parse
+from minitron.config.parse import parse
 config = parse("prepare", {{"output": "{tmp_path}/out", "corpus": "{tmp_path}/corpus.txt", "teacher": "{teacher}"}})
 stage.run(config, lambda config, directory, tracker: tracker.log({{"loss": 1.0}}) or {{"metrics": {{}}}})
 sys.exit("mlflow" in sys.modules)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from minitron import distill, finetune
 from minitron.checkpoint import load_model, save_model
-from minitron.config import DistillConfig, FinetuneConfig
+from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.scoring import score

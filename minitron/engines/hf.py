@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.checkpoint import copy_model, load_model, read_config, save_model
-from minitron.config import TrainingConfig
+from minitron.config.stages import TrainingConfig
 from minitron.data import training_data
 from minitron.losses import LossWeights, linear_loss
 from minitron.results import CHECKPOINTS

@@ -85,7 +85,7 @@ def prune(job: dict[str, Any], work: Path) -> None:
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import PruningConfig
 
-    from minitron.config import parse
+    from minitron.config.parse import parse
     from minitron.data import PackedDataset
     from minitron.engines.nemo import SCORES, calibration_sequences
     from minitron.engines.nemo_training import Batches, data_module
@@ -129,7 +129,7 @@ def _rank_groups_by_their_own_heads() -> None:
 
 def train(job: dict[str, Any], work: Path) -> None:
     """Fine-tune or distil, from the last checkpoint if there is one."""
-    from minitron.config import parse
+    from minitron.config.parse import parse
     from minitron.engines import nemo_training
     from minitron.losses import LossWeights
 
@@ -138,7 +138,7 @@ def train(job: dict[str, Any], work: Path) -> None:
 
 def score(job: dict[str, Any], work: Path) -> None:
     """Score the teacher of a distillation."""
-    from minitron.config import parse
+    from minitron.config.parse import parse
     from minitron.engines.nemo import TEACHER, score_teacher
     from minitron.results import write_atomically
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron import distill, finetune, prune
-from minitron.config import DistillConfig, FinetuneConfig, PruneConfig
+from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
 
 REPOSITORY = Path(__file__).parents[2]
 

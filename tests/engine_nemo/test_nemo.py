@@ -17,7 +17,8 @@ from nemo_support import TRAINING, curves, logits, run_distill, run_finetune, ru
 from transformers import AutoModelForCausalLM
 
 from minitron.checkpoint import load_tokenizer
-from minitron.config import FinetuneConfig, parse
+from minitron.config.parse import parse
+from minitron.config.stages import FinetuneConfig
 from minitron.data import training_data
 
 SCORES = ("layers", "hidden", "intermediate", "heads", "key_value")

@@ -10,7 +10,7 @@ from podman_support import PYTHON
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.components.images import TOOLS, TRAINER
-from minitron.config import STAGES
+from minitron.config.stages import STAGES
 from minitron.mlflow_client import connect
 
 

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from minitron.config.parse import read_yaml, suggest
 from minitron.errors import ConfigError
-from minitron.validation import read_yaml, suggest
 
 
 def pipelines_directory() -> Path:

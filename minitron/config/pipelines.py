@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.document import CLUSTER, SAMPLES, check_key, known_keys, make_plan, merge, nest
+from minitron.config.document import CLUSTER, SAMPLES, check_key, known_keys, make_plan, merge, nest
+from minitron.config.parse import suggest, validated
+from minitron.config.presets import pipelines_directory, read_preset
+from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
-from minitron.presets import pipelines_directory, read_preset
-from minitron.settings import ClusterConfig
-from minitron.validation import suggest, validated
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
     "STRING": TypeAdapter(str, config=ConfigDict(coerce_numbers_to_str=True)),

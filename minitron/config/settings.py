@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from minitron import gates
-from minitron.fields import (
+from minitron.config import gates
+from minitron.config.fields import (
     EXECUTION,
     HUB_DATASET,
     INPUT,
@@ -23,7 +23,7 @@ from minitron.fields import (
     Positive,
     RegisteredName,
 )
-from minitron.gates import Gate
+from minitron.config.gates import Gate
 
 
 class Settings(BaseModel):

@@ -1,6 +1,6 @@
 """Every setting with its default and meaning, from the models: docs/reference/parameters.md, and the help texts.
 
-`python -m minitron.parameters` prints the page; `make docs` writes it.
+`python -m minitron.config.reference` prints the page; `make docs` writes it.
 """
 
 import inspect
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from minitron.compiled import compiled_pipeline, parameters_of
-from minitron.config import STAGES, StageConfig
-from minitron.document import SHARED, PipelineSettings
-from minitron.settings import RESOURCES, SETTINGS, ClusterConfig, StageSettings
+from minitron.config.document import SHARED, PipelineSettings
+from minitron.config.pipelines import compiled_pipeline, parameters_of
+from minitron.config.settings import RESOURCES, SETTINGS, ClusterConfig, StageSettings
+from minitron.config.stages import STAGES, StageConfig
 
 PIPELINES = ("compress", "retrain", "promote")
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from minitron.config import PlanConfig
-from minitron.errors import ConfigError
-from minitron.fields import Engine
-from minitron.presets import read_preset
-from minitron.settings import (
+from minitron.config.fields import Engine
+from minitron.config.parse import suggest, validated
+from minitron.config.presets import read_preset
+from minitron.config.settings import (
     RESOURCES,
     SETTINGS,
     RegisterSettings,
@@ -23,7 +22,8 @@ from minitron.settings import (
     Settings,
     StageSettings,
 )
-from minitron.validation import suggest, validated
+from minitron.config.tasks import PlanConfig
+from minitron.errors import ConfigError
 
 CLUSTER, SAMPLES = "cluster", "samples"
 """The keys of a preset that are no stage's: what `submit` writes into the pipeline, and inputs that packages ship."""

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from minitron.config.settings import StageSettings
+from minitron.config.stages import STAGES, StageConfig
+from minitron.config.tasks import TASKS
 from minitron.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -63,3 +66,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found {type(values).__name__}, not 'key: value' lines; correct it")
     return values
+
+
+def fields_marked(model: type[StageSettings], mark: str) -> list[str]:
+    """Return the names of the fields that carry INPUT or EXECUTION."""
+    return [name for name, field in model.model_fields.items() if mark in field.metadata]
+
+
+def parse(stage: str, values: dict[str, Any]) -> StageConfig:
+    """Validate the values of one stage, or of one of TASKS.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
+    """
+    return validated(stage, (STAGES | TASKS)[stage], values)

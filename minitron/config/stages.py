@@ -1,11 +1,11 @@
 """The configuration of every stage: its settings, its inputs, and where it writes and reports."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from minitron.fields import EXECUTION, HUB_DATASET, INPUT, InputPath, ModelAddress, Place, RegisteredName
-from minitron.settings import (
+from minitron.config.fields import EXECUTION, HUB_DATASET, INPUT, InputPath, ModelAddress, Place
+from minitron.config.settings import (
     DistillSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -16,7 +16,6 @@ from minitron.settings import (
     StageSettings,
     TrainingSettings,
 )
-from minitron.validation import validated
 
 
 class StageConfig(StageSettings):
@@ -105,42 +104,6 @@ class RegisterConfig(RegisterSettings, StageConfig):
     dataset: InputPath = Field(description="Directory written by prepare.")
 
 
-class PlanConfig(StageConfig):
-    """Preset and settings → what every stage is going to do, all of it checked."""
-
-    preset: str = Field("", description="Preset that ships with the package; empty: none.")
-    document: dict[str, Any] = Field({}, description="Settings, as in a preset, that win over those of the preset.")
-    teacher: str = Field("", description="Base model; empty: the preset's.")
-    corpus: str = Field("", description="Text; empty: the preset's.")
-    model_name: str = Field("", description="Registered model; empty: the preset's.")
-    champion: str = Field("", description="Model in production to compare with; empty: the preset's, or none.")
-
-
-class ResolveConfig(PlanConfig):
-    """Corpus, teacher and settings → is there anything to train that is not there yet?"""
-
-    tracking_uri: str = Field(description="MLflow server whose registry has the versions.")
-    pipeline_run_id: str = Field(description="Kubeflow run that asks.")
-
-
-class PromoteConfig(StageConfig):
-    """Version → champion, if it meets its gates."""
-
-    tracking_uri: str = Field(description="MLflow server whose registry has the version.")
-    model_name: RegisteredName = RegisterSettings.model_fields["name"].default
-    version: PositiveInt | None = Field(None, description="Its number; none: the challenger's.")
-    why: str | None = Field(None, description="Reason, for the ledger.")
-
-
-class ConcludeConfig(StageConfig):
-    """What happened in a run → its outcome in MLflow, and a page."""
-
-    tracking_uri: str = Field(description="MLflow server.")
-    pipeline_run_id: str = Field(description="Kubeflow run that ends.")
-    state: str = Field(description="State in which Kubeflow says that it ended.")
-    message: str | None = Field(None, description="What Kubeflow says of a failure.")
-
-
 LARGE = ("prepare", "finetune", "prune", "distill")
 """Stages whose results, models and datasets, are passed on by reference where they cannot be linked."""
 
@@ -153,26 +116,3 @@ STAGES: dict[str, type[StageConfig]] = {
     "register": RegisterConfig,
 }
 """Every stage's configuration, in the order of the flow."""
-
-
-TASKS: dict[str, type[StageConfig]] = {
-    "plan": PlanConfig,
-    "resolve": ResolveConfig,
-    "promote": PromoteConfig,
-    "conclude": ConcludeConfig,
-}
-"""The tasks that decide instead of making something: what they do depends on the registry, so no result is reused."""
-
-
-def fields_marked(model: type[StageSettings], mark: str) -> list[str]:
-    """Return the names of the fields that carry INPUT or EXECUTION."""
-    return [name for name, field in model.model_fields.items() if mark in field.metadata]
-
-
-def parse(stage: str, values: dict[str, Any]) -> StageConfig:
-    """Validate the values of one stage, or of one of TASKS.
-
-    Raises:
-        ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
-    """
-    return validated(stage, (STAGES | TASKS)[stage], values)
