@@ -129,7 +129,7 @@ def schedule(
 ) -> None:
     """Run a pipeline on a cluster again and again; the same command twice changes nothing, another one replaces it."""
     with _one_line(debug):
-        from minitron import cron
+        from minitron.cluster import cron
 
         first = cron.first_time(expression)
         documents, arguments, account = _for_cluster(pipeline, presets or [], settings or [])
@@ -271,7 +271,7 @@ def _one_line(debug: bool) -> Iterator[None]:
 
 def _connect(host: str | None, namespace: str | None, token: str | None) -> Any:
     """Connect to Kubeflow Pipelines, with clients that the image of the tools does not have."""
-    from minitron.cluster import Kubeflow
+    from minitron.cluster.pipelines_api import Kubeflow
 
     return Kubeflow(host, namespace, token)
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import requests
 
-from minitron import bucket, kube, trainjob
-from minitron.cluster import Kubeflow
+from minitron import bucket, trainjob
+from minitron.cluster import kubernetes_api
+from minitron.cluster.pipelines_api import Kubeflow
 from minitron.config.pipelines import compiled_pipeline
 from minitron.errors import MinitronError
 
@@ -38,7 +39,7 @@ def examine(
     """
     checks = [_pipelines(connect)]
     try:
-        core = kube.core_api()
+        core = kubernetes_api.core_api()
     except MinitronError as error:
         checks.append(Check(None, "Kubernetes", str(error), "run it where kubectl works, to check the rest"))
     else:
@@ -62,14 +63,14 @@ def _pipelines(connect: Callable[[], Kubeflow]) -> Check:
 
 def _namespace(core: Any, namespace: str) -> Check:
     name = f"namespace {namespace}"
-    found, problem = kube.look(lambda: core.read_namespace(namespace))
+    found, problem = kubernetes_api.look(lambda: core.read_namespace(namespace))
     if found:
         return Check(True, name, found.status.phase or "there")
     return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or give --namespace")
 
 
 def _gpus(core: Any, namespace: str) -> Check:
-    nodes, problem = kube.look(lambda: core.list_node().items)
+    nodes, problem = kubernetes_api.look(lambda: core.list_node().items)
     if nodes is None:
         return _missing("GPUs", problem, "")
     counts = [int((node.status.allocatable or {}).get(trainjob.GPU, 0)) for node in nodes]
@@ -85,7 +86,7 @@ def _gpus(core: Any, namespace: str) -> Check:
 def _claim(core: Any, namespace: str) -> Check:
     wanted = _default("workspace_claim")
     name = f"claim {wanted}"
-    claim, problem = kube.look(lambda: core.read_namespaced_persistent_volume_claim(wanted, namespace))
+    claim, problem = kubernetes_api.look(lambda: core.read_namespaced_persistent_volume_claim(wanted, namespace))
     if claim is None:
         return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or set workspace_claim")
     found = f"{claim.status.phase}, {', '.join(claim.spec.access_modes)}, {claim.spec.resources.requests['storage']}"
@@ -97,7 +98,7 @@ def _claim(core: Any, namespace: str) -> Check:
 def _secret(core: Any, namespace: str) -> Check:
     wanted = _default("credentials_secret")
     name = f"secret {wanted}"
-    secret, problem = kube.look(lambda: core.read_namespaced_secret(wanted, namespace))
+    secret, problem = kubernetes_api.look(lambda: core.read_namespaced_secret(wanted, namespace))
     if secret is None:
         check = _missing(name, problem, "only needed for gated models (HF_TOKEN) and an MLflow with a password")
         return check._replace(ok=None)
@@ -111,7 +112,7 @@ def _default(parameter: str) -> str:
 
 def _runtime() -> Check:
     name = f"training runtime {trainjob.RUNTIME}"
-    found, problem = kube.look(trainjob.runtime)
+    found, problem = kubernetes_api.look(trainjob.runtime)
     if found:
         return Check(True, name, "there")
     check = _missing(name, problem, "only needed for num_nodes above 1: install Kubeflow Trainer 2.3")

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minitron import kube
+from minitron.cluster import kubernetes_api
 from minitron.engines.launcher import explain
 from minitron.errors import ConfigError, MinitronError, RunError
 
@@ -89,7 +89,7 @@ def launch(
 
 def runtime() -> Any:
     """Return the runtime that trains."""
-    return kube.custom_api(kube.LAST_RETRY).get_cluster_custom_object(
+    return kubernetes_api.custom_api(kubernetes_api.LAST_RETRY).get_cluster_custom_object(
         **_API, plural="clustertrainingruntimes", name=RUNTIME
     )
 
@@ -100,7 +100,7 @@ class _TrainJob:
     def __init__(self, name: str, namespace: str, log: Path) -> None:
         self.name, self._namespace, self._log = name, namespace, log
         self._place: dict[str, Any] = {**_API, "namespace": namespace, "plural": "trainjobs"}
-        self._jobs, self._core = kube.custom_api(kube.RETRY), kube.core_api()
+        self._jobs, self._core = kubernetes_api.custom_api(kubernetes_api.RETRY), kubernetes_api.core_api()
         self._created = datetime.min.replace(tzinfo=UTC)
         self._last_line = ""
         self._stuck_since, self._refused = 0.0, False
@@ -126,9 +126,9 @@ class _TrainJob:
         try:
             with self._errors(f"TrainJob {self.name}"):
                 self._jobs.create_namespaced_custom_object(body=manifest, **self._place)
-        except kube.ConflictError:
+        except kubernetes_api.ConflictError:
             return False
-        except kube.RefusedError:
+        except kubernetes_api.RefusedError:
             self._refused = True
             raise
         spec = manifest["spec"]["trainer"]
@@ -139,7 +139,7 @@ class _TrainJob:
         try:
             with self._errors(f"TrainJob {self.name}"):
                 return self._jobs.get_namespaced_custom_object(name=self.name, **self._place)
-        except kube.MissingError:
+        except kubernetes_api.MissingError:
             return None
 
     def state(self) -> str | None:
@@ -167,7 +167,10 @@ class _TrainJob:
         if pod is None or pod.status.phase == "Pending":
             return
         since = {"since_seconds": _age(self._last_line)} if self._last_line else {}
-        with contextlib.suppress(kube.MissingError, kube.NotReadyError), self._errors(f"pod {pod.metadata.name}"):
+        with (
+            contextlib.suppress(kubernetes_api.MissingError, kubernetes_api.NotReadyError),
+            self._errors(f"pod {pod.metadata.name}"),
+        ):
             text = self._core.read_namespaced_pod_log(pod.metadata.name, self._namespace, timestamps=True, **since)
             self._pass_on([line for line in (text or "").splitlines() if line.partition(" ")[0] > self._last_line])
 
@@ -215,18 +218,18 @@ class _TrainJob:
         """Delete the job and its pods; what cannot be deleted is named."""
         if self._refused:
             return
-        api = kube.custom_api(kube.LAST_RETRY)
+        api = kubernetes_api.custom_api(kubernetes_api.LAST_RETRY)
         try:
             with self._errors(f"TrainJob {self.name}"):
                 api.delete_namespaced_custom_object(name=self.name, propagation_policy="Background", **self._place)
-        except kube.MissingError:
+        except kubernetes_api.MissingError:
             pass
         except MinitronError as error:
             remedy = f"kubectl delete trainjob {self.name} -n {self._namespace}"
             print(f"warning: it may still run: {error}; delete it by '{remedy}'", file=sys.stderr, flush=True)
 
     def _errors(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return kube.errors(what, self._namespace)
+        return kubernetes_api.errors(what, self._namespace)
 
 
 def _own_pod() -> Any:
@@ -237,8 +240,8 @@ def _own_pod() -> Any:
         raise ConfigError(
             "num_nodes: above 1 it needs a cluster, but this is no pod; run it on Kubeflow, or set it to 1"
         )
-    with kube.errors(f"pod {name}", namespace):
-        return kube.core_api().read_namespaced_pod(name, namespace)
+    with kubernetes_api.errors(f"pod {name}", namespace):
+        return kubernetes_api.core_api().read_namespaced_pod(name, namespace)
 
 
 def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:
@@ -249,14 +252,14 @@ def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) ->
     resources = {**((main.resources and main.resources.limits) or {}), GPU: str(gpus)}
     node = {
         "name": "node",
-        "volumeMounts": kube.plain([mount for mount in main.volume_mounts or [] if mount.name in names]),
+        "volumeMounts": kubernetes_api.plain([mount for mount in main.volume_mounts or [] if mount.name in names]),
     }
     patch = {
         "serviceAccountName": pod.spec.service_account_name,
-        "imagePullSecrets": kube.plain(pod.spec.image_pull_secrets),
+        "imagePullSecrets": kubernetes_api.plain(pod.spec.image_pull_secrets),
         "nodeSelector": pod.spec.node_selector,
-        "tolerations": kube.plain(pod.spec.tolerations),
-        "volumes": kube.plain(volumes),
+        "tolerations": kubernetes_api.plain(pod.spec.tolerations),
+        "volumes": kubernetes_api.plain(volumes),
         "containers": [node],
     }
     metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "minitron"}}
@@ -270,7 +273,7 @@ def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) ->
             "trainer": {
                 "image": main.image,
                 "command": command,
-                "env": kube.plain([variable for variable in main.env or [] if _is_copied(variable)]),
+                "env": kubernetes_api.plain([variable for variable in main.env or [] if _is_copied(variable)]),
                 "numNodes": nodes,
                 "numProcPerNode": gpus,
                 "resourcesPerNode": {"requests": resources, "limits": resources},

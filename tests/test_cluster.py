@@ -15,11 +15,12 @@ from http_server import CUT, Page, State, http_server
 from kubeflow_server import KubeflowServer, kubeflow_server
 from typer.testing import CliRunner
 
-from minitron import __version__, cluster
+from minitron import __version__
 from minitron.cli import app
+from minitron.cluster import pipelines_api
+from minitron.cluster.cron import first_time
 from minitron.config.pipelines import compiled_pipeline, configured
 from minitron.config.settings import ClusterConfig
-from minitron.cron import first_time
 from minitron.errors import ConfigError
 
 JOB = ["compress", "--preset", "nemo-tutorial-width", "--preset", "gke-spot", "--set", "corpus=gs://bucket/text"]
@@ -35,7 +36,7 @@ def server() -> Iterator[KubeflowServer]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(pipelines_api, "POLL_SECONDS", 0.01)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("KF_PIPELINES_ENDPOINT", "MINITRON_NAMESPACE", "MINITRON_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -223,7 +224,7 @@ def test_in_a_pod_neither_host_nor_token_is_given(monkeypatch: pytest.MonkeyPatc
     from kubernetes.config import incluster_config
 
     (tmp_path / "token").write_text("of-the-pod")
-    monkeypatch.setattr(cluster, "_IN_CLUSTER", tmp_path / "token")
+    monkeypatch.setattr(pipelines_api, "_IN_CLUSTER", tmp_path / "token")
     for name in ("SERVICE_TOKEN_FILENAME", "SERVICE_CERT_FILENAME"):
         monkeypatch.setattr(incluster_config, name, str(tmp_path / "token"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -347,7 +348,7 @@ def scenario(*steps: list[str]) -> Callable[[dict[str, Any]], None]:
 
 
 def test_the_presets_for_gke_are_pods_own_terms() -> None:
-    presets = Path(cluster.__file__).parent.parent / "pipelines" / "presets"
+    presets = Path(pipelines_api.__file__).parents[2] / "pipelines" / "presets"
     for path in presets.glob("gke-*.yaml"):
         values = yaml.safe_load(path.read_text())
         assert {"key", "operator", "effect"} <= values["gpu_tolerations"][0].keys()

@@ -16,7 +16,8 @@ from http_server import CUT, HALF, Refused
 from kubernetes_server import KubernetesServer, cluster_of_a_task
 from urllib3 import Retry
 
-from minitron import kube, trainjob
+from minitron import trainjob
+from minitron.cluster import kubernetes_api
 from minitron.errors import ConfigError, RunError
 
 KEY = "0123456789abcdef"
@@ -30,7 +31,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernet
     with cluster_of_a_task(tmp_path, monkeypatch) as state:
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
         quick = {"backoff_factor": 0.05, "backoff_max": 0.05, "status_forcelist": (429, 500, 502, 503, 504)}
-        monkeypatch.setattr(kube, "RETRY", Retry(20, allowed_methods=None, **quick))
+        monkeypatch.setattr(kubernetes_api, "RETRY", Retry(20, allowed_methods=None, **quick))
         yield state
 
 
@@ -318,7 +319,7 @@ def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytes
         launch(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run it in a pod, or set KUBECONFIG"):
-        kube.core_api()
+        kubernetes_api.core_api()
 
 
 def _plain_job(name: str) -> dict[str, Any]:

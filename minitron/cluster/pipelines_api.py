@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minitron import __version__, kube
+from minitron import __version__
+from minitron.cluster import kubernetes_api
 from minitron.errors import ConfigError, MinitronError, RunError
 
 DONE = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -262,7 +263,7 @@ def _client(**access: Any) -> Any:
 
     class Quick(Client):
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-            kube.limit_waiting(self._healthz_api.api_client)  # all its services share it
+            kubernetes_api.limit_waiting(self._healthz_api.api_client)  # all its services share it
             return self._healthz_api.healthz_service_get_healthz()
 
     return Quick(**access)
