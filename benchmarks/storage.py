@@ -26,8 +26,8 @@ from google.cloud import storage
 from google.cloud.storage import transfer_manager
 from servers import free_port, running
 
-from minitron import transfers
-from minitron.bucket import CHUNK, objects, snapshot
+from minitron.storage import transfers
+from minitron.storage.bucket import CHUNK, objects, snapshot
 
 MB = 1 << 20
 BUCKET = "gs://bucket"

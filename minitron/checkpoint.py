@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from minitron.errors import ConfigError, RunError
-from minitron.results import link_or_copy
-from minitron.storage import RECORD, content_hash
+from minitron.storage.files import link_or_copy
+from minitron.storage.hashing import content_hash
+from minitron.storage.layout import RECORD
 
 if TYPE_CHECKING:  # register's image has neither torch nor transformers
     import torch

@@ -13,9 +13,9 @@ from minitron import pipeline_run as runs
 from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
 from minitron.mlflow_client import connect, explained, hurry, reason, shown
-from minitron.results import replaced, write_atomically
 from minitron.stage import noted_failure
-from minitron.summary import CONCLUSION, PAGE
+from minitron.storage.files import replaced, write_atomically
+from minitron.storage.layout import CONCLUSION, PAGE
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import pyarrow
 from pyarrow import parquet
 
 from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.storage import RECORD, HubDataset, hub_dataset, local_path
+from minitron.storage.hub import HubDataset, hub_dataset, local_path
+from minitron.storage.layout import RECORD
 
 Numbered = Iterator[tuple[int, Any]]
 

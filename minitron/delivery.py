@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron import references
-from minitron.bucket import is_bucket
 from minitron.config.fields import address
 from minitron.config.stages import LARGE, StageConfig
 from minitron.errors import ConfigError
-from minitron.results import finished, publish_copy, publish_links
-from minitron.storage import read_record
+from minitron.storage import cache, references
+from minitron.storage.bucket import is_bucket
+from minitron.storage.layout import read_record
+from minitron.storage.staging import finished, publish_copy, publish_links
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ def place_of(stage: str, config: StageConfig, key: str) -> Place:
     """Return where the result of this key belongs."""
     inner = f"{stage}/{key[:16]}"
     if is_bucket(config.workspace):
-        return Place(references.cache_directory() / inner, f"{address(config.workspace or '')}/{inner}")
+        return Place(cache.cache_directory() / inner, f"{address(config.workspace or '')}/{inner}")
     remote = address(config.output) if is_bucket(config.output) else None
     if config.workspace:
         return Place(config.workspace.absolute() / inner, remote)
-    return Place(references.cache_directory() / inner if remote else config.output, remote)
+    return Place(cache.cache_directory() / inner if remote else config.output, remote)
 
 
 def found(place: Place, key: str) -> dict[str, Any] | None:
     """Return the record of the finished result of a key, wherever it lies; it is committed to its bucket if need be."""
     if place.remote is None:
         return finished(place.home, key)
-    from minitron import committed
+    from minitron.storage import bucket_results
 
-    record = committed.record_at(place.remote)
+    record = bucket_results.record_at(place.remote)
     if record and record["key"] == key:
         return record
     return commit(place, replace=False) if finished(place.home, key) else None
@@ -55,12 +55,12 @@ def found(place: Place, key: str) -> dict[str, Any] | None:
 
 def commit(place: Place, replace: bool) -> dict[str, Any]:
     """Upload the result on this machine to its bucket, and keep it where references to it find it."""
-    from minitron import committed
+    from minitron.storage import bucket_results
 
     assert place.remote is not None
-    record = committed.commit(place.home, place.remote, replace)
-    if place.home.is_relative_to(references.cache_directory()):
-        references.keep(place.home)
+    record = bucket_results.commit(place.home, place.remote, replace)
+    if place.home.is_relative_to(cache.cache_directory()):
+        cache.keep(place.home)
     return record
 
 
@@ -88,17 +88,17 @@ def _deliver_from_volume(stage: str, config: StageConfig, place: Place, record: 
 
 def _deliver_to_bucket(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
     """Commit a reference, or a small result, to an output in a bucket; the result lies in the workspace's."""
-    from minitron import committed
+    from minitron.storage import bucket_results
 
     assert place.remote is not None
     reference = references.reference_to(place.remote, record)
     if stage not in LARGE:
-        committed.commit(references.local(reference, place.remote), address(config.output), replace=False)
+        bucket_results.commit(references.local(reference, place.remote), address(config.output), replace=False)
         return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / stage
         references.write(directory, reference, record)
-        committed.commit(directory, address(config.output), replace=True)
+        bucket_results.commit(directory, address(config.output), replace=True)
 
 
 def refuse_foreign(stage: str, config: StageConfig) -> None:
@@ -123,6 +123,6 @@ def _content(output: Path) -> tuple[dict[str, Any] | None, bool]:
 
 
 def _bucket_content(output: str) -> tuple[dict[str, Any] | None, bool]:
-    from minitron import committed
+    from minitron.storage import bucket_results
 
-    return committed.content_at(output)
+    return bucket_results.content_at(output)

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import requests
 
-from minitron import bucket, trainjob
+from minitron import trainjob
 from minitron.cluster import kubernetes_api
 from minitron.cluster.pipelines_api import Kubeflow
 from minitron.config.pipelines import compiled_pipeline
 from minitron.errors import MinitronError
+from minitron.storage import bucket
 
 
 class Check(NamedTuple):

@@ -31,10 +31,10 @@ from minitron.errors import ConfigError
 from minitron.events import write_events
 from minitron.manifest import check_tokenizer
 from minitron.report import write_report
-from minitron.results import write_atomically
 from minitron.scoring import score
 from minitron.sources import corpus, resolve
-from minitron.storage import content_hash
+from minitron.storage.files import write_atomically
+from minitron.storage.hashing import content_hash
 from minitron.tokenised import write_first
 from minitron.tracking import Tracker
 

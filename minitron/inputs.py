@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minitron import bucket, references, sources
+from minitron import sources
 from minitron.config.fields import HUB_DATASET, INPUT, address
 from minitron.config.parse import fields_marked
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
-from minitron.storage import hub_dataset, verified_hash
+from minitron.storage import bucket, references
+from minitron.storage.hashing import verified_hash
+from minitron.storage.hub import hub_dataset
 
 Config = TypeVar("Config", bound=StageConfig)
 

@@ -21,7 +21,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
 from minitron.manifest import MANIFEST, read_manifest
 from minitron.mlflow_client import connect, explained, hurry, read_artifact
-from minitron.storage import read_record
+from minitron.storage.layout import read_record
 
 LINEAGE = "lineage.json"
 

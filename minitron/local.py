@@ -17,7 +17,7 @@ from minitron.config.pipelines import dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
 from minitron.stage import failure_note, noted_failure
-from minitron.summary import PAGE, REPORT
+from minitron.storage.layout import PAGE, REPORT
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"

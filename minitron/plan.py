@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from minitron.config.document import SHARED, Plan, plan_of
 from minitron.config.settings import RESOURCES, Settings
 from minitron.config.tasks import PlanConfig
-from minitron.results import replaced, write_atomically
+from minitron.storage.files import replaced, write_atomically
 
 PLAN, PLAN_PAGE = "plan.json", "plan.html"
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minitron import bucket, stage
+from minitron import stage
 from minitron.checkpoint import load_tokenizer, tokenizer_hash
 from minitron.config.stages import PrepareConfig
 from minitron.corpus import Corpus
@@ -32,7 +32,9 @@ from minitron.errors import ConfigError, RunError
 from minitron.fast_imports import many_imports
 from minitron.manifest import MANIFEST
 from minitron.sources import corpus, resolve
-from minitron.storage import content_hash, hub_dataset, local_path
+from minitron.storage import bucket
+from minitron.storage.hashing import content_hash
+from minitron.storage.hub import hub_dataset, local_path
 from minitron.tokenised import normalise, plain
 from minitron.tracking import Tracker
 

@@ -24,7 +24,7 @@ from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
 from minitron.mlflow_client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
 from minitron.pipeline_run import conclude, pipeline_run
 from minitron.registry import DECISION_TAG
-from minitron.results import replaced, write_atomically
+from minitron.storage.files import replaced, write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

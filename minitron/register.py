@@ -18,8 +18,8 @@ from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError
 from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.mlflow_client import explained, patient
-from minitron.results import write_atomically
-from minitron.storage import read_record
+from minitron.storage.files import write_atomically
+from minitron.storage.layout import read_record
 from minitron.tracking import MlflowTracker, Tracker
 
 EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"

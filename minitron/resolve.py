@@ -14,7 +14,7 @@ from minitron.ledger import CHAMPION, PROMOTED_TAG
 from minitron.mlflow_client import connect, explained, hurry
 from minitron.origin import Origin
 from minitron.pipeline_run import conclude, pipeline_run
-from minitron.results import replaced, write_atomically
+from minitron.storage.files import replaced, write_atomically
 
 DECISION = "decision.json"
 

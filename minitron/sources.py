@@ -17,14 +17,18 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from minitron import bucket, ngc, registry
+from minitron import registry
 from minitron.config.fields import address as address_of
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import patient
-from minitron.references import followed, lasting_directory
-from minitron.results import arrive, write_atomically
-from minitron.storage import content_hash, hub_model, local_path
+from minitron.storage import bucket, ngc
+from minitron.storage.cache import lasting_directory
+from minitron.storage.files import write_atomically
+from minitron.storage.hashing import content_hash
+from minitron.storage.hub import hub_model, local_path
+from minitron.storage.references import followed
+from minitron.storage.staging import arrive
 
 __all__ = ["check", "corpus", "resolve", "resolved"]
 
@@ -137,15 +141,15 @@ def _is_complete(home: Path) -> bool:
 
 def _complete_snapshot(address: str) -> str:
     """Return the snapshot of what lies in a bucket, unless it is a result whose upload did not end."""
-    from minitron import committed
+    from minitron.storage import bucket_results
 
     found = bucket.some_objects(address)
-    committed.check_complete(address, set(found))
+    bucket_results.check_complete(address, set(found))
     return bucket.snapshot_of(address, found)
 
 
 def _fetch_objects(identity: str, target: Path) -> None:
-    from minitron import transfers
+    from minitron.storage import transfers
 
     transfers.download(identity, target)
 

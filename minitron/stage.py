@@ -30,9 +30,11 @@ from minitron.config.parse import fields_marked, parse, read_yaml
 from minitron.config.stages import STAGES, StageConfig
 from minitron.errors import ConfigError, MinitronError
 from minitron.fast_imports import many_imports
-from minitron.references import lasting_directory
-from minitron.results import CHECKPOINTS, KEY, disk_errors, partial_directory, publish, write_atomically
-from minitron.storage import RECORD, content_hash, read_record
+from minitron.storage.cache import lasting_directory
+from minitron.storage.files import disk_errors, write_atomically
+from minitron.storage.hashing import content_hash
+from minitron.storage.layout import RECORD, read_record
+from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails."""

@@ -13,10 +13,7 @@ from minitron import measures
 from minitron.config import metrics
 from minitron.config.stages import STAGES
 from minitron.mlflow_client import shown
-from minitron.storage import RECORD
-
-CONCLUSION, PAGE, REPORT = "conclusion.json", "conclusion.html", "report.html"
-"""What conclude leaves, outcome and reason and a page that says them; what evaluate leaves, and the run's directory."""
+from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
 
 
 def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:

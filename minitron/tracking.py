@@ -36,7 +36,7 @@ from minitron.mlflow_client import (
 from minitron.once import PARENT_TAG
 from minitron.outbox import Message, Outbox, deliver
 from minitron.pipeline_run import ALIVE_TAG, ERROR_TAG, pipeline_run
-from minitron.references import lasting_directory
+from minitron.storage.cache import lasting_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

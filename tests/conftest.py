@@ -16,11 +16,12 @@ import forks
 import pytest
 from http_server import free_port
 
-from minitron import bucket, samples
+from minitron import samples
 from minitron.data import IndexedWriter
 from minitron.manifest import MANIFEST
 from minitron.mlflow_client import connect, experiment_id
-from minitron.storage import content_hash
+from minitron.storage import bucket
+from minitron.storage.hashing import content_hash
 
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
     from gcs import World

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from gcs import CUT, DAMAGE, STALL, World
 
-from minitron import bucket, transfers
 from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.storage import bucket, transfers
 
 ADDRESS = "gs://bucket/data"
 MB = 1 << 20
@@ -111,7 +111,7 @@ def test_what_is_there_is_not_fetched_again(world: World, content: dict[str, byt
 DOWNLOAD = """
 import sys
 from pathlib import Path
-from minitron import bucket, transfers
+from minitron.storage import bucket, transfers
 transfers.CHUNK, transfers._BATCH_FILES = 1 << 20, 4
 transfers.download(bucket.snapshot(sys.argv[1]), Path(sys.argv[2]))
 """

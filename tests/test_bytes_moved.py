@@ -11,8 +11,8 @@ import forks
 from gcs import World
 
 from minitron.config.stages import LARGE, STAGES
-from minitron.references import REFERENCE
-from minitron.storage import RECORD
+from minitron.storage.layout import RECORD
+from minitron.storage.references import REFERENCE
 
 SMALL = 60_000
 """Bytes: more than a reference and a record take."""

@@ -10,7 +10,7 @@ from minitron import conclude, pipeline_run, stage
 from minitron.config.parse import parse
 from minitron.config.tasks import ConcludeConfig
 from minitron.mlflow_client import connect, experiment_id
-from minitron.results import write_atomically
+from minitron.storage.files import write_atomically
 
 
 def ended(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:

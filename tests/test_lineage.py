@@ -17,7 +17,7 @@ from minitron.config.parse import parse
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
-from minitron.storage import content_hash
+from minitron.storage.hashing import content_hash
 
 CARD = "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\ntags: [x]\n---\n# Llama\n"
 

@@ -21,7 +21,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from minitron import prepare, storage
+from minitron import prepare
 from minitron.checkpoint import load_tokenizer
 from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
@@ -30,6 +30,7 @@ from minitron.data import SPLITS, IndexedDataset
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.prepare import Selection, split_of
+from minitron.storage.hub import hub_dataset
 from minitron.tokenised import normalise
 from minitron.tracking import Tracker
 
@@ -474,7 +475,7 @@ def test_a_hub_that_cannot_be_reached(teacher: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["hf://", "hf://a/b/c/d", "hf://a/b@"])
 def test_an_address_that_is_no_datasets(address: str) -> None:
     with pytest.raises(ConfigError, match=r"not a dataset's address; give hf://org/name\[@revision\]\[/config\]"):
-        storage.hub_dataset(address)
+        hub_dataset(address)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

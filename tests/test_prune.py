@@ -33,7 +33,7 @@ from minitron.data import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.pruning.importance import Importance, measure
 from minitron.pruning.surgery import Plan, Shape, choose, cut
-from minitron.storage import content_hash
+from minitron.storage.hashing import content_hash
 
 SEQUENCE = 32
 ARCHITECTURES = {

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from gcs import World
 
-from minitron import finetune, prepare, references, stage
-from minitron.bucket import pinned
+from minitron import finetune, prepare, stage
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig, FinetuneConfig, PrepareConfig, PruneConfig, StageConfig
 from minitron.errors import ConfigError, RunError
-from minitron.references import REFERENCE
-from minitron.storage import RECORD, content_hash
+from minitron.storage import references
+from minitron.storage.bucket import pinned
+from minitron.storage.hashing import content_hash
+from minitron.storage.layout import RECORD
+from minitron.storage.references import REFERENCE
 
 MADE = 50_000
 

@@ -21,7 +21,7 @@ from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
-from minitron.storage import content_hash
+from minitron.storage.hashing import content_hash
 
 TEXTS = ["hello there", "abc"]
 WEIGHTS = "model.safetensors"

@@ -22,7 +22,7 @@ from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
 from minitron.mlflow_client import connect
-from minitron.storage import content_hash
+from minitron.storage.hashing import content_hash
 
 ADDRESS = "ngc://org/team/llama:1.0"
 KEY = "nvapi-secret"
@@ -273,7 +273,7 @@ def test_a_model_in_a_bucket_is_its_snapshot(bucket: Any, config: FinetuneConfig
 def test_an_object_outside_the_model_is_refused(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator refuses such a name, which a bucket takes: the listing is made here."""
     listing = [SimpleNamespace(name="models/bad/../../../escape", generation=1, size=1)]
-    monkeypatch.setattr("minitron.bucket._client", lambda: SimpleNamespace(list_blobs=lambda *_, **__: listing))
+    monkeypatch.setattr("minitron.storage.bucket._client", lambda: SimpleNamespace(list_blobs=lambda *_, **__: listing))
     with pytest.raises(
         RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the directory; delete it"
     ):

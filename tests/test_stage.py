@@ -19,8 +19,8 @@ from minitron import __version__, stage
 from minitron.config.parse import parse, read_yaml
 from minitron.config.stages import PrepareConfig
 from minitron.errors import ConfigError, RunError
-from minitron.results import CHECKPOINTS
-from minitron.storage import content_hash
+from minitron.storage.hashing import content_hash
+from minitron.storage.staging import CHECKPOINTS
 
 
 class Counting:
@@ -87,7 +87,7 @@ def test_an_input_that_may_not_be_read_is_one_line(
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("minitron.storage._file_hash", refuse)
+    monkeypatch.setattr("minitron.storage.hashing._file_hash", refuse)
     with pytest.raises(
         RunError, match=r"corpus.txt: Permission denied; give this user the right, or another directory"
     ):
@@ -164,7 +164,7 @@ import os, signal, sys
 from pathlib import Path
 from minitron import stage
 from minitron.config.parse import parse
-from minitron.results import CHECKPOINTS
+from minitron.storage.staging import CHECKPOINTS
 
 def work(config, directory, tracker):
     (directory / "half-written.txt").write_text("junk")

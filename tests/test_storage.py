@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage import content_hash, hub_dataset, local_path, read_record, verified_hash
+from minitron.storage.hashing import content_hash, verified_hash
+from minitron.storage.hub import hub_dataset, local_path
+from minitron.storage.layout import read_record
 
 
 def test_paths_and_file_addresses_are_local(tmp_path: Path) -> None:

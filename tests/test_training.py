@@ -21,7 +21,7 @@ from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.scoring import score
-from minitron.storage import content_hash
+from minitron.storage.hashing import content_hash
 
 SHORT = {
     "sequence_length": 32,

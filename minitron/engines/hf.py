@@ -21,8 +21,8 @@ from minitron.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.config.stages import TrainingConfig
 from minitron.data import training_data
 from minitron.losses import LossWeights, linear_loss
-from minitron.results import CHECKPOINTS
 from minitron.scoring import hidden_states, output_head, score, teacher_metrics
+from minitron.storage.staging import CHECKPOINTS
 from minitron.tracking import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")

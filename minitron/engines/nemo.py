@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minitron.bucket import is_bucket
 from minitron.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data import PackedDataset
@@ -23,9 +22,10 @@ from minitron.engines.launcher import launch
 from minitron.errors import ConfigError
 from minitron.losses import LossWeights
 from minitron.pruning.importance import Importance
-from minitron.references import cache_directory
-from minitron.results import CHECKPOINTS, KEY
 from minitron.scoring import teacher_metrics
+from minitron.storage.bucket import is_bucket
+from minitron.storage.cache import cache_directory
+from minitron.storage.staging import CHECKPOINTS, KEY
 from minitron.tracking import Tracker
 
 WORKER = "minitron.engines.nemo_worker"

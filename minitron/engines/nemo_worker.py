@@ -140,7 +140,7 @@ def score(job: dict[str, Any], work: Path) -> None:
     """Score the teacher of a distillation."""
     from minitron.config.parse import parse
     from minitron.engines.nemo import TEACHER, score_teacher
-    from minitron.results import write_atomically
+    from minitron.storage.files import write_atomically
 
     config: Any = parse("distill", job["config"])
     write_atomically(work / TEACHER, score_teacher(config, Path(job["teacher"])))

@@ -1,20 +1,11 @@
-"""Where data lies: turns an address (a local path, file://, hf://) into a verified local path. Buckets: bucket.py."""
+"""Where data lies: turns an address (a local path, file://, hf://) into a local path. Buckets: bucket.py."""
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from minitron.errors import ConfigError, RunError
-
-RECORD = "stage.json"
-"""The file that makes a stage's directory complete: written last, never part of the directory's content hash."""
-
-AWAITED = f"{RECORD}.partial"
-"""What is in its place while a directory is uploaded to a bucket."""
 
 _HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))?")
 """hf://org/name[@revision][/config]"""
@@ -106,51 +97,3 @@ def _hub_error(address: str, error: Exception) -> RunError:
     return RunError(
         f"{address}: not fetched ({reason}); check the name, HF_TOKEN and the network, or give a local path"
     )
-
-
-def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
-    """Return the sha256 of a file, or of a directory's names and contents: its stage.json and `leave_out` excepted."""
-    if path.is_file():
-        return _file_hash(path)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        name = file.relative_to(path)
-        if name.parts[0] not in leave_out and str(name) not in (RECORD, AWAITED):
-            digest.update(f"{name}\0{_file_hash(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def verified_hash(path: Path) -> str:
-    """Return the content hash of an input, checked against the record of the stage that wrote it.
-
-    Raises:
-        RunError: the content is not what the stage wrote.
-    """
-    found = content_hash(path)
-    if record := read_record(path):
-        recorded = record["output_sha256"]
-        if recorded != found:
-            raise RunError(
-                f"{path}: content hash {found[:12]} is not the {recorded[:12]} its {RECORD} records: "
-                "a file is damaged or was changed; delete the directory and run the stage that writes it again"
-            )
-    return found
-
-
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """Return the record of a stage's result; None where there is none, or a file of that name that is no record."""
-    try:
-        record = json.loads((directory / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return record if is_record(record) else None
-
-
-def is_record(found: Any) -> TypeGuard[dict[str, Any]]:
-    """Say whether the content of a JSON file is the record of a stage's result."""
-    return isinstance(found, dict) and {"stage", "key", "output_sha256"} <= found.keys()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,17 +6,19 @@ the cache, MINITRON_CACHE.
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.bucket import is_bucket, snapshot
 from minitron.config.fields import address
 from minitron.errors import RunError
-from minitron.results import arrive, replaced, write_atomically
-from minitron.storage import RECORD, content_hash, read_record
+from minitron.storage.bucket import is_bucket, snapshot
+from minitron.storage.cache import place_in_cache
+from minitron.storage.files import replaced, write_atomically
+from minitron.storage.hashing import content_hash
+from minitron.storage.layout import RECORD, read_record
+from minitron.storage.staging import arrive
 
 REFERENCE = "reference.json"
 
@@ -28,16 +30,6 @@ class Reference:
     address: str
     sha256: str
     key: str
-
-
-def cache_directory() -> Path:
-    """Return where this machine keeps what it fetched or made for a bucket: MINITRON_CACHE, or ~/.cache/minitron."""
-    return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron").absolute()
-
-
-def lasting_directory(workspace: Path | str | None) -> Path:
-    """Return where a task keeps what outlives it: the workspace, or the cache if that is a bucket or there is none."""
-    return cache_directory() if workspace is None or is_bucket(workspace) else Path(workspace)
 
 
 def reference_to(place: Path | str, record: dict[str, Any]) -> Reference:
@@ -106,29 +98,15 @@ def local(reference: Reference, named_by: Path | str) -> Path:
     return home
 
 
-def keep(home: Path) -> Path:
-    """Put a result into the cache, where references find it by its content's hash; return its place there."""
-    record = read_record(home)
-    assert record is not None
-    kept = _place(record["output_sha256"], record["key"])
-    if read_record(kept):
-        shutil.rmtree(home)
-    else:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)
-        home.rename(kept)
-    return kept
-
-
 def _cached(reference: Reference) -> Path:
-    kept = _place(reference.sha256, reference.key)
+    kept = place_in_cache(reference.sha256, reference.key)
     if read_record(kept) is None:
         _fetch(reference, kept)
     return kept
 
 
 def _fetch(reference: Reference, kept: Path) -> None:
-    from minitron import transfers
+    from minitron.storage import transfers
 
     identity = snapshot(reference.address)
 
@@ -142,8 +120,3 @@ def _fetch(reference: Reference, kept: Path) -> None:
             )
 
     arrive(kept, identity, fetch)
-
-
-def _place(sha256: str, key: str) -> Path:
-    """Return a place in the cache; equal content has as many places as records, which tell different stories."""
-    return cache_directory() / "results" / f"{sha256[:32]}-{key[:16]}"

@@ -16,8 +16,8 @@ from google.cloud.storage import transfer_manager
 from google.cloud.storage.retry import DEFAULT_RETRY
 from tqdm import tqdm
 
-from minitron.bucket import CHUNK, Objects, explained, handles, snapshot_of, some_objects
 from minitron.errors import RunError
+from minitron.storage.bucket import CHUNK, Objects, explained, handles, snapshot_of, some_objects
 
 RETRY = DEFAULT_RETRY
 """The library's: connections that break and 408, 429, 5xx are tried again for two minutes, with growing pauses."""

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minitron import bucket
 from minitron.errors import RunError
-from minitron.storage import AWAITED, RECORD, is_record
-from minitron.transfers import upload
+from minitron.storage import bucket
+from minitron.storage.layout import AWAITED, RECORD, is_record
+from minitron.storage.transfers import upload
 
 
 def record_at(address: str) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Google Cloud Storage: what lies at an address, small JSON objects, and errors in one line.
 
-This module and transfers.py, which moves files, are the only users of google-cloud-storage. A snapshot is
+This module and storage/transfers.py, which moves files, are the only users of google-cloud-storage. A snapshot is
 `gs://bucket/path#digest`, the digest being of the names and generations of the objects below the path, or of the one
 object of that name.
 """

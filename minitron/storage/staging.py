@@ -6,7 +6,6 @@ A result is a directory with a record, `stage.json`, that names its key and its 
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -15,20 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.storage import content_hash, read_record
+from minitron.errors import ConfigError, RunError
+from minitron.storage.files import NO_LINKS, delete, disk_errors, link_or_copy, partial_path, replaced
+from minitron.storage.hashing import content_hash
+from minitron.storage.layout import read_record
 
 KEY = "key"
 """File in work in progress that says what the work is for; the process at work holds its lock."""
 
 CHECKPOINTS = "checkpoints"
 """Subdirectory of work in progress that a killed stage resumes from; it is not part of the result."""
-
-_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-"""What linking meets: another file system, or one that has no hard links."""
-
-_DISK_FULL = ("No space left on device", "unexpected pos")
-"""What safetensors and torch.save, which raise no OSError, say when the disk is full."""
 
 
 @contextmanager
@@ -40,7 +35,7 @@ def partial_directory(home: Path, key: str) -> Iterator[Path]:
     Raises:
         RunError: another process is at work there.
     """
-    directory = _partial(home)
+    directory = partial_path(home)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / KEY).open("a+") as stream:
         _lock(stream, directory)
@@ -48,7 +43,7 @@ def partial_directory(home: Path, key: str) -> Iterator[Path]:
         kept = {KEY, CHECKPOINTS} if stream.read() == key else {KEY}
         for path in directory.iterdir():
             if path.name not in kept:
-                _delete(path)
+                delete(path)
         stream.truncate(0)
         stream.write(key)
         stream.flush()
@@ -77,10 +72,6 @@ def arrive(home: Path, identity: str, fetch: Callable[[Path], None]) -> None:
         publish(directory, home)
 
 
-def _partial(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".partial")
-
-
 def _lock(stream: TextIO, directory: Path) -> None:
     """Hold a lock that ends with this process, where the file system has locks."""
     try:
@@ -102,8 +93,8 @@ def publish(directory: Path, home: Path) -> None:
 
 def finished(home: Path, key: str) -> dict[str, Any] | None:
     """Return the record of the result with this key, if it is there; publish it first if a kill came between."""
-    if _has_record(_partial(home), key):
-        publish(_partial(home), home)
+    if _has_record(partial_path(home), key):
+        publish(partial_path(home), home)
     return read_record(home) if _is_intact(home, key) else None
 
 
@@ -127,7 +118,7 @@ def publish_links(home: Path, output: Path, key: str) -> bool:
     try:
         _publish_equal(home, output, key, os.link)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         return False
     return True
@@ -146,74 +137,3 @@ def _publish_equal(home: Path, output: Path, key: str, put: Callable[[Path, Path
             target = staging / source.relative_to(home)
             target.parent.mkdir(parents=True, exist_ok=True)
             put(source, target)
-
-
-@contextmanager
-def replaced(output: Path) -> Iterator[Path]:
-    """Give an empty directory that takes the place of `output` in one rename when the block ends."""
-    staging = _partial(output)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Hard-link a file, or copy it where the file system does not allow that."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=_plain))
-    temporary.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    """Return a NumPy or torch number as a Python number, and anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or protected disk causes, in whatever library, into one line.
-
-    Raises:
-        RunError: the disk is full or may not be written.
-    """
-    try:
-        yield
-    except MinitronError:
-        raise
-    except Exception as error:
-        if _is_disk_full(error):
-            raise RunError(f"{path}: disk full ({_free(path):.0f} MB free); free space and run it again") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            named = error.filename2 or error.filename or path
-            raise RunError(f"{named}: {error.strerror}; give this user the right, or another directory") from error
-        raise
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(words in str(error) for words in _DISK_FULL)
-
-
-def _free(path: Path) -> float:
-    """Return the free megabytes of the disk that a path, which need not exist, is on."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free / 2**20

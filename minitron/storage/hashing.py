@@ -1,0 +1,41 @@
+"""The hash of a file's or a directory's content, which says whether a result can be reused."""
+
+import hashlib
+from pathlib import Path
+
+from minitron.errors import RunError
+from minitron.storage.layout import AWAITED, RECORD, read_record
+
+
+def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
+    """Return the sha256 of a file, or of a directory's names and contents: its stage.json and `leave_out` excepted."""
+    if path.is_file():
+        return _file_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        name = file.relative_to(path)
+        if name.parts[0] not in leave_out and str(name) not in (RECORD, AWAITED):
+            digest.update(f"{name}\0{_file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def verified_hash(path: Path) -> str:
+    """Return the content hash of an input, checked against the record of the stage that wrote it.
+
+    Raises:
+        RunError: the content is not what the stage wrote.
+    """
+    found = content_hash(path)
+    if record := read_record(path):
+        recorded = record["output_sha256"]
+        if recorded != found:
+            raise RunError(
+                f"{path}: content hash {found[:12]} is not the {recorded[:12]} its {RECORD} records: "
+                "a file is damaged or was changed; delete the directory and run the stage that writes it again"
+            )
+    return found
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
