@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minitron import samples
-from minitron.checkpoint import load_tokenizer
 from minitron.config.stages import PrepareConfig
-from minitron.corpus import Corpus
-from minitron.prepare import Selection, write
+from minitron.data.corpus import Corpus
+from minitron.data.selection import Selection
+from minitron.data.tokenizer import load_tokenizer
+from minitron.prepare import write
 from minitron.tracking import Tracker
 
 

@@ -13,28 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from minitron.data.tokenizer import TOKENIZER_FILES
 from minitron.errors import ConfigError, RunError
 from minitron.storage.files import link_or_copy
-from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD
 
 if TYPE_CHECKING:  # register's image has neither torch nor transformers
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures that prune knows how to cut."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 _OUTER = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
@@ -76,33 +65,6 @@ def check_architecture(directory: Path) -> dict[str, Any]:
         known = ", ".join(SUPPORTED)
         raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {known}")
     return config
-
-
-def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Load a fast tokenizer that has an end-of-sequence token.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        remedy = "put its tokenizer.json beside the weights"
-        raise ConfigError(f"{directory}: no tokenizer ({reason}); {remedy}") from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ConfigError(f"{directory}: the tokenizer is not a fast one with an EOS token; give one that is")
-    return tokenizer
-
-
-def tokenizer_hash(directory: Path) -> str:
-    """Return the sha256 of tokenizer.json: two models share a dataset only when it is equal."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(f"{directory}: no tokenizer.json; save the model's fast tokenizer there")
-    return content_hash(path)
 
 
 def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) -> None:

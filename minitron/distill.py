@@ -8,8 +8,8 @@ from typing import Any
 
 from minitron import engines, stage
 from minitron.config.stages import DistillConfig
+from minitron.data.manifest import check_tokenizer
 from minitron.losses import LossWeights
-from minitron.manifest import check_tokenizer
 from minitron.tracking import Tracker
 
 

@@ -20,22 +20,24 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minitron import gates, lineage, stage
-from minitron.checkpoint import check_architecture, load_model, load_tokenizer, parameter_count
+from minitron.checkpoint import check_architecture, load_model, parameter_count
 from minitron.config.metrics import CHAMPION, MODELS, NUMBERS
 from minitron.config.stages import EvaluateConfig, PrepareConfig
-from minitron.corpus import Corpus
-from minitron.data import IndexedDataset, PackedDataset
+from minitron.data.corpus import Corpus
+from minitron.data.indexed import IndexedDataset
+from minitron.data.manifest import check_tokenizer
+from minitron.data.packed import PackedDataset
+from minitron.data.text import write_first
+from minitron.data.tokenizer import load_tokenizer
 from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.events import write_events
-from minitron.manifest import check_tokenizer
 from minitron.report import write_report
 from minitron.scoring import score
 from minitron.sources import corpus, resolve
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.tokenised import write_first
 from minitron.tracking import Tracker
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from minitron import engines, stage
 from minitron.checkpoint import copy_model
 from minitron.config.stages import FinetuneConfig
+from minitron.data.manifest import check_tokenizer
 from minitron.losses import LossWeights
-from minitron.manifest import check_tokenizer
 from minitron.sources import resolve
 from minitron.tracking import Tracker
 

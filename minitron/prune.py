@@ -14,10 +14,10 @@ from typing import Any
 from minitron import stage
 from minitron.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
 from minitron.config.stages import PruneConfig
-from minitron.data import PackedDataset
+from minitron.data.manifest import check_tokenizer
+from minitron.data.packed import PackedDataset
 from minitron.engines import hf, nemo
 from minitron.errors import ConfigError
-from minitron.manifest import check_tokenizer
 from minitron.pruning.importance import Importance, measure
 from minitron.pruning.surgery import Plan, Shape, choose, cut
 from minitron.tracking import Tracker

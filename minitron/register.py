@@ -15,8 +15,8 @@ from minitron import lineage, origin, registry, stage
 from minitron.card import write_card
 from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config.stages import RegisterConfig
+from minitron.data.manifest import MANIFEST, check_tokenizer
 from minitron.errors import ConfigError
-from minitron.manifest import MANIFEST, check_tokenizer
 from minitron.mlflow_client import explained, patient
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from minitron.config.stages import TrainingConfig
-from minitron.data import PackedDataset
+from minitron.data.packed import PackedDataset
 from minitron.losses import LossWeights, linear_loss
 
 

@@ -17,8 +17,8 @@ import pytest
 from http_server import free_port
 
 from minitron import samples
-from minitron.data import IndexedWriter
-from minitron.manifest import MANIFEST
+from minitron.data.indexed import IndexedWriter
+from minitron.data.manifest import MANIFEST
 from minitron.mlflow_client import connect, experiment_id
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
@@ -50,7 +50,7 @@ def teacher(inputs: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def dataset(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset as prepare writes it, made by hand so that the other stages are tested apart from prepare."""
-    from minitron.checkpoint import load_tokenizer, tokenizer_hash
+    from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
 
     directory = tmp_path_factory.mktemp("dataset") / "dataset"
     directory.mkdir()

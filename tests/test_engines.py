@@ -12,7 +12,7 @@ from minitron import finetune, prune
 from minitron.checkpoint import check_architecture, read_config
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
-from minitron.data import PackedDataset, training_data
+from minitron.data.packed import PackedDataset, training_data
 from minitron.engines import nemo
 from minitron.errors import ConfigError
 from minitron.pruning.importance import measure

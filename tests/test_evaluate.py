@@ -22,7 +22,7 @@ from minitron import downstream, evaluate
 from minitron.checkpoint import save_model
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
-from minitron.data import PackedDataset
+from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 
 MODELS = ("teacher_before", "teacher", "pruned", "student")
@@ -288,7 +288,7 @@ def test_answers_that_share_a_question_score_as_if_alone(
 
 def test_without_tasks_and_test_documents(job: dict[str, Any], tmp_path: Path) -> None:
     """What there is nothing of is left empty: no task, and a corpus without a test split."""
-    from minitron.data import IndexedWriter
+    from minitron.data.indexed import IndexedWriter
 
     data = tmp_path / "data"
     data.mkdir()
@@ -465,7 +465,7 @@ class TestRefusedBeforeAModelIsLoaded:
         )
 
     def test_a_split_shorter_than_a_sequence(self, job: dict[str, Any], tmp_path: Path) -> None:
-        from minitron.data import IndexedWriter
+        from minitron.data.indexed import IndexedWriter
 
         data = tmp_path / "data"
         data.mkdir()

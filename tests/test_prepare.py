@@ -22,16 +22,16 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from minitron import prepare
-from minitron.checkpoint import load_tokenizer
 from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
-from minitron.corpus import Corpus
-from minitron.data import SPLITS, IndexedDataset
+from minitron.data.corpus import Corpus
+from minitron.data.indexed import SPLITS, IndexedDataset
+from minitron.data.manifest import MANIFEST, check_tokenizer
+from minitron.data.selection import Selection, split_of
+from minitron.data.text import normalise
+from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.manifest import MANIFEST, check_tokenizer
-from minitron.prepare import Selection, split_of
 from minitron.storage.hub import hub_dataset
-from minitron.tokenised import normalise
 from minitron.tracking import Tracker
 
 WIKITEXT = """

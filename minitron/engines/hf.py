@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.config.stages import TrainingConfig
-from minitron.data import training_data
+from minitron.data.packed import training_data
 from minitron.losses import LossWeights, linear_loss
 from minitron.scoring import hidden_states, output_head, score, teacher_metrics
 from minitron.storage.staging import CHECKPOINTS

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minitron.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
-from minitron.data import PackedDataset
+from minitron.data.packed import PackedDataset
 from minitron.engines.launcher import launch
 from minitron.errors import ConfigError
 from minitron.losses import LossWeights

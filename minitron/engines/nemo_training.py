@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
-from minitron.data import training_data
+from minitron.data.packed import training_data
 from minitron.engines.hf import compute_dtype, device
 from minitron.engines.nemo import BEST, FINISHED, HISTORY, gpus, last_checkpoint, step_of
 from minitron.losses import LossWeights

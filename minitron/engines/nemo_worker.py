@@ -86,7 +86,7 @@ def prune(job: dict[str, Any], work: Path) -> None:
     from nemo.collections.llm.modelopt import PruningConfig
 
     from minitron.config.parse import parse
-    from minitron.data import PackedDataset
+    from minitron.data.packed import PackedDataset
     from minitron.engines.nemo import SCORES, calibration_sequences
     from minitron.engines.nemo_training import Batches, data_module
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from minitron.data import PackedDataset
+from minitron.data.packed import PackedDataset
 from minitron.errors import RunError
 
 

@@ -16,10 +16,10 @@ import yaml
 from nemo_support import TRAINING, curves, logits, run_distill, run_finetune, run_prune, weights
 from transformers import AutoModelForCausalLM
 
-from minitron.checkpoint import load_tokenizer
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
-from minitron.data import training_data
+from minitron.data.packed import training_data
+from minitron.data.tokenizer import load_tokenizer
 
 SCORES = ("layers", "hidden", "intermediate", "heads", "key_value")
 

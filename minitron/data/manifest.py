@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minitron.checkpoint import tokenizer_hash
+from minitron.data.tokenizer import tokenizer_hash
 from minitron.errors import ConfigError
 
 MANIFEST = "manifest.json"
