@@ -22,7 +22,7 @@ from minitron.data.corpus import Corpus
 from minitron.data.selection import Selection
 from minitron.data.tokenizer import load_tokenizer
 from minitron.prepare import write
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from servers import free_port, running
 
 from minitron.config.parse import parse
-from minitron.mlflow_client import connect
-from minitron.tracking import MlflowTracker
+from minitron.tracking.client import connect
+from minitron.tracking.stage_run import MlflowTracker
 
 REQUESTS = 20
 

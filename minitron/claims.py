@@ -10,9 +10,9 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from minitron.mlflow_client import existing_run, search
-from minitron.once import write_once
-from minitron.pipeline_run import ALIVE_TAG, OUTCOME_TAG, stage_runs
+from minitron.tracking.client import existing_run, search
+from minitron.tracking.pipeline_run import ALIVE_TAG, OUTCOME_TAG, stage_runs
+from minitron.tracking.write_once import write_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

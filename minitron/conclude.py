@@ -9,13 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minitron import pipeline_run as runs
 from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
-from minitron.mlflow_client import connect, explained, hurry, reason, shown
 from minitron.stage import noted_failure
 from minitron.storage.files import replaced, write_atomically
 from minitron.storage.layout import CONCLUSION, PAGE
+from minitron.tracking import pipeline_run as runs
+from minitron.tracking.client import connect, explained, hurry, reason, shown
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:

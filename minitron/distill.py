@@ -10,7 +10,7 @@ from minitron import engines, stage
 from minitron.config.stages import DistillConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.losses import LossWeights
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 
 def run(config: DistillConfig) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from minitron.scoring import score
 from minitron.sources import corpus, resolve
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

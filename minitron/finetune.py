@@ -12,7 +12,7 @@ from minitron.config.stages import FinetuneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.losses import LossWeights
 from minitron.sources import resolve
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:

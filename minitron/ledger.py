@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from minitron.errors import RunError
-from minitron.mlflow_client import existing_run, experiment_id, is_missing
-from minitron.once import write_once
+from minitron.tracking.client import existing_run, experiment_id, is_missing
+from minitron.tracking.write_once import write_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,8 +20,8 @@ from minitron.config.stages import STAGES, EvaluateConfig
 from minitron.data.manifest import MANIFEST, read_manifest
 from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
-from minitron.mlflow_client import connect, explained, hurry, read_artifact
 from minitron.storage.layout import read_record
+from minitron.tracking.client import connect, explained, hurry, read_artifact
 
 LINEAGE = "lineage.json"
 

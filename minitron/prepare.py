@@ -34,7 +34,7 @@ from minitron.sources import corpus, resolve
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import hub_dataset, local_path
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 Batch = list[tuple[str, str]]
 """Documents, each with its split."""

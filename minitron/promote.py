@@ -21,10 +21,10 @@ from minitron.config.settings import RegisterSettings
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
-from minitron.mlflow_client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
-from minitron.pipeline_run import conclude, pipeline_run
 from minitron.registry import DECISION_TAG
 from minitron.storage.files import replaced, write_atomically
+from minitron.tracking.client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
+from minitron.tracking.pipeline_run import conclude, pipeline_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,7 +20,7 @@ from minitron.engines import hf, nemo
 from minitron.errors import ConfigError
 from minitron.pruning.importance import Importance, measure
 from minitron.pruning.surgery import Plan, Shape, choose, cut
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 PRUNING = "pruning.json"
 """The file beside the student's weights that says what was kept, and why."""

@@ -17,10 +17,10 @@ from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import MANIFEST, check_tokenizer
 from minitron.errors import ConfigError
-from minitron.mlflow_client import explained, patient
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record
-from minitron.tracking import MlflowTracker, Tracker
+from minitron.tracking.client import explained, patient
+from minitron.tracking.stage_run import MlflowTracker, Tracker
 
 EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"
 

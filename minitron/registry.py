@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
-from minitron.mlflow_client import connect, environment, explained, is_missing, undisturbed
-from minitron.tracking import MlflowTracker
+from minitron.tracking.client import connect, environment, explained, is_missing, undisturbed
+from minitron.tracking.stage_run import MlflowTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,10 +11,10 @@ from minitron.config.document import plan_of
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
 from minitron.ledger import CHAMPION, PROMOTED_TAG
-from minitron.mlflow_client import connect, explained, hurry
 from minitron.origin import Origin
-from minitron.pipeline_run import conclude, pipeline_run
 from minitron.storage.files import replaced, write_atomically
+from minitron.tracking.client import connect, explained, hurry
+from minitron.tracking.pipeline_run import conclude, pipeline_run
 
 DECISION = "decision.json"
 

@@ -21,7 +21,6 @@ from minitron import registry
 from minitron.config.fields import address as address_of
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import patient
 from minitron.storage import bucket, ngc
 from minitron.storage.cache import lasting_directory
 from minitron.storage.files import write_atomically
@@ -29,6 +28,7 @@ from minitron.storage.hashing import content_hash
 from minitron.storage.hub import hub_model, local_path
 from minitron.storage.references import followed
 from minitron.storage.staging import arrive
+from minitron.tracking.client import patient
 
 __all__ = ["check", "corpus", "resolve", "resolved"]
 

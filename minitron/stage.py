@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from minitron import METHOD_VERSION, __version__, delivery, gpus, inputs, tracking
+from minitron import METHOD_VERSION, __version__, delivery, gpus, inputs
 from minitron.config.fields import EXECUTION
 from minitron.config.parse import fields_marked, parse, read_yaml
 from minitron.config.stages import STAGES, StageConfig
@@ -35,6 +35,7 @@ from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, read_record
 from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish
+from minitron.tracking import stage_run
 
 FAILURE = "failure.json"
 """What `launch` leaves in the workspace when a stage fails."""
@@ -44,7 +45,7 @@ LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
 
 __all__ = ["LATE", "circumstances", "failure_note", "launch", "main", "noted_failure", "run", "stage_name"]
 
-Work = Callable[[Any, Path, tracking.Tracker], dict[str, Any]]
+Work = Callable[[Any, Path, stage_run.Tracker], dict[str, Any]]
 
 
 def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda config: None) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def _produce(
     started = time.time()
     with (
         partial_directory(home, identity["key"]) as directory,
-        tracking.stage_run(config, identity) as tracker,
+        stage_run.stage_run(config, identity) as tracker,
         disk_errors(home),
     ):
         found = work(local, directory, tracker)
@@ -192,7 +193,7 @@ def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str
     return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()
 
 
-def circumstances(config: StageConfig, tracker: tracking.Tracker, started: float) -> dict[str, Any]:
+def circumstances(config: StageConfig, tracker: stage_run.Tracker, started: float) -> dict[str, Any]:
     """Return what a record says of how, where and at what cost its stage ran, up to now."""
     return {
         "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password

@@ -12,8 +12,8 @@ from rich.table import Table
 from minitron import measures
 from minitron.config import metrics
 from minitron.config.stages import STAGES
-from minitron.mlflow_client import shown
 from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
+from minitron.tracking.client import shown
 
 
 def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:

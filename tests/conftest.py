@@ -19,9 +19,9 @@ from http_server import free_port
 from minitron import samples
 from minitron.data.indexed import IndexedWriter
 from minitron.data.manifest import MANIFEST
-from minitron.mlflow_client import connect, experiment_id
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
+from minitron.tracking.client import connect, experiment_id
 
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
     from gcs import World

@@ -8,8 +8,9 @@ from typing import Any
 import forks
 import pytest
 
-from minitron import claims, pipeline_run
-from minitron.mlflow_client import connect, experiment_id
+from minitron import claims
+from minitron.tracking import pipeline_run, write_once
+from minitron.tracking.client import connect, experiment_id
 
 ORIGIN = {"corpus": "c", "teacher": "t", "settings": "s", "minitron": "1"}
 
@@ -55,7 +56,7 @@ def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) ->
     experiment, long_ago = experiment_id(client, tmp_path.name), int((time.time() - 2 * claims.SILENCE_SECONDS) * 1000)
     lost = client.create_run(experiment, run_name="lost", start_time=long_ago)
     slow = client.create_run(experiment, run_name="slow", start_time=long_ago)
-    sign = {pipeline_run.PARENT_TAG: slow.info.run_id, pipeline_run.ALIVE_TAG: str(time.time() - 600)}
+    sign = {write_once.PARENT_TAG: slow.info.run_id, pipeline_run.ALIVE_TAG: str(time.time() - 600)}
     client.create_run(experiment, tags=sign, start_time=long_ago)
     third = client.create_run(experiment, run_name="third")
     assert claims.claim(client, lost, ORIGIN) is None and claims.claim(client, slow, ORIGIN) is None
@@ -79,7 +80,7 @@ CLAIMANT = """
 import sys, time
 from pathlib import Path
 from minitron import claims
-from minitron.mlflow_client import connect
+from minitron.tracking.client import connect
 uri, run_id, directory, me, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 client = connect(uri)
 run = client.get_run(run_id)
@@ -105,7 +106,7 @@ LEDGER = """
 import sys, time
 from pathlib import Path
 from minitron import claims
-from minitron.mlflow_client import connect
+from minitron.tracking.client import connect
 uri, directory, me, *experiments = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
 client = connect(uri)
 client.search_experiments()

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from minitron import conclude, pipeline_run, stage
+from minitron import conclude, stage
 from minitron.config.parse import parse
 from minitron.config.tasks import ConcludeConfig
-from minitron.mlflow_client import connect, experiment_id
 from minitron.storage.files import write_atomically
+from minitron.tracking import pipeline_run, write_once
+from minitron.tracking.client import connect, experiment_id
 
 
 def ended(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
     experiment = experiment_id(client, tmp_path.name)
     parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: "run-1"})
-    tags = {pipeline_run.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
+    tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
     client.create_run(experiment, tags=tags, run_name="distill")
     found = ended(mlflow_file, tmp_path, state="RUNNING")
     assert (found["outcome"], found["reason"]) == ("failed", "distill: RunError: <disk> full")
@@ -62,7 +63,7 @@ def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> No
 def test_a_failure_that_was_overcome_is_not_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
     parent = client.create_run(experiment_id(client, tmp_path.name), tags={pipeline_run.RUN_TAG: "run-1"})
-    tags = {pipeline_run.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
+    tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
     child = client.create_run(parent.info.experiment_id, tags=tags, run_name="distill")
     client.set_terminated(child.info.run_id)
     assert ended(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"

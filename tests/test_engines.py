@@ -16,7 +16,7 @@ from minitron.data.packed import PackedDataset, training_data
 from minitron.engines import nemo
 from minitron.errors import ConfigError
 from minitron.pruning.importance import measure
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 
 def config(dataset: Path, **values: Any) -> FinetuneConfig:

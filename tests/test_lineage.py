@@ -16,8 +16,8 @@ from minitron import cli, evaluate, lineage, register, reproduce
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import connect
 from minitron.storage.hashing import content_hash
+from minitron.tracking.client import connect
 
 CARD = "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\ntags: [x]\n---\n# Llama\n"
 

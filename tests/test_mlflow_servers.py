@@ -16,11 +16,12 @@ from conftest import free_port, mlflow_serving
 from test_promote import race
 from typer.testing import CliRunner
 
-from minitron import cli, stage, tracking
+from minitron import cli, stage
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import RunError
-from minitron.mlflow_client import connect, shown
+from minitron.tracking import stage_run
+from minitron.tracking.client import connect, shown
 
 PASSWORD = "a long password"
 
@@ -72,7 +73,7 @@ def _config(directory: Path, uri: str, teacher: Path) -> StageConfig:
     return parse("prepare", common | {"tracking_uri": uri, "experiment": directory.name, "pipeline_run_id": "p"})
 
 
-def _work(config: Any, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+def _work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
     for step in range(1500):
         tracker.log({"loss": float(step), "other": float("nan")}, step)
     return {"metrics": {"best": 1.0}}
@@ -123,7 +124,7 @@ def test_a_stage_logs_to_postgresql_and_points_that_come_twice_are_there_once(
             tracker._outbox.put(message)
         return found
 
-    monkeypatch.setattr("minitron.outbox._INTERVAL_SECONDS", 600)  # nothing is sent before it is asked for
+    monkeypatch.setattr("minitron.tracking.outbox._INTERVAL_SECONDS", 600)  # nothing is sent before it is asked for
     stage.run(_config(tmp_path, postgresql_server, teacher), work)
     _assert_complete(postgresql_server, tmp_path.name)
 

@@ -15,11 +15,12 @@ import pytest
 import requests
 from conftest import free_port, mlflow_serving, until
 
-from minitron import stage, tracking
+from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
-from minitron.mlflow_client import connect
-from minitron.outbox import Message, Outbox, deliver
+from minitron.tracking import stage_run
+from minitron.tracking.client import connect
+from minitron.tracking.outbox import Message, Outbox, deliver
 
 
 class Server:
@@ -49,7 +50,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("minitron.outbox._PAUSE_SECONDS", 1)
+    monkeypatch.setattr("minitron.tracking.outbox._PAUSE_SECONDS", 1)
     if not running.up:  # the first test, or one that comes after a failure
         running.start()
     return running
@@ -90,7 +91,7 @@ def test_a_server_killed_in_mid_run_and_started_again_has_every_point(
 ) -> None:
     longest = 0.0
 
-    def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         nonlocal longest
         for step in range(300):
             if step == 50:
@@ -119,7 +120,7 @@ def test_what_a_server_missed_at_the_end_is_sent_by_the_next_stage(
 ) -> None:
     """The parent run has the status of the latest stage."""
 
-    def work(config: Any, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         tracker.log({"loss": 2.0}, 1)
         if "one" in config.corpus:
             until(lambda: connect(server.uri).get_metric_history(tracker.run_id, "loss"))
@@ -149,7 +150,7 @@ def test_what_a_killed_process_kept_is_sent_and_its_last_line_may_be_cut_off(tmp
     code = f"""
 import sys, time
 from pathlib import Path
-from minitron import outbox
+from minitron.tracking import outbox
 outbox._INTERVAL_SECONDS = 0.1
 def send(message):
     raise ConnectionError("away")
@@ -222,7 +223,7 @@ class _Forwarder(BaseHTTPRequestHandler):
 def test_a_batch_whose_answer_was_lost_arrives_once(
     server: Server, make: Callable[..., StageConfig], tmp_path: Path
 ) -> None:
-    def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         for step in range(10):
             tracker.log({"loss": 1.0, "nan": float("nan")}, step)
         time.sleep(6)
@@ -259,7 +260,7 @@ def test_a_late_status_of_an_earlier_attempt_says_nothing_of_the_latest(
 ) -> None:
     """A task is killed without a server, tried again on another machine, and the first machine sends what it kept."""
 
-    def killed(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def killed(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         server.kill()
         raise SystemExit(143)
 

@@ -32,7 +32,7 @@ from minitron.data.text import normalise
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.storage.hub import hub_dataset
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 WIKITEXT = """
  = Robert Boulter = 

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron import cli, ledger, pipeline_run, register
+from minitron import cli, ledger, register
 from minitron import promote as promotion
 from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.ledger import Ledger
-from minitron.mlflow_client import connect, experiment_id
 from minitron.promote import GatesFailed, NotJudged, promote, rollback
+from minitron.tracking import pipeline_run
+from minitron.tracking.client import connect, experiment_id
 
 
 @pytest.fixture

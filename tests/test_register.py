@@ -20,8 +20,8 @@ from minitron.checkpoint import parameter_count, stored_parameters
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import connect
 from minitron.storage.hashing import content_hash
+from minitron.tracking.client import connect
 
 TEXTS = ["hello there", "abc"]
 WEIGHTS = "model.safetensors"

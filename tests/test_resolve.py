@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from conftest import new_version
 
-from minitron import claims, origin, pipeline_run, resolve
+from minitron import claims, origin, resolve
 from minitron.config.parse import parse
 from minitron.config.tasks import ResolveConfig
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import connect, experiment_id, search
 from minitron.promote import promote, rollback
 from minitron.registry import DECISION_TAG
+from minitron.tracking import pipeline_run
+from minitron.tracking.client import connect, experiment_id, search
 
 Ask = Callable[..., dict[str, Any]]
 

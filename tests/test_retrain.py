@@ -12,10 +12,11 @@ import forks
 import pytest
 from test_flow import BIN, RETRAIN, execute, forked
 
-from minitron import claims, origin, pipeline_run
-from minitron.mlflow_client import connect, experiment_id
+from minitron import claims, origin
 from minitron.samples import tiny_sentences
 from minitron.storage.hashing import content_hash
+from minitron.tracking import pipeline_run
+from minitron.tracking.client import connect, experiment_id
 
 NAME = "tiny"
 WORSE = ("finetune.enabled=false", "distill.learning_rate=1e-9", "distill.min_learning_rate=0", "distill.max_steps=1")

@@ -21,8 +21,8 @@ from minitron.checkpoint import stored_parameters
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import connect
 from minitron.storage.hashing import content_hash
+from minitron.tracking.client import connect
 
 ADDRESS = "ngc://org/team/llama:1.0"
 KEY = "nvapi-secret"

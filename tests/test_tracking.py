@@ -17,11 +17,12 @@ import pytest
 import yaml
 from conftest import SEQUENCE, free_port, until
 
-from minitron import stage, tracking
+from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
-from minitron.mlflow_client import connect
+from minitron.tracking import stage_run
+from minitron.tracking.client import connect
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def make(tmp_path: Path, teacher: Path) -> Callable[..., StageConfig]:
     return configuration
 
 
-def _work(config: Any, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+def _work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
     (directory / "result.txt").write_text("result")
     for step in range(3):
         tracker.log({"loss": 3.0 - step, "learning_rate": 0.1}, step)
@@ -64,7 +65,8 @@ def test_without_a_uri_mlflow_is_not_imported(tmp_path: Path, teacher: Path) -> 
     (tmp_path / "corpus.txt").write_text("some text\n")
     code = f"""
 import sys
-from minitron import stage, tracking
+from minitron import stage
+from minitron.tracking import stage_run
 from minitron.config.parse import parse
 config = parse("prepare", {{"output": "{tmp_path}/out", "corpus": "{tmp_path}/corpus.txt", "teacher": "{teacher}"}})
 stage.run(config, lambda config, directory, tracker: tracker.log({{"loss": 1.0}}) or {{"metrics": {{}}}})
@@ -143,7 +145,7 @@ def test_a_parent_made_too_late_is_taken_back(
         return create_run(experiment_id, tags=tags, run_name=run_name)
 
     monkeypatch.setattr(client, "create_run", slowly)
-    monkeypatch.setattr(tracking, "connect", lambda uri: client)
+    monkeypatch.setattr(stage_run, "connect", lambda uri: client)
     stage.run(make("prepare", mlflow_file, pipeline_run_id="p"), _work)
     runs = {run.info.run_name: run for run in _runs(mlflow_file, tmp_path.name)}
     assert runs.keys() == {"rival", "prepare"}
@@ -161,7 +163,7 @@ def _assert_the_environment_rests(seconds: float) -> None:
 def test_metrics_are_visible_in_mid_run(uri: str, make: Callable[..., StageConfig], tmp_path: Path) -> None:
     seen = []
 
-    def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         for step in range(2):
             tracker.log({"loss": 5.0 - step}, step)
             _assert_the_environment_rests(3)  # points take up to two, and a request
@@ -180,7 +182,7 @@ def test_metrics_are_visible_in_mid_run(uri: str, make: Callable[..., StageConfi
 def test_failure_is_told_and_continued(
     uri: str, make: Callable[..., StageConfig], tmp_path: Path, error: BaseException, status: str
 ) -> None:
-    def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         tracker.log({"loss": 5.0}, 1)
         raise error
 
@@ -211,7 +213,10 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 200}
     values |= {"checkpoint_interval": 10, "validation_interval": 200, "validation_sequences": 2, "experiment": name}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
-    at_once = "from minitron import outbox, stage; outbox._INTERVAL_SECONDS = 0.05; stage.main('finetune')"
+    at_once = (
+        "from minitron.tracking import outbox; from minitron import stage; "
+        "outbox._INTERVAL_SECONDS = 0.05; stage.main('finetune')"
+    )
     command = ["-c", at_once, "--config", str(tmp_path / "finetune.yaml")]
     (tmp_path / "cwd").mkdir()
     process = forks.start(command, tmp_path / "log", tmp_path / "log", directory=tmp_path / "cwd")
@@ -297,7 +302,7 @@ def test_a_server_that_goes_away_costs_nothing(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
 
-    def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         tracker.log({"loss": 9.0}, 0)
         os.kill(server, signal.SIGSTOP)
         try:
@@ -331,7 +336,7 @@ def test_a_server_that_never_comes_back_does_not_lose_the_result(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
 
-    def work(config: StageConfig, directory: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         os.kill(server, signal.SIGSTOP)
         return {"metrics": {"loss": 1.0}}
 

@@ -23,7 +23,7 @@ from minitron.data.packed import training_data
 from minitron.losses import LossWeights, linear_loss
 from minitron.scoring import hidden_states, output_head, score, teacher_metrics
 from minitron.storage.staging import CHECKPOINTS
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
 """The loss terms that are logged apart, as linear_loss returns them; without a teacher only the cross-entropy."""

@@ -26,7 +26,7 @@ from minitron.scoring import teacher_metrics
 from minitron.storage.bucket import is_bucket
 from minitron.storage.cache import cache_directory
 from minitron.storage.staging import CHECKPOINTS, KEY
-from minitron.tracking import Tracker
+from minitron.tracking.stage_run import Tracker
 
 WORKER = "minitron.engines.nemo_worker"
 HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"

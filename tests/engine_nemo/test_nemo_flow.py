@@ -52,7 +52,7 @@ def test_every_stage_was_nemos_and_says_so(flow: dict[str, Any]) -> None:
 
 
 def test_its_curves_are_in_mlflow(flow: dict[str, Any]) -> None:
-    from minitron.mlflow_client import connect
+    from minitron.tracking.client import connect
 
     client = connect(f"sqlite:///{flow['directory']}/mlflow.db")
     experiment = client.get_experiment_by_name("minitron")

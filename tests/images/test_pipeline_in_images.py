@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.components.images import TOOLS, TRAINER
 from minitron.config.stages import STAGES
-from minitron.mlflow_client import connect
+from minitron.tracking.client import connect
 
 
 def test_the_pipeline_ends_in_a_registered_model(

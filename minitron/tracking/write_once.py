@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from minitron.mlflow_client import is_refusal, search
+from minitron.tracking.client import is_refusal, search
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.config.stages import StageConfig
-from minitron.mlflow_client import (
+from minitron.storage.cache import lasting_directory
+from minitron.tracking.client import (
     connect,
     experiment_id,
     explained,
@@ -33,10 +34,9 @@ from minitron.mlflow_client import (
     shown,
     undisturbed,
 )
-from minitron.once import PARENT_TAG
-from minitron.outbox import Message, Outbox, deliver
-from minitron.pipeline_run import ALIVE_TAG, ERROR_TAG, pipeline_run
-from minitron.storage.cache import lasting_directory
+from minitron.tracking.outbox import Message, Outbox, deliver
+from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, pipeline_run
+from minitron.tracking.write_once import PARENT_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -4,17 +4,24 @@ import os
 from typing import TYPE_CHECKING
 
 from minitron.config.stages import StageConfig
-from minitron.mlflow_client import experiment_id, search
-from minitron.once import PARENT_TAG, shared_run
+from minitron.tracking.client import experiment_id, search
+from minitron.tracking.write_once import PARENT_TAG, shared_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 __all__ = [
-    "ALIVE_TAG", "ERROR_TAG", "OUTCOME_TAG", "PARENT_TAG", "REASON_TAG", "RUN_TAG",
-    "conclude", "failure", "pipeline_run", "stage_runs",
-]  # fmt: skip
+    "ALIVE_TAG",
+    "ERROR_TAG",
+    "OUTCOME_TAG",
+    "REASON_TAG",
+    "RUN_TAG",
+    "conclude",
+    "failure",
+    "pipeline_run",
+    "stage_runs",
+]
 
 RUN_TAG = "kfp.run_id"
 
