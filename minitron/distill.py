@@ -9,7 +9,7 @@ from typing import Any
 from minitron import engines, stage
 from minitron.config.stages import DistillConfig
 from minitron.data.manifest import check_tokenizer
-from minitron.losses import LossWeights
+from minitron.models.losses import LossWeights
 from minitron.tracking.stage_run import Tracker
 
 

@@ -9,7 +9,6 @@ import gc
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from minitron import gates, lineage, stage
-from minitron.checkpoint import check_architecture, load_model, parameter_count
 from minitron.config.metrics import CHAMPION, MODELS, NUMBERS
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.corpus import Corpus
@@ -29,12 +27,14 @@ from minitron.data.manifest import check_tokenizer
 from minitron.data.packed import PackedDataset
 from minitron.data.text import write_first
 from minitron.data.tokenizer import load_tokenizer
-from minitron.downstream import ask, loaded_tasks
 from minitron.engines import hf
 from minitron.errors import ConfigError
 from minitron.events import write_events
+from minitron.models.checkpoint import check_architecture, load_model, parameter_count
+from minitron.models.downstream_tasks import ask, loaded_tasks
+from minitron.models.generation import continue_prompts
+from minitron.models.scoring import score
 from minitron.report import write_report
-from minitron.scoring import score
 from minitron.sources import corpus, resolve
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
@@ -170,7 +170,7 @@ def _measure(
     for name in list(models):
         model = models.pop(name)
         found[name] |= {"tasks": ask(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
-        found[name] |= _continue(config, model, tokenizer)
+        found[name] |= continue_prompts(config, model, tokenizer)
         del model
         gc.collect()  # a model has reference cycles: its memory is given back before the next one is asked
     return {name: found[source] for name, source in sources.items()} | {
@@ -227,29 +227,6 @@ def _score(
         }
         for name, model in models.items()
     }
-
-
-def _continue(config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Continue every prompt greedily, one by one, and time it."""
-    end = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    # A new configuration: the model's own may ask for sampling, beams or penalties.
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.eos_token_id)
-    _generate(model, tokenizer, config.prompts[0], 1)  # what a GPU does only once is not timed
-    started = time.perf_counter()
-    continuations = [_generate(model, tokenizer, prompt, config.generation_tokens) for prompt in config.prompts]
-    seconds = time.perf_counter() - started
-    return {
-        "generation_tokens_per_second": sum(map(len, continuations)) / seconds,
-        "samples": [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations],
-    }
-
-
-def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> list[int]:
-    """Return the ids of at most `count` new tokens."""
-    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    generate: Any = model.generate
-    tokens = generate(**encoded, max_new_tokens=count)
-    return tokens[0, encoded["input_ids"].shape[1] :].tolist()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from minitron import engines, stage
-from minitron.checkpoint import copy_model
 from minitron.config.stages import FinetuneConfig
 from minitron.data.manifest import check_tokenizer
-from minitron.losses import LossWeights
+from minitron.models.checkpoint import copy_model
+from minitron.models.losses import LossWeights
 from minitron.sources import resolve
 from minitron.tracking.stage_run import Tracker
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron import stage
-from minitron.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
 from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.data.packed import PackedDataset
 from minitron.engines import hf, nemo
 from minitron.errors import ConfigError
-from minitron.pruning.importance import Importance, measure
-from minitron.pruning.surgery import Plan, Shape, choose, cut
+from minitron.models.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
+from minitron.models.importance import Importance, measure
+from minitron.models.surgery import Plan, Shape, choose, cut
 from minitron.tracking.stage_run import Tracker
 
 PRUNING = "pruning.json"

@@ -13,10 +13,10 @@ from typing import Any
 
 from minitron import lineage, origin, registry, stage
 from minitron.card import write_card
-from minitron.checkpoint import check_architecture, stored_parameters
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import MANIFEST, check_tokenizer
 from minitron.errors import ConfigError
+from minitron.models.checkpoint import check_architecture, stored_parameters
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record
 from minitron.tracking.client import explained, patient
@@ -142,8 +142,8 @@ def _counted_parameters(config: RegisterConfig) -> int:
 
 
 def _generator() -> Path:
-    """Return the source of generator.py, which is not imported: it needs torch."""
-    spec = importlib.util.find_spec("minitron.generator")
+    """Return the source of models/generator.py, which is not imported: it needs torch."""
+    spec = importlib.util.find_spec("minitron.models.generator")
     assert spec is not None and spec.origin
     return Path(spec.origin)
 

@@ -89,7 +89,7 @@ def _tiny(teacher: Path, corpus: Path, task_directory: Path) -> None:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minitron.checkpoint import save_model
+    from minitron.models.checkpoint import save_model
 
     documents = tiny_sentences(400)
     save_tokenizer(tiny_tokenizer(documents), teacher)
@@ -152,7 +152,7 @@ def _smollm2(package: Path, teacher: Path) -> None:
     with many_imports():
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from minitron.checkpoint import save_model
+    from minitron.models.checkpoint import save_model
 
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from minitron import finetune, prune
-from minitron.checkpoint import check_architecture, read_config
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset, training_data
 from minitron.engines import nemo
 from minitron.errors import ConfigError
-from minitron.pruning.importance import measure
+from minitron.models.checkpoint import check_architecture, read_config
+from minitron.models.importance import measure
 from minitron.tracking.stage_run import Tracker
 
 
@@ -108,8 +108,8 @@ def test_a_cut_that_model_optimizer_cannot_make_is_refused(
 
 
 def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dataset: Path, tmp_path: Path) -> None:
-    from minitron.checkpoint import load_model
-    from minitron.pruning.importance import _Sums
+    from minitron.models.checkpoint import load_model
+    from minitron.models.importance import _Sums
 
     model = load_model(teacher)
     expected = measure(model, PackedDataset(dataset / "train", 32, 1), 4, 2)

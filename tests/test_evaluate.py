@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from minitron import downstream, evaluate
-from minitron.checkpoint import save_model
+from minitron import evaluate
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
+from minitron.models import downstream_tasks
+from minitron.models.checkpoint import save_model
 
 MODELS = ("teacher_before", "teacher", "pruned", "student")
 SEQUENCES = 6
@@ -279,9 +280,9 @@ def test_answers_that_share_a_question_score_as_if_alone(
     settings = {"pretrained": model, "tokenizer": AutoTokenizer.from_pretrained(job["teacher"])}
     requests = random_requests([(20, [4, 1, 1]), (1, [7, 3]), (50, [5, 5, 9, 2]), (250, [30, 3])])
     expected = HFLM(batch_size=1, **settings)._loglikelihood_tokens(requests, disable_tqdm=True)
-    monkeypatch.setattr(downstream, "FORWARD_TOKENS", {"cpu": per_pass})
+    monkeypatch.setattr(downstream_tasks, "FORWARD_TOKENS", {"cpu": per_pass})
     with tqdm(disable=True) as bar:
-        found = downstream.SharedContextLM(bar, batch_size=1, **settings)._loglikelihood_tokens(requests)
+        found = downstream_tasks.SharedContextLM(bar, batch_size=1, **settings)._loglikelihood_tokens(requests)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
@@ -485,7 +486,7 @@ class TestRefusedBeforeAModelIsLoaded:
 
 def test_an_unknown_task_of_the_catalogue_is_answered_with_the_closest() -> None:
     """The catalogue itself, which takes ten seconds to read, is left out."""
-    message = downstream._unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
+    message = downstream_tasks._unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
     assert message == (
         "evaluate.tasks: helaswag is not a task of lm-eval; give hellaswag, or a task_directory of your own"
     )

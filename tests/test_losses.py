@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron import losses
-from minitron.losses import LossWeights, linear_loss
+from minitron.models import losses
+from minitron.models.losses import LossWeights, linear_loss
 
 N, H, TEACHER_H, V = 300, 24, 40, 97  # N is no multiple of the chunk
 
@@ -101,7 +101,7 @@ def test_peak_memory_is_a_few_chunks_of_logits() -> None:
     """2048 tokens x 32768 words: an fp32 logits tensor is 256 MB, a naive KL holds four; our chunks are 16 MB."""
     program = (
         "import resource, torch\n"
-        "from minitron.losses import LossWeights, linear_loss\n"
+        "from minitron.models.losses import LossWeights, linear_loss\n"
         "h, w = torch.randn(2048, 16).requires_grad_(), torch.randn(32768, 16).requires_grad_()\n"
         "t, u, y = torch.randn(2048, 16), torch.randn(32768, 16), torch.zeros(2048, dtype=torch.long)\n"
         "linear_loss(h[:8], w, y[:8], LossWeights(1, 1), t[:8], u).loss.backward()\n"

@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from minitron import prune
-from minitron.checkpoint import load_model, parameter_count, save_model
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
-from minitron.pruning.importance import Importance, measure
-from minitron.pruning.surgery import Plan, Shape, choose, cut
+from minitron.models.checkpoint import load_model, parameter_count, save_model
+from minitron.models.importance import Importance, measure
+from minitron.models.surgery import Plan, Shape, choose, cut
 from minitron.storage.hashing import content_hash
 
 SEQUENCE = 32

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import distill, register, registry
-from minitron.checkpoint import parameter_count, stored_parameters
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
+from minitron.models.checkpoint import parameter_count, stored_parameters
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 

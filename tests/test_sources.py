@@ -17,10 +17,10 @@ from conftest import free_port
 from safetensors.torch import load_file, save_file
 
 from minitron import finetune, inputs, register, sources
-from minitron.checkpoint import stored_parameters
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
+from minitron.models.checkpoint import stored_parameters
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from minitron import distill, finetune
-from minitron.checkpoint import load_model, save_model
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
-from minitron.scoring import score
+from minitron.models.checkpoint import load_model, save_model
+from minitron.models.scoring import score
 from minitron.storage.hashing import content_hash
 
 SHORT = {

@@ -1,7 +1,7 @@
 """The transformers engine: one training path for fine-tuning and distillation, from a laptop to one GPU.
 
-`train` runs `transformers.Trainer`; what differs between the two stages is the loss (minitron/losses.py). A killed
-training resumes from its last complete checkpoint.
+`train` runs `transformers.Trainer`; what differs between the two stages is the loss (minitron/models/losses.py). A
+killed training resumes from its last complete checkpoint.
 """
 
 import json
@@ -17,11 +17,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from minitron.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.config.stages import TrainingConfig
 from minitron.data.packed import training_data
-from minitron.losses import LossWeights, linear_loss
-from minitron.scoring import hidden_states, output_head, score, teacher_metrics
+from minitron.models.checkpoint import copy_model, load_model, read_config, save_model
+from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.scoring import hidden_states, output_head, score, teacher_metrics
 from minitron.storage.staging import CHECKPOINTS
 from minitron.tracking.stage_run import Tracker
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minitron.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.launcher import launch
 from minitron.errors import ConfigError
-from minitron.losses import LossWeights
-from minitron.pruning.importance import Importance
-from minitron.scoring import teacher_metrics
+from minitron.models.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
+from minitron.models.importance import Importance
+from minitron.models.losses import LossWeights
+from minitron.models.scoring import teacher_metrics
 from minitron.storage.bucket import is_bucket
 from minitron.storage.cache import cache_directory
 from minitron.storage.staging import CHECKPOINTS, KEY

@@ -33,7 +33,7 @@ from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
 from minitron.data.packed import training_data
 from minitron.engines.hf import compute_dtype, device
 from minitron.engines.nemo import BEST, FINISHED, HISTORY, gpus, last_checkpoint, step_of
-from minitron.losses import LossWeights
+from minitron.models.losses import LossWeights
 
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 LOSS_TERMS = ("kl", "cross_entropy", "intermediate")

@@ -59,7 +59,7 @@ def export_models(job: dict[str, Any], work: Path) -> None:
     from nemo.collections.llm.api import load_connector_from_trainer_ckpt
     from nemo.lightning.io import load_context
 
-    from minitron.checkpoint import read_config
+    from minitron.models.checkpoint import read_config
 
     for export in job["exports"]:
 
@@ -131,7 +131,7 @@ def train(job: dict[str, Any], work: Path) -> None:
     """Fine-tune or distil, from the last checkpoint if there is one."""
     from minitron.config.parse import parse
     from minitron.engines import nemo_training
-    from minitron.losses import LossWeights
+    from minitron.models.losses import LossWeights
 
     nemo_training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
 

@@ -18,7 +18,7 @@ import torch
 from nemo_support import CUT, run_distill, run_finetune, run_prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minitron.checkpoint import save_model
+from minitron.models.checkpoint import save_model
 
 SHIM = Path(__file__).parent / "cpu"
 if not torch.cuda.is_available():  # under this process and every one that it starts

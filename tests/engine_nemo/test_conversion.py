@@ -9,9 +9,9 @@ import torch
 from nemo_support import REPOSITORY, logits, run_finetune, tokens, weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from minitron.checkpoint import finish_model, save_model
 from minitron.engines.launcher import launch
 from minitron.engines.nemo import WORKER
+from minitron.models.checkpoint import finish_model, save_model
 
 LAPTOP = REPOSITORY / ".venv" / "bin" / "python"
 """The environment of engine hf, with transformers 5: `make setup`."""
@@ -85,7 +85,7 @@ torch.save({"version": transformers.__version__, "logits": found}, sys.argv[1])
 WRITER = """
 import sys
 from pathlib import Path
-from minitron.checkpoint import load_model, save_model
+from minitron.models.checkpoint import load_model, save_model
 save_model(load_model(Path(sys.argv[1])), Path(sys.argv[2]), tokenizer_from=Path(sys.argv[1]))
 """
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from minitron.config.stages import TrainingConfig
 from minitron.data.packed import PackedDataset
-from minitron.losses import LossWeights, linear_loss
+from minitron.models.losses import LossWeights, linear_loss
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

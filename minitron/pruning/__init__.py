@@ -1,1 +1,0 @@
-"""Pruning: importance (what each part contributes) and surgery (the smaller model)."""
