@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from minitron import lineage, measures
+from minitron import measures
 from minitron.config.metrics import TASK_METRICS
 from minitron.config.stages import RegisterConfig
 from minitron.formats import FORMS, number
-from minitron.registry import CARD_BEGINS
+from minitron.registry import lineage
+from minitron.registry.versions import CARD_BEGINS
 
 _HUB = "hf://"
 _TAGS = ["minitron", "pruning", "distillation", "compression"]

@@ -32,7 +32,7 @@ from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, MinitronError
 
 if TYPE_CHECKING:
-    from minitron.promote import Promotion
+    from minitron.registry.promotion import Promotion
 
 app = typer.Typer(
     add_completion=False,
@@ -206,7 +206,7 @@ def check_cluster(
 def show_lineage(version: Version, tracking_uri: TrackingUri, debug: Debug = False) -> None:
     """Show where a registered model comes from: data, models, settings, versions, cost, from MLflow alone."""
     with _one_line(debug):
-        from minitron import lineage
+        from minitron.registry import lineage
 
         _console().print(lineage.tree(lineage.of_version(tracking_uri, version)))
 
@@ -220,7 +220,7 @@ def reproduce(
 ) -> None:
     """Write the preset that runs a registered model's pipeline again, with all its settings."""
     with _one_line(debug):
-        from minitron import lineage, reproduce
+        from minitron.registry import lineage, reproduce
 
         text = reproduce.preset(lineage.of_version(tracking_uri, version))
         if output is None:
@@ -243,7 +243,7 @@ def make_champion(
 ) -> None:
     """Make a version the champion, if it meets its gates; the present champion becomes the previous one."""
     with _one_line(debug):
-        from minitron.promote import promote
+        from minitron.registry.promotion import promote
 
         _print_promotion(promote(tracking_uri, name, version, why))
 
@@ -252,7 +252,7 @@ def make_champion(
 def take_back(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, debug: Debug = False) -> None:
     """Make the previous version the champion again; the present champion becomes the previous one."""
     with _one_line(debug):
-        from minitron.promote import rollback
+        from minitron.registry.promotion import rollback
 
         _print_promotion(rollback(tracking_uri, name, why))
 

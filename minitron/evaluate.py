@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from minitron import gates, lineage, stage
+from minitron import stage
 from minitron.config.metrics import CHAMPION, MODELS, NUMBERS
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.corpus import Corpus
@@ -34,6 +34,7 @@ from minitron.models.checkpoint import check_architecture, load_model, parameter
 from minitron.models.downstream_tasks import ask, loaded_tasks
 from minitron.models.generation import continue_prompts
 from minitron.models.scoring import score
+from minitron.registry import gates, lineage
 from minitron.report import write_report
 from minitron.sources import corpus, resolve
 from minitron.storage.files import write_atomically

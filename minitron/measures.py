@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron.config.metrics import CHAMPION, MEASURES, MODELS, TASK_METRICS
 from minitron.formats import DASH, FORMS, MINUS, number, share, signed
-from minitron.gates import DEVIATIONS
+from minitron.registry.gates import DEVIATIONS
 
 
 def models_of(evaluation: dict[str, Any]) -> dict[str, str]:

@@ -7,42 +7,16 @@ What its gates found is in evaluation.json of the version's MLflow run. They are
 changed since; who moved which alias when is in the ledger.
 """
 
-import getpass
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from minitron import gates
-from minitron.config import metrics
-from minitron.config.settings import RegisterSettings
 from minitron.config.tasks import PromoteConfig
-from minitron.errors import ConfigError, RunError
-from minitron.ledger import CHAMPION, PREVIOUS, Ledger, Move
-from minitron.registry import DECISION_TAG
+from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, existing_version, promote
+from minitron.registry.versions import DECISION_TAG
 from minitron.storage.files import replaced, write_atomically
-from minitron.tracking.client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
+from minitron.tracking.client import connect, explained
 from minitron.tracking.pipeline_run import conclude, pipeline_run
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-__all__ = ["GatesFailed", "Promotion", "promote", "rollback", "run"]
-
-EVALUATION = "evaluation.json"
-CHALLENGER = RegisterSettings.model_fields["alias"].default
-_LONGEST_REASON = 1000
-_ANEW = "run the pipeline retrain, which evaluates it anew"
-
-
-class GatesFailed(RunError):
-    """The version is not good enough."""
-
-
-class NotJudged(GatesFailed):
-    """It is not known whether the version is good enough: it may be made and measured again."""
+__all__ = ["run"]
 
 
 def run(config: PromoteConfig) -> dict[str, Any]:
@@ -53,7 +27,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     uri, name, run_id = config.tracking_uri, config.model_name, config.pipeline_run_id
     with explained(uri):
         client = connect(uri)
-        version = _existing(client, name, config.version)
+        version = existing_version(client, name, config.version)
     decision: str | None
     try:
         done = promote(uri, name, version, config.why, run_id)
@@ -74,154 +48,8 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     return {"metrics": {"promoted": int(outcome == "promoted")}} | found
 
 
-@dataclass(frozen=True)
-class Promotion:
-    """What came of it.
-
-    Attributes:
-        name: the registered model.
-        version: its champion.
-        move: how it became that; None: it was the champion already.
-        gates: the judged gates of the version, as in evaluation.json; none of a rollback.
-    """
-
-    name: str
-    version: int
-    move: Move | None
-    gates: list[dict[str, Any]]
-
-
-def promote(
-    uri: str | None, name: str, version: int | None = None, why: str | None = None, pipeline_run_id: str | None = None
-) -> Promotion:
-    """Make a version the champion, and the champion the previous one.
-
-    Args:
-        uri: MLflow's server or database.
-        name: registered model.
-        version: its version; None: the challenger.
-        why: reason, for the ledger.
-        pipeline_run_id: Kubeflow run that asks for it; None: this user.
-
-    Raises:
-        ConfigError: there is no registry at such a URI, or the reason is too long.
-        GatesFailed: a gate is not met.
-        NotJudged: the version was not compared with today's champion, or not evaluated by this package.
-        RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
-    """
-    author = _author(why, pipeline_run_id)
-    with _opened(uri, name) as (client, ledger):
-        state = ledger.settled()
-        version = _existing(client, name, version)
-        if version == state.champion:
-            return Promotion(name, version, None, [])
-        try:
-            rows = _judged(client, name, version, state.champion)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise NotJudged(
-                f"{name} version {version}: {EVALUATION} of its run is none of minitron's; {_ANEW}"
-            ) from error
-        if gates.passed(rows) is False:
-            failed = "; ".join(gates.words(row) for row in rows if row["outcome"] not in gates.MET)
-            raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
-        return Promotion(name, version, ledger.move(state, version, author, why), rows)
-
-
-def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None) -> Promotion:
-    """Make the previous version the champion again, and the champion the previous one.
-
-    Raises:
-        ConfigError: as for promote.
-        RunError: no version was champion before; as for promote.
-    """
-    author = _author(why, pipeline_run_id)
-    with _opened(uri, name) as (client, ledger):
-        state = ledger.settled()
-        if state.previous is None or state.previous == state.champion:
-            raise RunError(f"{name}: no version has the alias {PREVIOUS}; give the one you want to minitron promote")
-        version = _existing(client, name, state.previous)
-        return Promotion(name, version, ledger.move(state, version, author, why), [])
-
-
 def _decision(done: Promotion) -> str:
     """Return why a version became the champion: true of it when another one is."""
     if done.move is None:
         return "it was that already"
     return "it met its gates" if done.gates else "no gates were declared"
-
-
-@contextmanager
-def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger]]:
-    """Give a client and the ledger of a registered model."""
-    if not uri:
-        raise ConfigError("tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE")
-    with explained(uri), hurry(), undisturbed():
-        client = connect(uri)
-        try:
-            client.get_registered_model(name)
-        except Exception as error:
-            if not is_missing(error):
-                raise
-            known = ", ".join(model.name for model in client.search_registered_models()) or "none"
-            raise RunError(f"{name}: no such model is registered at {shown(uri)}; known: {known}") from error
-        yield client, Ledger(client, name)
-
-
-def _existing(client: "MlflowClient", name: str, version: int | None) -> int:
-    """Return a version that is there: the challenger, if none is given."""
-    if version is None:
-        aliases = client.get_registered_model(name).aliases
-        if CHALLENGER not in aliases:
-            raise RunError(f"{name}: no version has the alias {CHALLENGER}; give a version, or register one")
-        return int(aliases[CHALLENGER])
-    try:
-        return int(client.get_model_version(name, str(version)).version)
-    except Exception as error:
-        if not is_missing(error):
-            raise
-        known = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-        raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known)) or 'none'}") from error
-
-
-def _judged(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
-    """Return the judged gates of a version, compared with today's champion."""
-    evaluation = _evaluation(client, name, version)
-    if evaluation is None:
-        raise NotJudged(f"{name} version {version}: its MLflow run has no {EVALUATION}; {_ANEW}")
-    rows = evaluation.get("gates", [])
-    today = f"models:/{name}/{champion}" if champion else None
-    compared = (evaluation.get(CHAMPION) or {}).get("address")
-    measures = {row["metric"] for row in rows if row["against"] == CHAMPION}
-    if compared == today or not measures:
-        return rows
-    if champion is None:
-        return gates.judge(rows, evaluation, None)
-    other = _evaluation(client, name, champion)
-    test_set = evaluation.get("test_set")
-    same_test = test_set is not None and other is not None and other.get("test_set") == test_set
-    if other is None or not same_test or metrics.SPEED in measures:  # another machine's speed says nothing
-        raise NotJudged(
-            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
-            f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
-        )
-    return gates.judge(rows, evaluation, other["student"])
-
-
-def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
-    """Return evaluation.json of a version's run; None if there is none."""
-    run_id = client.get_model_version(name, str(version)).run_id
-    if not run_id or EVALUATION not in {file.path for file in client.list_artifacts(run_id)}:
-        return None
-    return read_artifact(client, run_id, EVALUATION)
-
-
-def _author(why: str | None, pipeline_run_id: str | None) -> str:
-    """Return who moves the alias."""
-    if (length := len(json.dumps(why, ensure_ascii=False)) - 2) > _LONGEST_REASON:
-        raise ConfigError(f"why: {length} characters as it is written; give at most {_LONGEST_REASON}")
-    if pipeline_run_id:
-        return f"Kubeflow run {pipeline_run_id}"
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return f"user {os.getuid()}"

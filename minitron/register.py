@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minitron import lineage, origin, registry, stage
+from minitron import stage
 from minitron.card import write_card
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import MANIFEST, check_tokenizer
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, stored_parameters
+from minitron.registry import fingerprint, lineage
+from minitron.registry import versions as registry_versions
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record
 from minitron.tracking.client import explained, patient
@@ -43,7 +45,7 @@ def run(config: RegisterConfig) -> dict[str, Any]:
         )
     record = stage.run(config, _work, _check_inputs)
     version, student = record["registered"]["version"], record["inputs"]["student"]["sha256"]
-    if not registry.holds(config.tracking_uri, config.name, version, student):  # reused, but deleted since
+    if not registry_versions.holds(config.tracking_uri, config.name, version, student):  # reused, but deleted since
         record = stage.run(config.model_copy(update={"caching": False}), _work, _check_inputs)
     return record
 
@@ -54,16 +56,16 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     evaluation = json.loads((config.evaluation / EVALUATION).read_text())
     tags = _tags(config, tracker, found) | {"gates": _GATES[evaluation.get("passed")]}
     write_atomically(directory / lineage.LINEAGE, found)
-    write_card(directory / registry.CARD, config, evaluation, found)
+    write_card(directory / registry_versions.CARD, config, evaluation, found)
     with explained(config.tracking_uri), patient():
         _log_results(config, directory, tracker)
         with (
-            registry.uploaded(
-                tracker, config.student, directory / registry.CARD, _generator(), _needs(config.student)
+            registry_versions.uploaded(
+                tracker, config.student, directory / registry_versions.CARD, _generator(), _needs(config.student)
             ) as model_id,
-            registry.registered_model(tracker, config.name),
+            registry_versions.registered_model(tracker, config.name),
         ):
-            version = registry.create_version(tracker, config.name, config.alias, model_id, tags)
+            version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
     registered = {
         "name": config.name,
         "version": version,
@@ -104,8 +106,8 @@ def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any])
         "teacher_licence": lineage.licence_text(found["licences"]["teacher"]),
         lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{lineage.LINEAGE}",
     }
-    if made_from := origin.of_records(found["stages"]):
-        tags[origin.TAG] = json.dumps(made_from, sort_keys=True)
+    if made_from := fingerprint.of_records(found["stages"]):
+        tags[fingerprint.TAG] = json.dumps(made_from, sort_keys=True)
     for name, entry in found["stages"].get("prepare", {}).get("inputs", {}).items():  # corpus and base model
         tags[f"{'base_model' if name == 'teacher' else name}_sha256"] = entry["sha256"]
     if config.pipeline_run_id:

@@ -12,10 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minitron import __version__, figures, lineage, measures
+from minitron import __version__, figures, measures
 from minitron.config.metrics import MODELS
 from minitron.config.stages import EvaluateConfig
 from minitron.formats import DASH, FORMS, count, decimal, loss, megabytes, number, share
+from minitron.registry import lineage
 
 REPORT = "report.html"
 

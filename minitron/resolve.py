@@ -6,12 +6,14 @@ The first task of the pipeline `retrain`, without a GPU: `minitron run retrain -
 import json
 from typing import Any
 
-from minitron import claims, inputs, origin, registry
+from minitron import inputs
 from minitron.config.document import plan_of
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
-from minitron.ledger import CHAMPION, PROMOTED_TAG
-from minitron.origin import Origin
+from minitron.registry import fingerprint, training_lock
+from minitron.registry.fingerprint import Origin
+from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
+from minitron.registry.versions import DECISION_TAG, versions_of
 from minitron.storage.files import replaced, write_atomically
 from minitron.tracking.client import connect, explained, hurry
 from minitron.tracking.pipeline_run import conclude, pipeline_run
@@ -33,7 +35,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
     )  # fmt: skip
     found = inputs.find(prepare)
-    made_from = origin.of_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
+    made_from = fingerprint.of_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
     with explained(config.tracking_uri), hurry():
         decision = _decide(config, name, made_from) | {"model_name": name}
     print(f"resolve: {decision['reason']}", flush=True)
@@ -46,13 +48,13 @@ def _decide(config: ResolveConfig, name: str, made_from: Origin) -> dict[str, An
     client = connect(config.tracking_uri)
     run = pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
-    versions, aliases = registry.versions_of(client, name)
+    versions, aliases = versions_of(client, name)
     champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
     if same := _same(versions, aliases, made_from):
         outcome, reason = "unchanged", same
-    elif rival := claims.claim(client, run, made_from | {"name": name}):
+    elif rival := training_lock.claim(client, run, made_from | {"name": name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif same := _same(*registry.versions_of(client, name), made_from):  # by a run that has just ended
+    elif same := _same(*versions_of(client, name), made_from):  # by a run that has just ended
         outcome, reason = "unchanged", same
     else:
         outcome, reason = None, _what_is_new(champion, made_from)
@@ -66,7 +68,7 @@ def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Origin)
     """Return in words that there is such a version, of which it is decided what becomes of it."""
     for version in versions:
         held = aliases.get(int(version.version), [])
-        decided = version.tags.get(registry.DECISION_TAG) or _promoted_by_hand(version, held)
+        decided = version.tags.get(DECISION_TAG) or _promoted_by_hand(version, held)
         if _origin(version) == made_from and decided:
             named = f", {' and '.join(held)}," if held else ""
             return f"version {version.version}{named} is made from the same data, teacher and settings; {decided}"
@@ -91,7 +93,7 @@ def _what_is_new(champion: Any, made_from: Origin) -> str:
 
 def _origin(version: Any) -> Origin | None:
     try:
-        found = json.loads(version.tags.get(origin.TAG, "null"))
+        found = json.loads(version.tags.get(fingerprint.TAG, "null"))
     except ValueError:  # not register's
         return None
     return found if isinstance(found, dict) else None

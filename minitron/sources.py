@@ -17,10 +17,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from minitron import registry
 from minitron.config.fields import address as address_of
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
+from minitron.registry import versions
 from minitron.storage import bucket, ngc
 from minitron.storage.cache import lasting_directory
 from minitron.storage.files import write_atomically
@@ -97,7 +97,7 @@ def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
-            find, fetch = partial(registry.model_version, uri), partial(registry.download_version, uri)
+            find, fetch = partial(versions.model_version, uri), partial(versions.download_version, uri)
         case "ngc":
             find, fetch = ngc.check_address, ngc.download
         case scheme:

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from minitron import gates
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
 from minitron.errors import ConfigError
+from minitron.registry import gates
 
 REQUIRED = {name: "x" for name, field in EvaluateConfig.model_fields.items() if field.is_required()}
 REQUIRED |= {"tasks": ["arc"]}

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron import cli, ledger, register
+from minitron import cli, register
 from minitron import promote as promotion
 from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
-from minitron.ledger import Ledger
-from minitron.promote import GatesFailed, NotJudged, promote, rollback
+from minitron.registry import promotion_log
+from minitron.registry.promotion import GatesFailed, NotJudged, promote, rollback
+from minitron.registry.promotion_log import Ledger
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id
 
@@ -71,7 +72,9 @@ def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: s
     assert taken_back.version == 1 and _aliases(uri, name) == {"challenger": 2, "champion": 1, "previous": 2}
     assert rollback(uri, name).version == 2 and _moves(uri, name)[2:] == [(2, 1), (1, 2)]
     client = connect(uri)
-    (run,) = client.search_runs([experiment_id(client, ledger.EXPERIMENT)], f"tags.`minitron.promotions` = '{name}'")
+    (run,) = client.search_runs(
+        [experiment_id(client, promotion_log.EXPERIMENT)], f"tags.`minitron.promotions` = '{name}'"
+    )
     assert run.info.run_name == f"promotions of {name}" and run.info.status == "FINISHED"
     assert json.loads(run.data.params["move.0003"])["why"] == "too slow" and run.data.params["done.0004"] == "applied"
 
@@ -80,7 +83,7 @@ RIVAL = """
 import json, sys, time
 from pathlib import Path
 from minitron.errors import RunError
-from minitron.promote import promote
+from minitron.registry.promotion import promote
 uri, name, directory, me, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 made, lost = [], []
 for number in range(rounds):
@@ -117,8 +120,8 @@ def test_of_two_processes_one_wins_each_move(uri: str, name: str, tmp_path: Path
 
 KILLED = """
 import os, sys
-from minitron.ledger import Ledger
-from minitron.promote import promote
+from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion import promote
 Ledger._set_aliases = lambda *arguments: os.kill(os.getpid(), 9)
 promote(sys.argv[1], sys.argv[2], 2)
 """
@@ -137,7 +140,7 @@ def test_a_move_whose_author_died_is_completed_by_the_next_reader(
     promote(uri, name, 1)
     _killed(uri, name)
     assert _aliases(uri, name)["champion"] == 1 and _moves(uri, name) == [(None, 1), (1, 2)]
-    monkeypatch.setattr(ledger, "_READER_SECONDS", 2)
+    monkeypatch.setattr(promotion_log, "_READER_SECONDS", 2)
     began = time.monotonic()
     assert promote(uri, name, 2).move is None
     assert 2 <= time.monotonic() - began < 20, "its author had time to set them himself"
@@ -150,8 +153,8 @@ def test_a_move_whose_author_died_is_completed_by_the_next_reader(
 SLOW = """
 import sys, time
 from pathlib import Path
-from minitron.ledger import Ledger
-from minitron.promote import promote
+from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion import promote
 set_aliases, directory = Ledger._set_aliases, Path(sys.argv[3])
 def slowly(ledger, move):
     (directory / "about to").touch()
@@ -166,7 +169,7 @@ promote(sys.argv[1], sys.argv[2], 2)
 def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
     uri: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "_READER_SECONDS", 1)
+    monkeypatch.setattr(promotion_log, "_READER_SECONDS", 1)
     registered(uri, name, *[_evaluation(1.0)] * 3)
     promote(uri, name, 1)
     slow = forks.start(["-c", SLOW, uri, name, str(tmp_path)], tmp_path / "log", tmp_path / "log")
@@ -187,7 +190,7 @@ def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
 def test_a_move_that_cannot_be_completed_is_given_up(
     mlflow_file: str, name: str, monkeypatch: pytest.MonkeyPatch, fate: str
 ) -> None:
-    monkeypatch.setattr(ledger, "_READER_SECONDS", 0)
+    monkeypatch.setattr(promotion_log, "_READER_SECONDS", 0)
     registered(mlflow_file, name, *[_evaluation(1.0)] * 4)
     promote(mlflow_file, name, 1)
     _killed(mlflow_file, name)

@@ -15,11 +15,12 @@ from conftest import SEQUENCE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import distill, register, registry
+from minitron import distill, register
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import parameter_count, stored_parameters
+from minitron.registry import versions
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 
@@ -164,8 +165,8 @@ def test_a_model_card_goes_with_the_weights_and_is_taken_away_again(
     client = connect(mlflow_file)
     model_id = client.get_model_version(config.name, "1").source.removeprefix("models:/")
     assert "README.md" in {file.path for file in client.list_logged_model_artifacts(model_id)}
-    assert (config.output / "README.md").read_text().startswith(registry.CARD_BEGINS)
-    registry.download_version(mlflow_file, f"models:/{config.name}/1", tmp_path / "downloaded")
+    assert (config.output / "README.md").read_text().startswith(versions.CARD_BEGINS)
+    versions.download_version(mlflow_file, f"models:/{config.name}/1", tmp_path / "downloaded")
     assert content_hash(tmp_path / "downloaded") == content_hash(copy)
     assert (tmp_path / "downloaded" / "README.md").exists() == own
 

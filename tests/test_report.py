@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import SEQUENCE, STEPS
 
-from minitron import charts, formats, gates, measures, prune
+from minitron import charts, formats, measures, prune
 from minitron.config import metrics
 from minitron.config.gates import Gate
 from minitron.config.stages import EvaluateConfig, PruneConfig
+from minitron.registry import gates
 from minitron.report import write_report
 
 SEQUENCES = {"sequence_length": SEQUENCE, "micro_batch_size": 4}

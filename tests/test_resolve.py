@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from conftest import new_version
 
-from minitron import claims, origin, resolve
+from minitron import resolve
 from minitron.config.parse import parse
 from minitron.config.tasks import ResolveConfig
 from minitron.errors import ConfigError, RunError
-from minitron.promote import promote, rollback
-from minitron.registry import DECISION_TAG
+from minitron.registry import fingerprint, training_lock
+from minitron.registry.promotion import promote, rollback
+from minitron.registry.versions import DECISION_TAG
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id, search
 
@@ -38,7 +39,7 @@ def ask(mlflow_file: str, teacher: Path, tmp_path: Path) -> Ask:
 
 
 def version(uri: str, name: str, made_from: dict[str, str], alias: str) -> None:
-    new_version(uri, name, alias, {origin.TAG: json.dumps(made_from)})
+    new_version(uri, name, alias, {fingerprint.TAG: json.dumps(made_from)})
 
 
 def test_without_a_champion_there_is_something_to_train(ask: Ask, tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_what_cannot_be_resolved_is_one_line(ask: Ask, tmp_path: Path) -> None:
 def test_what_was_promoted_and_taken_back_by_hand_is_not_made_again(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
     made_from = ask()["made_from"]
     new_version(mlflow_file, tmp_path.name, None, {}, evaluation='{"gates": []}')
-    new_version(mlflow_file, tmp_path.name, None, {origin.TAG: json.dumps(made_from)}, evaluation='{"gates": []}')
+    new_version(mlflow_file, tmp_path.name, None, {fingerprint.TAG: json.dumps(made_from)}, evaluation='{"gates": []}')
     promote(mlflow_file, tmp_path.name, 1)
     promote(mlflow_file, tmp_path.name, 2)
     rollback(mlflow_file, tmp_path.name)
@@ -112,14 +113,14 @@ def test_what_was_promoted_and_taken_back_by_hand_is_not_made_again(ask: Ask, ml
 def test_what_a_rival_has_just_made_is_not_made_again(
     ask: Ask, mlflow_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_from, claim = ask(model_name="other")["made_from"], claims.claim
+    made_from, claim = ask(model_name="other")["made_from"], training_lock.claim
 
     def after_the_rival(*arguments: Any) -> str | None:
-        tags = {origin.TAG: json.dumps(made_from), DECISION_TAG: "it met its gates"}
+        tags = {fingerprint.TAG: json.dumps(made_from), DECISION_TAG: "it met its gates"}
         new_version(mlflow_file, tmp_path.name, None, tags)
         return claim(*arguments)
 
-    monkeypatch.setattr(claims, "claim", after_the_rival)
+    monkeypatch.setattr(training_lock, "claim", after_the_rival)
     assert ask()["reason"].endswith("is made from the same data, teacher and settings; it met its gates")
 
 
@@ -129,5 +130,5 @@ def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
 
 @pytest.mark.parametrize("tag", ["my laptop", '["x"]'])
 def test_a_tag_of_another_tool_is_no_origin(ask: Ask, mlflow_file: str, tmp_path: Path, tag: str) -> None:
-    new_version(mlflow_file, tmp_path.name, "champion", {origin.TAG: tag})
+    new_version(mlflow_file, tmp_path.name, "champion", {fingerprint.TAG: tag})
     assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"

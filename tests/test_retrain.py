@@ -12,7 +12,7 @@ import forks
 import pytest
 from test_flow import BIN, RETRAIN, execute, forked
 
-from minitron import claims, origin
+from minitron.registry import fingerprint, training_lock
 from minitron.samples import tiny_sentences
 from minitron.storage.hashing import content_hash
 from minitron.tracking import pipeline_run
@@ -144,8 +144,8 @@ def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) 
     (third / "third.txt").write_text("\n\n".join(tiny_sentences(600, seed=3)))
     client = connect(uri(directory))
     other = client.create_run(experiment_id(client, "minitron"), run_name="the nightly run")
-    made_from = json.loads(tags(directory, 1)[origin.TAG]) | {"corpus": content_hash(third), "name": NAME}
-    assert claims.claim(client, other, made_from) is None
+    made_from = json.loads(tags(directory, 1)[fingerprint.TAG]) | {"corpus": content_hash(third), "name": NAME}
+    assert training_lock.claim(client, other, made_from) is None
     run = retrain(directory, f"corpus={third}")
     assert run.status == 0 and run.summary["outcome"] == "made elsewhere"
     assert re.search(r"run the nightly run, last heard of \d+ minutes ago, makes the same already", run.output)
@@ -162,4 +162,4 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
         if entry.data.tags.get(pipeline_run.OUTCOME_TAG) == "failed"
     ]  # fmt: skip
     assert len(ended) == 1 and ended[0].info.status == "FAILED"
-    assert claims._at_work(client, ended[0].info.run_id) is None
+    assert training_lock._at_work(client, ended[0].info.run_id) is None

@@ -15,11 +15,11 @@ import yaml
 from rich.text import Text
 from rich.tree import Tree
 
-from minitron import registry
 from minitron.config.stages import STAGES, EvaluateConfig
 from minitron.data.manifest import MANIFEST, read_manifest
 from minitron.errors import ConfigError, RunError
 from minitron.formats import count, duration, loss, megabytes, moment
+from minitron.registry import versions
 from minitron.storage.layout import read_record
 from minitron.tracking.client import connect, explained, hurry, read_artifact
 
@@ -103,7 +103,7 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
         RunError: MLflow cannot be reached, or has no such version, or the lineage there is another version's.
     """
     with explained(uri), hurry():
-        version = registry.model_version(uri, address)
+        version = versions.model_version(uri, address)
         name, _, number = version.removeprefix("models:/").rpartition("/")
         client = connect(uri)
         tags = client.get_model_version(name, number).tags

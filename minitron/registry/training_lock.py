@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_CANDIDATE, _ADOPTED = "minitron.claims", "minitron.claims.adopted"
+_CANDIDATE, _ADOPTED = "minitron.registry.training_lock", "minitron.registry.training_lock.adopted"
 """Tags of the run that holds the claims: what it is made for, and that it is the one."""
 
 _MAKER_SECONDS = 120

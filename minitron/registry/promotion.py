@@ -1,0 +1,186 @@
+"""The alias of the champion: a version gets it if it meets its gates, and the previous champion gets it back.
+
+    minitron promote minitron
+    minitron rollback minitron --why "wrong licence"
+
+What its gates found is in evaluation.json of the version's MLflow run. They are judged again where the champion has
+changed since; who moved which alias when is in the promotion log.
+"""
+
+import getpass
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minitron.config import metrics
+from minitron.config.settings import RegisterSettings
+from minitron.errors import ConfigError, RunError
+from minitron.registry import gates
+from minitron.registry.promotion_log import CHAMPION, PREVIOUS, Ledger, Move
+from minitron.tracking.client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+EVALUATION = "evaluation.json"
+CHALLENGER = RegisterSettings.model_fields["alias"].default
+_LONGEST_REASON = 1000
+_ANEW = "run the pipeline retrain, which evaluates it anew"
+
+
+class GatesFailed(RunError):
+    """The version is not good enough."""
+
+
+class NotJudged(GatesFailed):
+    """It is not known whether the version is good enough: it may be made and measured again."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of it.
+
+    Attributes:
+        name: the registered model.
+        version: its champion.
+        move: how it became that; None: it was the champion already.
+        gates: the judged gates of the version, as in evaluation.json; none of a rollback.
+    """
+
+    name: str
+    version: int
+    move: Move | None
+    gates: list[dict[str, Any]]
+
+
+def promote(
+    uri: str | None, name: str, version: int | None = None, why: str | None = None, pipeline_run_id: str | None = None
+) -> Promotion:
+    """Make a version the champion, and the champion the previous one.
+
+    Args:
+        uri: MLflow's server or database.
+        name: registered model.
+        version: its version; None: the challenger.
+        why: reason, for the ledger.
+        pipeline_run_id: Kubeflow run that asks for it; None: this user.
+
+    Raises:
+        ConfigError: there is no registry at such a URI, or the reason is too long.
+        GatesFailed: a gate is not met.
+        NotJudged: the version was not compared with today's champion, or not evaluated by this package.
+        RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
+    """
+    author = _author(why, pipeline_run_id)
+    with _opened(uri, name) as (client, ledger):
+        state = ledger.settled()
+        version = existing_version(client, name, version)
+        if version == state.champion:
+            return Promotion(name, version, None, [])
+        try:
+            rows = _judged(client, name, version, state.champion)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise NotJudged(
+                f"{name} version {version}: {EVALUATION} of its run is none of minitron's; {_ANEW}"
+            ) from error
+        if gates.passed(rows) is False:
+            failed = "; ".join(gates.words(row) for row in rows if row["outcome"] not in gates.MET)
+            raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
+        return Promotion(name, version, ledger.move(state, version, author, why), rows)
+
+
+def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None) -> Promotion:
+    """Make the previous version the champion again, and the champion the previous one.
+
+    Raises:
+        ConfigError: as for promote.
+        RunError: no version was champion before; as for promote.
+    """
+    author = _author(why, pipeline_run_id)
+    with _opened(uri, name) as (client, ledger):
+        state = ledger.settled()
+        if state.previous is None or state.previous == state.champion:
+            raise RunError(f"{name}: no version has the alias {PREVIOUS}; give the one you want to minitron promote")
+        version = existing_version(client, name, state.previous)
+        return Promotion(name, version, ledger.move(state, version, author, why), [])
+
+
+@contextmanager
+def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger]]:
+    """Give a client and the ledger of a registered model."""
+    if not uri:
+        raise ConfigError("tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE")
+    with explained(uri), hurry(), undisturbed():
+        client = connect(uri)
+        try:
+            client.get_registered_model(name)
+        except Exception as error:
+            if not is_missing(error):
+                raise
+            known = ", ".join(model.name for model in client.search_registered_models()) or "none"
+            raise RunError(f"{name}: no such model is registered at {shown(uri)}; known: {known}") from error
+        yield client, Ledger(client, name)
+
+
+def existing_version(client: "MlflowClient", name: str, version: int | None) -> int:
+    """Return a version that is there: the challenger, if none is given."""
+    if version is None:
+        aliases = client.get_registered_model(name).aliases
+        if CHALLENGER not in aliases:
+            raise RunError(f"{name}: no version has the alias {CHALLENGER}; give a version, or register one")
+        return int(aliases[CHALLENGER])
+    try:
+        return int(client.get_model_version(name, str(version)).version)
+    except Exception as error:
+        if not is_missing(error):
+            raise
+        known = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+        raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known)) or 'none'}") from error
+
+
+def _judged(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
+    """Return the judged gates of a version, compared with today's champion."""
+    evaluation = _evaluation(client, name, version)
+    if evaluation is None:
+        raise NotJudged(f"{name} version {version}: its MLflow run has no {EVALUATION}; {_ANEW}")
+    rows = evaluation.get("gates", [])
+    today = f"models:/{name}/{champion}" if champion else None
+    compared = (evaluation.get(CHAMPION) or {}).get("address")
+    measures = {row["metric"] for row in rows if row["against"] == CHAMPION}
+    if compared == today or not measures:
+        return rows
+    if champion is None:
+        return gates.judge(rows, evaluation, None)
+    other = _evaluation(client, name, champion)
+    test_set = evaluation.get("test_set")
+    same_test = test_set is not None and other is not None and other.get("test_set") == test_set
+    if other is None or not same_test or metrics.SPEED in measures:  # another machine's speed says nothing
+        raise NotJudged(
+            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
+            f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
+        )
+    return gates.judge(rows, evaluation, other["student"])
+
+
+def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
+    """Return evaluation.json of a version's run; None if there is none."""
+    run_id = client.get_model_version(name, str(version)).run_id
+    if not run_id or EVALUATION not in {file.path for file in client.list_artifacts(run_id)}:
+        return None
+    return read_artifact(client, run_id, EVALUATION)
+
+
+def _author(why: str | None, pipeline_run_id: str | None) -> str:
+    """Return who moves the alias."""
+    if (length := len(json.dumps(why, ensure_ascii=False)) - 2) > _LONGEST_REASON:
+        raise ConfigError(f"why: {length} characters as it is written; give at most {_LONGEST_REASON}")
+    if pipeline_run_id:
+        return f"Kubeflow run {pipeline_run_id}"
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"user {os.getuid()}"
