@@ -4,13 +4,13 @@ It leaves conclusion.html, which Kubeflow shows, and the outcome in MLflow: then
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
+from minitron.report.formatting import TEMPLATES
 from minitron.stage import noted_failure
 from minitron.storage.files import replaced, write_atomically
 from minitron.storage.layout import CONCLUSION, PAGE
@@ -67,5 +67,5 @@ def _log(config: ConcludeConfig, run_id: str) -> None:
 
 def _page(found: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = Path(__file__).with_name("conclusion.html.j2").read_text(encoding="utf-8")
+    template = (TEMPLATES / "conclusion.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(found)

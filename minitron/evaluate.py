@@ -29,13 +29,13 @@ from minitron.data.text import write_first
 from minitron.data.tokenizer import load_tokenizer
 from minitron.engines import hf
 from minitron.errors import ConfigError
-from minitron.events import write_events
 from minitron.models.checkpoint import check_architecture, load_model, parameter_count
 from minitron.models.downstream_tasks import ask, loaded_tasks
 from minitron.models.generation import continue_prompts
 from minitron.models.scoring import score
 from minitron.registry import gates, lineage
-from minitron.report import write_report
+from minitron.report.page import write_report
+from minitron.report.tensorboard import write_events
 from minitron.sources import corpus, resolve
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash

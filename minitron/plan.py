@@ -4,7 +4,6 @@ It leaves plan.html, which Kubeflow shows: every stage's settings, those marked 
 """
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -12,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from minitron.config.document import SHARED, Plan, plan_of
 from minitron.config.settings import RESOURCES, Settings
 from minitron.config.tasks import PlanConfig
+from minitron.report.formatting import TEMPLATES
 from minitron.storage.files import replaced, write_atomically
 
 PLAN, PLAN_PAGE = "plan.json", "plan.html"
@@ -43,7 +43,7 @@ def _outputs(plan: Plan) -> dict[str, Any]:
 
 def _page(plan: Plan) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = Path(__file__).with_name("plan.html.j2").read_text(encoding="utf-8")
+    template = (TEMPLATES / "plan.html.j2").read_text(encoding="utf-8")
     sections = {"all stages": _rows(plan.pipeline)}
     for stage, settings in plan.stages.items():
         sections[stage] = _rows(settings, {*SHARED, "gpus"}) + _rows(plan.resources[stage], default=RESOURCES[stage])

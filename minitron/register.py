@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from minitron import stage
-from minitron.card import write_card
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import MANIFEST, check_tokenizer
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, stored_parameters
 from minitron.registry import fingerprint, lineage
 from minitron.registry import versions as registry_versions
+from minitron.report.card import write_card
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record
 from minitron.tracking.client import explained, patient

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from minitron import measures
 from minitron.config import metrics
 from minitron.config.stages import STAGES
+from minitron.report import tables
 from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
 from minitron.tracking.client import shown
 
@@ -100,7 +100,7 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     table = Table("model", title="Models")
     for column in columns:
         table.add_column(column, justify="right")
-    for model, label in measures.models_of(evaluation).items():
+    for model, label in tables.models_of(evaluation).items():
         found = evaluation[model]
         if "parameters" not in found:
             continue  # a champion that cannot read this data
@@ -118,7 +118,7 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
 def gates_table(gates: list[dict[str, Any]]) -> Table:
     """Return judged gates, as evaluation.json has them, as a table."""
     table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
-    for row in measures.gates({"gates": gates}):
+    for row in tables.gates({"gates": gates}):
         table.add_row(row["words"], row["found"], row["threshold"], row["margin"], f"{row['mark']} {row['outcome']}")
     return table
 

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 from test_report import EVALUATION, gated_evaluation
 
-from minitron.card import write_card
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
+from minitron.report.card import write_card
 
 RECORD = {"started": 0.0, "seconds": 90.0, "seed": 7, "versions": {"minitron": "0.1.0"}, "metrics": {}}
 INPUTS = {

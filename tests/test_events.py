@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minitron.events import write_events
+from minitron.report.tensorboard import write_events
 
 RECORDS: dict[str, dict[str, Any]] = {
     "prepare": {"started": 5.0},

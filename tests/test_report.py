@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from conftest import SEQUENCE, STEPS
 
-from minitron import charts, formats, measures, prune
+from minitron import prune
 from minitron.config import metrics
 from minitron.config.gates import Gate
 from minitron.config.stages import EvaluateConfig, PruneConfig
 from minitron.registry import gates
-from minitron.report import write_report
+from minitron.report import charts, formatting, tables
+from minitron.report.page import write_report
 
 SEQUENCES = {"sequence_length": SEQUENCE, "micro_batch_size": 4}
 
@@ -261,7 +262,7 @@ def test_sizes_that_were_cut(page: Page, compressed: EvaluateConfig) -> None:
 def test_cost_and_lineage(page: Page, compressed: EvaluateConfig) -> None:
     for directory in (compressed.teacher, compressed.pruned, compressed.student):
         record = record_of(directory)
-        row = f"{record['stage']} {record['seconds']:.1f} s {formats.megabytes(record['peak_rss_mb'])}"
+        row = f"{record['stage']} {record['seconds']:.1f} s {formatting.megabytes(record['peak_rss_mb'])}"
         assert row in page.text["cost"]
         for entry in record["inputs"].values():
             assert f"sha256 {entry['sha256']}" in page.text["lineage"]
@@ -379,12 +380,12 @@ def test_a_large_model_and_a_long_training_stay_small(
     ],
 )
 def test_figures_in_words(form: str, value: float, text: str) -> None:
-    assert formats.FORMS[form](value) == text
+    assert formatting.FORMS[form](value) == text
 
 
 def test_a_missing_figure_is_a_dash() -> None:
-    assert {form(None) for name, form in formats.FORMS.items() if name != "moment"} == {"–"}
-    assert [formats.number(value) for value in (float("nan"), "N/A", True, 0.5)] == [None, None, None, 0.5]
+    assert {form(None) for name, form in formatting.FORMS.items() if name != "moment"} == {"–"}
+    assert [formatting.number(value) for value in (float("nan"), "N/A", True, 0.5)] == [None, None, None, 0.5]
 
 
 def test_pages_are_reproducible(bare: EvaluateConfig, tmp_path: Path) -> None:
@@ -425,11 +426,11 @@ def test_the_decision_and_the_gates_come_first(gated: Page) -> None:
     sections = re.findall(r'<(?:section|header) id="(\w+)"', gated.html)
     assert sections[:3] == ["verdict", "gates", "models"]
     words = "Not passed: of 6 gates 3 passed, 1 failed, 1 within error, 1 not measured"
-    assert f"{measures.FAILED} {words}" in gated.text["verdict"]
+    assert f"{tables.FAILED} {words}" in gated.text["verdict"]
 
 
 def test_a_gate_is_a_sentence_with_its_numbers(gated: Page) -> None:
-    text = gated.text["gates"].replace(measures.FAILED, "x").replace(measures.PASSED, "v")
+    text = gated.text["gates"].replace(tables.FAILED, "x").replace(tables.PASSED, "v")
     for row in (
         "Validation loss, difference from the champion's v passed 0.100 at most 0.150 +0.050 3.000 champion: 2.900",
         "arc, accuracy, difference from the champion's x failed −5.0 points ± 8.3 points at least 5.0 points −10.0 "
@@ -472,8 +473,8 @@ def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(
     record = record_of(student) | {"gpus": 8, "seconds": 900.0, "image": "registry/trainer:1", "mlflow_run_id": "run7"}
     (student / "stage.json").write_text(json.dumps(record))
     gpu_page = written(tmp_path, compressed.model_copy(update={"student": student}), EVALUATION)
-    tokens = formats.count(record["metrics"]["tokens"])
-    speed = formats.decimal(record["metrics"]["tokens_per_second"])
-    memory = formats.megabytes(record["peak_rss_mb"])
+    tokens = formatting.count(record["metrics"]["tokens"])
+    speed = formatting.decimal(record["metrics"]["tokens_per_second"])
+    memory = formatting.megabytes(record["peak_rss_mb"])
     assert f"distill 15 min 0 s {memory} {tokens} {speed} 2.00" in gpu_page.text["cost"]
     assert "image registry/trainer:1 Kubeflow run – MLflow run run7 seed 1234" in gpu_page.text["lineage"]

@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from test_report import gated_evaluation
 
 from minitron.config.stages import EvaluateConfig
-from minitron.report import write_report
+from minitron.report.page import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = Path(__file__).parent.parent / "build" / "screenshots"

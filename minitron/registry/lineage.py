@@ -18,8 +18,8 @@ from rich.tree import Tree
 from minitron.config.stages import STAGES, EvaluateConfig
 from minitron.data.manifest import MANIFEST, read_manifest
 from minitron.errors import ConfigError, RunError
-from minitron.formats import count, duration, loss, megabytes, moment
 from minitron.registry import versions
+from minitron.report.formatting import count, duration, loss, megabytes, moment
 from minitron.storage.layout import read_record
 from minitron.tracking.client import connect, explained, hurry, read_artifact
 

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from minitron.config.metrics import CHAMPION, MEASURES, MODELS, TASK_METRICS
-from minitron.formats import DASH, FORMS, MINUS, number, share, signed
 from minitron.registry.gates import DEVIATIONS
+from minitron.report.formatting import DASH, FORMS, MINUS, number, share, signed
 
 
 def models_of(evaluation: dict[str, Any]) -> dict[str, str]:

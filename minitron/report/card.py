@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from minitron import measures
 from minitron.config.metrics import TASK_METRICS
 from minitron.config.stages import RegisterConfig
-from minitron.formats import FORMS, number
 from minitron.registry import lineage
 from minitron.registry.versions import CARD_BEGINS
+from minitron.report import tables
+from minitron.report.formatting import FORMS, TEMPLATES, number
 
 _HUB = "hf://"
 _TAGS = ["minitron", "pruning", "distillation", "compression"]
@@ -33,7 +33,7 @@ def write_card(path: Path, config: RegisterConfig, evaluation: dict[str, Any], o
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FORMS | {"cell": _cell}
-    template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((TEMPLATES / "card.md.j2").read_text(encoding="utf-8"))
     front = yaml.safe_dump(_front_matter(config.name, evaluation, origin), sort_keys=False, allow_unicode=True)
     body = template.render(_content(config, evaluation, origin))
     path.write_text(f"{CARD_BEGINS}{front}---\n{body}", encoding="utf-8")
@@ -78,9 +78,9 @@ def _content(config: RegisterConfig, evaluation: dict[str, Any], origin: dict[st
         "name": config.name,
         "alias": config.alias,
         "evaluation": evaluation,
-        "models": measures.models_of(evaluation),
-        "rows": measures.rows(evaluation),
-        "gates": measures.gates(evaluation),
+        "models": tables.models_of(evaluation),
+        "rows": tables.rows(evaluation),
+        "gates": tables.gates(evaluation),
         "stages": origin["stages"],
         "inputs": _inputs(origin),
         "licence": lineage.licence_text(origin["licences"]["teacher"]),

@@ -12,11 +12,12 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minitron import __version__, figures, measures
+from minitron import __version__
 from minitron.config.metrics import MODELS
 from minitron.config.stages import EvaluateConfig
-from minitron.formats import DASH, FORMS, count, decimal, loss, megabytes, number, share
 from minitron.registry import lineage
+from minitron.report import figures, tables
+from minitron.report.formatting import DASH, FORMS, TEMPLATES, count, decimal, loss, megabytes, number, share
 
 REPORT = "report.html"
 
@@ -54,7 +55,7 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FORMS
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((TEMPLATES / "report.html.j2").read_text(encoding="utf-8"))
     (directory / REPORT).write_text(template.render(_content(config, evaluation)), encoding="utf-8")
 
 
@@ -62,12 +63,12 @@ def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, An
     origin, pruning = lineage.collect(config), _pruning(config.pruned)
     records = origin["stages"]
     return {
-        "models": measures.models_of(evaluation),
+        "models": tables.models_of(evaluation),
         "evaluation": evaluation,
         "verdict": _verdict(evaluation),
         "decision": _decision(evaluation),
-        "gates": measures.gates(evaluation),
-        "rows": measures.rows(evaluation),
+        "gates": tables.gates(evaluation),
+        "rows": tables.rows(evaluation),
         "comparison": figures.comparison(evaluation),
         "training": figures.training(records),
         "pruning": pruning,
@@ -117,11 +118,11 @@ def _decision(evaluation: dict[str, Any]) -> dict[str, str]:
     passed = evaluation.get("passed")
     if passed is None:
         return {"mark": DASH, "style": "", "words": "No verdict: no gates were set"}
-    outcomes = Counter(gate["outcome"] for gate in measures.gates(evaluation))
+    outcomes = Counter(gate["outcome"] for gate in tables.gates(evaluation))
     words = f"of {outcomes.total()} gates {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items())}"
     if passed:
-        return {"mark": measures.PASSED, "style": "better", "words": f"Passed: {words}"}
-    return {"mark": measures.FAILED, "style": "worse", "words": f"Not passed: {words}"}
+        return {"mark": tables.PASSED, "style": "better", "words": f"Passed: {words}"}
+    return {"mark": tables.FAILED, "style": "worse", "words": f"Not passed: {words}"}
 
 
 def _circumstances(record: dict[str, Any]) -> dict[str, Any]:

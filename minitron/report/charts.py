@@ -1,6 +1,6 @@
 """The charts of the report, as inline SVG that follows the page's light or dark colours.
 
-Used by minitron/report.py, which `python -m minitron.evaluate --config FILE` calls.
+Used by minitron/report/page.py, which `python -m minitron.evaluate --config FILE` calls.
 """
 
 import io

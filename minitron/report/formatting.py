@@ -1,12 +1,16 @@
 """How the report writes figures: in plain words, with their unit, and a dash where there is none.
 
-Used by minitron/report.py, which `python -m minitron.evaluate --config FILE` calls.
+Used by minitron/report/page.py, which `python -m minitron.evaluate --config FILE` calls.
 """
 
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+TEMPLATES = Path(__file__).with_name("templates")
+"""The directory of the templates of what people read."""
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from minitron.formats import number
+from minitron.report.formatting import number
 
 EVENTS = "tensorboard"
 

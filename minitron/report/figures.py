@@ -1,6 +1,6 @@
 """The figures of the report: which data each one shows, its title and what it means.
 
-Used by minitron/report.py, which `python -m minitron.evaluate --config FILE` calls. A figure is
+Used by minitron/report/page.py, which `python -m minitron.evaluate --config FILE` calls. A figure is
 `{"title", "chart", "caption", "wide"}`.
 """
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from minitron import charts
 from minitron.config.metrics import MODELS
-from minitron.formats import count, loss, number, percent, share
-from minitron.measures import half_width, tasks_of
+from minitron.report import charts
+from minitron.report.formatting import count, loss, number, percent, share
+from minitron.report.tables import half_width, tasks_of
 
 
 def comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
