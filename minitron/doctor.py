@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import requests
 
-from minitron import trainjob
 from minitron.cluster import kubernetes_api
 from minitron.cluster.pipelines_api import Kubeflow
 from minitron.config.pipelines import compiled_pipeline
+from minitron.engines import trainjob
 from minitron.errors import MinitronError
 from minitron.storage import bucket
 

@@ -15,7 +15,8 @@ from minitron import stage
 from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.data.packed import PackedDataset
-from minitron.engines import hf, nemo
+from minitron.engines import hf
+from minitron.engines.nemo import engine as nemo
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
 from minitron.models.importance import Importance, measure

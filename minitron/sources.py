@@ -165,9 +165,10 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
     """
 
     def export(identity: str, target: Path) -> None:
-        from minitron.engines import nemo
+        from minitron.engines.nemo import checks
+        from minitron.engines.nemo import engine as nemo
 
-        nemo.check_installed()
+        checks.check_installed()
         nemo.export_checkpoint(checkpoint, target)
 
     identity = f"nemo {content_hash(checkpoint)}"

@@ -24,10 +24,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from minitron import METHOD_VERSION, __version__, delivery, gpus, inputs
+from minitron import METHOD_VERSION, __version__, delivery, inputs
 from minitron.config.fields import EXECUTION
 from minitron.config.parse import fields_marked, parse, read_yaml
 from minitron.config.stages import STAGES, StageConfig
+from minitron.engines import gpus
 from minitron.errors import ConfigError, MinitronError
 from minitron.fast_imports import many_imports
 from minitron.storage.cache import lasting_directory

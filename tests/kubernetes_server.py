@@ -23,7 +23,7 @@ import yaml
 from http_server import Refused, State, free_port, http_server
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-from minitron import trainjob
+from minitron.engines import trainjob
 
 Entry = dict[str, Any]
 

@@ -12,7 +12,9 @@ from minitron import finetune, prune
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset, training_data
-from minitron.engines import nemo
+from minitron.engines.nemo import checks, files
+from minitron.engines.nemo import engine as nemo
+from minitron.engines.nemo.progress import Progress
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, read_config
 from minitron.models.importance import measure
@@ -43,14 +45,14 @@ def test_parallel_sizes_that_do_not_divide_are_refused(
     teacher: Path, dataset: Path, sizes: dict[str, int], gpus: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        nemo.check_parallelism(config(dataset, **sizes), check_architecture(teacher), teacher, gpus)
+        checks.check_parallelism(config(dataset, **sizes), check_architecture(teacher), teacher, gpus)
 
 
 def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> None:
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "context_parallel_size": 2}
     settings = config(dataset, **sizes, sequence_parallel=True)
-    nemo.check_parallelism(settings, check_architecture(teacher), teacher, 8)
-    assert nemo.gpus(settings) == (torch.cuda.device_count() or 8)
+    checks.check_parallelism(settings, check_architecture(teacher), teacher, 8)
+    assert checks.gpus(settings) == (torch.cuda.device_count() or 8)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +72,12 @@ def test_without_nemo_it_says_what_to_do(
     teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
-        raise nemo.importlib.metadata.PackageNotFoundError(name)
+        raise checks.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(nemo.importlib.metadata, "version", version)
+    monkeypatch.setattr(checks.importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=r"engine nemo: it needs nemo_toolkit 2, found none; run it in the package's"):
-        nemo.check_installed()
-    monkeypatch.setattr(nemo.importlib.metadata, "version", lambda name: "3.0.0")
+        checks.check_installed()
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "3.0.0")
     with pytest.raises(ConfigError, match=r"found 3.0.0; .* or use engine hf"):
         finetune.run(config(dataset, teacher=str(teacher), output=tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -87,7 +89,7 @@ def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teache
     text = (other / "config.json").read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM")
     (other / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="converts LlamaForCausalLM, found Qwen2ForCausalLM; use engine hf"):
-        nemo.check_architecture_is_supported(check_architecture(other), other)
+        checks.check_architecture_is_supported(check_architecture(other), other)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +132,16 @@ def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dat
 
 def test_the_history_that_a_kill_left_is_cut_at_the_last_whole_checkpoint(tmp_path: Path) -> None:
     rows = [{"step": step, "loss": 1.0} for step in range(1, 6)]
-    history = tmp_path / nemo.HISTORY
+    history = tmp_path / files.HISTORY
     history.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
     for name in ("step-3", "step-10.saving", "best"):
         (tmp_path / name).mkdir()
-    assert nemo.last_checkpoint(tmp_path) == tmp_path / "step-3"
-    nemo._forget_lost_steps(tmp_path)
+    assert files.last_checkpoint(tmp_path) == tmp_path / "step-3"
+    files.forget_lost_steps(tmp_path)
     assert [json.loads(row)["step"] for row in history.read_text().splitlines()] == [1, 2, 3]
     assert not (tmp_path / "step-10.saving").exists()
     (tmp_path / "step-3").rmdir()
-    nemo._forget_lost_steps(tmp_path)
+    files.forget_lost_steps(tmp_path)
     assert not history.exists()
 
 
@@ -150,9 +152,9 @@ def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path
         def log(self, metrics: dict[str, float], step: int = 0) -> None:
             logged.append((step, metrics))
 
-    with nemo._Progress(config(dataset, max_steps=3), tmp_path, Kept({})) as progress:
+    with Progress(config(dataset, max_steps=3), tmp_path, Kept({})) as progress:
         progress()
-        with (tmp_path / nemo.HISTORY).open("w") as stream:
+        with (tmp_path / files.HISTORY).open("w") as stream:
             for row in ({"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}):
                 stream.write(json.dumps(row) + "\n")
                 stream.flush()

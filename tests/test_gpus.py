@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron import gpus, stage
+from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
+from minitron.engines import gpus
 from minitron.errors import RunError
 
 

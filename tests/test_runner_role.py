@@ -33,7 +33,7 @@ def runner() -> str:
 
 
 def test_a_stage_on_many_nodes_may_do_what_it_does() -> None:
-    wanted = asked((REPOSITORY / "minitron/trainjob.py").read_text())
+    wanted = asked((REPOSITORY / "minitron/engines/trainjob.py").read_text())
     assert {("trainjobs", "create"), ("trainjobs", "delete"), ("pods", "list"), ("pods/log", "get")} <= wanted
     assert wanted <= allowed()
 

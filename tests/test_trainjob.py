@@ -16,8 +16,8 @@ from http_server import CUT, HALF, Refused
 from kubernetes_server import KubernetesServer, cluster_of_a_task
 from urllib3 import Retry
 
-from minitron import trainjob
 from minitron.cluster import kubernetes_api
+from minitron.engines import trainjob
 from minitron.errors import ConfigError, RunError
 
 KEY = "0123456789abcdef"

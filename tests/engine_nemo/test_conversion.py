@@ -10,7 +10,7 @@ from nemo_support import REPOSITORY, logits, run_finetune, tokens, weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from minitron.engines.launcher import launch
-from minitron.engines.nemo import WORKER
+from minitron.engines.nemo.engine import WORKER
 from minitron.models.checkpoint import finish_model, save_model
 
 LAPTOP = REPOSITORY / ".venv" / "bin" / "python"

@@ -28,7 +28,7 @@ def test_both_engines_read_the_same_tokens_and_labels(teacher: Path, dataset: Pa
     """The end of a document included, whose id is the padding's: Megatron's own dataset masks it."""
     from nemo.lightning.data import MegatronPretrainingSampler
 
-    from minitron.engines.nemo_training import Batches, data_module
+    from minitron.engines.nemo.training import Batches, data_module
 
     config = FinetuneConfig(teacher=str(teacher), dataset=dataset, output=Path("unused"), engine="nemo", **TRAINING)
     tokenizer = load_tokenizer(teacher)

@@ -1,4 +1,4 @@
-"""What torchrun starts for engine nemo, in every process: `python -m minitron.engines.nemo_worker JOB.json`.
+"""What torchrun starts for engine nemo, in every process: `python -m minitron.engines.nemo.worker JOB.json`.
 
 Jobs: score (the teacher), import (Hugging Face → NeMo checkpoint), train (llm.finetune or llm.distill), prune
 (llm.prune), export (→ Hugging Face). Megatron saves checkpoints with the help of a spawned process, which imports this
@@ -87,8 +87,9 @@ def prune(job: dict[str, Any], work: Path) -> None:
 
     from minitron.config.parse import parse
     from minitron.data.packed import PackedDataset
-    from minitron.engines.nemo import SCORES, calibration_sequences
-    from minitron.engines.nemo_training import Batches, data_module
+    from minitron.engines.nemo.engine import calibration_sequences
+    from minitron.engines.nemo.files import SCORES
+    from minitron.engines.nemo.training import Batches, data_module
 
     config: Any = parse("prune", job["config"])
     run_search, scores = MCoreMinitronSearcher.run_search, (work / SCORES).absolute()
@@ -130,16 +131,17 @@ def _rank_groups_by_their_own_heads() -> None:
 def train(job: dict[str, Any], work: Path) -> None:
     """Fine-tune or distil, from the last checkpoint if there is one."""
     from minitron.config.parse import parse
-    from minitron.engines import nemo_training
+    from minitron.engines.nemo import training
     from minitron.models.losses import LossWeights
 
-    nemo_training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
+    training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
 
 
 def score(job: dict[str, Any], work: Path) -> None:
     """Score the teacher of a distillation."""
     from minitron.config.parse import parse
-    from minitron.engines.nemo import TEACHER, score_teacher
+    from minitron.engines.nemo.engine import score_teacher
+    from minitron.engines.nemo.files import TEACHER
     from minitron.storage.files import write_atomically
 
     config: Any = parse("distill", job["config"])

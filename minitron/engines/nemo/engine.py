@@ -1,43 +1,39 @@
 """The NeMo engine: NeMo 2's own import, fine-tuning, pruning, distillation and export, on Megatron's parallelism.
 
-This module checks, launches and follows; NeMo itself runs in the workers (nemo_worker.py), one process per GPU. Models
-come and go as Hugging Face directories. Everything in between lies in the work in progress, CHECKPOINTS, so that a
-killed stage finds it again.
+This module checks, launches and follows; NeMo itself runs in the workers (engines/nemo/worker.py), one process per GPU.
+Models come and go as Hugging Face directories. Everything in between lies in the work in progress, CHECKPOINTS, so that
+a killed stage finds it again.
 """
 
 import gc
-import importlib.metadata
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.launcher import launch
-from minitron.errors import ConfigError
+from minitron.engines.nemo.checks import (
+    check_architecture_is_supported,
+    check_installed,
+    check_parallelism,
+    check_shared,
+    check_sizes,
+    gpus,
+)
+from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, SCORES, TEACHER, forget_lost_steps
+from minitron.engines.nemo.progress import Progress
 from minitron.models.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
 from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
 from minitron.models.scoring import teacher_metrics
-from minitron.storage.bucket import is_bucket
-from minitron.storage.cache import cache_directory
 from minitron.storage.staging import CHECKPOINTS, KEY
 from minitron.tracking.stage_run import Tracker
 
-WORKER = "minitron.engines.nemo_worker"
-HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"
-"""What the workers leave in CHECKPOINTS: a row per step and validation, the best state, the end, the importance, the
-teacher's scores."""
-
-WIDTH_MULTIPLE = 64
-"""Model-Optimizer's step of the hidden and intermediate sizes."""
-
-SUPPORTED = ("LlamaForCausalLM",)
-"""Architectures whose conversion in both directions is tested to the last bit."""
+WORKER = "minitron.engines.nemo.worker"
 
 
 def train(
@@ -63,14 +59,14 @@ def train(
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
     if config.num_nodes > 1:
-        _check_shared(config, [config.dataset, *models])
+        check_shared(config, [config.dataset, *models])
     metrics: dict[str, Any] = {} if teacher is None else _teacher_metrics(config, teacher, work)
     _import(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
     if not (work / FINISHED).is_file():  # else it was killed while it exported
-        _forget_lost_steps(work)
-        with _Progress(config, work, tracker) as progress:
+        forget_lost_steps(work)
+        with Progress(config, work, tracker) as progress:
             if config.num_nodes == 1:
                 _launch(job, work, gpus(config), progress)
             else:
@@ -99,28 +95,6 @@ def _found(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: di
     return {"metrics": metrics, "history": history, "gpus": gpus(config)} | peaks
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest complete checkpoint to resume from; one that a kill left half-written has another name."""
-    return max(work.glob("step-*[0-9]"), key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step at which a checkpoint was saved."""
-    return int(checkpoint.name.partition("-")[2])
-
-
-def _forget_lost_steps(work: Path) -> None:
-    """Drop half-written checkpoints, and the history after the last whole one: those steps are done again."""
-    for path in work.glob("*.saving"):
-        shutil.rmtree(path)
-    last, history = last_checkpoint(work), work / HISTORY
-    if last and history.is_file():
-        rows = [row for row in history.read_text().splitlines(keepends=True) if row.endswith("\n")]
-        history.write_text("".join(row for row in rows if json.loads(row)["step"] <= step_of(last)))
-    else:
-        history.unlink(missing_ok=True)
-
-
 def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[Importance, int]:
     """Prune the teacher by Model-Optimizer and write the student.
 
@@ -138,7 +112,7 @@ def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[
     """
     check_installed()
     check_architecture_is_supported(check_architecture(config.teacher), config.teacher)
-    _check_sizes(config, sizes)
+    check_sizes(config, sizes)
     teacher_config = read_config(config.teacher)
     if not sizes:
         copy_model(config.teacher, directory)
@@ -151,19 +125,6 @@ def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[
     if config.drop_layers:
         return Importance.equal(teacher_config), 0
     return _importance(work / SCORES, teacher_config), calibration_sequences(config)
-
-
-def _check_sizes(config: PruneConfig, sizes: dict[str, int]) -> None:
-    for name in ("hidden_size", "intermediate_size"):
-        if (size := sizes.get(name, 0)) % WIDTH_MULTIPLE:
-            raise ConfigError(
-                f"prune.{name}: {size} is not a multiple of {WIDTH_MULTIPLE}, the step of Model-Optimizer; choose "
-                f"{size // WIDTH_MULTIPLE * WIDTH_MULTIPLE or WIDTH_MULTIPLE} or another multiple, or use engine hf"
-            )
-    if config.drop_layers and set(sizes) != {"num_hidden_layers"}:
-        raise ConfigError(
-            "prune.drop_layers: engine nemo drops layers by hand or cuts the width: choose one, or use hf"
-        )
 
 
 def _importance(scores: Path, config: Any) -> Importance:
@@ -212,78 +173,6 @@ def calibration_sequences(config: PruneConfig) -> int:
     return batches * config.micro_batch_size
 
 
-def check_installed() -> None:
-    """Refuse to start without the NeMo that has the language models.
-
-    Raises:
-        ConfigError: nemo_toolkit 2 is not installed.
-    """
-    try:
-        version = importlib.metadata.version("nemo_toolkit")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    if not version.startswith("2."):
-        raise ConfigError(
-            f"engine nemo: it needs nemo_toolkit 2, found {version}; run it in the package's image, or use engine hf"
-        )
-
-
-def gpus(config: TrainingConfig) -> int:
-    """Return the number of workers: one per GPU, or on a CPU as many as one copy of the model takes."""
-    if config.num_nodes > 1:
-        return config.num_nodes * config.gpus_per_node
-    return torch.cuda.device_count() or config.model_parallel_size
-
-
-def check_architecture_is_supported(architecture: dict[str, Any], model: Path) -> None:
-    """Refuse a model that this engine would not convert back to the last bit."""
-    if (found := architecture["architectures"][0]) not in SUPPORTED:
-        raise ConfigError(f"{model}: engine nemo converts {', '.join(SUPPORTED)}, found {found}; use engine hf")
-
-
-def check_parallelism(config: TrainingConfig, architecture: dict[str, Any], model: Path, gpus: int) -> None:
-    """Refuse sizes that do not divide what they split, before anything is loaded.
-
-    Args:
-        config: the parallel and batch sizes.
-        architecture: the model's config.json.
-        model: its directory, for the message.
-        gpus: workers.
-
-    Raises:
-        ConfigError: one does not divide; the message names the sizes that do.
-    """
-    check_architecture_is_supported(architecture, model)
-    for name, key in (
-        ("tensor_parallel_size", "num_attention_heads"),
-        ("tensor_parallel_size", "num_key_value_heads"),
-        ("tensor_parallel_size", "intermediate_size"),
-        ("tensor_parallel_size", "vocab_size"),
-        ("pipeline_parallel_size", "num_hidden_layers"),
-    ):
-        _check_divides(name, getattr(config, name), f"{key} of {model}", architecture[key])
-    length = config.sequence_length
-    if config.context_parallel_size > 1:
-        _check_divides("2 x context_parallel_size", 2 * config.context_parallel_size, "sequence_length", length)
-    if config.sequence_parallel:
-        _check_divides("tensor_parallel_size", config.tensor_parallel_size, "sequence_length", length)
-    _check_divides("tensor x pipeline x context parallel size", config.model_parallel_size, "number of GPUs", gpus)
-    copies = gpus // config.model_parallel_size
-    micro_batches = config.global_batch_size // config.micro_batch_size
-    _check_divides(
-        "number of model copies",
-        copies,
-        "number of micro-batches (global_batch_size / micro_batch_size)",
-        micro_batches,
-    )
-
-
-def _check_divides(name: str, size: int, what: str, total: int) -> None:
-    if total % size:
-        valid = ", ".join(str(number) for number in range(1, min(total, 1024) + 1) if total % number == 0)
-        raise ConfigError(f"{name}: {size} does not divide the {what}, {total}; choose one of {valid}")
-
-
 def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = lambda: None) -> None:
     print(f"engine nemo: {job['job']}, {processes} process{'es' if processes > 1 else ''}", flush=True)
     launch(WORKER, job | {"work": str(work)}, work, processes, follow)
@@ -291,16 +180,9 @@ def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = l
 
 def _launch_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, follow: Any = lambda: None) -> None:
     """Run a job's workers in a TrainJob, named after the key of the stage whose work in progress this is."""
-    from minitron import trainjob
+    from minitron.engines import trainjob
 
     trainjob.launch(WORKER, job | {"work": str(work)}, work, nodes, gpus, (work.parent / KEY).read_text(), follow)
-
-
-def _check_shared(config: TrainingConfig, paths: list[Path]) -> None:
-    volume = (cache_directory() if is_bucket(config.workspace) else Path(config.workspace or "")).resolve()
-    for path in paths:
-        if not path.resolve().is_relative_to(volume):
-            raise ConfigError(f"{path}: lies outside the workspace {volume}, which is all that the nodes share")
 
 
 def _import(models: dict[str, Path], work: Path) -> None:
@@ -342,37 +224,3 @@ def score_teacher(config: TrainingConfig, teacher: Path) -> dict[str, float]:
     gc.collect()
     torch.cuda.empty_cache()
     return metrics
-
-
-class _Progress:
-    """Follows the history that the workers write: rows to the tracker, tokens to a progress bar with ETA."""
-
-    def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
-        self._path, self._tracker = work / HISTORY, tracker
-        self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
-        self._seen = self._size = 0
-        self._bar: tqdm | None = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.close()
-
-    def __call__(self) -> None:
-        """Read the rows that are new."""
-        size = self._path.stat().st_size if self._path.is_file() else 0
-        if size == self._size:
-            return
-        self._size = size
-        rows = [json.loads(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        new, self._seen = rows[self._seen :], len(rows)
-        for row in new:
-            self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-            if self._bar is None:  # not before: starting NeMo is no part of the training's speed
-                done, total = row["step"] * self._step_tokens, self._max_steps * self._step_tokens
-                self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
-            if "loss" in row:
-                self._bar.set_postfix({"step": f"{row['step']}/{self._max_steps}", "loss": f"{row['loss']:.3f}"}, False)
-                self._bar.update(row["step"] * self._step_tokens - self._bar.n)

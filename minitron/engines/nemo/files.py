@@ -1,0 +1,31 @@
+"""The files that engine nemo's workers leave in the work in progress, and what a killed one leaves there."""
+
+import json
+import shutil
+from pathlib import Path
+
+HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"
+"""What the workers leave in CHECKPOINTS: a row per step and validation, the best state, the end, the importance, the
+teacher's scores."""
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the newest complete checkpoint to resume from; one that a kill left half-written has another name."""
+    return max(work.glob("step-*[0-9]"), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step at which a checkpoint was saved."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def forget_lost_steps(work: Path) -> None:
+    """Drop half-written checkpoints, and the history after the last whole one: those steps are done again."""
+    for path in work.glob("*.saving"):
+        shutil.rmtree(path)
+    last, history = last_checkpoint(work), work / HISTORY
+    if last and history.is_file():
+        rows = [row for row in history.read_text().splitlines(keepends=True) if row.endswith("\n")]
+        history.write_text("".join(row for row in rows if json.loads(row)["step"] <= step_of(last)))
+    else:
+        history.unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""Training inside NeMo: the data both engines share, Megatron's parallelism, and the course of a run.
+
+Runs in the workers (engines/nemo/worker.py). B = batch, S = sequence.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.io import load_context
+from nemo.lightning.pytorch.optim import LRSchedulerModule
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import get_scheduler
+
+from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
+from minitron.data.packed import training_data
+from minitron.engines.hf import compute_dtype, device
+from minitron.engines.nemo.checks import gpus
+from minitron.engines.nemo.course import Balancer, Course
+from minitron.engines.nemo.files import last_checkpoint, step_of
+from minitron.models.losses import LossWeights
+
+_HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
+
+def train(config: Any, weights: LossWeights, work: Path) -> None:
+    """Fine-tune or distil the model in `<work>/student`, from the last checkpoint if there is one."""
+    train_set, validation_set = training_data(config)
+    sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
+    validations = math.ceil(sequences / batch)
+    data = data_module(config, Batches(train_set), Batches(validation_set, sequences, validations * batch), batch)
+    trainer = _trainer(config, validations)
+    balancer = Balancer(weights)
+    last = last_checkpoint(work)
+    trainer.callbacks.append(Course(config, work, sequences, balancer, 0 if last is None else step_of(last)))
+    if last:
+        trainer.ckpt_path = last / "weights"
+    common: dict[str, Any] = {
+        "data": data,
+        "trainer": trainer,
+        "optim": _optimizer(config),
+        "log": nl.NeMoLogger(explicit_log_dir=str(work / "logs"), use_datetime_version=False),
+        "resume": nl.AutoResume(restore_config=nl.RestoreConfig(path=str(work / "student"))),
+        "tokenizer": "model",
+    }
+    if isinstance(config, DistillConfig):
+        settings = work / "distillation.yaml"
+        settings.write_text(yaml.safe_dump(_distillation_settings(config)))
+        llm.distill(work / "student", work / "teacher", distillation_config_path=settings, **common)
+    else:
+        llm.finetune(load_context(work / "student" / "context", subpath="model"), **common)
+
+
+class Batches(Dataset):
+    """A dataset of ours in the form of Megatron's; items beyond `count`, which fill the last batch, have no loss."""
+
+    def __init__(self, dataset: Any, count: int | None = None, length: int | None = None) -> None:
+        """Take the first `count` items, and repeat the first one up to `length`."""
+        self._dataset = dataset
+        self._count = len(dataset) if count is None else count
+        self._length = self._count if length is None else length
+        self._sequence_length = len(dataset[0]["input_ids"])
+
+    def __len__(self) -> int:
+        """Return the number of items, those without loss included."""
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return tokens [S], labels [S], loss_mask [S], position_ids [S] and, for Megatron's own layers, a mask."""
+        real = index < self._count
+        item = self._dataset[index if real else 0]
+        length = self._sequence_length
+        batch = {
+            "tokens": item["input_ids"],
+            "labels": item["labels"],
+            "loss_mask": torch.full((length,), float(real)),
+            "position_ids": torch.arange(length),
+        }
+        if not _HAS_TRANSFORMER_ENGINE:
+            batch["attention_mask"] = torch.ones(1, length, length).triu(1).bool()  # True: not seen
+        return batch
+
+
+class _DataModule(llm.PreTrainingDataModule):
+    """NeMo's data module, its sampler and its place in the data, on our datasets instead of Megatron's.
+
+    Megatron's dataset turns every token whose id is the padding's, which in many models is the end of a document, into
+    token 0 without loss: the end of a document would never be learnt.
+    """
+
+    def build(self, *_: Any, **__: Any) -> None:
+        """Megatron's datasets are not built; `data_module` gave ours."""
+
+
+def data_module(config: SequenceConfig, training: Batches, validation: Batches | None, batch: int) -> _DataModule:
+    """Return a data module that gives `batch` sequences per step."""
+    prefix = str(config.dataset / "train")
+    module = _DataModule(
+        paths={"train": [prefix], "validation": [prefix], "test": [prefix]},
+        tokenizer=object(),  # NeMo puts the model's in its place
+        seq_length=config.sequence_length,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=batch,
+        num_workers=0,
+        pin_memory=device().type == "cuda",
+    )
+    module._train_ds, module._validation_ds = training, validation
+    return module
+
+
+def _trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
+    on_gpu, dtype = device().type == "cuda", compute_dtype()
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=config.tensor_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        sequence_parallel=config.sequence_parallel,
+        pipeline_dtype=dtype,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=on_gpu,
+            overlap_param_gather=on_gpu,
+        ),
+        ckpt_async_save=False,
+        ckpt_optim_fully_reshardable=True,  # a retried task may get another number of GPUs
+    )
+    return nl.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=gpus(config) // config.num_nodes,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if on_gpu else "32", params_dtype=dtype),
+        max_steps=config.max_steps,
+        limit_val_batches=validations,
+        val_check_interval=config.max_steps + 1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_checkpointing=False,  # Course saves
+        enable_progress_bar=False,  # NeMo's gathers timers on rank 0 alone, and the others then wait for ever
+        enable_model_summary=False,
+        logger=False,
+    )
+
+
+class _Schedule(LRSchedulerModule):
+    """The schedule of engine hf: transformers' linear warm-up and cosine."""
+
+    def __init__(self, warmup_steps: int, max_steps: int, floor: float) -> None:
+        super().__init__()
+        self._warmup_steps, self._max_steps, self._floor = warmup_steps, max_steps, floor
+
+    def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
+        """Return what Lightning steps after every optimizer step."""
+        schedule = get_scheduler(
+            "cosine_warmup_with_min_lr",
+            optimizer,
+            self._warmup_steps,
+            self._max_steps,
+            {"min_lr_rate": self._floor},
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _optimizer(config: TrainingConfig) -> nl.MegatronOptimizerModule:
+    dtype = compute_dtype()
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        clip_grad=config.gradient_clipping,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    schedule = _Schedule(config.warmup_steps, config.max_steps, config.min_learning_rate / config.learning_rate)
+    return nl.MegatronOptimizerModule(settings, schedule)
+
+
+def _distillation_settings(config: DistillConfig) -> dict[str, Any]:
+    pairs = [[f"decoder.layers.{layer - 1}" for layer in pair] for pair in config.intermediate_layers]
+    return {"skip_lm_loss": config.cross_entropy_weight == 0, "intermediate_layer_pairs": pairs}
