@@ -22,7 +22,7 @@ def conclude(
     """Record how a run ended, whatever happened in it. Settings: minitron.config.tasks.ConcludeConfig."""
     import shutil
 
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

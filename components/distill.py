@@ -22,7 +22,7 @@ def distill(
     pipeline_run_id: Optional[str] = None,
 ):
     """Distil the teacher into the pruned student. Settings: minitron.config.settings.DistillSettings."""
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

@@ -30,7 +30,7 @@ def evaluate(
     """
     import shutil
 
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

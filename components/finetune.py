@@ -24,7 +24,7 @@ def finetune(
 
     Settings: minitron.config.settings.FinetuneSettings.
     """
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

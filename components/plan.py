@@ -42,7 +42,7 @@ def plan(
     import shutil
     from collections import namedtuple
 
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     outputs = launch(

@@ -24,7 +24,7 @@ def prepare(
 
     Settings: minitron.config.settings.PrepareSettings.
     """
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

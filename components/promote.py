@@ -21,7 +21,7 @@ def promote(
     pipeline_run_id: Optional[str] = None,
 ):
     """Promote a version to champion, if it meets its gates. Settings: minitron.config.tasks.PromoteConfig."""
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

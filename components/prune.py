@@ -21,7 +21,7 @@ def prune(
     pipeline_run_id: Optional[str] = None,
 ):
     """Cut the teacher to a smaller student by Minitron importance. Settings: minitron.config.settings.PruneSettings."""
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     launch(

@@ -25,7 +25,7 @@ def register(
 
     Settings: minitron.config.settings.RegisterSettings.
     """
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     record = launch(

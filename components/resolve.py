@@ -28,7 +28,7 @@ def resolve(
     """
     from collections import namedtuple
 
-    from minitron.stage import launch
+    from minitron.runtime.entry import launch
 
     # fmt: off
     found = launch(

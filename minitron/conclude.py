@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
 from minitron.report.formatting import TEMPLATES
-from minitron.stage import noted_failure
+from minitron.runtime.record import noted_failure
 from minitron.storage.files import replaced, write_atomically
 from minitron.storage.layout import CONCLUSION, PAGE
 from minitron.tracking import pipeline_run as runs

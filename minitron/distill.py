@@ -6,10 +6,12 @@ Run it: `python -m minitron.distill --config distill.yaml`.
 from pathlib import Path
 from typing import Any
 
-from minitron import engines, stage
+from minitron import engines
 from minitron.config.stages import DistillConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.models.losses import LossWeights
+from minitron.runtime import stage
+from minitron.runtime.entry import main
 from minitron.tracking.stage_run import Tracker
 
 
@@ -35,4 +37,4 @@ def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, 
 
 
 if __name__ == "__main__":
-    stage.main("distill")
+    main("distill")

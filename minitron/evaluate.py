@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from minitron import stage
 from minitron.config.metrics import CHAMPION, MODELS, NUMBERS
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.corpus import Corpus
@@ -36,7 +35,9 @@ from minitron.models.scoring import score
 from minitron.registry import gates, lineage
 from minitron.report.page import write_report
 from minitron.report.tensorboard import write_events
-from minitron.sources import corpus, resolve
+from minitron.runtime import stage
+from minitron.runtime.entry import main
+from minitron.runtime.model_sources import corpus, resolve
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.tracking.stage_run import Tracker
@@ -231,4 +232,4 @@ def _score(
 
 
 if __name__ == "__main__":
-    stage.main("evaluate")
+    main("evaluate")

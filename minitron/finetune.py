@@ -6,12 +6,14 @@ Run it: `python -m minitron.finetune --config finetune.yaml`.
 from pathlib import Path
 from typing import Any
 
-from minitron import engines, stage
+from minitron import engines
 from minitron.config.stages import FinetuneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.models.checkpoint import copy_model
 from minitron.models.losses import LossWeights
-from minitron.sources import resolve
+from minitron.runtime import stage
+from minitron.runtime.entry import main
+from minitron.runtime.model_sources import resolve
 from minitron.tracking.stage_run import Tracker
 
 
@@ -42,4 +44,4 @@ def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str,
 
 
 if __name__ == "__main__":
-    stage.main("finetune")
+    main("finetune")

@@ -16,7 +16,7 @@ import yaml
 from minitron.config.pipelines import dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
-from minitron.stage import failure_note, noted_failure
+from minitron.runtime.record import failure_note, noted_failure
 from minitron.storage.layout import PAGE, REPORT
 
 _INDENTATION = " " * 4

@@ -21,7 +21,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minitron import stage
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS, IndexedWriter
@@ -30,7 +29,9 @@ from minitron.data.selection import Selection
 from minitron.data.text import plain
 from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
 from minitron.fast_imports import many_imports
-from minitron.sources import corpus, resolve
+from minitron.runtime import stage
+from minitron.runtime.entry import main
+from minitron.runtime.model_sources import corpus, resolve
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import hub_dataset, local_path
@@ -162,4 +163,4 @@ def _flat(counts: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    stage.main("prepare")
+    main("prepare")

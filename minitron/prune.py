@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minitron import stage
 from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.data.packed import PackedDataset
@@ -21,6 +20,8 @@ from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
 from minitron.models.importance import Importance, measure
 from minitron.models.surgery import Plan, Shape, choose, cut
+from minitron.runtime import stage
+from minitron.runtime.entry import main
 from minitron.tracking.stage_run import Tracker
 
 PRUNING = "pruning.json"
@@ -206,4 +207,4 @@ def _write_lines(path: Path, account: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    stage.main("prune")
+    main("prune")

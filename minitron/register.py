@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minitron import stage
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import MANIFEST, check_tokenizer
 from minitron.errors import ConfigError
@@ -19,6 +18,9 @@ from minitron.models.checkpoint import check_architecture, stored_parameters
 from minitron.registry import fingerprint, lineage
 from minitron.registry import versions as registry_versions
 from minitron.report.card import write_card
+from minitron.runtime import stage
+from minitron.runtime.entry import main
+from minitron.runtime.record import circumstances
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record
 from minitron.tracking.client import explained, patient
@@ -91,7 +93,7 @@ def _lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> 
     licences = {"data": lineage.data_licence(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
     found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
     evaluated = read_record(config.evaluation)
-    own = tracker.identity | stage.circumstances(config, tracker, started)
+    own = tracker.identity | circumstances(config, tracker, started)
     records = [*found["stages"].values(), *([evaluated] if evaluated else []), own]
     return found | {"stages": lineage.in_order(records)}
 
@@ -158,4 +160,4 @@ def _needs(student: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    stage.main("register")
+    main("register")

@@ -6,7 +6,6 @@ The first task of the pipeline `retrain`, without a GPU: `minitron run retrain -
 import json
 from typing import Any
 
-from minitron import inputs
 from minitron.config.document import plan_of
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
@@ -14,6 +13,7 @@ from minitron.registry import fingerprint, training_lock
 from minitron.registry.fingerprint import Origin
 from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
 from minitron.registry.versions import DECISION_TAG, versions_of
+from minitron.runtime import inputs
 from minitron.storage.files import replaced, write_atomically
 from minitron.tracking.client import connect, explained, hurry
 from minitron.tracking.pipeline_run import conclude, pipeline_run

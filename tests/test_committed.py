@@ -13,7 +13,7 @@ from gcs import CUT, STALL, World
 
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
-from minitron.sources import resolve
+from minitron.runtime.model_sources import resolve
 from minitron.storage import bucket_results, transfers
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD

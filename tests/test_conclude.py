@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from minitron import conclude, stage
+from minitron import conclude
 from minitron.config.parse import parse
 from minitron.config.tasks import ConcludeConfig
+from minitron.runtime import record
 from minitron.storage.files import write_atomically
 from minitron.tracking import pipeline_run, write_once
 from minitron.tracking.client import connect, experiment_id
@@ -74,5 +75,5 @@ def test_a_task_without_a_run_is_quoted_from_the_workspace(
     mlflow_file: str, tmp_path: Path, run_id: str, reason: str
 ) -> None:
     note = {"stage": "promote", "message": "no version 1", "exit_status": 1, "pipeline_run_id": run_id}
-    write_atomically(stage.failure_note(tmp_path), note)
+    write_atomically(record.failure_note(tmp_path), note)
     assert ended(mlflow_file, tmp_path, message="node lost", workspace=tmp_path)["reason"] == reason

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES
-from minitron.inputs import Input
+from minitron.runtime import stage
+from minitron.runtime.inputs import Input
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text())
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
 from minitron.engines import gpus
 from minitron.errors import RunError
+from minitron.runtime import stage
 
 
 def test_fewer_gpus_than_asked_for_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -119,8 +119,8 @@ def test_a_component_imports_kfp_its_image_and_in_its_body_the_stage(path: Path)
     if path.stem in STAGES | TASKS:
         inside = imported(source) - imported(source, module_level_only=True)
         assert {name for name in inside if within({name}, "minitron")} == {
-            "minitron.stage",
-            "minitron.stage.launch",
+            "minitron.runtime.stage",
+            "minitron.runtime.entry.launch",
         }
 
 

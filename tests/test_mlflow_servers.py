@@ -16,10 +16,11 @@ from conftest import free_port, mlflow_serving
 from test_promote import race
 from typer.testing import CliRunner
 
-from minitron import cli, stage
+from minitron import cli
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import RunError
+from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect, shown
 

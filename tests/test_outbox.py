@@ -15,9 +15,9 @@ import pytest
 import requests
 from conftest import free_port, mlflow_serving, until
 
-from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
+from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
 from minitron.tracking.outbox import Message, Outbox, deliver

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from gcs import World
 
-from minitron import finetune, prepare, stage
+from minitron import finetune, prepare
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig, FinetuneConfig, PrepareConfig, PruneConfig, StageConfig
 from minitron.errors import ConfigError, RunError
+from minitron.runtime import stage
 from minitron.storage import references
 from minitron.storage.bucket import pinned
 from minitron.storage.hashing import content_hash
@@ -266,16 +267,16 @@ def test_a_corpus_that_changes_while_it_is_fetched_is_refused(
 def test_a_movable_address_means_one_model_on_every_machine(
     make: Callable[..., Any], world: World, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minitron import sources
+    from minitron.runtime import model_sources
 
     for path in teacher.iterdir():
         world.put(f"models/llama/{path.name}", path)
     config = make("prune", "gs://bucket/ws", tmp_path / "out", dataset=teacher, pipeline_run_id="run-1")
     assert isinstance(config, PruneConfig)
-    first = sources.resolve("gs://bucket/models/llama", config)
+    first = model_sources.resolve("gs://bucket/models/llama", config)
     world.put("models/llama/extra.json", b"{}")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache-of-another-machine"))
     with pytest.raises(RunError, match="an object there changed"):
-        sources.resolve("gs://bucket/models/llama", config)
-    other = sources.resolve("gs://bucket/models/llama", config.model_copy(update={"pipeline_run_id": "run-2"}))
+        model_sources.resolve("gs://bucket/models/llama", config)
+    other = model_sources.resolve("gs://bucket/models/llama", config.model_copy(update={"pipeline_run_id": "run-2"}))
     assert content_hash(other) != content_hash(first)

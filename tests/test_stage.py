@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from minitron import __version__, stage
+from minitron import __version__
 from minitron.config.parse import parse, read_yaml
 from minitron.config.stages import PrepareConfig
 from minitron.errors import ConfigError, RunError
+from minitron.runtime import entry as runtime_entry
+from minitron.runtime import stage
 from minitron.storage.hashing import content_hash
 from minitron.storage.staging import CHECKPOINTS
 
@@ -162,7 +164,7 @@ def test_a_damaged_input_is_refused(make: Callable[..., PrepareConfig], work: Co
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from minitron import stage
+from minitron.runtime import stage
 from minitron.config.parse import parse
 from minitron.storage.staging import CHECKPOINTS
 
@@ -382,7 +384,7 @@ def test_the_command_fails_in_one_line(
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as caught:
-            stage.main("prune")
+            runtime_entry.main("prune")
     finally:
         signal.signal(signal.SIGTERM, before)
     error = capsys.readouterr().err
@@ -415,7 +417,7 @@ def test_a_task_fails_with_a_status_and_a_note(
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as caught:
-            stage.launch(
+            runtime_entry.launch(
                 "prepare", output=str(tmp_path / "out"), corpus="nowhere.txt", teacher="", pipeline_run_id="run-1"
             )
     finally:
@@ -438,7 +440,7 @@ def test_the_note_of_an_earlier_attempt_is_taken_away(
     try:
         for failed in ("prepare", "finetune"):
             note.write_text(json.dumps({"stage": failed, "message": "disk full"}))
-            stage.launch(
+            runtime_entry.launch(
                 "prepare", output=tmp_path / "out", corpus=str(inputs["corpus"]), teacher=str(inputs["teacher"])
             )
             assert note.exists() == (failed == "finetune")
@@ -449,7 +451,7 @@ def test_the_note_of_an_earlier_attempt_is_taken_away(
 @pytest.mark.parametrize("name", stage.LATE)
 def test_a_stage_that_is_imported_late_runs_as_its_module_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"minitron.{name}")
-    monkeypatch.setattr(stage, "run", lambda *arguments: arguments)
+    monkeypatch.setattr(runtime_entry, "run", lambda *arguments: arguments)
     assert module.run("config") == ("config", module.work)
 
 
@@ -457,7 +459,7 @@ def test_a_task_whose_result_is_there_imports_no_torch(inputs: dict[str, Path], 
     """In processes of their own, as tasks are: this one has torch."""
     values = {name: str(inputs[name]) for name in ("corpus", "teacher")} | {"workspace": str(tmp_path / "workspace")}
     values |= {"validation_fraction": 0.1, "test_fraction": 0.1}
-    code = f"import sys; from minitron.stage import launch; launch('prepare', output=sys.argv[1], **{values})"
+    code = f"import sys; from minitron.runtime.entry import launch; launch('prepare', output=sys.argv[1], **{values})"
     code += "; print(*sorted({'torch', 'transformers', 'mlflow'} & {*sys.modules}))"
     for output, loaded in (("first", "torch transformers"), ("again", "")):
         command = [sys.executable, "-c", code, str(tmp_path / output)]

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from conftest import SEQUENCE, free_port, until
 
-from minitron import stage
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
+from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
 
@@ -65,7 +65,7 @@ def test_without_a_uri_mlflow_is_not_imported(tmp_path: Path, teacher: Path) -> 
     (tmp_path / "corpus.txt").write_text("some text\n")
     code = f"""
 import sys
-from minitron import stage
+from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.config.parse import parse
 config = parse("prepare", {{"output": "{tmp_path}/out", "corpus": "{tmp_path}/corpus.txt", "teacher": "{teacher}"}})
@@ -214,7 +214,7 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     values |= {"checkpoint_interval": 10, "validation_interval": 200, "validation_sequences": 2, "experiment": name}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
     at_once = (
-        "from minitron.tracking import outbox; from minitron import stage; "
+        "from minitron.tracking import outbox; from minitron.runtime import stage; "
         "outbox._INTERVAL_SECONDS = 0.05; stage.main('finetune')"
     )
     command = ["-c", at_once, "--config", str(tmp_path / "finetune.yaml")]

@@ -128,7 +128,7 @@ class MlflowTracker(Tracker):
     def _open(self, config: StageConfig, parent_id: str | None) -> str:
         """Continue the run that a killed attempt left, or create one; return its id."""
         tags = {f"input.{name}": entry["sha256"] for name, entry in self.identity["inputs"].items()}
-        tags |= {KEY_TAG: self.identity["key"], "minitron.stage": self.identity["stage"]}
+        tags |= {KEY_TAG: self.identity["key"], "minitron.runtime.stage": self.identity["stage"]}
         tags |= {PARENT_TAG: parent_id} if parent_id else {}
         earlier = search(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
         unfinished = [r for r in earlier if r.data.tags.get(PARENT_TAG) == parent_id and r.info.status != "FINISHED"]

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minitron import sources
 from minitron.config.fields import HUB_DATASET, INPUT, address
 from minitron.config.parse import fields_marked
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
+from minitron.runtime import model_sources
 from minitron.storage import bucket, references
 from minitron.storage.hashing import verified_hash
 from minitron.storage.hub import hub_dataset
@@ -64,11 +64,11 @@ def _find(config: StageConfig, name: str) -> Input:
             return Input(place, bucket.pinned(place)[0].rpartition("#")[2], None)
     elif (reference := _reference(place)) and bucket.is_bucket(reference.address):
         return Input(place, reference.sha256, lambda: references.local(reference, place))
-    path, pinned = sources.resolved(place, config)
+    path, pinned = model_sources.resolved(place, config)
     if config.output.absolute().is_relative_to(path.absolute()):
         raise ConfigError(f"output {config.output}: lies inside {name} {place} and would change it; move it out")
     found = verified_hash(path)
-    sources.check(path, found)
+    model_sources.check(path, found)
     # A bucket's snapshot is a digest, which proves what was read but is no address.
     return Input(place, found, lambda: path, None if bucket.is_bucket(place) else pinned)
 

@@ -1,0 +1,73 @@
+"""What a run says of itself: settings, versions, image, cost; or, where it failed, a note that conclude reads."""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from minitron import METHOD_VERSION, __version__
+from minitron.config.stages import StageConfig
+from minitron.engines import gpus
+from minitron.errors import MinitronError
+from minitron.storage.cache import lasting_directory
+from minitron.tracking import stage_run
+
+FAILURE = "failure.json"
+"""What `launch` leaves in the workspace when a stage fails."""
+
+
+def failure_note(workspace: str | Path | None) -> Path:
+    """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
+    return lasting_directory(workspace) / FAILURE
+
+
+def noted_failure(workspace: str | Path | None) -> dict[str, Any]:
+    """Return what that file says: stage, exit_status, message, pipeline_run_id; nothing if it is not there."""
+    try:
+        return json.loads(failure_note(workspace).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def circumstances(config: StageConfig, tracker: stage_run.Tracker, started: float) -> dict[str, Any]:
+    """Return what a record says of how, where and at what cost its stage ran, up to now."""
+    return {
+        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
+        "seed": config.seed,
+        "versions": _versions(),
+        "image": os.environ.get("MINITRON_IMAGE"),
+        "pipeline_run_id": config.pipeline_run_id,
+        "mlflow_run_id": tracker.run_id,
+        "gpus": gpus.paid(config),
+        "started": started,
+        "seconds": round(time.time() - started, 3),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_gpu_mb": _peak_gpu_mb(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"minitron": __version__, "method": METHOD_VERSION, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "numpy", "mlflow-skinny", "nemo_toolkit", "megatron-core"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _peak_gpu_mb() -> float | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+
+
+def failure_content(stage: str, error: MinitronError, run_id: str | None) -> dict[str, Any]:
+    """Return what the note of a failure says."""
+    return {"stage": stage, "exit_status": error.exit_status, "message": str(error), "pipeline_run_id": run_id}

@@ -1,0 +1,103 @@
+"""What all stages share: input hashes, reuse, resume, and a record that is written last.
+
+A stage is a function `work(config, directory, tracker) -> dict` that fills `directory`. `run` gives it a place that
+survives a kill, publishes the finished directory in one rename, and writes `stage.json`: inputs' content hashes,
+configuration, versions, image, runs, seconds, peak memory, metrics. `main` makes it
+`python -m minitron.STAGE --config FILE`.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minitron import METHOD_VERSION
+from minitron.config.fields import EXECUTION
+from minitron.config.parse import fields_marked
+from minitron.config.stages import STAGES, StageConfig
+from minitron.engines import gpus
+from minitron.runtime import inputs, outputs
+from minitron.runtime.record import circumstances
+from minitron.storage.files import disk_errors, write_atomically
+from minitron.storage.hashing import content_hash
+from minitron.storage.layout import RECORD, read_record
+from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish
+from minitron.tracking import stage_run
+
+LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
+"""Stages whose modules import torch and transformers: that waits until it is known that there is something to do."""
+
+__all__ = ["LATE", "run", "stage_name"]
+
+Work = Callable[[Any, Path, stage_run.Tracker], dict[str, Any]]
+
+
+def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda config: None) -> dict[str, Any]:
+    """Run a stage once: return the record at once when its result is there, resume it when it was killed.
+
+    Args:
+        config: what to do; `config.output` is the directory that appears when the stage is complete.
+        work: fills the given directory and returns what it adds to the record: `metrics`, and anything else it found.
+        check: looks at the inputs before a run is opened in MLflow. Both get the configuration with local paths.
+
+    Returns:
+        The content of `<output>/stage.json`.
+
+    Raises:
+        ConfigError: an input is missing or does not fit, or `output` holds something that is not a stage's result.
+        RunError: the run failed: fewer GPUs than asked for, disk full, damaged input, unreachable server.
+    """
+    stage = stage_name(config)
+    gpus.check(config.gpus)
+    outputs.refuse_foreign(stage, config)
+    with disk_errors(config.output):  # an input may not be readable
+        found = inputs.find(config)
+    key = _key(stage, config, found)
+    place = outputs.place_of(stage, config, key)
+    with disk_errors(place.home):
+        record = outputs.found(place, key) if config.caching else None
+        if record is None:
+            identity = {"stage": stage, "key": key, "inputs": {name: entry.record() for name, entry in found.items()}}
+            local = inputs.located(config, found)
+            check(local)
+            record = _produce(local, config, work, place.home, identity)
+            if place.remote:
+                record = outputs.commit(place, replace=not config.caching)
+        else:
+            print(f"{stage}: result {key[:12]} is already in {place.remote or place.home}", flush=True)
+    with disk_errors(config.output):
+        outputs.deliver(stage, config, place, record)
+    return record
+
+
+def stage_name(config: StageConfig) -> str:
+    """Return the stage that a configuration belongs to."""
+    return next(name for name, model in STAGES.items() if type(config) is model)
+
+
+def _produce(
+    local: StageConfig, config: StageConfig, work: Work, home: Path, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Do the work: with `local`, whose inputs are here; the record says what was asked for, `config`."""
+    started = time.time()
+    with (
+        partial_directory(home, identity["key"]) as directory,
+        stage_run.stage_run(config, identity) as tracker,
+        disk_errors(home),
+    ):
+        found = work(local, directory, tracker)
+        record = identity | circumstances(config, tracker, started) | found
+        record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
+        write_atomically(directory / RECORD, record)
+        publish(directory, home)
+        record = read_record(home) or record
+        tracker.finish(record)
+    return record
+
+
+def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
+    settings = config.model_dump(mode="json", exclude=set(fields_marked(type(config), EXECUTION)) | set(found))
+    hashes = {name: entry.sha256 for name, entry in found.items()}
+    return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()
