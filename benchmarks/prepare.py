@@ -21,7 +21,7 @@ from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.selection import Selection
 from minitron.data.tokenizer import load_tokenizer
-from minitron.prepare import write
+from minitron.stages.prepare import write
 from minitron.tracking.stage_run import Tracker
 
 

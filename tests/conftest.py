@@ -72,8 +72,8 @@ def dataset(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> "EvaluateConfig":
     """The directories of a real finetune, prune and distill of the tiny model, as evaluate gets them."""
-    from minitron import distill, finetune, prune
     from minitron.config.stages import DistillConfig, EvaluateConfig, FinetuneConfig, PruneConfig
+    from minitron.stages import distill, finetune, prune
 
     root, base = tmp_path_factory.mktemp("compressed"), inputs["teacher"]
     teacher, pruned, student = root / "teacher", root / "pruned", root / "student"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron import components, plan
+from minitron import components
 from minitron.config.document import make_plan, merge
 from minitron.config.parse import parse
 from minitron.config.presets import pipelines_directory, read_preset
@@ -20,6 +20,7 @@ from minitron.errors import ConfigError
 from minitron.pipelines.compress import compress
 from minitron.pipelines.promote import promote
 from minitron.pipelines.retrain import retrain
+from minitron.stages import plan
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from minitron import finetune, prune
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset, training_data
@@ -18,6 +17,7 @@ from minitron.engines.nemo.progress import Progress
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, read_config
 from minitron.models.importance import measure
+from minitron.stages import finetune, prune
 from minitron.tracking.stage_run import Tracker
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from minitron import evaluate
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models import downstream_tasks
 from minitron.models.checkpoint import save_model
+from minitron.stages import evaluate
 
 MODELS = ("teacher_before", "teacher", "pruned", "student")
 SEQUENCES = 6

@@ -104,7 +104,7 @@ def test_what_a_task_reads_before_it_works_is_light(name: str) -> None:
 
 def test_register_runs_in_an_image_without_torch() -> None:
     names = sorted(TRAINING | {"numpy", "pandas"})
-    code = f"import sys, minitron.register; print(*(name for name in {names} if name in sys.modules))"
+    code = f"import sys, minitron.stages.register; print(*(name for name in {names} if name in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not loaded.split()
 

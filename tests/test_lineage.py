@@ -12,11 +12,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from minitron import cli, evaluate, register
+from minitron import cli
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import lineage, reproduce
+from minitron.stages import evaluate, register
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 

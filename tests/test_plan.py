@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from minitron import plan
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
+from minitron.stages import plan
 
 REPOSITORY = Path(__file__).parent.parent
 FORM = {"teacher": "/teacher", "corpus": "/corpus"}
@@ -93,7 +93,7 @@ def test_a_new_setting_is_written_once(tmp_path: Path) -> None:
     code = f"""
 import json, pathlib
 from typer.testing import CliRunner
-from minitron import plan
+from minitron.stages import plan
 from minitron.cli import app
 from minitron.config.stages import DistillConfig; from minitron.config.tasks import PlanConfig
 from minitron.config.reference import reference_page

@@ -21,7 +21,6 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from minitron import prepare
 from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
@@ -31,6 +30,7 @@ from minitron.data.selection import Selection, split_of
 from minitron.data.text import normalise
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.stages import prepare
 from minitron.storage.hub import hub_dataset
 from minitron.tracking.stage_run import Tracker
 
@@ -438,7 +438,7 @@ def test_a_dataset_on_a_hub(hub: str, teacher: Path, tmp_path: Path) -> None:
     script = written(
         tmp_path / "script.py",
         f"""
-from minitron import prepare
+from minitron.stages import prepare
 from minitron.config.stages import PrepareConfig
 for job in {jobs!r}:
     prepare.run(PrepareConfig(**job))

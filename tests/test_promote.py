@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron import cli, register
-from minitron import promote as promotion
+from minitron import cli
 from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import promotion_log
 from minitron.registry.promotion import GatesFailed, NotJudged, promote, rollback
 from minitron.registry.promotion_log import Ledger
+from minitron.stages import promote as promotion
+from minitron.stages import register
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id
 

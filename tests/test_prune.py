@@ -26,13 +26,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from minitron import prune
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, parameter_count, save_model
 from minitron.models.importance import Importance, measure
 from minitron.models.surgery import Plan, Shape, choose, cut
+from minitron.stages import prune
 from minitron.storage.hashing import content_hash
 
 SEQUENCE = 32

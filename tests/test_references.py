@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from gcs import World
 
-from minitron import finetune, prepare
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig, FinetuneConfig, PrepareConfig, PruneConfig, StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.runtime import stage
+from minitron.stages import finetune, prepare
 from minitron.storage import references
 from minitron.storage.bucket import pinned
 from minitron.storage.hashing import content_hash

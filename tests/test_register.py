@@ -15,12 +15,12 @@ from conftest import SEQUENCE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import distill, register
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import parameter_count, stored_parameters
 from minitron.registry import versions
+from minitron.stages import distill, register
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 

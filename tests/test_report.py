@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from conftest import SEQUENCE, STEPS
 
-from minitron import prune
 from minitron.config import metrics
 from minitron.config.gates import Gate
 from minitron.config.stages import EvaluateConfig, PruneConfig
 from minitron.registry import gates
 from minitron.report import charts, formatting, tables
 from minitron.report.page import write_report
+from minitron.stages import prune
 
 SEQUENCES = {"sequence_length": SEQUENCE, "micro_batch_size": 4}
 

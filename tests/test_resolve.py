@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from conftest import new_version
 
-from minitron import resolve
 from minitron.config.parse import parse
 from minitron.config.tasks import ResolveConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import fingerprint, training_lock
 from minitron.registry.promotion import promote, rollback
 from minitron.registry.versions import DECISION_TAG
+from minitron.stages import resolve
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id, search
 

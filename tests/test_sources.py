@@ -16,12 +16,12 @@ import pytest
 from conftest import free_port
 from safetensors.torch import load_file, save_file
 
-from minitron import finetune, register
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import stored_parameters
 from minitron.runtime import inputs, model_sources
+from minitron.stages import finetune, register
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 

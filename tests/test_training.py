@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from minitron import distill, finetune
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score
+from minitron.stages import distill, finetune
 from minitron.storage.hashing import content_hash
 
 SHORT = {

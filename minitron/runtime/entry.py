@@ -80,7 +80,7 @@ def _start(stage: str, config: StageConfig) -> dict[str, Any]:
 
 def _module(stage: str) -> Any:
     with many_imports():
-        return importlib.import_module(f"minitron.{stage}")
+        return importlib.import_module(f"minitron.stages.{stage}")
 
 
 def _terminate_by_exception() -> None:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron import distill, finetune, prune
 from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
+from minitron.stages import distill, finetune, prune
 
 REPOSITORY = Path(__file__).parents[2]
 
