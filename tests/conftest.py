@@ -16,7 +16,7 @@ import forks
 import pytest
 from http_server import free_port
 
-from minitron import samples
+from minitron.cli import demo_inputs
 from minitron.data.indexed import IndexedWriter
 from minitron.data.manifest import MANIFEST
 from minitron.storage import bucket
@@ -38,7 +38,7 @@ collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_ne
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The inputs of the preset `tiny`: paths of teacher, corpus and evaluate.task_directory."""
-    return samples.build("tiny", tmp_path_factory.mktemp("inputs"))
+    return demo_inputs.build("tiny", tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,15 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from minitron import cli, local, summary
+from minitron.cli import local, summary, tables
+from minitron.cli.app import app
 from minitron.config import metrics
 from minitron.config.document import make_plan, merge
 from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
 from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
 
-GROUP: Any = typer.main.get_command(cli.app)
+GROUP: Any = typer.main.get_command(app)
 PLACES = {"teacher": "teacher", "corpus": "corpus"}
 
 
@@ -142,26 +143,26 @@ def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [[], *([name] for name in sorted(GROUP.commands))])
 def test_help_names_every_option(command: list[str]) -> None:
-    done = CliRunner().invoke(cli.app, [*command, "--help"])
+    done = CliRunner().invoke(app, [*command, "--help"])
     assert done.exit_code == 0, done.output
     shown = GROUP.commands[command[0]] if command else GROUP
     assert all(name in done.output for parameter in shown.params for name in parameter.opts if name.startswith("-"))
 
 
 def test_brackets_of_a_help_text_are_in_the_help() -> None:
-    assert "gs://bucket[/prefix]" in CliRunner().invoke(cli.app, ["doctor", "--help"]).output
+    assert "gs://bucket[/prefix]" in CliRunner().invoke(app, ["doctor", "--help"]).output
 
 
 def test_brackets_and_colons_of_paths_and_messages_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     texts = ["gs://bucket[/prefix]", "/runs/[red]/:smile:", "[/]"]
-    cli._print_table(["found [/]"], [[text] for text in texts])
-    cli._console().print(*texts)
+    tables.print_table(["found [/]"], [[text] for text in texts])
+    tables.console().print(*texts)
     assert capsys.readouterr().out.split() == ["found", "[/]", *texts, *texts]
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
     arguments = ["run", "compress", "--preset", preset(tmp_path, sed=1), "--work-dir", str(tmp_path / "run")]
-    plain, debug = CliRunner().invoke(cli.app, arguments), CliRunner().invoke(cli.app, [*arguments, "--debug"])
+    plain, debug = CliRunner().invoke(app, arguments), CliRunner().invoke(app, [*arguments, "--debug"])
     assert plain.exit_code == debug.exit_code == 2
     assert plain.stderr == "error: sed: unknown key; did you mean 'seed'?\n"
     assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)

@@ -18,7 +18,7 @@ from test_events import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from minitron import cli
+from minitron.cli.app import app
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 REPOSITORY = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def forked(command: str, directory: Path, **environment: str) -> subprocess.Comp
 
 def asked(*arguments: str) -> Result:
     """Ask for something that no task is started for."""
-    return CliRunner().invoke(cli.app, arguments)
+    return CliRunner().invoke(app, arguments)
 
 
 def _shell(command: str) -> list[str]:

@@ -12,7 +12,8 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from minitron import cli
+from minitron.cli import lineage_tree
+from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
@@ -113,7 +114,7 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
 
 @pytest.mark.parametrize("command", ["lineage", "reproduce"])
 def test_a_server_that_is_away_is_one_line(command: str) -> None:
-    done = CliRunner().invoke(cli.app, [command, "models:/x/1", "--tracking-uri", "http://127.0.0.1:9"])
+    done = CliRunner().invoke(app, [command, "models:/x/1", "--tracking-uri", "http://127.0.0.1:9"])
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: MLflow at http://127.0.0.1:9: ")
@@ -194,7 +195,7 @@ def test_what_other_tools_made_cannot_be_made_again(found: dict[str, Any]) -> No
 def test_the_tree_tells_cost_and_origin(found: dict[str, Any]) -> None:
     found["stages"]["distill"]["history"] = [{"step": step, "validation_loss": 5.0 - step} for step in (0, 1)]
     stream = io.StringIO()
-    Console(width=300, file=stream).print(lineage.tree(found))
+    Console(width=300, file=stream).print(lineage_tree.tree(found))
     text = stream.getvalue()
     assert "licences: data CC0, base model unknown" in text
     assert "1,000 tokens, 4.00 GPU-hours on 8 GPUs" in text

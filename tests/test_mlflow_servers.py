@@ -16,7 +16,7 @@ from conftest import free_port, mlflow_serving
 from test_promote import race
 from typer.testing import CliRunner
 
-from minitron import cli
+from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import RunError
@@ -155,5 +155,5 @@ def test_errors_of_the_registry_are_one_line_and_hide_the_password(tmp_path: Pat
         f"sqlite:///{tmp_path}/not.db": "file is not a database",
     }
     for uri, words in answers.items():
-        done = CliRunner().invoke(cli.app, ["lineage", "models:/x/1", "--tracking-uri", uri])
+        done = CliRunner().invoke(app, ["lineage", "models:/x/1", "--tracking-uri", uri])
         assert words in done.output and done.output.count("\n") == 1 and "secret" not in done.output

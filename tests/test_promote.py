@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron import cli
+from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
@@ -284,7 +284,7 @@ def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> Non
     registered(mlflow_file, name, _evaluation(1.5), _evaluation(3.5))
 
     def said(status: int, *words: str) -> str:
-        done = CliRunner().invoke(cli.app, [*words, "--tracking-uri", mlflow_file])
+        done = CliRunner().invoke(app, [*words, "--tracking-uri", mlflow_file])
         assert done.exit_code == status, done.output
         return " ".join(done.output.split())
 

@@ -12,8 +12,8 @@ import forks
 import pytest
 from test_flow import BIN, RETRAIN, execute, forked
 
+from minitron.cli.demo_inputs import tiny_sentences
 from minitron.registry import fingerprint, training_lock
-from minitron.samples import tiny_sentences
 from minitron.storage.hashing import content_hash
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id

@@ -11,9 +11,9 @@ from docker.types import Mount
 from kfp import components, local
 from podman_support import run
 
+from minitron.cli.local import adapt
 from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
 from minitron.config.settings import RESOURCES, GpuResources
-from minitron.local import adapt
 
 USER = 1000
 LOCAL = "localhost/"

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from minitron.cli.tables import gates_table, models_table, stages_table
 from minitron.config import metrics
 from minitron.config.stages import STAGES
-from minitron.report import tables
 from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
 from minitron.tracking.client import shown
 
@@ -63,10 +62,10 @@ def _outputs(results: Path) -> dict[str, Path]:
 
 def _print_compression(console: Console, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
     registered = found["registered"]
-    console.print(_models_table(evaluation))
+    console.print(models_table(evaluation))
     if evaluation["gates"]:
         console.print(gates_table(evaluation["gates"]))
-    console.print(_stages_table(found["stages"]))
+    console.print(stages_table(found["stages"]))
     console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
 
@@ -92,42 +91,6 @@ def _page(tracking_uri: str) -> str:
         return shown(tracking_uri)
     program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
     return f"{program} ui --backend-store-uri {shown(tracking_uri)}"
-
-
-def _models_table(evaluation: dict[str, Any]) -> Table:
-    tasks = list(evaluation["student"]["tasks"])
-    columns = ["parameters", "validation loss", "perplexity", *tasks, "generation tokens/s"]
-    table = Table("model", title="Models")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for model, label in tables.models_of(evaluation).items():
-        found = evaluation[model]
-        if "parameters" not in found:
-            continue  # a champion that cannot read this data
-        table.add_row(
-            label,
-            f"{found['parameters'] / 1e6:.1f} M",
-            f"{found['validation_loss']:.3f}",
-            f"{found['perplexity']:.1f}",
-            *(f"{found['tasks'][task]['acc']:.1%}" for task in tasks),
-            f"{found['generation_tokens_per_second']:.1f}",
-        )
-    return table
-
-
-def gates_table(gates: list[dict[str, Any]]) -> Table:
-    """Return judged gates, as evaluation.json has them, as a table."""
-    table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
-    for row in tables.gates({"gates": gates}):
-        table.add_row(row["words"], row["found"], row["threshold"], row["margin"], f"{row['mark']} {row['outcome']}")
-    return table
-
-
-def _stages_table(stages: dict[str, Any]) -> Table:
-    table = Table("", *stages, title="Stages")
-    table.add_row("seconds", *(f"{entry['seconds']:.0f}" for entry in stages.values()))
-    table.add_row("peak memory, MB", *(f"{entry['peak_rss_mb']:.0f}" for entry in stages.values()))
-    return table
 
 
 def _closed(gap: float | None) -> str:

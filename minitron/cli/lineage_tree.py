@@ -1,0 +1,52 @@
+"""A lineage as `minitron lineage` prints it."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.text import Text
+from rich.tree import Tree
+
+from minitron.registry.lineage import gpu_hours, licence_text, tokens
+from minitron.report.formatting import count, duration, loss, megabytes, moment
+
+
+def tree(found: dict[str, Any]) -> Tree:
+    """Return a lineage as `minitron lineage` prints it."""
+    root = Tree(Text(found["version"], "bold"))
+    licences = found["licences"]
+    root.add(_line("licences", f"data {licences['data']}, base model {licence_text(licences['teacher'])}"))
+    for stage, record in found["stages"].items():
+        branch = root.add(Text.assemble((stage, "bold"), f"  {moment(record['started'])}, {_cost(record)}"))
+        for label, text in _facts(record):
+            branch.add(_line(label, text))
+    return root
+
+
+def _line(label: str, text: str) -> Text:
+    return Text.assemble((f"{label}: ", "dim"), text)
+
+
+def _cost(record: dict[str, Any]) -> str:
+    parts = [duration(record["seconds"]), f"{megabytes(record['peak_rss_mb'])} peak memory"]
+    if total := tokens(record):
+        parts.append(f"{count(total)} tokens")
+    if record.get("gpus"):
+        parts.append(f"{gpu_hours(record):.2f} GPU-hours on {record['gpus']} GPUs")
+    return ", ".join(parts)
+
+
+def _facts(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield what a record says, by label."""
+    for name, entry in record["inputs"].items():
+        yield name, f"{entry.get('pinned', entry['address'])} sha256 {entry['sha256']}"
+    inputs = set(record["inputs"]) | {"output", "workspace", "pipeline_run_id"}
+    settings = {name: value for name, value in record["config"].items() if name not in inputs and value is not None}
+    yield "settings", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+    yield "versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())
+    yield "image", record.get("image") or "none"
+    yield "runs", f"Kubeflow {record.get('pipeline_run_id') or 'none'}, MLflow {record.get('mlflow_run_id') or 'none'}"
+    if losses := [row["validation_loss"] for row in record.get("history", []) if "validation_loss" in row]:
+        yield "validation loss", " → ".join(map(loss, losses))
+    if "output_sha256" in record:
+        yield "result", f"sha256 {record['output_sha256']}"

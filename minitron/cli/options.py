@@ -1,0 +1,47 @@
+"""The options that the commands share, and their errors in one line."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from minitron.errors import MinitronError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts have brackets of their own: gs://bucket[/prefix]
+)
+
+Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
+Presets = Annotated[
+    list[str] | None,
+    typer.Option("--preset", help="Preset that ships with the package, or a YAML file; later ones win."),
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value over the presets; repeatable.")]
+Host = Annotated[
+    str | None, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines; none: in its cluster.")
+]
+Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace in which the tasks run.")]
+Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server wants one.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias of MLflow's registry.")]
+RegisteredModel = Annotated[str, typer.Argument(help="Registered model.")]
+Why = Annotated[str | None, typer.Option(help="Reason, for whoever reads the ledger of promotions.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server of the registry.")]
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """End a failure with one line and its exit status."""
+    try:
+        yield
+    except MinitronError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_status) from None

@@ -1,0 +1,56 @@
+"""The command `minitron run`: a compiled pipeline on this machine."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minitron.cli import demo_inputs, local, summary
+from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, one_line_errors
+from minitron.config.pipelines import (
+    SETTINGS_PARAMETER,
+    checked_arguments,
+    compiled_pipeline,
+    parameters_of,
+    read_request,
+)
+from minitron.config.reference import help_text
+from minitron.config.settings import RESOURCES, GpuResources
+
+
+@app.command(epilog=help_text())
+def run(
+    pipeline: Pipeline,
+    presets: Presets = None,
+    settings: Settings = None,
+    work_dir: Annotated[Path, typer.Option(help="Inputs, results, tracking and summary of the run.")] = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline on this machine; run it again to resume it and to reuse what is finished."""
+    with one_line_errors(debug):
+        _run(pipeline, presets or [], settings or [], work_dir.absolute())
+
+
+def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
+    documents = compiled_pipeline(pipeline)
+    parameters = parameters_of(documents)
+    request = read_request(presets, settings, parameters, _laptop(parameters, work_dir))
+    if request.samples:
+        paths = demo_inputs.paths(request.samples, work_dir / "inputs")
+        request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
+    arguments = checked_arguments(request, parameters)
+    if request.samples:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        demo_inputs.build(request.samples, work_dir / "inputs")
+    results = local.run_pipeline(documents, arguments, work_dir)
+    summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
+
+
+def _laptop(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
+    """Return what this machine has instead of a cluster's: a file for MLflow, no NeMo and no GPUs."""
+    here: dict[str, Any] = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"}
+    if SETTINGS_PARAMETER in parameters:
+        here["engine"] = "hf"
+        here |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}
+    return here

@@ -1,0 +1,62 @@
+"""The tables that the commands print."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minitron.cli import summary
+from minitron.report import tables
+
+
+def print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    """Print rows under their columns, as wide as the terminal."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console().print(table)
+
+
+def console() -> Console:
+    """Return a console that does not fold lines where nobody looks at them."""
+    return summary.make_console(200)
+
+
+def models_table(evaluation: dict[str, Any]) -> Table:
+    """Return what was measured of the models as a table."""
+    tasks = list(evaluation["student"]["tasks"])
+    columns = ["parameters", "validation loss", "perplexity", *tasks, "generation tokens/s"]
+    table = Table("model", title="Models")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for model, label in tables.models_of(evaluation).items():
+        found = evaluation[model]
+        if "parameters" not in found:
+            continue  # a champion that cannot read this data
+        table.add_row(
+            label,
+            f"{found['parameters'] / 1e6:.1f} M",
+            f"{found['validation_loss']:.3f}",
+            f"{found['perplexity']:.1f}",
+            *(f"{found['tasks'][task]['acc']:.1%}" for task in tasks),
+            f"{found['generation_tokens_per_second']:.1f}",
+        )
+    return table
+
+
+def gates_table(gates: list[dict[str, Any]]) -> Table:
+    """Return judged gates, as evaluation.json has them, as a table."""
+    table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
+    for row in tables.gates({"gates": gates}):
+        table.add_row(row["words"], row["found"], row["threshold"], row["margin"], f"{row['mark']} {row['outcome']}")
+    return table
+
+
+def stages_table(stages: dict[str, Any]) -> Table:
+    """Return the cost of the stages as a table."""
+    table = Table("", *stages, title="Stages")
+    table.add_row("seconds", *(f"{entry['seconds']:.0f}" for entry in stages.values()))
+    table.add_row("peak memory, MB", *(f"{entry['peak_rss_mb']:.0f}" for entry in stages.values()))
+    return table
