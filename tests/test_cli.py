@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron.cli import local, summary, tables
-from minitron.cli.app import app
+from minitron.cli.options import app
 from minitron.config import metrics
 from minitron.config.document import make_plan, merge
 from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request

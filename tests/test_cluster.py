@@ -16,7 +16,7 @@ from kubeflow_server import KubeflowServer, kubeflow_server
 from typer.testing import CliRunner
 
 from minitron import __version__
-from minitron.cli.app import app
+from minitron.cli.options import app
 from minitron.cluster import pipelines_api
 from minitron.cluster.cron import first_time
 from minitron.config.pipelines import compiled_pipeline, configured

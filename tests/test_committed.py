@@ -13,7 +13,7 @@ from gcs import CUT, STALL, World
 
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
-from minitron.runtime.model_sources import resolve
+from minitron.runtime.model_sources import local_model
 from minitron.storage import bucket_results, transfers
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD
@@ -95,7 +95,7 @@ def test_a_killed_upload_is_no_result_and_goes_on(world: World, tmp_path: Path) 
     world.fault = lambda request: None
     assert bucket_results.record_at(ADDRESS) is None and len(world.names()) > 2
     with pytest.raises(RunError, match=r"results/one: its upload is not complete; wait for it, or run the stage that"):
-        resolve(ADDRESS, FinetuneConfig(teacher=ADDRESS, dataset=home, output=tmp_path / "out"))
+        local_model(ADDRESS, FinetuneConfig(teacher=ADDRESS, dataset=home, output=tmp_path / "out"))
     world.log.clear()
     bucket_results.commit(home, ADDRESS, replace=False)
     assert world.uploaded < 2500, "what was there was uploaded again"

@@ -11,7 +11,7 @@ import typer
 import yaml
 from deploy_guide import GUIDE, REPOSITORY, blocks, created_secrets, follow
 
-from minitron.cli.app import app
+from minitron.cli.options import app
 
 CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule"}
 FENCE = re.compile(r"^```(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)

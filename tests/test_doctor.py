@@ -11,7 +11,7 @@ from kubeflow_server import kubeflow_server
 from kubernetes_server import KubernetesServer, kubernetes_server
 from typer.testing import CliRunner
 
-from minitron.cli.app import app
+from minitron.cli.options import app
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from test_events import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from minitron.cli.app import app
+from minitron.cli.options import app
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 REPOSITORY = Path(__file__).parent.parent

@@ -16,13 +16,13 @@ from conftest import free_port, mlflow_serving
 from test_promote import race
 from typer.testing import CliRunner
 
-from minitron.cli.app import app
+from minitron.cli.options import app
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import RunError
 from minitron.runtime import stage
 from minitron.tracking import stage_run
-from minitron.tracking.client import connect, shown
+from minitron.tracking.client import connect, without_password
 
 PASSWORD = "a long password"
 
@@ -145,7 +145,7 @@ def test_on_postgresql_of_two_processes_one_wins_each_move(postgresql_server: st
     ],
 )
 def test_a_uri_is_shown_without_its_password(uri: str, text: str) -> None:
-    assert shown(uri) == text
+    assert without_password(uri) == text
 
 
 def test_errors_of_the_registry_are_one_line_and_hide_the_password(tmp_path: Path) -> None:

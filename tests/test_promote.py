@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron.cli.app import app
+from minitron.cli.options import app
 from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError

@@ -273,10 +273,12 @@ def test_a_movable_address_means_one_model_on_every_machine(
         world.put(f"models/llama/{path.name}", path)
     config = make("prune", "gs://bucket/ws", tmp_path / "out", dataset=teacher, pipeline_run_id="run-1")
     assert isinstance(config, PruneConfig)
-    first = model_sources.resolve("gs://bucket/models/llama", config)
+    first = model_sources.local_model("gs://bucket/models/llama", config)
     world.put("models/llama/extra.json", b"{}")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache-of-another-machine"))
     with pytest.raises(RunError, match="an object there changed"):
-        model_sources.resolve("gs://bucket/models/llama", config)
-    other = model_sources.resolve("gs://bucket/models/llama", config.model_copy(update={"pipeline_run_id": "run-2"}))
+        model_sources.local_model("gs://bucket/models/llama", config)
+    other = model_sources.local_model(
+        "gs://bucket/models/llama", config.model_copy(update={"pipeline_run_id": "run-2"})
+    )
     assert content_hash(other) != content_hash(first)

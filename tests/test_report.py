@@ -228,11 +228,11 @@ def test_curves_hold_every_step(page: Page, compressed: EvaluateConfig) -> None:
 
 
 def test_long_curves_are_averaged() -> None:
-    thinned = charts.thin(list(range(1000)))
+    thinned = charts.downsample(list(range(1000)))
     assert len(thinned) == charts.MOST_POINTS
     assert thinned[0] == 1.0  # the mean of 0, 1, 2
     assert np.average(thinned, weights=[3] * 200 + [2] * 200) == pytest.approx(499.5)
-    assert charts.thin([1.0, 3.0]).tolist() == [1.0, 3.0]
+    assert charts.downsample([1.0, 3.0]).tolist() == [1.0, 3.0]
 
 
 def test_importance_marks_what_was_kept(page: Page, compressed: EvaluateConfig) -> None:

@@ -113,10 +113,10 @@ def changed(config: FinetuneConfig, **values: Any) -> FinetuneConfig:
 def test_a_model_of_the_catalogue_is_fetched_once(
     catalogue: dict[str, Any], config: FinetuneConfig, teacher: Path
 ) -> None:
-    found = model_sources.resolve(ADDRESS, config)
+    found = model_sources.local_model(ADDRESS, config)
     assert content_hash(found) == content_hash(teacher)
     asked = len(catalogue["log"])
-    assert model_sources.resolve(ADDRESS, config) == found and len(catalogue["log"]) == asked
+    assert model_sources.local_model(ADDRESS, config) == found and len(catalogue["log"]) == asked
 
 
 def test_a_broken_download_goes_on_where_it_broke_off(
@@ -124,12 +124,12 @@ def test_a_broken_download_goes_on_where_it_broke_off(
 ) -> None:
     catalogue["faults"]["cut"] = "model.safetensors"
     with pytest.raises(RunError, match=r"ngc://org/team/llama:1.0: not fetched \(.*check the network and run it again"):
-        model_sources.resolve(ADDRESS, config)
+        model_sources.local_model(ADDRESS, config)
     (partial,) = (config.workspace or Path()).rglob("model.safetensors.part")
     there = partial.stat().st_size
     assert there > 0
     catalogue["log"].clear()
-    assert content_hash(model_sources.resolve(ADDRESS, config)) == content_hash(teacher)
+    assert content_hash(model_sources.local_model(ADDRESS, config)) == content_hash(teacher)
     asked = dict(catalogue["log"])
     assert asked["/signed/model.safetensors"] == f"bytes={there}-"
     assert "/signed/config.json" not in asked, "what was complete was fetched again"
@@ -138,15 +138,15 @@ def test_a_broken_download_goes_on_where_it_broke_off(
 def test_a_file_that_is_not_its_checksum_is_refused(catalogue: dict[str, Any], config: FinetuneConfig) -> None:
     catalogue["faults"]["checksum"] = base64.b64encode(bytes(32)).decode()
     with pytest.raises(RunError, match=r"SHA-256 .* is not the catalogue's A+=: damaged; run it again"):
-        model_sources.resolve(ADDRESS, config)
+        model_sources.local_model(ADDRESS, config)
     del catalogue["faults"]["checksum"]
-    model_sources.resolve(ADDRESS, config)
+    model_sources.local_model(ADDRESS, config)
 
 
 def test_a_file_outside_the_model_is_refused(catalogue: dict[str, Any], config: FinetuneConfig) -> None:
     catalogue["faults"]["path"] = "../../escape"
     with pytest.raises(RunError, match=r"\.\./\.\./escape: the catalogue names a file outside the model"):
-        model_sources.resolve(ADDRESS, config)
+        model_sources.local_model(ADDRESS, config)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_bad_address_or_key_says_what_to_do(
     else:
         monkeypatch.setenv("NGC_API_KEY", key)
     with pytest.raises(ConfigError, match=message):
-        model_sources.resolve(address, config)
+        model_sources.local_model(address, config)
     assert not list((config.workspace or Path()).rglob("*.safetensors"))
 
 
@@ -182,7 +182,7 @@ def test_a_stage_takes_a_model_of_the_catalogue_and_finds_damage(
 ) -> None:
     record = finetune.run(changed(config, teacher=ADDRESS))
     assert record["inputs"]["teacher"] == {"address": ADDRESS, "sha256": content_hash(teacher)}
-    fetched = model_sources.resolve(ADDRESS, config)
+    fetched = model_sources.local_model(ADDRESS, config)
     (fetched / "config.json").write_text((fetched / "config.json").read_text() + " ")
     with pytest.raises(RunError, match=r"that was fetched: a file is damaged or was changed; delete the directory"):
         finetune.run(changed(config, teacher=ADDRESS))
@@ -215,12 +215,12 @@ def test_a_registered_model_is_what_was_registered(
     monkeypatch.chdir(tmp_path / "here")
     config = changed(config, tracking_uri=registry["uri"])
     for version in ("@champion", "/1"):
-        found = model_sources.resolve(f"models:/{registry['name']}{version}", config)
+        found = model_sources.local_model(f"models:/{registry['name']}{version}", config)
         assert content_hash(found) == content_hash(teacher)
     with pytest.raises(RunError, match="MLflow"):
-        model_sources.resolve(f"models:/{registry['name']}@nobody", config)
+        model_sources.local_model(f"models:/{registry['name']}@nobody", config)
     with pytest.raises(ConfigError, match=r"give models:/NAME@alias or models:/NAME/VERSION"):
-        model_sources.resolve("models:/name", config)
+        model_sources.local_model("models:/name", config)
     assert not list(Path().iterdir()), "MLflow made a database of its own"
 
 
@@ -229,11 +229,11 @@ def test_an_alias_that_moves_means_one_version_within_a_pipeline_run(
 ) -> None:
     address = f"models:/{registry['name']}@champion"
     first = changed(config, tracking_uri=registry["uri"], pipeline_run_id="run-1")
-    assert content_hash(model_sources.resolve(address, first)) == content_hash(teacher)
+    assert content_hash(model_sources.local_model(address, first)) == content_hash(teacher)
     registry["client"].set_registered_model_alias(registry["name"], "champion", "2")
-    assert content_hash(model_sources.resolve(address, first)) == content_hash(teacher)
+    assert content_hash(model_sources.local_model(address, first)) == content_hash(teacher)
     second = changed(first, pipeline_run_id="run-2")
-    assert content_hash(model_sources.resolve(address, second)) == content_hash(registry["other"])
+    assert content_hash(model_sources.local_model(address, second)) == content_hash(registry["other"])
     found = [inputs.find(changed(config, teacher=address))["teacher"].record() for config in (first, second)]
     assert [entry["pinned"] for entry in found] == [f"models:/{registry['name']}/1", f"models:/{registry['name']}/2"]
 
@@ -260,15 +260,15 @@ def bucket(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_a_model_in_a_bucket_is_its_snapshot(bucket: Any, config: FinetuneConfig, teacher: Path) -> None:
-    first = model_sources.resolve("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1"))
+    first = model_sources.local_model("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1"))
     assert content_hash(first) == content_hash(teacher)
     bucket.blob("models/llama/extra.json").upload_from_string("{}")
-    assert model_sources.resolve("gs://bucket/models/llama/", config) != first
-    assert model_sources.resolve("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1")) == first
+    assert model_sources.local_model("gs://bucket/models/llama/", config) != first
+    assert model_sources.local_model("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1")) == first
     with pytest.raises(ConfigError, match="gs://bucket/nothing: no objects there"):
-        model_sources.resolve("gs://bucket/nothing", config)
+        model_sources.local_model("gs://bucket/nothing", config)
     with pytest.raises(RunError, match=r"gs://nobucket/x: not fetched \(.*check the bucket's name"):
-        model_sources.resolve("gs://nobucket/x", config)
+        model_sources.local_model("gs://nobucket/x", config)
 
 
 def test_an_object_outside_the_model_is_refused(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_an_object_outside_the_model_is_refused(config: FinetuneConfig, monkeypa
     with pytest.raises(
         RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the directory; delete it"
     ):
-        model_sources.resolve("gs://bucket/models/bad", config)
+        model_sources.local_model("gs://bucket/models/bad", config)
 
 
 def test_without_an_engine_a_checkpoint_that_was_never_exported_is_itself(
@@ -288,7 +288,7 @@ def test_without_an_engine_a_checkpoint_that_was_never_exported_is_itself(
     for part in ("context", "weights"):
         (tmp_path / "nemo" / part).mkdir(parents=True)
     config = FinetuneConfig(output=tmp_path / "out", dataset=tmp_path, teacher="x", workspace=tmp_path / "workspace")
-    assert model_sources.resolve(tmp_path / "nemo", config) == tmp_path / "nemo"
+    assert model_sources.local_model(tmp_path / "nemo", config) == tmp_path / "nemo"
     identity = f"nemo {content_hash(tmp_path / 'nemo')}"
     kept = model_sources._kept(identity, lambda _, target: (target / "config.json").write_text("{}") and None, config)
-    assert model_sources.resolve(tmp_path / "nemo", config) == kept
+    assert model_sources.local_model(tmp_path / "nemo", config) == kept

@@ -64,14 +64,14 @@ def _pipelines(connect: Callable[[], Kubeflow]) -> Check:
 
 def _namespace(core: Any, namespace: str) -> Check:
     name = f"namespace {namespace}"
-    found, problem = kubernetes_api.look(lambda: core.read_namespace(namespace))
+    found, problem = kubernetes_api.try_get(lambda: core.read_namespace(namespace))
     if found:
         return Check(True, name, found.status.phase or "there")
     return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or give --namespace")
 
 
 def _gpus(core: Any, namespace: str) -> Check:
-    nodes, problem = kubernetes_api.look(lambda: core.list_node().items)
+    nodes, problem = kubernetes_api.try_get(lambda: core.list_node().items)
     if nodes is None:
         return _missing("GPUs", problem, "")
     counts = [int((node.status.allocatable or {}).get(trainjob.GPU, 0)) for node in nodes]
@@ -87,7 +87,7 @@ def _gpus(core: Any, namespace: str) -> Check:
 def _claim(core: Any, namespace: str) -> Check:
     wanted = _default("workspace_claim")
     name = f"claim {wanted}"
-    claim, problem = kubernetes_api.look(lambda: core.read_namespaced_persistent_volume_claim(wanted, namespace))
+    claim, problem = kubernetes_api.try_get(lambda: core.read_namespaced_persistent_volume_claim(wanted, namespace))
     if claim is None:
         return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or set workspace_claim")
     found = f"{claim.status.phase}, {', '.join(claim.spec.access_modes)}, {claim.spec.resources.requests['storage']}"
@@ -99,7 +99,7 @@ def _claim(core: Any, namespace: str) -> Check:
 def _secret(core: Any, namespace: str) -> Check:
     wanted = _default("credentials_secret")
     name = f"secret {wanted}"
-    secret, problem = kubernetes_api.look(lambda: core.read_namespaced_secret(wanted, namespace))
+    secret, problem = kubernetes_api.try_get(lambda: core.read_namespaced_secret(wanted, namespace))
     if secret is None:
         check = _missing(name, problem, "only needed for gated models (HF_TOKEN) and an MLflow with a password")
         return check._replace(ok=None)
@@ -113,7 +113,7 @@ def _default(parameter: str) -> str:
 
 def _runtime() -> Check:
     name = f"training runtime {trainjob.RUNTIME}"
-    found, problem = kubernetes_api.look(trainjob.runtime)
+    found, problem = kubernetes_api.try_get(trainjob.runtime)
     if found:
         return Check(True, name, "there")
     check = _missing(name, problem, "only needed for num_nodes above 1: install Kubeflow Trainer 2.3")

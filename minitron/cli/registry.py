@@ -45,8 +45,8 @@ def reproduce(
         print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
 
 
-@app.command("promote")
-def make_champion(
+@app.command()
+def promote(
     name: RegisteredModel,
     tracking_uri: TrackingUri,
     version: Annotated[int | None, typer.Option(min=1, help="Its number; none: the challenger's.")] = None,
@@ -55,18 +55,18 @@ def make_champion(
 ) -> None:
     """Make a version the champion, if it meets its gates; the present champion becomes the previous one."""
     with one_line_errors(debug):
-        from minitron.registry.promotion import promote
+        from minitron.registry import promotion
 
-        _print_promotion(promote(tracking_uri, name, version, why))
+        _print_promotion(promotion.promote(tracking_uri, name, version, why))
 
 
-@app.command("rollback")
-def take_back(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, debug: Debug = False) -> None:
+@app.command()
+def rollback(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, debug: Debug = False) -> None:
     """Make the previous version the champion again; the present champion becomes the previous one."""
     with one_line_errors(debug):
-        from minitron.registry.promotion import rollback
+        from minitron.registry import promotion
 
-        _print_promotion(rollback(tracking_uri, name, why))
+        _print_promotion(promotion.rollback(tracking_uri, name, why))
 
 
 def _print_promotion(done: "Promotion") -> None:

@@ -12,7 +12,7 @@ from minitron.cli.tables import gates_table, models_table, stages_table
 from minitron.config import metrics
 from minitron.config.stages import STAGES
 from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
-from minitron.tracking.client import shown
+from minitron.tracking.client import without_password
 
 
 def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:
@@ -88,9 +88,9 @@ def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str,
 def _page(tracking_uri: str) -> str:
     """Return the address of the MLflow page, or the command that opens it, as it can be typed here."""
     if tracking_uri.startswith("http"):
-        return shown(tracking_uri)
+        return without_password(tracking_uri)
     program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
-    return f"{program} ui --backend-store-uri {shown(tracking_uri)}"
+    return f"{program} ui --backend-store-uri {without_password(tracking_uri)}"
 
 
 def _closed(gap: float | None) -> str:

@@ -71,7 +71,7 @@ def limit_waiting(api: Any, seconds: float = 60) -> Any:
     return api
 
 
-def look(call: Callable[[], Any]) -> tuple[Any, str]:
+def try_get(call: Callable[[], Any]) -> tuple[Any, str]:
     """Return what a call found and "", or None and what is wrong with it: missing, forbidden, or no answer."""
     try:
         return call(), ""

@@ -17,7 +17,7 @@ from minitron.data.manifest import MANIFEST, read_manifest
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
 from minitron.storage.layout import read_record
-from minitron.tracking.client import connect, explained, hurry, read_artifact
+from minitron.tracking.client import connect, fail_fast, one_line_errors, read_artifact
 
 LINEAGE = "lineage.json"
 
@@ -98,7 +98,7 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
         ConfigError: the address has another form, or the version was not registered by this package.
         RunError: MLflow cannot be reached, or has no such version, or the lineage there is another version's.
     """
-    with explained(uri), hurry():
+    with one_line_errors(uri), fail_fast():
         version = versions.model_version(uri, address)
         name, _, number = version.removeprefix("models:/").rpartition("/")
         client = connect(uri)

@@ -20,7 +20,15 @@ from minitron.config.settings import RegisterSettings
 from minitron.errors import ConfigError, RunError
 from minitron.registry import gates
 from minitron.registry.promotion_log import CHAMPION, PREVIOUS, Ledger, Move
-from minitron.tracking.client import connect, explained, hurry, is_missing, read_artifact, shown, undisturbed
+from minitron.tracking.client import (
+    connect,
+    defer_sigterm,
+    fail_fast,
+    is_missing,
+    one_line_errors,
+    read_artifact,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -114,7 +122,7 @@ def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger
     """Give a client and the ledger of a registered model."""
     if not uri:
         raise ConfigError("tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE")
-    with explained(uri), hurry(), undisturbed():
+    with one_line_errors(uri), fail_fast(), defer_sigterm():
         client = connect(uri)
         try:
             client.get_registered_model(name)
@@ -122,7 +130,7 @@ def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger
             if not is_missing(error):
                 raise
             known = ", ".join(model.name for model in client.search_registered_models()) or "none"
-            raise RunError(f"{name}: no such model is registered at {shown(uri)}; known: {known}") from error
+            raise RunError(f"{name}: no such model is registered at {without_password(uri)}; known: {known}") from error
         yield client, Ledger(client, name)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
-from minitron.tracking.client import connect, environment, explained, is_missing, undisturbed
+from minitron.tracking.client import connect, defer_sigterm, environment, is_missing, one_line_errors
 from minitron.tracking.stage_run import MlflowTracker
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def model_version(uri: str, address: str) -> str:
             f"{address}: not a model of MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
         )
     name, alias, number = match.groups()
-    with explained(uri):
+    with one_line_errors(uri):
         client = connect(uri)
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     return f"models:/{name}/{found.version}"
@@ -75,7 +75,7 @@ def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int,
 
 def holds(uri: str, name: str, version: int, student_sha256: str) -> bool:
     """Say whether a version is there and is of this student."""
-    with explained(uri):
+    with one_line_errors(uri):
         try:
             tags = connect(uri).get_model_version(name, str(version)).tags
         except Exception as error:
@@ -91,7 +91,7 @@ def download_version(uri: str, identity: str, target: Path) -> None:
     Raises:
         RunError: the registry cannot be reached.
     """
-    with explained(uri):
+    with one_line_errors(uri):
         from mlflow.artifacts import download_artifacts
 
         connect(uri)
@@ -155,7 +155,7 @@ def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str,
     """Return the number of a new version that has the alias; there is none if the alias cannot be given."""
     version = 0
     try:
-        with undisturbed():
+        with defer_sigterm():
             version = _create_version(tracker, name, model_id, tags)
             tracker.client.set_registered_model_alias(name, alias, str(version))
             link = json.dumps([{"name": name, "version": str(version)}])  # as mlflow.register_model writes it

@@ -91,7 +91,7 @@ def curves(
         kept: the step whose weights the stage kept.
     """
     figure, axes = _figure()
-    axes.plot(*map(thin, training), color=BLUE, linewidth=1, alpha=0.75, label="training", gid="training")
+    axes.plot(*map(downsample, training), color=BLUE, linewidth=1, alpha=0.75, label="training", gid="training")
     if validation:
         axes.plot(*validation, color=ORANGE, marker="o", markersize=4, label="validation", gid="validation")
         if kept is not None and kept in validation[0]:
@@ -128,8 +128,8 @@ def ranked(label: str, scores: Sequence[float], kept: Sequence[int]) -> Markup:
     for part, state in ((stays, "kept"), (~stays, "cut")):
         values = np.sort(np.asarray(scores)[part])[::-1]
         if len(values):
-            places = thin(np.arange(start, start + len(values)))
-            area = axes.fill_between(places, thin(values), step="mid", **_look(state == "kept"))
+            places = downsample(np.arange(start, start + len(values)))
+            area = axes.fill_between(places, downsample(values), step="mid", **_look(state == "kept"))
             area.set_gid(f"tip:{len(values)} channels {state}: {values[0]:.4g} to {values[-1]:.4g}")
             start += len(values)
     ylabel = _scale(axes, scores, "importance")
@@ -153,7 +153,7 @@ def ranked_by_layer(label: str, scores: Sequence[Sequence[float]], kept_layers: 
     ordered = -np.sort(-np.asarray(scores, dtype=float), axis=1)
     total, width = ordered.shape
     relative = ordered / np.maximum(np.median(ordered, axis=1, keepdims=True), np.finfo(float).tiny)
-    drawn = np.log10(np.maximum(np.stack([thin(row) for row in relative]), 1e-3))
+    drawn = np.log10(np.maximum(np.stack([downsample(row) for row in relative]), 1e-3))
     _image(figure, axes, drawn, (0, width, total + 0.5, 0.5), "times the layer's median (log10)")
     for layer in range(total):
         left = count if layer in kept_layers else 0
@@ -244,7 +244,7 @@ def _annotate(axes: Axes, centre: float, value: float, error: float | None, digi
     return f"{text} ± {error:.{digits}f}"
 
 
-def thin(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def downsample(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return at most MOST_POINTS values, each the mean of as many neighbours as need be."""
     numbers = np.asarray(values, dtype=float)
     if len(numbers) <= MOST_POINTS:

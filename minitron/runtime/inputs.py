@@ -47,7 +47,7 @@ def find(config: StageConfig) -> dict[str, Input]:
     return {name: _find(config, name) for name in names if getattr(config, name) is not None}
 
 
-def located(config: Config, found: dict[str, Input]) -> Config:
+def with_local_paths(config: Config, found: dict[str, Input]) -> Config:
     """Return a configuration whose inputs are directories of this machine; what lies elsewhere is fetched now."""
     paths = {name: entry.path() for name, entry in found.items() if entry.path}
     types = {name: type(getattr(config, name)) for name in paths}  # an address is text, a path is not
@@ -64,7 +64,7 @@ def _find(config: StageConfig, name: str) -> Input:
             return Input(place, bucket.pinned(place)[0].rpartition("#")[2], None)
     elif (reference := _reference(place)) and bucket.is_bucket(reference.address):
         return Input(place, reference.sha256, lambda: references.local(reference, place))
-    path, pinned = model_sources.resolved(place, config)
+    path, pinned = model_sources.pinned_local_model(place, config)
     if config.output.absolute().is_relative_to(path.absolute()):
         raise ConfigError(f"output {config.output}: lies inside {name} {place} and would change it; move it out")
     found = verified_hash(path)

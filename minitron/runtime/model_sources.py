@@ -22,18 +22,18 @@ from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
 from minitron.storage import bucket, ngc
-from minitron.storage.cache import lasting_directory
+from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import hub_model, local_path
 from minitron.storage.references import followed
-from minitron.storage.staging import arrive
-from minitron.tracking.client import patient
+from minitron.storage.staging import download_then_publish
+from minitron.tracking.client import default_retries
 
-__all__ = ["check", "corpus", "resolve", "resolved"]
+__all__ = ["check", "corpus", "local_model", "pinned_local_model"]
 
 
-def resolve(address: str | Path, config: StageConfig) -> Path:
+def local_model(address: str | Path, config: StageConfig) -> Path:
     """Return the local directory of a model or another input, fetching and converting what is not there.
 
     Args:
@@ -44,11 +44,11 @@ def resolve(address: str | Path, config: StageConfig) -> Path:
         ConfigError: nothing is there, the scheme is unknown, or a key or server that it needs is not given.
         RunError: it cannot be reached, or what came is damaged.
     """
-    return resolved(address, config)[0]
+    return pinned_local_model(address, config)[0]
 
 
-def resolved(address: str | Path, config: StageConfig) -> tuple[Path, str]:
-    """Return what `resolve` does, and the address of just this content: that of a commit, a version or a snapshot."""
+def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, str]:
+    """Return what `local_model` does, and the address of just this content: a commit, a version or a snapshot."""
     scheme, separator, _ = str(address).partition(":/")
     pinned = str(address)
     if not separator or scheme == "file":
@@ -105,7 +105,7 @@ def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
                 f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
-    with patient():  # no stage can do without it
+    with default_retries():  # no stage can do without it
         identity = _resolved_once(address, find, config)
         return _kept(identity, fetch, config), identity
 
@@ -130,7 +130,7 @@ def _kept(identity: str, fetch: Callable[[str, Path], None], config: StageConfig
     home = _home(config) / _digest(identity)
     if _is_complete(home):
         return home
-    arrive(home, identity, partial(fetch, identity))
+    download_then_publish(home, identity, partial(fetch, identity))
     write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
     return home
 
@@ -178,7 +178,7 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
 
 
 def _home(config: StageConfig) -> Path:
-    return lasting_directory(config.workspace) / "models"
+    return persistent_directory(config.workspace) / "models"
 
 
 def _record(home: Path) -> Path:

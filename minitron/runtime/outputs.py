@@ -30,7 +30,7 @@ class Place:
     remote: str | None
 
 
-def place_of(stage: str, config: StageConfig, key: str) -> Place:
+def result_location(stage: str, config: StageConfig, key: str) -> Place:
     """Return where the result of this key belongs."""
     inner = f"{stage}/{key[:16]}"
     if is_bucket(config.workspace):
@@ -41,7 +41,7 @@ def place_of(stage: str, config: StageConfig, key: str) -> Place:
     return Place(cache.cache_directory() / inner if remote else config.output, remote)
 
 
-def found(place: Place, key: str) -> dict[str, Any] | None:
+def find_result(place: Place, key: str) -> dict[str, Any] | None:
     """Return the record of the finished result of a key, wherever it lies; it is committed to its bucket if need be."""
     if place.remote is None:
         return finished(place.home, key)
@@ -60,15 +60,15 @@ def commit(place: Place, replace: bool) -> dict[str, Any]:
     assert place.remote is not None
     record = bucket_results.commit(place.home, place.remote, replace)
     if place.home.is_relative_to(cache.cache_directory()):
-        cache.keep(place.home)
+        cache.move_to_cache(place.home)
     return record
 
 
-def deliver(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+def publish_output(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
     """Make `output` the result, or refer to it."""
     if is_bucket(config.output):
         if address(config.output) != place.remote:
-            _deliver_to_bucket(stage, config, place, record)
+            _publish_to_bucket(stage, config, place, record)
     elif place.remote:
         reference = references.reference_to(place.remote, record)
         if stage in LARGE:
@@ -76,17 +76,17 @@ def deliver(stage: str, config: StageConfig, place: Place, record: dict[str, Any
         else:
             publish_copy(references.local(reference, place.remote), config.output, record["key"])
     elif place.home != config.output:
-        _deliver_from_volume(stage, config, place, record)
+        _publish_from_volume(stage, config, place, record)
 
 
-def _deliver_from_volume(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+def _publish_from_volume(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
     if stage not in LARGE:
         publish_copy(place.home, config.output, record["key"])
     elif not publish_links(place.home, config.output, record["key"]):
         references.write(config.output, references.reference_to(place.home, record), record)
 
 
-def _deliver_to_bucket(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+def _publish_to_bucket(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
     """Commit a reference, or a small result, to an output in a bucket; the result lies in the workspace's."""
     from minitron.storage import bucket_results
 

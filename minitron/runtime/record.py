@@ -14,7 +14,7 @@ from minitron import METHOD_VERSION, __version__
 from minitron.config.stages import StageConfig
 from minitron.engines import gpus
 from minitron.errors import MinitronError
-from minitron.storage.cache import lasting_directory
+from minitron.storage.cache import persistent_directory
 from minitron.tracking import stage_run
 
 FAILURE = "failure.json"
@@ -23,7 +23,7 @@ FAILURE = "failure.json"
 
 def failure_note(workspace: str | Path | None) -> Path:
     """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
-    return lasting_directory(workspace) / FAILURE
+    return persistent_directory(workspace) / FAILURE
 
 
 def noted_failure(workspace: str | Path | None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def noted_failure(workspace: str | Path | None) -> dict[str, Any]:
         return {}
 
 
-def circumstances(config: StageConfig, tracker: stage_run.Tracker, started: float) -> dict[str, Any]:
+def run_facts(config: StageConfig, tracker: stage_run.Tracker, started: float) -> dict[str, Any]:
     """Return what a record says of how, where and at what cost its stage ran, up to now."""
     return {
         "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password

@@ -19,7 +19,7 @@ from minitron.config.parse import fields_marked
 from minitron.config.stages import STAGES, StageConfig
 from minitron.engines import gpus
 from minitron.runtime import inputs, outputs
-from minitron.runtime.record import circumstances
+from minitron.runtime.record import run_facts
 from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, read_record
@@ -55,12 +55,12 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
     with disk_errors(config.output):  # an input may not be readable
         found = inputs.find(config)
     key = _key(stage, config, found)
-    place = outputs.place_of(stage, config, key)
+    place = outputs.result_location(stage, config, key)
     with disk_errors(place.home):
-        record = outputs.found(place, key) if config.caching else None
+        record = outputs.find_result(place, key) if config.caching else None
         if record is None:
             identity = {"stage": stage, "key": key, "inputs": {name: entry.record() for name, entry in found.items()}}
-            local = inputs.located(config, found)
+            local = inputs.with_local_paths(config, found)
             check(local)
             record = _produce(local, config, work, place.home, identity)
             if place.remote:
@@ -68,7 +68,7 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
         else:
             print(f"{stage}: result {key[:12]} is already in {place.remote or place.home}", flush=True)
     with disk_errors(config.output):
-        outputs.deliver(stage, config, place, record)
+        outputs.publish_output(stage, config, place, record)
     return record
 
 
@@ -88,7 +88,7 @@ def _produce(
         disk_errors(home),
     ):
         found = work(local, directory, tracker)
-        record = identity | circumstances(config, tracker, started) | found
+        record = identity | run_facts(config, tracker, started) | found
         record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
         write_atomically(directory / RECORD, record)
         publish(directory, home)

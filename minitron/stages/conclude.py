@@ -15,17 +15,17 @@ from minitron.runtime.record import noted_failure
 from minitron.storage.files import replaced, write_atomically
 from minitron.storage.layout import CONCLUSION, PAGE
 from minitron.tracking import pipeline_run as runs
-from minitron.tracking.client import connect, explained, hurry, reason, shown
+from minitron.tracking.client import connect, fail_fast, one_line_errors, reason, without_password
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:
     """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run."""
     try:
-        with explained(config.tracking_uri), hurry():
+        with one_line_errors(config.tracking_uri), fail_fast():
             found = _ending(config)
     except MinitronError as error:  # the page is wanted then most of all
         found = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
-    found |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": shown(config.tracking_uri)}
+    found |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": without_password(config.tracking_uri)}
     print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
     with replaced(config.output) as directory:
         write_atomically(directory / CONCLUSION, found)
@@ -59,7 +59,7 @@ def _noted(config: ConcludeConfig) -> str | None:
 def _log(config: ConcludeConfig, run_id: str) -> None:
     """Show the page in MLflow; Kubeflow shows it, too, so it does not matter which error its storage has."""
     try:
-        with hurry():
+        with fail_fast():
             connect(config.tracking_uri).log_artifact(run_id, str(config.output / PAGE))
     except Exception as error:
         print(f"warning: conclude: MLflow has not got {PAGE}: {reason(error)}", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
 from minitron.fast_imports import many_imports
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.model_sources import corpus, resolve
+from minitron.runtime.model_sources import corpus, local_model
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import hub_dataset, local_path
@@ -60,7 +60,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
 def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Write the dataset."""
-    teacher = resolve(config.teacher, config)
+    teacher = local_model(config.teacher, config)
     with many_imports():  # those of transformers
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(Corpus(corpus(config.corpus, config), config.text_field), config)

@@ -13,7 +13,7 @@ from minitron.config.tasks import PromoteConfig
 from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, existing_version, promote
 from minitron.registry.versions import DECISION_TAG
 from minitron.storage.files import replaced, write_atomically
-from minitron.tracking.client import connect, explained
+from minitron.tracking.client import connect, one_line_errors
 from minitron.tracking.pipeline_run import conclude, pipeline_run
 
 __all__ = ["run"]
@@ -25,7 +25,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     A version that does not meet its gates stays what it is: that is an outcome, no failure.
     """
     uri, name, run_id = config.tracking_uri, config.model_name, config.pipeline_run_id
-    with explained(uri):
+    with one_line_errors(uri):
         client = connect(uri)
         version = existing_version(client, name, config.version)
     decision: str | None
@@ -36,7 +36,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     except GatesFailed as error:
         outcome, rows, reason = "challenger", [], str(error)
         decision = None if isinstance(error, NotJudged) else reason
-    with explained(uri):
+    with one_line_errors(uri):
         if decision:
             client.set_model_version_tag(name, str(version), DECISION_TAG, decision)
         if (parent := pipeline_run(client, config)) is not None:

@@ -20,10 +20,10 @@ from minitron.registry import versions as registry_versions
 from minitron.report.card import write_card
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.record import circumstances
+from minitron.runtime.record import run_facts
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import read_record
-from minitron.tracking.client import explained, patient
+from minitron.tracking.client import default_retries, one_line_errors
 from minitron.tracking.stage_run import MlflowTracker, Tracker
 
 EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"
@@ -59,7 +59,7 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     tags = _tags(config, tracker, found) | {"gates": _GATES[evaluation.get("passed")]}
     write_atomically(directory / lineage.LINEAGE, found)
     write_card(directory / registry_versions.CARD, config, evaluation, found)
-    with explained(config.tracking_uri), patient():
+    with one_line_errors(config.tracking_uri), default_retries():
         _log_results(config, directory, tracker)
         with (
             registry_versions.uploaded(
@@ -93,7 +93,7 @@ def _lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> 
     licences = {"data": lineage.data_licence(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
     found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
     evaluated = read_record(config.evaluation)
-    own = tracker.identity | circumstances(config, tracker, started)
+    own = tracker.identity | run_facts(config, tracker, started)
     records = [*found["stages"].values(), *([evaluated] if evaluated else []), own]
     return found | {"stages": lineage.in_order(records)}
 

@@ -15,7 +15,7 @@ from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
 from minitron.registry.versions import DECISION_TAG, versions_of
 from minitron.runtime import inputs
 from minitron.storage.files import replaced, write_atomically
-from minitron.tracking.client import connect, explained, hurry
+from minitron.tracking.client import connect, fail_fast, one_line_errors
 from minitron.tracking.pipeline_run import conclude, pipeline_run
 
 DECISION = "decision.json"
@@ -36,7 +36,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
     )  # fmt: skip
     found = inputs.find(prepare)
     made_from = fingerprint.of_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
-    with explained(config.tracking_uri), hurry():
+    with one_line_errors(config.tracking_uri), fail_fast():
         decision = _decide(config, name, made_from) | {"model_name": name}
     print(f"resolve: {decision['reason']}", flush=True)
     with replaced(config.output) as directory:

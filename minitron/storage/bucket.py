@@ -38,7 +38,7 @@ def objects(address: str) -> Objects:
     """
     bucket, path = _split(address)
     prefix = f"{path}/" if path else ""
-    with explained(address, "fetched"):
+    with one_line_errors(address, "fetched"):
         client = _client()
         listing = [blob for blob in client.list_blobs(bucket, prefix=prefix) if not blob.name.endswith("/")]
         if not listing and path and (blob := client.bucket(bucket).get_blob(path)):
@@ -100,7 +100,7 @@ def handles(address: str, names: Iterable[str]) -> Objects:
 
 def read_json(blob: Any) -> Any:
     """Return the content of a JSON object in the generation that was listed; None if it is no JSON."""
-    with explained(f"{SCHEME}{blob.bucket.name}/{blob.name}", "fetched"):
+    with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "fetched"):
         content = blob.download_as_bytes(checksum="crc32c")
     try:
         return json.loads(content)
@@ -113,7 +113,7 @@ def create_json(address: str, name: str, content: Any) -> bool:
     from google.api_core.exceptions import PreconditionFailed
 
     text = json.dumps(content, indent=2)
-    with explained(address, "uploaded"):
+    with one_line_errors(address, "uploaded"):
         try:
             handles(address, [name])[name].upload_from_string(
                 text, "application/json", checksum="crc32c", if_generation_match=0
@@ -136,7 +136,7 @@ def delete(blob: Any) -> None:
     """Delete an object if it is still the one that was listed."""
     from google.api_core.exceptions import NotFound
 
-    with explained(f"{SCHEME}{blob.bucket.name}/{blob.name}", "deleted"):
+    with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "deleted"):
         try:
             blob.delete(if_generation_match=blob.generation)
         except NotFound:
@@ -150,14 +150,14 @@ def check_writable(address: str) -> None:
         RunError: the bucket is missing, or may not be written.
     """
     name = f"minitron-doctor-{uuid.uuid4()}"
-    with explained(address, "written"):
+    with one_line_errors(address, "written"):
         probe = handles(address, [name])[name]
         probe.upload_from_string(b"")
         probe.delete()
 
 
 @contextmanager
-def explained(address: str, done: str) -> Iterator[None]:
+def one_line_errors(address: str, done: str) -> Iterator[None]:
     """Turn what Google's libraries raise into one line: not `done`, why, and what to do.
 
     Raises:

@@ -13,12 +13,12 @@ def cache_directory() -> Path:
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron").absolute()
 
 
-def lasting_directory(workspace: Path | str | None) -> Path:
+def persistent_directory(workspace: Path | str | None) -> Path:
     """Return where a task keeps what outlives it: the workspace, or the cache if that is a bucket or there is none."""
     return cache_directory() if workspace is None or is_bucket(workspace) else Path(workspace)
 
 
-def keep(home: Path) -> Path:
+def move_to_cache(home: Path) -> Path:
     """Put a result into the cache, where references find it by its content's hash; return its place there."""
     record = read_record(home)
     assert record is not None

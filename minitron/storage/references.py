@@ -18,7 +18,7 @@ from minitron.storage.cache import place_in_cache
 from minitron.storage.files import replaced, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, read_record
-from minitron.storage.staging import arrive
+from minitron.storage.staging import download_then_publish
 
 REFERENCE = "reference.json"
 
@@ -119,4 +119,4 @@ def _fetch(reference: Reference, kept: Path) -> None:
                 "run the stage that writes it again"
             )
 
-    arrive(kept, identity, fetch)
+    download_then_publish(kept, identity, fetch)

@@ -55,7 +55,7 @@ def partial_directory(home: Path, key: str) -> Iterator[Path]:
             raise
 
 
-def arrive(home: Path, identity: str, fetch: Callable[[Path], None]) -> None:
+def download_then_publish(home: Path, identity: str, fetch: Callable[[Path], None]) -> None:
     """Let a directory come to be in one rename.
 
     Args:

@@ -17,7 +17,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from tqdm import tqdm
 
 from minitron.errors import RunError
-from minitron.storage.bucket import CHUNK, Objects, explained, handles, snapshot_of, some_objects
+from minitron.storage.bucket import CHUNK, Objects, handles, one_line_errors, snapshot_of, some_objects
 
 RETRY = DEFAULT_RETRY
 """The library's: connections that break and 408, 429, 5xx are tried again for two minutes, with growing pauses."""
@@ -42,7 +42,7 @@ def download(identity: str, target: Path) -> None:
     missing = [(blob, target / name) for name, blob in found.items() if not _is_there(target / name, blob)]
     for _, path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with explained(address, "fetched"), _progress(address, sum(blob.size for blob, _ in missing)) as bar:
+    with one_line_errors(address, "fetched"), _progress(address, sum(blob.size for blob, _ in missing)) as bar:
         for batch in _batches(missing):
             _fetch(address, batch)
             bar.update(sum(blob.size for blob, _ in batch))
@@ -68,7 +68,7 @@ def upload(files: dict[str, Path], address: str, there: Objects) -> dict[str, in
     by_generation: dict[int, list[str]] = defaultdict(list)
     for name in sorted(missing, key=lambda name: -sizes[name]):
         by_generation[there[name].generation if name in there else 0].append(name)
-    with explained(address, "uploaded"), _progress(address, sum(sizes.values())) as bar:
+    with one_line_errors(address, "uploaded"), _progress(address, sum(sizes.values())) as bar:
         for generation, names in by_generation.items():
             blobs = handles(address, names)
             for batch in _upload_batches(names, sizes):

@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "connect",
+    "default_retries",
+    "defer_sigterm",
     "environment",
     "existing_run",
     "experiment_id",
-    "explained",
-    "hurry",
+    "fail_fast",
     "is_missing",
     "is_refusal",
-    "patient",
+    "one_line_errors",
     "read_artifact",
     "reason",
     "search",
-    "shown",
-    "undisturbed",
+    "without_password",
 ]
 
 _QUIET = {
@@ -44,9 +44,9 @@ _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-_HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-_hurried: set[str] = set()
-"""What `hurry` has set."""
+_FAIL_FAST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_set_by_fail_fast: set[str] = set()
+"""What `fail_fast` has set."""
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -60,7 +60,7 @@ def connect(uri: str) -> "MlflowClient":
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "path"
     if scheme not in ("http", "https", *_DATABASES):
         raise ConfigError(
-            f"tracking_uri {shown(uri)}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE"
+            f"tracking_uri {without_password(uri)}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE"
         )
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
@@ -70,11 +70,11 @@ def connect(uri: str) -> "MlflowClient":
             return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ImportError as error:
         remedy = "pip install mlflow, or give a server's http(s)://HOST"
-        raise ConfigError(f"tracking_uri {shown(uri)}: needs the package {error.name}; {remedy}") from error
+        raise ConfigError(f"tracking_uri {without_password(uri)}: needs the package {error.name}; {remedy}") from error
 
 
 @contextmanager
-def explained(uri: str | None) -> Iterator[None]:
+def one_line_errors(uri: str | None) -> Iterator[None]:
     """Turn the errors of MLflow, of its database and of its connections into one line.
 
     Raises:
@@ -87,7 +87,7 @@ def explained(uri: str | None) -> Iterator[None]:
         of_database = type(error).__module__.startswith("sqlalchemy")
         if not of_database and not isinstance(error, (refusal, OSError)):  # requests' errors are OSErrors
             raise
-        raise RunError(f"MLflow at {shown(uri or '')}: {reason(error)}; {_remedy(error)}") from error
+        raise RunError(f"MLflow at {without_password(uri or '')}: {reason(error)}; {_remedy(error)}") from error
 
 
 def _remedy(error: BaseException) -> str:
@@ -122,13 +122,13 @@ def reason(error: BaseException) -> str:
     return text[:300]
 
 
-def shown(uri: str) -> str:
+def without_password(uri: str) -> str:
     """Return a URI without its user and password, which may have any character in it."""
     return re.sub(r"//(?:[^/:@]*:.*|[^/@]*)@", "//", uri)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def defer_sigterm() -> Iterator[None]:
     """Let SIGTERM wait for the end of a call: its exception, raised inside one, can leave the database locked."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -212,21 +212,21 @@ def _mlflow() -> Any:
 
 
 @contextmanager
-def hurry() -> Iterator[None]:
+def fail_fast() -> Iterator[None]:
     """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
-    added = {name: value for name, value in _HURRY.items() if name not in os.environ}
-    _hurried.update(added)
+    added = {name: value for name, value in _FAIL_FAST.items() if name not in os.environ}
+    _set_by_fail_fast.update(added)
     try:
         with environment(**added):
             yield
     finally:
-        _hurried.difference_update(added)
+        _set_by_fail_fast.difference_update(added)
 
 
 @contextmanager
-def patient() -> Iterator[None]:
-    """Within `hurry`, give mlflow its own patience back: for what a stage cannot do without."""
-    with environment(**dict.fromkeys(_hurried)):
+def default_retries() -> Iterator[None]:
+    """Within `fail_fast`, give mlflow its own patience back: for what a stage cannot do without."""
+    with environment(**dict.fromkeys(_set_by_fail_fast)):
         yield
 
 

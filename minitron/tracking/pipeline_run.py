@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from minitron.config.stages import StageConfig
 from minitron.tracking.client import experiment_id, search
-from minitron.tracking.write_once import PARENT_TAG, shared_run
+from minitron.tracking.write_once import PARENT_TAG, find_or_create_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,7 +39,7 @@ def pipeline_run(client: "MlflowClient", config: StageConfig) -> "Run | None":
     if config.pipeline_run_id is None:
         return None
     experiment = experiment_id(client, config.experiment)
-    return shared_run(client, experiment, RUN_TAG, config.pipeline_run_id, config.pipeline_run_id)
+    return find_or_create_run(client, experiment, RUN_TAG, config.pipeline_run_id, config.pipeline_run_id)
 
 
 def stage_runs(client: "MlflowClient", run: "Run") -> list["Run"]:

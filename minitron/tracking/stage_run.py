@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.config.stages import StageConfig
-from minitron.storage.cache import lasting_directory
+from minitron.storage.cache import persistent_directory
 from minitron.tracking.client import (
     connect,
+    default_retries,
+    defer_sigterm,
     experiment_id,
-    explained,
-    hurry,
+    fail_fast,
     is_refusal,
-    patient,
+    one_line_errors,
     reason,
     search,
-    shown,
-    undisturbed,
+    without_password,
 )
 from minitron.tracking.outbox import Message, Outbox, deliver
 from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, pipeline_run
@@ -106,9 +106,9 @@ class MlflowTracker(Tracker):
         """Send the record; with mlflow's own patience (MLFLOW_HTTP_REQUEST_MAX_RETRIES), once it is safe in a file."""
         self.log(record["metrics"], self._last_step)
         self._outbox.put({"run": self.run_id, "file": "stage.json", "text": json.dumps(record, indent=2)})
-        with undisturbed():
+        with defer_sigterm():
             if not self._outbox.flush():
-                with patient():
+                with default_retries():
                     self._outbox.flush()
 
     def close(self, status: str, error: BaseException | None = None) -> None:
@@ -121,7 +121,7 @@ class MlflowTracker(Tracker):
         if error:
             tag = [ERROR_TAG, f"{type(error).__name__}: {error}"[:_TAG_LENGTH]]
             last.append({"run": self.run_id, "tag": tag})
-        with undisturbed():
+        with defer_sigterm():
             if not self._outbox.close(last):
                 self._warn(f"not all arrived; {self._unsent} has it, and the next stage that reaches MLflow sends it")
 
@@ -180,12 +180,14 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
     if config.tracking_uri is None:
         yield Tracker(identity)
         return
-    with hurry():  # for the whole stage: the environment must not change under the threads of a training
-        with explained(config.tracking_uri), undisturbed():
+    with fail_fast():  # for the whole stage: the environment must not change under the threads of a training
+        with one_line_errors(config.tracking_uri), defer_sigterm():
             client = connect(config.tracking_uri)
             _deliver_left(client, config)
             tracker = MlflowTracker(client, config, identity)
-        print(f"{identity['stage']}: MLflow run {tracker.run_id} at {shown(config.tracking_uri)}", flush=True)
+        print(
+            f"{identity['stage']}: MLflow run {tracker.run_id} at {without_password(config.tracking_uri)}", flush=True
+        )
         try:
             yield tracker
         except BaseException as error:
@@ -196,8 +198,8 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
 
 def _unsent(config: StageConfig) -> Path:
     """Return the directory of what a server missed: beside the results, so that the next stage finds it."""
-    server = hashlib.sha256(shown(config.tracking_uri or "").encode()).hexdigest()[:16]
-    return lasting_directory(config.workspace) / "unsent" / server
+    server = hashlib.sha256(without_password(config.tracking_uri or "").encode()).hexdigest()[:16]
+    return persistent_directory(config.workspace) / "unsent" / server
 
 
 def _deliver_left(client: "MlflowClient", config: StageConfig) -> None:

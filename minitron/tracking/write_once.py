@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 PARENT_TAG = "mlflow.parentRunId"
 
 
-def shared_run(client: "MlflowClient", experiment_id: str, tag: str, value: str, name: str) -> "Run":
+def find_or_create_run(client: "MlflowClient", experiment_id: str, tag: str, value: str, name: str) -> "Run":
     """Return the run with this tag that is nobody's child, made if it is not there: the earliest, by its maker's clock.
 
     Processes that ask within the same moment can differ; what must be exclusive needs `write_once`.
