@@ -27,7 +27,7 @@ test: setup ## run the tests with coverage
 
 test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: ten minutes
 	.venv-nemo/bin/pip install --quiet --no-deps $(NEMO)
-	.venv-nemo/bin/pytest -n 2 --dist loadfile tests/engine_nemo tests/test_gpu.py
+	.venv-nemo/bin/pytest -n 2 --dist loadfile tests/nemo tests/flows/test_gpu.py
 
 .venv-nemo/ready: constraints-nemo.txt
 	$(PYTHON) -m venv .venv-nemo
@@ -41,7 +41,7 @@ test-images: setup ## build the images and run the pipeline in them; needs root 
 	$(BIN)/pytest tests/images
 
 manifests: setup ## render the manifests into build/manifests and check every object
-	$(BIN)/pytest tests/test_manifests.py tests/test_runner_role.py tests/test_docs.py
+	$(BIN)/pytest tests/deploy
 
 lint: setup ## ruff, ruff format, mypy, hadolint
 	$(BIN)/ruff check $(MODULES)

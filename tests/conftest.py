@@ -2,36 +2,26 @@
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import forks
 import pytest
-from http_server import free_port
 
 from minitron.cli import demo_inputs
 from minitron.data.indexed import IndexedWriter
 from minitron.data.manifest import MANIFEST
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
-from minitron.tracking.client import connect, experiment_id
+from tests.constants import SEQUENCE, STEPS
+from tests.servers.http_server import free_port
+from tests.servers.mlflow_server import mlflow_serving
 
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
-    from gcs import World
-
     from minitron.config.stages import EvaluateConfig
+    from tests.servers.gcs import World
 
-SEQUENCE, STEPS = 32, 6
-"""Of the trainings of `compressed`: tokens of a sequence, optimizer steps."""
-
-collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["engine_nemo", "images"]
+collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["nemo", "images"]
 """`make test-nemo` runs those of engine nemo, in an environment of its own; `make test-images` builds the images."""
 
 
@@ -88,33 +78,6 @@ def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.
     return EvaluateConfig(output=root / "out", dataset=dataset, tracking_uri="http://user:secret@host", **places)
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Ask for something until it is there, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not there after {seconds} seconds")
-        time.sleep(0.05)
-    return found
-
-
-@contextmanager
-def serving(
-    command: list[str], directory: Path, uri: str, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen]:
-    """Run a server in a directory until the block ends; it is healthy when the block begins."""
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, cwd=directory, start_new_session=True
-        )
-    try:
-        _wait_until_healthy(uri, directory / "log")
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 MLFLOW_SERVER = """
 import os, runpy, sys
 import mlflow.cli, mlflow.server
@@ -128,25 +91,6 @@ mlflow.server._exec_cmd = become
 mlflow.cli.cli()
 """
 """`mlflow server`, which would start `python -m uvicorn`, becomes it."""
-
-
-@contextmanager
-def mlflow_serving(
-    directory: Path, port: int, *options: str, database: str | None = None, **environment: str
-) -> Iterator[int]:
-    """Run a real MLflow server; what it has stored in a directory or database, it has when it is started again."""
-    command = ["-c", MLFLOW_SERVER, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", database or f"sqlite:///{directory}/mlflow.db", *options]
-    command += ["--artifacts-destination", str(directory)]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = directory / "log"
-    process = forks.start(command, log, log, os.environ | quiet | environment, directory)
-    try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}", log)
-        yield process.pid or 0
-    finally:
-        process.kill()
-        process.join()
 
 
 @pytest.fixture(scope="session")
@@ -175,25 +119,10 @@ def uri(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(request.param)
 
 
-def new_version(uri: str, name: str, alias: str | None, tags: dict[str, str], **files: str) -> None:
-    """Register a version that is nothing but its tags and the JSON files of its run."""
-    client = connect(uri)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    run = client.create_run(experiment_id(client, name))
-    client.log_text(run.info.run_id, "{}", "model/MLmodel")
-    for stem, text in files.items():
-        client.log_text(run.info.run_id, text, f"{stem}.json")
-    source = f"{run.info.artifact_uri}/model"
-    version = client.create_model_version(name, source, run.info.run_id, tags=tags).version
-    if alias:
-        client.set_registered_model_alias(name, alias, str(version))
-
-
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["World"]:
     """A storage server with an empty bucket named `bucket`, and a cache of this test's own."""
-    from gcs import serving_bucket
+    from tests.servers.gcs import serving_bucket
 
     bucket.pinned.cache_clear()
     with serving_bucket() as world:
@@ -201,13 +130,3 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["World"]:
         monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "test")
         monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
         yield world
-
-
-def _wait_until_healthy(uri: str, log: Path) -> None:
-    for _ in range(2400):
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError(log.read_text())

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import yaml
 from docker.types import Mount
 from kfp import components, local
-from podman_support import run
 
 from minitron.cli.local import adapt
 from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
 from minitron.config.settings import RESOURCES, GpuResources
+from tests.images.podman_support import run
 
 USER = 1000
 LOCAL = "localhost/"

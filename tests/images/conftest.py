@@ -12,11 +12,11 @@ from pathlib import Path
 
 import docker
 import pytest
-from cluster_support import Cluster
-from podman_support import DEBIAN, NEMO, PYTHON, build, configure, make_debian
 
 from minitron import __version__
 from minitron.components.images import TOOLS, TRAINER
+from tests.images.cluster_support import Cluster
+from tests.images.podman_support import DEBIAN, NEMO, PYTHON, build, configure, make_debian
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.constants import REPOSITORY
+
 DEBIAN = "minitron-pipelines/debian:12"
 PYTHON = "minitron-pipelines/python:3.11"
 NEMO = "minitron-pipelines/nemo:cpu"

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from podman_support import NEMO, found_in_image, in_image, inspect, packages, pip_settings, run
 
 from minitron import __version__
 from minitron.components.images import TOOLS, TRAINER
+from tests.images.podman_support import NEMO, found_in_image, in_image, inspect, packages, pip_settings, run
 
 BOTH = pytest.mark.parametrize("image", [TRAINER, TOOLS])
 BASE = ("torch", "transformers", "numpy", "nemo-toolkit", "megatron-core", "protobuf")

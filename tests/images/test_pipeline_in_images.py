@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster_support import USER, Cluster
 from docker.errors import DockerException
-from podman_support import PYTHON
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.components.images import TOOLS, TRAINER
 from minitron.config.stages import STAGES
 from minitron.tracking.client import connect
+from tests.images.cluster_support import USER, Cluster
+from tests.images.podman_support import PYTHON
 
 
 def test_the_pipeline_ends_in_a_registered_model(

@@ -1,0 +1,108 @@
+"""`minitron doctor` on clusters that have everything, little, and nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from minitron.cli.options import app
+from tests.servers.gcs import World
+from tests.servers.http_server import Page, free_port, http_server
+from tests.servers.kubeflow_server import kubeflow_server
+from tests.servers.kubernetes_server import KubernetesServer, kubernetes_server
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    with kubernetes_server(tmp_path, monkeypatch) as state:
+        for name in ("KF_PIPELINES_ENDPOINT", "MINITRON_NAMESPACE", "MINITRON_TOKEN", "MLFLOW_TRACKING_URI"):
+            monkeypatch.delenv(name, raising=False)
+        state.add("namespaces", "team", status={"phase": "Active"})
+        state.add("nodes", "cpu", status={"allocatable": {"cpu": "8"}})
+        state.add("nodes", "gpu", status={"allocatable": {"cpu": "96", "nvidia.com/gpu": "8"}})
+        claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}}
+        state.add("persistentvolumeclaims", "minitron-workspace", spec=claim, status={"phase": "Bound"})
+        state.add("secrets", "minitron", data={"HF_TOKEN": "eA=="})
+        state.add("clustertrainingruntimes", "torch-distributed")
+        yield state
+
+
+def doctor(*arguments: str) -> tuple[int, dict[str, str]]:
+    """Return the exit status, and the lines of the table by their check."""
+    done = CliRunner().invoke(app, ["doctor", "--namespace", "team", *arguments])
+    lines = [line for line in done.stdout.splitlines() if line[:1] in "✓✗–" and line.strip()]
+    return done.exit_code, {line[1:].strip().split("  ")[0]: line for line in lines}
+
+
+def test_a_cluster_that_has_everything(cluster: KubernetesServer, mlflow_server: str) -> None:
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url, "--tracking-uri", mlflow_server)
+    assert status == 0 and all(line.startswith("✓") for line in lines.values())
+    assert "version 2.15.0, one user" in lines["Kubeflow Pipelines"]
+    assert "8 allocatable on 1 of 2 nodes" in lines["GPUs"]
+    assert "Bound, ReadWriteMany, 1Ti" in lines["claim minitron-workspace"]
+    assert "HF_TOKEN" in lines["secret minitron"] and "eA==" not in str(lines)
+    assert lines.keys() == {
+        "Kubeflow Pipelines", "namespace team", "GPUs", "claim minitron-workspace", "secret minitron",
+        "training runtime torch-distributed", "MLflow",
+    }  # fmt: skip
+
+
+def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
+    for kind in ("namespaces", "persistentvolumeclaims", "secrets", "clustertrainingruntimes"):
+        cluster.objects[kind].clear()
+    del cluster.objects["nodes"]["gpu"]
+    status, lines = doctor("--host", f"http://127.0.0.1:{free_port()}")
+    assert status == 1
+    marks = {check: line[0] for check, line in lines.items()}
+    assert marks == {
+        "Kubeflow Pipelines": "✗", "namespace team": "✗", "claim minitron-workspace": "✗",
+        "GPUs": "–", "secret minitron": "–", "training runtime torch-distributed": "–",
+    }  # fmt: skip
+    assert (
+        "no answer (Connection refused)" in lines["Kubeflow Pipelines"]
+        and "check --host" in lines["Kubeflow Pipelines"]
+    )
+    assert "missing" in lines["claim minitron-workspace"] and "kubectl apply -k" in lines["claim minitron-workspace"]
+    assert "install Kubeflow Trainer 2.3" in lines["training runtime torch-distributed"]
+
+
+def test_what_one_may_not_see_is_no_failure(cluster: KubernetesServer) -> None:
+    cluster.forbidden |= {"nodes", "secrets", "clustertrainingruntimes"}
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url)
+    assert status == 0 and "not visible to you" in lines["GPUs"] and lines["GPUs"].startswith("–")
+
+
+def test_a_lost_volume_and_a_cluster_that_is_away(cluster: KubernetesServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.objects["persistentvolumeclaims"]["minitron-workspace"]["status"] = {"phase": "Lost"}
+    with kubeflow_server() as kubeflow:
+        assert "✗" in doctor("--host", kubeflow.url)[1]["claim minitron-workspace"]
+        monkeypatch.setenv("KUBECONFIG", "/nowhere")
+        status, lines = doctor("--host", kubeflow.url)
+    assert status == 0 and "no access" in lines["Kubernetes"] and lines.keys() == {"Kubeflow Pipelines", "Kubernetes"}
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "remedy"), [(200, "<html>", "check tracking_uri"), (403, "no", "start it with --allowed-hosts")]
+)
+def test_what_is_no_mlflow(cluster: KubernetesServer, status: int, text: str, remedy: str) -> None:
+    with http_server(Page(status, text)) as page, kubeflow_server() as kubeflow:
+        code, lines = doctor("--host", kubeflow.url, "--tracking-uri", page.url)
+    assert code == 1 and remedy in lines["MLflow"] and str(status) in lines["MLflow"]
+
+
+def test_an_mlflow_that_is_away(cluster: KubernetesServer) -> None:
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url, "--tracking-uri", f"http://127.0.0.1:{free_port()}")
+    assert status == 1 and "ConnectionError" in lines["MLflow"]
+
+
+def test_a_bucket_is_written_to(cluster: KubernetesServer, world: World) -> None:
+    with kubeflow_server() as kubeflow:
+        status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
+        assert status == 0 and "gs://bucket/results: writable" in lines["bucket"] and not world.names()
+        world.fault = lambda request: 403 if request.uploaded or request.method == "POST" else None
+        status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
+    assert status == 1 and "give this account the role Storage Object User" in lines["bucket"]

@@ -1,0 +1,355 @@
+"""`minitron submit`, `schedule`, `runs` and `unschedule` against a server that speaks Kubeflow Pipelines' API."""
+
+import base64
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from minitron import __version__
+from minitron.cli.options import app
+from minitron.cluster import pipelines_api
+from minitron.cluster.cron import first_time
+from minitron.config.pipelines import compiled_pipeline, configured
+from minitron.config.settings import ClusterConfig
+from minitron.errors import ConfigError
+from tests.constants import REPOSITORY
+from tests.servers.http_server import CUT, Page, State, free_port, http_server
+from tests.servers.kubeflow_server import KubeflowServer, kubeflow_server
+
+JOB = ["compress", "--preset", "nemo-tutorial-width", "--preset", "gke-spot", "--set", "corpus=gs://bucket/text"]
+JOB += ["--set", "teacher=hf://meta-llama/Llama-3.1-8B", "--set", "tracking_uri=http://mlflow.minitron:5000"]
+NIGHTLY = ["schedule", *JOB, "--cron", "0 0 2 * * *", "--name", "nightly"]
+
+
+@pytest.fixture
+def server() -> Iterator[KubeflowServer]:
+    with kubeflow_server() as state:
+        yield state
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pipelines_api, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("KF_PIPELINES_ENDPOINT", "MINITRON_NAMESPACE", "MINITRON_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def minitron(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def ok(*arguments: str) -> str:
+    done = minitron(*arguments)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    return done.stdout
+
+
+def error(*arguments: str) -> str:
+    """Return the one line of a failure; the exit status is 1 or 2."""
+    done = minitron(*arguments)
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.output + repr(done.exception)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def test_a_run_is_of_a_version_that_is_uploaded_once(server: KubeflowServer) -> None:
+    shown = ok("submit", *JOB, "--host", server.url)
+    ok("submit", *JOB, "--host", server.url)
+    assert len(server.pipelines) == 1 and len(server.runs) == 2
+    names = {entry["display_name"] for entry in server.versions.values()}
+    (version,) = (name for name in names if name.startswith(__version__))
+    run = next(iter(server.runs.values()))
+    assert f"started: run {run['run_id']} of compress {version}" in shown
+    assert f"{server.url}/#/runs/details/{run['run_id']}" in shown
+    parameters = run["runtime_config"]["parameters"]
+    assert parameters["corpus"] == "gs://bucket/text"
+    settings = parameters["settings"]
+    assert settings["distill"]["learning_rate"] == 1e-4
+    assert settings["gpu_node_selector"] == {"cloud.google.com/gke-spot": "true"}
+    assert [entry["key"] for entry in settings["gpu_tolerations"]] == ["nvidia.com/gpu", "cloud.google.com/gke-spot"]
+
+
+def test_other_settings_of_the_pipeline_are_another_version(server: KubeflowServer) -> None:
+    ok("submit", *JOB, "--host", server.url)
+    ok(
+        "submit",
+        *JOB,
+        "--host",
+        server.url,
+        "--set",
+        "cluster.ttl_hours=1",
+        "--set",
+        "cluster.service_account=minitron",
+    )
+    assert len(server.pipelines) == 1
+    versions = [entry for entry in server.versions.values() if entry["display_name"].startswith(__version__)]
+    first, second = server.runs.values()
+    assert len(versions) == 2 and "service_account" not in first and second["service_account"] == "minitron"
+
+
+def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline() -> None:
+    settings = ClusterConfig(shared_memory="64Gi", retries=9, timeout_hours=2, ttl_hours=1, labels={"team": "llm"})
+    before = compiled_pipeline("compress")
+    specification, platform = configured(copy.deepcopy(before), settings)
+    kubernetes = platform["platforms"]["kubernetes"]
+    assert kubernetes["pipelineConfig"]["resourceTtlOnCompletion"] == 3600
+    for executor in kubernetes["deploymentSpec"]["executors"].values():
+        assert executor["activeDeadlineSeconds"] == "7200"
+        assert all(mount["sizeLimit"] == "64Gi" for mount in executor.get("emptyDirMounts", []))
+        assert executor["podMetadata"]["labels"]["team"] == "llm"
+    tasks = specification["root"]["dag"]["tasks"]
+    assert {task["retryPolicy"]["maxRetryCount"] for name, task in tasks.items() if name != "plan"} == {9}
+    assert configured(copy.deepcopy(before), ClusterConfig()) == before, "the defaults are what is compiled"
+
+
+def test_a_run_is_followed_to_its_end(server: KubeflowServer) -> None:
+    server.after_run = scenario(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"], ["distill", "SUCCEEDED"])
+    shown = ok("submit", *JOB, "--host", server.url, "--wait")
+    lines = [line.partition(" ")[2] for line in shown.splitlines() if line[:1].isdigit()]
+    assert lines == ["prepare: running", "prepare: succeeded", "distill: succeeded"]
+    assert shown.rstrip().endswith("succeeded")
+
+
+def test_a_run_that_fails_says_which_task_and_why(server: KubeflowServer) -> None:
+    server.after_run = scenario(["prepare", "SUCCEEDED"], ["prune", "FAILED", "hidden_size: 4096 is no cut"])
+    message = error("submit", *JOB, "--host", server.url, "--wait")
+    assert "failed; prune: hidden_size: 4096 is no cut; see http://" in message
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(server: KubeflowServer) -> None:
+    server.after_run = scenario(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"])
+    steps = iter([[503, 503], [CUT] * 6, []])
+    after_run = server.after_run
+
+    def go_on_and_fail(run: Any) -> None:
+        after_run(run)
+        server.faults = next(steps, [])
+
+    server.after_run = go_on_and_fail
+    shown = ok("submit", *JOB, "--host", server.url, "--wait")
+    assert shown.count("; trying again") >= 3 and shown.rstrip().endswith("succeeded")
+
+
+def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
+    assert ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly runs compress")
+    before = copy.deepcopy((server.pipelines, server.versions, server.experiments, server.schedules))
+    assert ok(*NIGHTLY, "--host", server.url).startswith("unchanged: nightly")
+    assert (server.pipelines, server.versions, server.experiments, server.schedules) == before
+    (schedule,) = server.schedules.values()
+    assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *" and schedule["mode"] == "ENABLE"
+    assert schedule["no_catchup"] is True and str(schedule["max_concurrency"]) == "1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--cron", "0 30 2 * * *"], ["--set", "distill.max_steps=31"], ["--set", "cluster.retries=1"],
+     ["--set", "cluster.service_account=minitron"]],
+)  # fmt: skip
+def test_a_changed_schedule_replaces_the_old_one(server: KubeflowServer, change: list[str]) -> None:
+    ok(*NIGHTLY, "--host", server.url)
+    (old,) = server.schedules
+    assert ok(*NIGHTLY, *change, "--host", server.url).startswith("scheduled: nightly")
+    (new,) = server.schedules
+    assert new != old
+    changes = [
+        request for request in server.requests if request.startswith(("POST", "DELETE")) and "recurring" in request
+    ]
+    assert [request.split()[0] for request in changes] == ["POST", "POST", "DELETE"], "never without one"
+
+
+def test_a_schedule_that_was_switched_off_by_hand_is_made_again(server: KubeflowServer) -> None:
+    ok(*NIGHTLY, "--host", server.url)
+    next(iter(server.schedules.values()))["mode"] = "DISABLE"
+    assert ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly")
+    assert [entry["mode"] for entry in server.schedules.values()] == ["ENABLE"]
+
+
+def test_runs_and_schedules_are_listed_and_a_schedule_is_deleted(server: KubeflowServer) -> None:
+    ok("submit", *JOB, "--host", server.url)
+    ok(*NIGHTLY, "--host", server.url)
+    run = next(iter(server.runs.values()))
+    run |= {"state": "SUCCEEDED", "created_at": "2026-11-24T02:00:00Z", "finished_at": "2026-11-24T05:30:00Z"}
+    shown = ok("runs", "--host", server.url)
+    for text in (run["run_id"], "succeeded", "2026-11-24 02:00", "3.5", "nightly", "0 0 2 * * *"):
+        assert text in shown
+    assert error("unschedule", "nightlee", "--host", server.url) == "nightlee: no such schedule; there is nightly"
+    assert ok("unschedule", "nightly", "--host", server.url) == "deleted: schedule nightly\n"
+    assert not server.schedules and "nightly" not in ok("runs", "--host", server.url)
+
+
+def test_where_there_are_several_users_everything_is_in_the_namespace() -> None:
+    with kubeflow_server(multi_user=True, token="secret") as server:
+        access = ["--host", server.url, "--token", "secret"]
+        assert error("runs", *access).startswith("--namespace: missing; http://")
+        ok("submit", *JOB, *access, "--namespace", "team")
+        ok(*NIGHTLY, *access, "--namespace", "team")
+        assert ok(*NIGHTLY, *access, "--namespace", "team").startswith("unchanged")
+        assert {entry["namespace"] for entry in (*server.pipelines.values(), *server.experiments.values())} == {"team"}
+        message = error("runs", *access, "--namespace", "foreign")
+        assert "not allowed (403): User 'ann' is not authorized" in message and "in the namespace foreign" in message
+
+
+@pytest.mark.parametrize("token", [[], ["--token", "expired"]])
+def test_a_token_that_is_refused_is_named(token: list[str]) -> None:
+    with kubeflow_server(token="secret") as server:
+        message = error("submit", *JOB, "--host", server.url, *token)
+    assert message.endswith("get a new one and give it by --token or MINITRON_TOKEN") and "refused (401)" in message
+
+
+def test_a_host_that_does_not_answer_is_named() -> None:
+    host = f"http://127.0.0.1:{free_port()}"
+    assert error("runs", "--host", host) == f"{host}: no answer (Connection refused); check --host and the network"
+
+
+def test_a_page_that_is_not_kubeflows_is_told_apart() -> None:
+    with http_server(Page(200, "<html>Sign in</html>")) as page:
+        assert "answers, but not as Kubeflow Pipelines' API" in error("runs", "--host", page.url)
+
+
+def test_outside_a_cluster_the_host_is_needed() -> None:
+    assert error("runs") == "--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT"
+
+
+def test_in_a_pod_neither_host_nor_token_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kfp.client import Client
+    from kubernetes.config import incluster_config
+
+    (tmp_path / "token").write_text("of-the-pod")
+    monkeypatch.setattr(pipelines_api, "_IN_CLUSTER", tmp_path / "token")
+    for name in ("SERVICE_TOKEN_FILENAME", "SERVICE_CERT_FILENAME"):
+        monkeypatch.setattr(incluster_config, name, str(tmp_path / "token"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    with kubeflow_server(multi_user=True, token="of-the-pod") as server:
+        monkeypatch.setattr(Client, "_IN_CLUSTER_DNS_NAME", server.url)
+        ok("submit", *JOB, "--namespace", "team")
+        assert len(server.runs) == 1
+
+
+class _Google(State):
+    """Google's token service: an access token, or one for the proxy's client."""
+
+    def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
+        claims = parse_qs(data.decode())["assertion"][0].split(".")[1]
+        wanted = json.loads(base64.urlsafe_b64decode(claims + "=="))
+        if wanted.get("target_audience") == "the-proxy":
+            return {"id_token": "for-the-proxy"}
+        return {"access_token": "x", "expires_in": 3600}
+
+
+def test_behind_googles_proxy_the_service_accounts_token_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    monkeypatch.setenv("KF_PIPELINES_IAP_OAUTH2_CLIENT_ID", "the-proxy")
+    with http_server(_Google()) as google, kubeflow_server(token="for-the-proxy") as server:
+        account = {"type": "service_account", "client_email": "ci@example.com", "token_uri": f"{google.url}/token"}
+        account |= {"private_key": key.decode(), "private_key_id": "1", "project_id": "p", "client_id": "1"}
+        (tmp_path / "key.json").write_text(json.dumps(account))
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+        monkeypatch.setattr("kfp.client.auth.OAUTH_TOKEN_URI", f"{google.url}/token")
+        ok("submit", *JOB, "--host", server.url)
+        (tmp_path / "key.json").unlink()
+        message = error("runs", "--host", server.url)
+    assert "no token for its Identity-Aware Proxy (" in message and "GOOGLE_APPLICATION_CREDENTIALS" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "distill.max_step=3"], "distill.max_step: unknown key; did you mean 'distill.max_steps'?"),
+        (["--set", "cluster.ttl_hour=3"], "cluster.ttl_hour: unknown key; did you mean 'ttl_hours'?"),
+        (["--set", "cluster.shared_memory=16"], "cluster.shared_memory: Input should be a valid string"),
+        (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
+        (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks do not see"),
+        (["--set", "distill.num_nodes=2"], "distill: gpus is 8, but with num_nodes 2 the task itself only waits"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sent(
+    server: KubeflowServer, arguments: list[str], message: str
+) -> None:
+    assert error("submit", *JOB, *arguments, "--host", server.url).startswith(message)
+    assert not server.requests
+
+
+def test_the_samples_are_for_a_laptop(server: KubeflowServer) -> None:
+    message = error("submit", "compress", "--preset", "tiny", "--host", server.url)
+    assert message == (
+        "samples: tiny are made on this machine, by minitron run; for a cluster add --set teacher=… --set corpus=…"
+    )
+
+
+def test_what_the_server_refuses_is_one_line(server: KubeflowServer) -> None:
+    server.faults = [200, 200, 200, 500]
+    assert "refused (500): out of order" in error(*NIGHTLY, "--host", server.url)
+    assert not server.schedules
+
+
+@pytest.mark.parametrize("expression", ["0 0 2 * * *", "0 */15 8-18 * * MON-FRI", "0 0 0 1,15 * ?", "30 0 0 1 JAN *"])
+def test_a_schedule_as_kubeflow_takes_it(expression: str) -> None:
+    assert first_time(expression).year >= 2026
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("0 2 * * *", "5 fields, Kubeflow takes six (second minute hour"),
+        ("60 0 2 * * *", "second cannot be '60'"),
+        ("0 61 2 * * *", "minute cannot be '61'"),
+        ("0 0 25 * * *", "hour cannot be '25'"),
+        ("0 0 2 0 * *", "day-of-month cannot be '0'"),
+        ("0 0 2 L * *", "day-of-month cannot be 'L'"),
+        ("0 0 2 * 13 *", "month cannot be '13'"),
+        ("0 0 2 * * 7", "day-of-week cannot be '7'"),
+        ("0 0 2 * * MON#1", "day-of-week cannot be 'MON#1'"),
+        ("0 0 2 30 2 *", "there is no such day"),
+        ("", "0 fields"),
+    ],
+)
+def test_a_bad_schedule_names_its_field(expression: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        first_time(expression)
+    assert message in str(caught.value)
+
+
+def scenario(*steps: list[str]) -> Callable[[dict[str, Any]], None]:
+    """Return what lets a run go through the tasks' states, one at every look, and then end."""
+    left = list(steps)
+
+    def go_on(run: dict[str, Any]) -> None:
+        tasks = {entry["display_name"]: entry for entry in run.get("run_details", {}).get("task_details", [])}
+        if left:
+            name, state, *reason = left.pop(0)
+            tasks[name] = {"display_name": name, "state": state}
+            if reason:
+                tasks[name]["error"] = {"code": 2, "message": reason[0]}
+            run["state"] = "RUNNING"
+        else:
+            failed = any(entry["state"] == "FAILED" for entry in tasks.values())
+            run["state"] = "FAILED" if failed else "SUCCEEDED"
+        run["run_details"] = {"task_details": list(tasks.values())}
+
+    return go_on
+
+
+def test_the_presets_for_gke_are_pods_own_terms() -> None:
+    presets = REPOSITORY / "pipelines" / "presets"
+    for path in presets.glob("gke-*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        assert {"key", "operator", "effect"} <= values["gpu_tolerations"][0].keys()
+        assert all(isinstance(value, str) for value in values["gpu_node_selector"].values())

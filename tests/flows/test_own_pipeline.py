@@ -1,0 +1,38 @@
+"""A component alone, in a pipeline of the user's own: the README's lines, compiled, and run on this machine."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import compiler, components, local
+from transformers import AutoModelForCausalLM
+
+from minitron.config.settings import PruneSettings
+from tests.constants import REPOSITORY
+
+
+def readme_pipeline() -> Any:
+    (source,) = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(compile(source, "README.md", "exec"), names)
+    return names["prune_mine"]
+
+
+def test_the_pipeline_of_the_readme_prunes_a_model_of_the_users_own(
+    teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A process per task, since KFP runs a component as one: what a user's artifacts and plain settings become."""
+    compiler.Compiler().compile(readme_pipeline(), str(tmp_path / "mine.yaml"))
+    local.init(local.SubprocessRunner(use_venv=False), str(tmp_path / "results"), workspace_root=str(tmp_path / "kfp"))
+    components.load_component_from_file(str(tmp_path / "mine.yaml"))(teacher_uri=str(teacher), dataset_uri=str(dataset))
+    (pruned,) = tmp_path.glob("results/*/prune/pruned")
+    config = AutoModelForCausalLM.from_pretrained(pruned).config
+    assert (config.intermediate_size, config.num_hidden_layers) == (96, 4)
+
+
+def test_settings_are_checked_while_the_pipeline_is_written() -> None:
+    assert PruneSettings(intermediate_size=96).as_settings() == {"intermediate_size": 96}
+    for wrong in ({"intermediate_size": "wide"}, {"intermediate_sizes": 96}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PruneSettings(**wrong)

@@ -1,0 +1,178 @@
+"""Engine nemo against engine hf: the same batches, the same cuts, the same curves; killed, it resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from minitron.config.parse import parse
+from minitron.config.stages import FinetuneConfig
+from minitron.data.packed import training_data
+from minitron.data.tokenizer import load_tokenizer
+from tests.nemo.nemo_support import TRAINING, curves, logits, run_distill, run_finetune, run_prune, weights
+
+SCORES = ("layers", "hidden", "intermediate", "heads", "key_value")
+
+
+def test_both_engines_read_the_same_tokens_and_labels(teacher: Path, dataset: Path) -> None:
+    """The end of a document included, whose id is the padding's: Megatron's own dataset masks it."""
+    from nemo.lightning.data import MegatronPretrainingSampler
+
+    from minitron.engines.nemo.training import Batches, data_module
+
+    config = FinetuneConfig(teacher=str(teacher), dataset=dataset, output=Path("unused"), engine="nemo", **TRAINING)
+    tokenizer = load_tokenizer(teacher)
+    assert json.loads((teacher / "config.json").read_text())["pad_token_id"] == tokenizer.eos_token_id
+    train_set, validation_set = training_data(config)
+    module = data_module(config, Batches(train_set), Batches(validation_set, 12, 16), config.global_batch_size)
+    sampler = MegatronPretrainingSampler(len(module._train_ds), 0, 4, 0, 1, global_batch_size=8)
+    ends = 0
+    for place, indices in enumerate(islice(sampler, 6)):
+        for row, index in enumerate(indices):
+            found, expected = module._train_ds[index], train_set[place * 4 + row]
+            assert torch.equal(found["tokens"], expected["input_ids"])
+            assert torch.equal(found["labels"], expected["labels"])
+            assert found["loss_mask"].all()
+            ends += int((found["labels"] == tokenizer.eos_token_id).sum())
+    assert ends > 0
+    assert [float(module._validation_ds[index]["loss_mask"].mean()) for index in range(16)] == [1.0] * 12 + [0.0] * 4
+
+
+def test_finetuning_gives_the_curves_and_the_weights_of_engine_hf(finetuned: dict[str, Path]) -> None:
+    expected, found = (json.loads((finetuned[engine] / "stage.json").read_text()) for engine in ("hf", "nemo"))
+    assert found["metrics"].keys() == expected["metrics"].keys()
+    for name, values in curves(expected).items():
+        assert curves(found)[name] == pytest.approx(values, rel=1e-4), name
+    assert [row["step"] for row in found["history"]] == [row["step"] for row in expected["history"]]
+    assert found["metrics"]["best_step"] == expected["metrics"]["best_step"] > 0
+    assert found["peak_rss_mb"] > 300
+    for name, weight in weights(finetuned["hf"]).items():
+        assert torch.allclose(weights(finetuned["nemo"])[name], weight, atol=1e-4), name
+
+
+def test_pruning_keeps_what_engine_hf_keeps(pruned: dict[str, Path]) -> None:
+    expected, found = (json.loads((pruned[engine] / "pruning.json").read_text()) for engine in ("hf", "nemo"))
+    assert found["kept"] == expected["kept"]
+    assert found["dropped_layers"] == expected["dropped_layers"]
+    assert found["student"] == expected["student"] and found["calibration"] == expected["calibration"]
+    for axis in SCORES:
+        found_scores, expected_scores = (torch.tensor(account["scores"][axis]) for account in (found, expected))
+        torch.testing.assert_close(found_scores, expected_scores, rtol=1e-4, atol=0)
+
+
+def test_the_two_students_are_one_function(pruned: dict[str, Path]) -> None:
+    """Model-Optimizer orders channels and heads by importance: the weights are a permutation, the logits equal."""
+    torch.testing.assert_close(logits(pruned["nemo"]), logits(pruned["hf"]), rtol=1e-3, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(pruned["nemo"])
+    assert model.config.head_dim == 24 and model.config.vocab_size == 600
+
+
+def test_layers_dropped_by_hand_leave_the_others_as_they_are(
+    wide: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    accounts = {
+        engine: run_prune(tmp_path / engine, dataset, wide, engine=engine, drop_layers=[2, 3])
+        for engine in ("hf", "nemo")
+    }
+    assert accounts["nemo"]["kept"]["layers"] == [0, 3] and accounts["nemo"]["scores"] is None
+    assert accounts["nemo"] == accounts["hf"]
+    expected, found = weights(tmp_path / "hf"), weights(tmp_path / "nemo")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"], "NeMo wrote into the working directory"
+
+
+def test_intermediate_layers_are_matched_too(
+    wide: Path, pruned: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    """Their loss is scaled to the size of the KL, so that the whole is twice the KL; it reaches the history apart."""
+    settings = {"max_steps": 3, "validation_interval": 3, "engine": "nemo", "intermediate_layers": [[1, 2], [2, 4]]}
+    record = run_distill(tmp_path / "out", dataset, wide, pruned["hf"], **settings)
+    steps = [row for row in record["history"] if "loss" in row]
+    for row in steps:
+        assert row["loss"] == pytest.approx(2 * row["kl"], rel=1e-4) and 0 < row["intermediate"] < 2
+    assert steps[-1]["intermediate"] < steps[0]["intermediate"]
+    assert sorted(weights(tmp_path / "out")) == sorted(weights(pruned["hf"])), (
+        "the projection is no part of the student"
+    )
+
+
+def test_distillation_gives_the_curve_of_engine_hf(distilled: dict[str, dict[str, Any]]) -> None:
+    expected, found = distilled["hf"], distilled["nemo"]
+    first = [next(row for row in record["history"] if "loss" in row) for record in (found, expected)]
+    for term in ("loss", "kl", "cross_entropy"):
+        assert first[0][term] == pytest.approx(first[1][term], rel=1e-3), term
+    for name, values in curves(expected).items():
+        assert curves(found)[name] == pytest.approx(values, rel=1e-3), name
+    assert found["metrics"]["teacher_validation_loss"] == expected["metrics"]["teacher_validation_loss"]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_two_processes_give_the_losses_of_one(distilled: dict[str, dict[str, Any]], kind: str) -> None:
+    """Over gloo, through validations and checkpoints at intervals of their own; with activations recomputed, too."""
+    one, two = curves(distilled["nemo"]), curves(distilled[kind])
+    assert len(two["loss"]) == TRAINING["max_steps"] and len(two["validation_loss"]) == 3
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_killed_in_mid_training_it_resumes_and_ends_with_the_same_loss(
+    teacher: Path, dataset: Path, finetuned: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    settings = TRAINING | {"teacher": str(teacher), "dataset": str(dataset), "output": str(output), "engine": "nemo"}
+    parse("finetune", settings)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "minitron.finetune", "--config", str(tmp_path / "job.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / "killed.partial" / "checkpoints"
+    while not (work / "step-3").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _wait_until_no_worker_is_left(work)
+    (work / "step-9.saving").mkdir()  # what a kill during a save leaves
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, resumed = (json.loads((path / "stage.json").read_text()) for path in (finetuned["nemo"], output))
+    assert [row["step"] for row in resumed["history"]] == [row["step"] for row in whole["history"]]
+    for name, values in curves(whole).items():
+        assert curves(resumed)[name] == pytest.approx(values, rel=1e-6), name
+    for name, weight in weights(finetuned["nemo"]).items():
+        assert torch.allclose(weights(output)[name], weight, atol=1e-6), name
+
+
+def _wait_until_no_worker_is_left(work: Path) -> None:
+    """Workers end with their parent, even a killed one: else they would write where the next attempt does."""
+    for _ in range(300):
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+        if not any(str(work).encode() in line for line in lines):
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers outlive their parent")
+
+
+def test_a_failing_worker_is_one_line(wide: Path, dataset: Path, tmp_path: Path) -> None:
+    from minitron.errors import RunError
+
+    broken = tmp_path / "broken"
+    import shutil
+
+    shutil.copytree(wide, broken)
+    shard = broken / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(RunError) as caught:
+        run_finetune(tmp_path / "out", dataset, broken, engine="nemo")
+    assert "\n" not in str(caught.value) and "the whole log is" in str(caught.value)
+    assert not (tmp_path / "out").exists()

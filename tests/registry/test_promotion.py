@@ -1,0 +1,343 @@
+"""A champion is chosen by one process at a time, on a real server and on a SQLite file, and can be taken back."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import forks
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from minitron.cli.options import app
+from minitron.config.parse import parse
+from minitron.config.tasks import PromoteConfig
+from minitron.errors import ConfigError, RunError
+from minitron.registry import promotion_log
+from minitron.registry.promotion import GatesFailed, NotJudged, promote, rollback
+from minitron.registry.promotion_log import Ledger
+from minitron.stages import promote as promotion
+from minitron.stages import register
+from minitron.tracking import pipeline_run
+from minitron.tracking.client import connect, experiment_id
+from tests.registry.promotions import aliases_of, evaluation_of, race, registered
+from tests.servers.mlflow_server import new_version
+from tests.servers.processes import until
+
+
+@pytest.fixture
+def name(tmp_path: Path) -> str:
+    return tmp_path.name
+
+
+def _moves(uri: str, name: str) -> list[tuple[int | None, int]]:
+    return [(move.source, move.to) for move in Ledger(connect(uri), name).moves()]
+
+
+def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: str) -> None:
+    registered(uri, name, evaluation_of(1.5), evaluation_of(1.4))
+    first = promote(uri, name, 1)
+    assert first.version == 1 and first.move is not None and first.move.source is None
+    assert aliases_of(uri, name) == {"challenger": 2, "champion": 1}
+    second = promote(uri, name, why="better", pipeline_run_id="run-7")
+    assert second.move and (second.move.source, second.move.to) == (1, 2) and second.gates[0]["student"] == 1.4
+    assert aliases_of(uri, name) == {"challenger": 2, "champion": 2, "previous": 1}
+    tags = connect(uri).get_model_version(name, "2").tags
+    assert tags["promoted_by"] == second.move.who == "Kubeflow run run-7" and tags["promoted_why"] == "better"
+    assert tags["promoted_at"] == second.move.when
+
+    again = promote(uri, name, 2)
+    assert again.move is None and _moves(uri, name) == [(None, 1), (1, 2)]
+    taken_back = rollback(uri, name, "too slow")
+    assert taken_back.version == 1 and aliases_of(uri, name) == {"challenger": 2, "champion": 1, "previous": 2}
+    assert rollback(uri, name).version == 2 and _moves(uri, name)[2:] == [(2, 1), (1, 2)]
+    client = connect(uri)
+    (run,) = client.search_runs(
+        [experiment_id(client, promotion_log.EXPERIMENT)], f"tags.`minitron.promotions` = '{name}'"
+    )
+    assert run.info.run_name == f"promotions of {name}" and run.info.status == "FINISHED"
+    assert json.loads(run.data.params["move.0003"])["why"] == "too slow" and run.data.params["done.0004"] == "applied"
+
+
+def test_of_two_processes_one_wins_each_move(uri: str, name: str, tmp_path: Path) -> None:
+    race(uri, name, tmp_path, rounds=15)
+
+
+KILLED = """
+import os, sys
+from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion import promote
+Ledger._set_aliases = lambda *arguments: os.kill(os.getpid(), 9)
+promote(sys.argv[1], sys.argv[2], 2)
+"""
+
+
+def _killed(uri: str, name: str) -> None:
+    """Let a process die between the entry and the aliases."""
+    done = forks.python("-c", KILLED, uri, name)
+    assert done.returncode == -9, done.stderr
+
+
+def test_a_move_whose_author_died_is_completed_by_the_next_reader(
+    uri: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(uri, name, *[evaluation_of(1.0)] * 3)
+    promote(uri, name, 1)
+    _killed(uri, name)
+    assert aliases_of(uri, name)["champion"] == 1 and _moves(uri, name) == [(None, 1), (1, 2)]
+    monkeypatch.setattr(promotion_log, "_READER_SECONDS", 2)
+    began = time.monotonic()
+    assert promote(uri, name, 2).move is None
+    assert 2 <= time.monotonic() - began < 20, "its author had time to set them himself"
+    assert aliases_of(uri, name) == {"challenger": 3, "champion": 2, "previous": 1}
+    assert connect(uri).get_model_version(name, "2").tags["promoted_by"]
+    promote(uri, name, 3)
+    assert _moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion import promote
+set_aliases, directory = Ledger._set_aliases, Path(sys.argv[3])
+def slowly(ledger, move):
+    (directory / "about to").touch()
+    while not (directory / "go").exists():
+        time.sleep(0.01)
+    set_aliases(ledger, move)
+Ledger._set_aliases = slowly
+promote(sys.argv[1], sys.argv[2], 2)
+"""
+
+
+def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
+    uri: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotion_log, "_READER_SECONDS", 1)
+    registered(uri, name, *[evaluation_of(1.0)] * 3)
+    promote(uri, name, 1)
+    slow = forks.start(["-c", SLOW, uri, name, str(tmp_path)], tmp_path / "log", tmp_path / "log")
+    try:
+        until(lambda: (tmp_path / "about to").exists() or slow.exitcode is not None)
+        assert slow.exitcode is None, (tmp_path / "log").read_text()
+        promote(uri, name, 3)
+        (tmp_path / "go").touch()
+        slow.join(60)
+        assert slow.exitcode == 0
+    finally:
+        slow.kill()
+    assert _moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
+    assert aliases_of(uri, name) == {"challenger": 3, "champion": 3, "previous": 2}
+
+
+@pytest.mark.parametrize("fate", ["moved by hand", "deleted"])
+def test_a_move_that_cannot_be_completed_is_given_up(
+    mlflow_file: str, name: str, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    monkeypatch.setattr(promotion_log, "_READER_SECONDS", 0)
+    registered(mlflow_file, name, *[evaluation_of(1.0)] * 4)
+    promote(mlflow_file, name, 1)
+    _killed(mlflow_file, name)
+    client = connect(mlflow_file)
+    if fate == "deleted":
+        client.delete_model_version(name, "2")
+    else:
+        client.set_registered_model_alias(name, "champion", "3")
+    source = 1 if fate == "deleted" else 3
+    promote(mlflow_file, name, 4)
+    assert _moves(mlflow_file, name) == [(None, 1), (1, 2), (source, 4)]
+    assert aliases_of(mlflow_file, name) == {"challenger": 4, "champion": 4, "previous": source}
+
+
+def test_an_alias_moved_by_hand_is_where_the_next_move_starts(uri: str, name: str) -> None:
+    registered(uri, name, *[evaluation_of(1.0)] * 3)
+    promote(uri, name, 1)
+    connect(uri).set_registered_model_alias(name, "champion", "2")
+    assert promote(uri, name, 2).move is None, "what the alias says is so"
+    promote(uri, name, 3)
+    assert _moves(uri, name) == [(None, 1), (2, 3)] and aliases_of(uri, name)["previous"] == 2
+    connect(uri).delete_registered_model_alias(name, "champion")
+    promote(uri, name, 1)
+    assert _moves(uri, name)[-1] == (None, 1) and aliases_of(uri, name)["champion"] == 1
+
+
+def test_gates_decide(mlflow_file: str, name: str) -> None:
+    registered(mlflow_file, name, evaluation_of(3.5))
+    with pytest.raises(GatesFailed, match=r"version 1: validation_loss 3\.5: 3\.5, at most 2: failed; train it longer"):
+        promote(mlflow_file, name)
+    assert aliases_of(mlflow_file, name) == {"challenger": 1} and _moves(mlflow_file, name) == []
+    registered(mlflow_file, name, {"student": {}}, None)
+    assert promote(mlflow_file, name, 2).gates == [], "it declares none"
+    with pytest.raises(GatesFailed, match=r"version 3: its MLflow run has no evaluation\.json; run the pipe"):
+        promote(mlflow_file, name)
+
+
+def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name: str) -> None:
+    """Where both were measured on the same test set; else the version has to be evaluated anew."""
+    against = {"address": f"models:/{name}/9", "validation_loss": 2.0}
+    registered(
+        mlflow_file,
+        name,
+        evaluation_of(1.5),
+        evaluation_of(1.4, "champion", champion=against),
+        evaluation_of(1.6, "champion", champion=against),
+        evaluation_of(1.0, "champion", test_set="b", champion=against),
+        evaluation_of(1.0, "champion", test_set="b", champion={"address": f"models:/{name}/2"}),
+    )
+    assert promote(mlflow_file, name, 3).gates[0]["outcome"] == "no champion"
+    promote(mlflow_file, name, 1)
+    rows = promote(mlflow_file, name, 2).gates
+    assert rows[0]["reference"] == 1.5 and rows[0]["outcome"] == "passed"
+    with pytest.raises(GatesFailed, match=r"version 3: validation_loss 1\.6, difference to the champion's 1\.4: 0\.2"):
+        promote(mlflow_file, name, 3)
+    with pytest.raises(GatesFailed, match=r"against models:/.*/9, and .* cannot be compared .*, version 2; run the"):
+        promote(mlflow_file, name, 4)
+    assert promote(mlflow_file, name, 5).version == 5, "it was compared with today's champion"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "nobody"}, r"nobody: no such model is registered at sqlite:.*; known: .*"),
+        ({"version": 7}, r": no version 7; known: 1, 2"),
+        ({"version": None}, r": no version has the alias challenger; give a version, or register one"),
+        ({"uri": None}, r"tracking_uri: missing; the registry is MLflow's"),
+        ({"uri": "./mlruns"}, r"tracking_uri \./mlruns: MLflow does not write there"),
+        ({"uri": "http://127.0.0.1:9"}, r"MLflow at http://127\.0\.0\.1:9: .*check tracking_uri and that"),
+        ({"why": "x" * 1001}, r"why: 1001 characters as it is written; give at most 1000"),
+        ({"why": '"' * 501}, r"why: 1002 characters as it is written; give at most 1000"),
+    ],
+)
+def test_what_cannot_be_promoted_is_refused(mlflow_file: str, name: str, values: dict[str, Any], message: str) -> None:
+    registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
+    connect(mlflow_file).delete_registered_model_alias(name, "challenger")
+    with pytest.raises((ConfigError, RunError), match=message) as caught:
+        promote(**({"uri": mlflow_file, "name": name, "version": 1} | values))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_previous_version_nothing_is_taken_back(mlflow_file: str, name: str) -> None:
+    registered(mlflow_file, name, evaluation_of(1.0))
+    promote(mlflow_file, name)
+    with pytest.raises(RunError, match="no version has the alias previous; give the one you want to minitron promote"):
+        rollback(mlflow_file, name)
+
+
+def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> None:
+    registered(mlflow_file, name, evaluation_of(1.5), evaluation_of(3.5))
+
+    def said(status: int, *words: str) -> str:
+        done = CliRunner().invoke(app, [*words, "--tracking-uri", mlflow_file])
+        assert done.exit_code == status, done.output
+        return " ".join(done.output.split())
+
+    answer = said(0, "promote", name, "--version", "1", "--why", "the first")
+    assert "champion none 1 previous none" in answer and "1.500 │ at most 2.000 │ +0.500 │ ✓ passed" in answer
+    assert f"nothing moved: version 1 of {name} is the champion already" in said(0, "promote", name, "--version", "1")
+    assert "error:" in said(1, "promote", name) and "at most 2: failed; train it longer" in said(1, "promote", name)
+    assert "no version has the alias previous" in said(1, "rollback", name)
+    connect(mlflow_file).set_registered_model_alias(name, "previous", "2")
+    answer = said(0, "rollback", name, "--why", "too slow")
+    assert "champion 1 2 previous 1" in answer and answer.endswith(": too slow")
+
+
+@pytest.mark.parametrize("why", ["ж" * 1000, '"' * 500, "line\n" * 160])
+def test_whatever_the_reason_the_ledger_can_be_read(mlflow_file: str, name: str, why: str) -> None:
+    registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
+    done = promote(mlflow_file, name, 1, why)
+    assert done.move is not None and done.move.why == why
+    promote(mlflow_file, name, 2)
+    assert _moves(mlflow_file, name) == [(None, 1), (1, 2)]
+
+
+def test_a_first_version_whose_run_was_deleted_keeps_nobody(mlflow_file: str, name: str) -> None:
+    registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
+    client = connect(mlflow_file)
+    client.delete_run(client.get_model_version(name, "1").run_id)
+    assert promote(mlflow_file, name, 2).version == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "oops", '{"gates": [{"metric": "x"}]}', '{"gates": 3}'])
+def test_an_evaluation_of_another_tool_is_refused(mlflow_file: str, name: str, text: str) -> None:
+    new_version(mlflow_file, name, "challenger", {}, evaluation=text)
+    with pytest.raises(RunError, match=r"not what minitron writes|none of minitron's") as caught:
+        promote(mlflow_file, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_speed_of_another_evaluation_is_not_compared(mlflow_file: str, name: str) -> None:
+    by_loss = evaluation_of(1.0, "champion")
+    by_speed = by_loss | {"gates": [by_loss["gates"][0] | {"metric": "generation_tokens_per_second"}]}
+    registered(mlflow_file, name, evaluation_of(1.5), by_loss, by_speed)
+    promote(mlflow_file, name, 1)
+    with pytest.raises(NotJudged, match="cannot be compared with those of today's champion, version 1; run the pipe"):
+        promote(mlflow_file, name, 3)
+    assert promote(mlflow_file, name, 2).version == 2
+
+
+def asked(uri: str, name: str, version: int, tmp_path: Path) -> dict[str, Any]:
+    """Return what the task of the pipeline says of a version."""
+    values = {"output": tmp_path / f"promoted-{version}", "tracking_uri": uri, "name": name, "version": version}
+    config = parse("promote", values | {"experiment": name, "pipeline_run_id": f"run-{version}"})
+    assert isinstance(config, PromoteConfig)
+    return promotion.run(config)
+
+
+def test_what_could_not_be_judged_is_not_decided(mlflow_file: str, name: str, tmp_path: Path) -> None:
+    against = evaluation_of(1.0, "champion", test_set="b")
+    registered(mlflow_file, name, evaluation_of(1.5), against, None, evaluation_of(3.5))
+    outcomes = [asked(mlflow_file, name, version, tmp_path)["outcome"] for version in (1, 2, 3, 4)]
+    assert outcomes == ["promoted", "challenger", "challenger", "challenger"]
+    client = connect(mlflow_file)
+    tags = [client.get_model_version(name, str(version)).tags.get("decision", "") for version in (1, 2, 3, 4)]
+    assert tags[:3] == ["it met its gates", "", ""] and "validation_loss" in tags[3]
+    runs = client.search_runs([experiment_id(client, name)], f"tags.`{pipeline_run.RUN_TAG}` LIKE 'run-%'")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+
+
+GENERATE = """
+import json, sys
+sys.modules["minitron"] = None
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(f"models:/{sys.argv[2]}@champion")
+print(json.dumps(model.predict(["hello there"], params={"max_new_tokens": 8})))
+"""
+
+
+def test_the_champion_generates_wherever_its_alias_is_loaded(
+    mlflow_file: str, name: str, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(teacher, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"lm_head.weight": -weights["lm_head.weight"]}, other / "model.safetensors", {"format": "pt"})
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.html").write_text("<p>report</p>")
+    for student in (teacher, other):
+        found = evaluation_of(1.0) | {"student": {"parameters": 213568, "validation_loss": 1.0}}
+        del found["teacher"]
+        (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(found))
+        values = {"output": tmp_path / f"out-{student.name}", "student": student, "dataset": dataset, "name": name}
+        values |= {"evaluation": tmp_path / "evaluation", "tracking_uri": mlflow_file, "experiment": name}
+        register.run(parse("register", values))
+        promote(mlflow_file, name)
+        assert _generated(mlflow_file, name, tmp_path) == _expected(student)
+    rollback(mlflow_file, name)
+    assert _generated(mlflow_file, name, tmp_path) == _expected(teacher) != _expected(other)
+
+
+def _generated(uri: str, name: str, directory: Path) -> list[str]:
+    done = forks.python("-c", GENERATE, uri, name, directory=directory)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _expected(directory: Path) -> list[str]:
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    tokens = tokenizer("hello there", return_tensors="pt", return_token_type_ids=False)
+    found = model.generate(**tokens, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return [tokenizer.decode(found[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)]

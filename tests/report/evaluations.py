@@ -1,0 +1,70 @@
+"""Evaluations as evaluation.json has them, with round numbers."""
+
+import copy
+from typing import Any
+
+from minitron.config import metrics
+from minitron.config.gates import Gate
+from minitron.config.stages import EvaluateConfig
+from minitron.registry import gates
+
+
+def model(parameters: int, loss: float, accuracy: float, speed: float, text: str) -> dict[str, Any]:
+    return {
+        "parameters": parameters,
+        "validation_loss": loss,
+        "test_loss": loss + 0.25,
+        "perplexity": 10 * loss,
+        "kl": loss - 2,
+        "top1_agreement": 1 / loss,
+        "tasks": {"arc": {"acc": accuracy, "acc_stderr": 0.03, "acc_norm": accuracy + 0.01, "acc_norm_stderr": 0.02}},
+        "generation_tokens_per_second": speed,
+        "weights_mb": parameters / 250_000,
+        "samples": [f" {text} one", f" {text} two"],
+    }
+
+
+EVALUATION = {
+    "teacher_before": model(134_515_008, 2.5, 0.58, 20.0, "base"),
+    "teacher": model(134_515_008, 2.0, 0.6, 20.0, "teacher"),
+    "pruned": model(90_214_488, 6.0, 0.3, 25.0, "pruned"),
+    "student": model(90_214_488, 3.0, 0.5, 30.0, "student"),
+    "gap_closed": 0.75,
+    "sequences": {"validation": 640, "test": 320},
+    "prompts": ["Once upon", "In physics"],
+}
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The evaluation with other values; model__key names a model's."""
+    evaluation = copy.deepcopy(EVALUATION)
+    for name, value in values.items():
+        model_name, _, key = name.partition("__")
+        if key:
+            evaluation[model_name][key] = value
+        else:
+            evaluation[name] = value
+    return evaluation
+
+
+def judged(evaluation: dict[str, Any], *declared: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation with the gates of a preset."""
+    config = EvaluateConfig.model_construct(gates=[Gate(**gate) for gate in declared])
+    rows = gates.judge(gates.declared(config), evaluation, evaluation.get("champion"))
+    return evaluation | {"gates": rows, "passed": gates.passed(rows)}
+
+
+def gated_evaluation() -> dict[str, Any]:
+    """An evaluation without a test split, with a champion and gates of every outcome that there is with one."""
+    champion = model(90_214_488, 2.9, 0.55, 30.0, "champion")
+    champion |= {"address": "models:/small/3", "out_of_domain_loss": 3.2, "test_loss": None}
+    nothing = {f"{name}__test_loss": None for name in metrics.MODELS}
+    return judged(
+        changed(champion=champion, student__out_of_domain_loss=3.1, **nothing),
+        {"metric": "validation_loss", "against": "champion", "at_most": 0.15},
+        {"metric": "arc_acc", "against": "champion", "at_least": 0.05},
+        {"metric": "arc_acc_norm", "at_least": 0.53},
+        {"metric": "perplexity", "against": "teacher", "by": "ratio", "at_most": 1.6},
+        {"metric": "test_loss", "at_most": 3.5},
+        {"metric": "out_of_domain_loss", "at_most": 3.5},
+    )

@@ -1,0 +1,138 @@
+"""Components, pipeline, presets and README say the same as the configuration models."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron import components
+from minitron.config.document import make_plan, merge
+from minitron.config.parse import parse
+from minitron.config.presets import pipelines_directory, read_preset
+from minitron.config.reference import reference_page
+from minitron.config.settings import SETTINGS
+from minitron.config.stages import STAGES
+from minitron.config.tasks import TASKS
+from minitron.errors import ConfigError
+from minitron.pipelines.compress import compress
+from minitron.pipelines.promote import promote
+from minitron.pipelines.retrain import retrain
+from minitron.stages import plan
+from tests.constants import REPOSITORY
+
+ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
+PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))
+REQUIRED = {"teacher": "/teacher", "corpus": "/corpus"}
+
+
+def test_the_components_are_the_stages_in_the_order_of_the_flow() -> None:
+    assert components.__all__ == [*STAGES, *TASKS]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_takes_inputs_settings_and_where_it_reports(stage: str) -> None:
+    inputs = getattr(components, stage).component_spec.inputs
+    fields = STAGES[stage].model_fields
+    assert inputs.keys() == fields.keys() - SETTINGS[stage].model_fields.keys() - {"output"} | {"settings"}
+    assert inputs["settings"].default == {}
+    for name, entry in inputs.items():
+        if entry.type.startswith("system."):
+            assert name in ARTIFACTS and fields[name].is_required()
+        elif name != "settings":
+            assert entry.optional != fields[name].is_required() or name == "tracking_uri", name
+            assert entry.default == (fields[name].default if entry.optional else None), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_passes_every_value_on_under_its_own_name(stage: str) -> None:
+    component = getattr(components, stage)
+    (call,) = re.findall(r"launch\((.*?)\n    \)", inspect.getsource(component.python_func), re.DOTALL)
+    name, metrics, settings, *passed = [" ".join(part.split()) for part in call.strip().rstrip(",").split(",")]
+    assert (name, metrics, settings) == (f'"{stage}"', "metrics", "settings")
+    inputs = component.component_spec.inputs
+    wanted = {f"{name}={name}.path" if entry.type.startswith("system.") else f"{name}={name}"
+              for name, entry in inputs.items() if name != "settings"}  # fmt: skip
+    assert {part for part in passed if not part.startswith("output=")} == wanted
+
+
+@pytest.mark.parametrize("pipeline", [compress, retrain, promote], ids=lambda pipeline: pipeline.name)
+def test_the_run_form_is_short_and_every_parameter_is_described(pipeline: Any) -> None:
+    parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    assert len(parameters) <= 25
+    assert all(entry.description for entry in parameters.values())
+
+
+def test_retrain_has_the_form_of_compress_without_the_champion_that_it_looks_up() -> None:
+    offered, inputs = compress.component_spec.inputs, retrain.component_spec.inputs
+    assert inputs.keys() == offered.keys() - {"champion"}
+    for name, entry in inputs.items():  # a condition hands on no parameter that has no value
+        assert entry.default is not None or name == "tracking_uri"
+        assert entry.default == offered[name].default
+
+
+def test_the_plan_hands_on_what_the_component_declares() -> None:
+    outputs = plan._outputs(make_plan(REQUIRED))
+    declared = components.plan.component_spec.outputs
+    assert outputs.keys() == declared.keys() - {"planned", "report"}
+    kinds = {"String": str, "Dict": dict, "List": list}
+    assert all(isinstance(outputs[name], kinds[declared[name].type]) for name in outputs)
+
+
+def test_a_component_is_a_short_declaration() -> None:
+    for stage in STAGES:
+        assert len((REPOSITORY / "components" / f"{stage}.py").read_text().splitlines()) <= 60, stage
+
+
+def test_presets_are_those_promised() -> None:
+    assert PRESETS == [
+        "demo",
+        "gke-gpu",
+        "gke-spot",
+        "llama-3.1-minitron-4b-depth",
+        "llama-3.1-minitron-4b-width",
+        "nemo-tutorial-depth",
+        "nemo-tutorial-width",
+        "tiny",
+    ]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_valid(preset: str) -> None:
+    document = merge(REQUIRED, read_preset(preset))
+    make_plan({key: value for key, value in document.items() if key != "samples" and not key.startswith("cluster.")})
+
+
+@pytest.mark.parametrize(
+    ("preset", "cut"),
+    [
+        ("nemo-tutorial-width", {"hidden_size": 3072, "intermediate_size": 9216}),
+        ("nemo-tutorial-depth", {"drop_layers": list(range(16, 32))}),
+    ],
+)
+def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any]) -> None:
+    values = yaml.safe_load((pipelines_directory() / "presets" / f"{preset}.yaml").read_text())
+    assert values["sequence_length"] == 8192
+    assert values["prune"] == cut | {"calibration_sequences": 1024}
+    training = make_plan(merge(values)).stages["distill"]
+    expected = {
+        "max_steps": 30, "global_batch_size": 128, "micro_batch_size": 4, "learning_rate": 1e-4,
+        "min_learning_rate": 1e-5, "warmup_steps": 2, "validation_interval": 10, "validation_sequences": 5 * 128,
+        "tensor_parallel_size": 8, "temperature": 1.0, "kl_weight": 1.0, "cross_entropy_weight": 0.0,
+    }  # fmt: skip
+    assert {name: getattr(training, name) for name in expected} == expected
+
+
+def test_the_parameter_reference_is_what_the_models_say() -> None:
+    page = REPOSITORY / "docs" / "reference" / "parameters.md"
+    assert page.read_text() == reference_page(), "run 'make docs'"
+
+
+@pytest.mark.parametrize("task", ["promote", "register"])
+@pytest.mark.parametrize("name", ["a/b", "a@b", "it's"])
+def test_a_name_that_the_registry_cannot_address_is_refused(task: str, name: str) -> None:
+    required = {field: "x" for field, info in (STAGES | TASKS)[task].model_fields.items() if info.is_required()}
+    key = "name" if task == "register" else "model_name"
+    with pytest.raises(ConfigError, match=f"{task}.{key}: .*found"):
+        parse(task, required | {key: name})

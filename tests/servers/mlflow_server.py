@@ -1,0 +1,46 @@
+"""A real MLflow server, and registered versions that are nothing but tags and files."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import forks
+
+from minitron.tracking.client import connect, experiment_id
+from tests.conftest import MLFLOW_SERVER
+from tests.servers.processes import wait_until_healthy
+
+
+@contextmanager
+def mlflow_serving(
+    directory: Path, port: int, *options: str, database: str | None = None, **environment: str
+) -> Iterator[int]:
+    """Run a real MLflow server; what it has stored in a directory or database, it has when it is started again."""
+    command = ["-c", MLFLOW_SERVER, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database or f"sqlite:///{directory}/mlflow.db", *options]
+    command += ["--artifacts-destination", str(directory)]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = directory / "log"
+    process = forks.start(command, log, log, os.environ | quiet | environment, directory)
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}", log)
+        yield process.pid or 0
+    finally:
+        process.kill()
+        process.join()
+
+
+def new_version(uri: str, name: str, alias: str | None, tags: dict[str, str], **files: str) -> None:
+    """Register a version that is nothing but its tags and the JSON files of its run."""
+    client = connect(uri)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    run = client.create_run(experiment_id(client, name))
+    client.log_text(run.info.run_id, "{}", "model/MLmodel")
+    for stem, text in files.items():
+        client.log_text(run.info.run_id, text, f"{stem}.json")
+    source = f"{run.info.artifact_uri}/model"
+    version = client.create_model_version(name, source, run.info.run_id, tags=tags).version
+    if alias:
+        client.set_registered_model_alias(name, alias, str(version))

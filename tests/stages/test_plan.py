@@ -1,0 +1,119 @@
+"""The first task of a pipeline checks the whole settings document; a setting is written once and appears everywhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron.config.tasks import PlanConfig
+from minitron.errors import ConfigError
+from minitron.stages import plan
+from tests.constants import REPOSITORY
+
+FORM = {"teacher": "/teacher", "corpus": "/corpus"}
+
+
+def planned(output: Path, **form: Any) -> dict[str, Any]:
+    return plan.run(PlanConfig(output=output, **FORM | form))["outputs"]
+
+
+def test_the_form_wins_over_the_settings_and_these_over_the_preset(tmp_path: Path) -> None:
+    settings = {"distill": {"max_steps": 7.0}, "finetune.gpus": 2.0, "register": {"name": "mine"}}  # as Kubeflow has it
+    outputs = planned(
+        tmp_path / "out", preset="nemo-tutorial-width", document=settings, champion="models:/mine@champion"
+    )
+    assert outputs["teacher"] == "/teacher"
+    assert outputs["prune"]["hidden_size"] == 3072
+    assert outputs["distill"]["max_steps"] == 7 and outputs["distill"]["global_batch_size"] == 128
+    assert (outputs["finetune_gpus"], outputs["distill_gpus"], outputs["register_memory"]) == ("2", "8", "8Gi")
+    assert outputs["evaluate"]["champion"] == "models:/mine@champion"
+    assert outputs["register"]["name"] == "mine"
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == outputs
+
+
+def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path: Path) -> None:
+    planned(tmp_path / "out", document={"distill": {"max_steps": 7}}, model_name="<b>")
+    page = (tmp_path / "out" / "plan.html").read_text()
+    assert '<tr class="changed"><th scope="row">max_steps</th><td>7</td>' in page
+    assert '<tr><th scope="row">warmup_steps</th><td>2</td>' in page
+    assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            {"document": {"distill": {"max_step": 3}}},
+            "distill.max_step: unknown key; did you mean 'distill.max_steps'?",
+        ),
+        ({"document": {"prune": {"gpus": "two"}}}, "prune.gpus: Input should be a valid integer"),
+        ({"document": {"prune": {"gpus": -1}}}, "prune.gpus: Input should be greater than or equal to 0"),
+        ({"model_name": "a/b"}, "register.name: String should match pattern"),
+        ({"teacher": ""}, "teacher: missing; give it a value"),
+        ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
+        ({"preset": "tiny"}, "preset tiny: minitron run makes its inputs, tiny, on your machine"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, form: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        planned(tmp_path / "out", **form)
+    assert str(refused.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_section_has_no_effect_in_a_run_and_the_log_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = planned(tmp_path / "out", preset="gke-spot")
+    assert outputs["gpu_node_selector"] == {"cloud.google.com/gke-spot": "true"}
+    assert "cluster.retries has no effect here" in capsys.readouterr().out
+
+
+NEW = '    dropout: Fraction = Field(0.0, description="Share of the activations that are dropped.")\n'
+
+
+def test_a_new_setting_is_written_once(tmp_path: Path) -> None:
+    """One line in the models puts a setting into help, reference, plan and stage; nothing has to be compiled again.
+
+    A process imports the copy of the package that has one more setting.
+    """
+    package = shutil.copytree(
+        REPOSITORY / "minitron", tmp_path / "minitron", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for part in ("components", "pipelines"):
+        shutil.copytree(REPOSITORY / part, package / part)
+    models = package / "settings.py"
+    before, line, after = models.read_text().partition("    max_steps: PositiveInt")
+    models.write_text(before + NEW + line + after)
+    code = f"""
+import json, pathlib
+from typer.testing import CliRunner
+from minitron.stages import plan
+from minitron.cli.options import app
+from minitron.config.stages import DistillConfig; from minitron.config.tasks import PlanConfig
+from minitron.config.reference import reference_page
+from minitron.pipelines.compress import compress
+from minitron.pipelines.tasks import write_compiled
+root = pathlib.Path({str(tmp_path)!r})
+config = PlanConfig(output=root / "out", teacher="/t", corpus="/c", document={{"distill": {{"dropout": 0.1}}}})
+section = plan.run(config)["outputs"]["distill"]
+stage = DistillConfig(output="/o", dataset="/d", teacher="/t", student="/s", **section)
+write_compiled(compress, root / "compress.yaml")
+help_text = CliRunner().invoke(app, ["run", "--help"]).output
+print(json.dumps([help_text, reference_page(), (root / "out" / "plan.html").read_text(), section, stage.dropout]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
+    help_text, page, html, section, value = json.loads(done.stdout)
+    meaning = "Share of the activations that are dropped."
+    assert f"distill.dropout=0.0  {meaning}" in help_text and f"finetune.dropout=0.0  {meaning}" in help_text
+    assert f"| `dropout` | `0.0` | {meaning} |" in page
+    assert '<tr class="changed"><th scope="row">dropout</th><td>0.1</td>' in html
+    assert section["dropout"] == value == 0.1
+    assert (tmp_path / "compress.yaml").read_text() == (REPOSITORY / "pipelines" / "compress.yaml").read_text()

@@ -1,0 +1,347 @@
+"""The student becomes a version that generates text, on a real server and on a SQLite file, or leaves nothing."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minitron.config.parse import parse
+from minitron.config.stages import RegisterConfig
+from minitron.errors import ConfigError, RunError
+from minitron.models.checkpoint import parameter_count, stored_parameters
+from minitron.registry import versions
+from minitron.stages import distill, register
+from minitron.storage.hashing import content_hash
+from minitron.tracking.client import connect
+from tests.constants import SEQUENCE
+
+TEXTS = ["hello there", "abc"]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What distill writes."""
+    output = tmp_path_factory.mktemp("student") / "student"
+    values = {"output": output, "dataset": dataset, "teacher": teacher, "student": teacher, "max_steps": 2}
+    values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "validation_sequences": 2}
+    distill.run(parse("distill", values))
+    return output
+
+
+@pytest.fixture
+def make(tmp_path: Path, student: Path, dataset: Path) -> Callable[..., RegisterConfig]:
+    """Return a function that makes a configuration with this test's own experiment and registered model."""
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "report.html").write_text("<p>report</p>")
+    (evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": 213568}}))
+    common = {"output": tmp_path / "out", "student": student, "dataset": dataset, "evaluation": evaluation}
+    common |= {"name": tmp_path.name, "experiment": tmp_path.name}
+
+    def configuration(uri: str | None, **values: Any) -> RegisterConfig:
+        return parse("register", common | {"tracking_uri": uri} | values)  # type: ignore[return-value]
+
+    return configuration
+
+
+@pytest.fixture
+def mlflow(uri: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The fluent API, as a user of the registry has it."""
+    connect(uri)
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return mlflow
+
+
+def _expected(student: Path, length: int) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    answers = []
+    for text in TEXTS:
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        for _ in range(length):
+            following = model(tokens).logits[:, -1:].argmax(-1)
+            if following.item() == tokenizer.eos_token_id:
+                break
+            tokens = torch.cat([tokens, following], 1)
+        start = len(tokenizer(text)["input_ids"])
+        answers.append(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
+    return answers
+
+
+def test_the_version_generates_and_its_directory_loads(
+    uri: str, mlflow: Any, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
+) -> None:
+    config = make(uri, pipeline_run_id="pipeline-7")
+    record = register.run(config)
+    registered = json.loads((config.output / "registered.json").read_text())
+    assert registered["version"] == record["metrics"]["version"] == 1
+    assert registered["model_uri"] == f"models:/{config.name}@challenger" and registered["alias"] == "challenger"
+
+    model = mlflow.pyfunc.load_model(registered["model_uri"])
+    assert model.predict(TEXTS, params={"max_new_tokens": 8}) == _expected(student, 8)
+    assert model.predict(TEXTS[0]) == _expected(student, 64)[:1]
+
+    downloaded = Path(mlflow.artifacts.download_artifacts(registered["model_uri"], dst_path=str(tmp_path)))
+    tokens = torch.arange(10).reshape(1, 10)
+    logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (student, downloaded)]
+    assert torch.equal(*logits)
+    for path in student.iterdir():
+        assert content_hash(downloaded / path.name) == content_hash(path)
+
+    _check_tags(config, registered, student)
+
+
+def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Path) -> None:
+    """The version says what it comes from, and the parent run has what belongs to the whole pipeline."""
+    client = connect(str(config.tracking_uri))
+    version = client.get_model_version(config.name, "1")
+    distilled = json.loads((student / "stage.json").read_text())
+    assert version.tags == {
+        "pipeline_run_id": "pipeline-7",
+        "gates": "none",
+        "parameters": "213568",  # 2 · 512 · 64 embeddings, 4 · (2 · 64² + 2 · 64 · 32 + 3 · 64 · 128 + 2 · 64), 64
+        "validation_loss": str(distilled["metrics"]["validation_loss"]),
+        "teacher_sha256": content_hash(Path(distilled["config"]["teacher"])),
+        "student_sha256": content_hash(student),
+        "dataset_sha256": content_hash(config.dataset),
+        "licence": "none",
+        "teacher_licence": "unknown",
+        "lineage": f"runs:/{registered['run_id']}/lineage.json",
+    }
+    parent = client.get_run(version.run_id)
+    assert parent.data.tags["kfp.run_id"] == "pipeline-7" and parent.info.run_id == registered["run_id"]
+    assert {file.path for file in client.list_artifacts(version.run_id)} == {
+        "report.html",
+        "evaluation.json",
+        "lineage.json",
+        "dataset",
+    }
+    assert [file.path for file in client.list_artifacts(version.run_id, "dataset")] == ["dataset/manifest.json"]
+    (output,) = parent.outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
+    links = client.get_logged_model(output.model_id).tags["mlflow.modelVersions"]
+    assert json.loads(links) == [{"name": config.name, "version": "1"}]
+
+
+def test_the_version_loads_without_minitron(
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
+) -> None:
+    config = make(mlflow_file)
+    register.run(config)
+    code = f"""
+import sys
+sys.modules["minitron"] = None
+import json, mlflow
+mlflow.set_tracking_uri({mlflow_file!r})
+model = mlflow.pyfunc.load_model("models:/{config.name}@challenger")
+print(json.dumps(model.predict({TEXTS!r}, params={{"max_new_tokens": 8}})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == _expected(student, 8)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_card_goes_with_the_weights_and_is_taken_away_again(
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path, own: bool
+) -> None:
+    copy = shutil.copytree(student, tmp_path / "copy")
+    if own:
+        (copy / "stage.json").unlink()
+        (copy / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    config = make(mlflow_file, student=copy)
+    register.run(config)
+    client = connect(mlflow_file)
+    model_id = client.get_model_version(config.name, "1").source.removeprefix("models:/")
+    assert "README.md" in {file.path for file in client.list_logged_model_artifacts(model_id)}
+    assert (config.output / "README.md").read_text().startswith(versions.CARD_BEGINS)
+    versions.download_version(mlflow_file, f"models:/{config.name}/1", tmp_path / "downloaded")
+    assert content_hash(tmp_path / "downloaded") == content_hash(copy)
+    assert (tmp_path / "downloaded" / "README.md").exists() == own
+
+
+def test_the_alias_moves_and_the_same_student_is_not_registered_twice(
+    mlflow_file: str, make: Callable[..., RegisterConfig], teacher: Path, tmp_path: Path
+) -> None:
+    client = connect(mlflow_file)
+    first = register.run(make(mlflow_file))
+    assert register.run(make(mlflow_file)) == first
+    second = register.run(make(mlflow_file, student=teacher, output=tmp_path / "second"))
+    assert (first["metrics"], second["metrics"]) == ({"version": 1}, {"version": 2})
+    assert int(client.get_model_version_by_alias(tmp_path.name, "challenger").version) == 2
+    assert len(client.search_model_versions(f"name = '{tmp_path.name}'")) == 2
+
+
+def test_another_registry_gets_its_own_version(
+    mlflow_server: str, mlflow_file: str, make: Callable[..., RegisterConfig], tmp_path: Path
+) -> None:
+    for uri in (mlflow_file, mlflow_server):
+        register.run(make(uri, workspace=tmp_path / "workspace"))
+        assert int(connect(uri).get_model_version_by_alias(tmp_path.name, "challenger").version) == 1
+
+
+def _assert_nothing_is_registered(uri: str, name: str, status: str = "FAILED") -> None:
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(name).experiment_id
+    assert not client.search_registered_models(f"name = '{name}'")
+    assert not client.search_logged_models([experiment])
+    assert [run.info.status for run in client.search_runs([experiment])] == [status]
+
+
+@pytest.mark.parametrize("fault", ["weights", "upload", "version", "alias"])
+def test_a_failure_leaves_no_orphan(
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, dataset: Path, tmp_path: Path, fault: str
+) -> None:
+    values: dict[str, Any] = {}
+    match fault:
+        case "weights":  # the student does not load
+            values["student"] = shutil.copytree(student, tmp_path / "damaged")
+            (tmp_path / "damaged" / "stage.json").unlink()
+            (tmp_path / "damaged" / WEIGHTS).write_bytes((student / WEIGHTS).read_bytes()[:-1000])
+        case "upload":  # logged models would lie in a directory where a file is
+            connect(mlflow_file).create_experiment(tmp_path.name, artifact_location=str(tmp_path / "artifacts"))
+            (tmp_path / "artifacts").mkdir()
+            (tmp_path / "artifacts" / "models").write_text("in the way")
+        case "version":  # a tag above MLflow's limit: refused after the registered model was made
+            values["dataset"] = shutil.copytree(dataset, tmp_path / "dataset")
+            manifest = json.loads((dataset / "manifest.json").read_text()) | {"licence": "x" * 100_001}
+            (tmp_path / "dataset" / "manifest.json").write_text(json.dumps(manifest))
+        case "alias":  # one above MLflow's limit: refused after the version was made
+            values["alias"] = "x" * 300
+    config = make(mlflow_file, **values)
+    with pytest.raises(RunError) as caught:
+        register.run(config)
+    assert "\n" not in str(caught.value)
+    _assert_nothing_is_registered(mlflow_file, tmp_path.name)
+    assert not config.output.exists() and not config.output.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parameters_are_counted_in_every_shard_without_loading_them(
+    teacher: Path, tmp_path: Path, tied: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert stored_parameters(tmp_path) == parameter_count(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_a_student_that_lacks_weights_is_refused(teacher: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(teacher / "config.json", tmp_path)
+    weights = load_file(teacher / WEIGHTS)
+    del weights[name]
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(RunError, match=f"1 weights are missing \\({name} …\\); get the model again"):
+        stored_parameters(tmp_path)
+
+
+def test_the_student_s_environment_is_the_one_that_trained_it(
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
+) -> None:
+    """The image that registers has no torch: its own packages say nothing."""
+    record = json.loads((student / "stage.json").read_text())
+    record["versions"] |= {"torch": "2.9.0+cu130", "transformers": "4.57.1"}
+    copy = shutil.copytree(student, tmp_path / "copy")
+    (copy / "stage.json").write_text(json.dumps(record))
+    config = make(mlflow_file, student=copy)
+    uri = register.run(config)["registered"]["model_uri"]
+    connect(mlflow_file)
+    import mlflow
+
+    mlflow.set_tracking_uri(mlflow_file)
+    directory = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "downloaded")))
+    needed = (directory / "requirements.txt").read_text().split()[1:]  # mlflow comes first
+    assert needed == ["torch==2.9.0", "transformers==4.57.1"]
+
+
+def test_terminated_between_version_and_alias_it_leaves_nothing_and_registers_when_run_again(
+    mlflow_file: str, make: Callable[..., RegisterConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = type(connect(mlflow_file))
+    set_alias = client.set_registered_model_alias
+
+    def terminated(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        set_alias(*arguments)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            patch.setattr(client, "set_registered_model_alias", terminated)
+            register.run(make(mlflow_file))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _assert_nothing_is_registered(mlflow_file, tmp_path.name, "KILLED")
+    version = register.run(make(mlflow_file))["registered"]["version"]
+    found = connect(mlflow_file).get_model_version_by_alias(tmp_path.name, "challenger")
+    assert int(found.version) == version
+
+
+def test_a_failure_leaves_the_earlier_version(
+    uri: str, make: Callable[..., RegisterConfig], teacher: Path, tmp_path: Path
+) -> None:
+    register.run(make(uri))
+    with pytest.raises(RunError):
+        register.run(make(uri, student=teacher, alias="x" * 300, output=tmp_path / "second"))
+    client = connect(uri)
+    assert [int(version.version) for version in client.search_model_versions(f"name = '{tmp_path.name}'")] == [1]
+    assert len(client.search_logged_models([client.get_experiment_by_name(tmp_path.name).experiment_id])) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tracking_uri": None}, "register.tracking_uri: missing; "),
+        ({"alias": "v3"}, "alias v3 is one of MLflow's own names; choose another"),
+        ({"name": "a/b"}, "register.name: .*found 'a/b'"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(
+    make: Callable[..., RegisterConfig], values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        register.run(make(**({"uri": f"sqlite:///{tmp_path}/mlflow.db"} | values)))
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation"}
+
+
+def test_the_evaluation_of_another_student_is_refused(
+    mlflow_file: str, make: Callable[..., RegisterConfig], tmp_path: Path
+) -> None:
+    config = make(mlflow_file)
+    (config.evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": 5}}))
+    with pytest.raises(
+        ConfigError, match=r"its weights are 213568 parameters, but .* is of a student with 5; give the"
+    ):
+        register.run(config)
+    assert not config.output.exists()
+
+
+def test_an_evaluation_without_report_is_refused(make: Callable[..., RegisterConfig], tmp_path: Path) -> None:
+    config = make(f"sqlite:///{tmp_path}/mlflow.db")
+    (config.evaluation / "report.html").unlink()
+    with pytest.raises(ConfigError, match=r"report\.html: no such file; give a directory that evaluate wrote"):
+        register.run(config)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_version_that_was_deleted_is_made_anew(mlflow_file: str, make: Any, tmp_path: Path) -> None:
+    first = register.run(make(mlflow_file))["registered"]
+    client = connect(mlflow_file)
+    assert register.run(make(mlflow_file))["registered"] == first
+    client.delete_model_version(first["name"], str(first["version"]))
+    again = register.run(make(mlflow_file))["registered"]
+    assert client.get_model_version_by_alias(first["name"], "challenger").version == again["version"]
