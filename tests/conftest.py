@@ -78,21 +78,6 @@ def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.
     return EvaluateConfig(output=root / "out", dataset=dataset, tracking_uri="http://user:secret@host", **places)
 
 
-MLFLOW_SERVER = """
-import os, runpy, sys
-import mlflow.cli, mlflow.server
-
-def become(command, extra_env, **_):
-    os.environ.update(extra_env)
-    _, _, module, *sys.argv[1:] = command
-    runpy.run_module(module, run_name="__main__")
-
-mlflow.server._exec_cmd = become
-mlflow.cli.cli()
-"""
-"""`mlflow server`, which would start `python -m uvicorn`, becomes it."""
-
-
 @pytest.fixture(scope="session")
 def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """A real MLflow server on a database of its own: its URI and process."""

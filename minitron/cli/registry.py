@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minitron.cli.options import Debug, RegisteredModel, TrackingUri, Version, Why, app, one_line_errors
-from minitron.cli.tables import console, gates_table, print_table
+from minitron.cli.tables import gates_table, make_console, print_table
 from minitron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def show_lineage(version: Version, tracking_uri: TrackingUri, debug: Debug = Fal
         from minitron.cli import lineage_tree
         from minitron.registry import lineage
 
-        console().print(lineage_tree.tree(lineage.of_version(tracking_uri, version)))
+        make_console().print(lineage_tree.tree(lineage.of_version(tracking_uri, version)))
 
 
 @app.command()
@@ -77,4 +77,4 @@ def _print_promotion(done: "Promotion") -> None:
     print_table([done.name, "from version", "to version"], moved)
     print(f"by {move.who} at {move.when}" + (f": {move.why}" if move.why else ""))
     if done.gates:
-        console().print(gates_table(done.gates))
+        make_console().print(gates_table(done.gates))

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from minitron.cli.tables import gates_table, models_table, stages_table
+from minitron.cli.tables import gates_table, make_console, models_table, stages_table
 from minitron.config import metrics
 from minitron.config.stages import STAGES
 from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
@@ -43,15 +43,6 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
         shutil.copyfile(page, work_dir / REPORT)
         console.print(f"report:     {work_dir / REPORT}", soft_wrap=True)
     console.print(f"MLflow:     {_page(tracking_uri)}", soft_wrap=True)
-
-
-def make_console(width: int) -> Console:
-    """Return what tables are printed on; brackets and colons of names and paths stay as they are.
-
-    Args:
-        width: columns, where the output is no terminal.
-    """
-    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
 
 
 def _outputs(results: Path) -> dict[str, Path]:

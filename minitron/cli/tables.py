@@ -1,11 +1,11 @@
 """The tables that the commands print."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from minitron.cli import summary
 from minitron.report import tables
 
 
@@ -16,12 +16,16 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    console().print(table)
+    make_console().print(table)
 
 
-def console() -> Console:
-    """Return a console that does not fold lines where nobody looks at them."""
-    return summary.make_console(200)
+def make_console(width: int = 200) -> Console:
+    """Return what tables are printed on; brackets and colons of names and paths stay as they are.
+
+    Args:
+        width: columns, where the output is no terminal.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
 
 
 def models_table(evaluation: dict[str, Any]) -> Table:

@@ -12,19 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 import typer
 import yaml
 from typer.testing import CliRunner
 
 from minitron.cli import local, summary, tables
-from minitron.cli.options import app
+from minitron.cli.app import app
 from minitron.config import metrics
 from minitron.config.document import make_plan, merge
 from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
 from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
+from tests.servers import forks
 
 GROUP: Any = typer.main.get_command(app)
 PLACES = {"teacher": "teacher", "corpus": "corpus"}
@@ -156,7 +156,7 @@ def test_brackets_of_a_help_text_are_in_the_help() -> None:
 def test_brackets_and_colons_of_paths_and_messages_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     texts = ["gs://bucket[/prefix]", "/runs/[red]/:smile:", "[/]"]
     tables.print_table(["found [/]"], [[text] for text in texts])
-    tables.console().print(*texts)
+    tables.make_console().print(*texts)
     assert capsys.readouterr().out.split() == ["found", "[/]", *texts, *texts]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from minitron.cli.options import app
+from minitron.cli.app import app
 from tests.servers.gcs import World
 from tests.servers.http_server import Page, free_port, http_server
 from tests.servers.kubeflow_server import kubeflow_server

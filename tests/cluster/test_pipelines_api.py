@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron import __version__
-from minitron.cli.options import app
+from minitron.cli.app import app
 from minitron.cluster import pipelines_api
 from minitron.cluster.cron import first_time
 from minitron.config.pipelines import compiled_pipeline, configured

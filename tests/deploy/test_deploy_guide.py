@@ -10,7 +10,7 @@ import pytest
 import typer
 import yaml
 
-from minitron.cli.options import app
+from minitron.cli.app import app
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import GUIDE, blocks, created_secrets, follow
 

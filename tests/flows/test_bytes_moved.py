@@ -7,11 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import forks
-
 from minitron.config.stages import LARGE, STAGES
 from minitron.storage.layout import RECORD
 from minitron.storage.references import REFERENCE
+from tests.servers import forks
 from tests.servers.gcs import World
 
 SMALL = 60_000

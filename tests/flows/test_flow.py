@@ -8,16 +8,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from minitron.cli.options import app
+from minitron.cli.app import app
 from tests.constants import REPOSITORY
 from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN
 from tests.report.event_files import read
+from tests.servers import forks
 from tests.servers.http_server import free_port
 from tests.servers.processes import serving
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import forks
 import pytest
 
 from minitron.cli.demo_inputs import tiny_sentences
@@ -18,6 +17,7 @@ from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id
 from tests.flows.commands import BIN, RETRAIN
 from tests.flows.test_flow import execute, forked
+from tests.servers import forks
 
 NAME = "tiny"
 WORSE = ("finetune.enabled=false", "distill.learning_rate=1e-9", "distill.min_learning_rate=0", "distill.max_steps=1")

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import forks
-
 from minitron.registry.promotion_log import Ledger
 from minitron.tracking.client import connect
+from tests.servers import forks
 from tests.servers.mlflow_server import new_version
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from minitron.cli import lineage_tree
-from minitron.cli.options import app
+from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError

@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from minitron.cli.options import app
+from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
@@ -24,6 +23,7 @@ from minitron.stages import register
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id
 from tests.registry.promotions import aliases_of, evaluation_of, race, registered
+from tests.servers import forks
 from tests.servers.mlflow_server import new_version
 from tests.servers.processes import until
 

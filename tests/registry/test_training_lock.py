@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 
 from minitron.registry import training_lock
 from minitron.tracking import pipeline_run, write_once
 from minitron.tracking.client import connect, experiment_id
+from tests.servers import forks
 
 ORIGIN = {"corpus": "c", "teacher": "t", "settings": "s", "minitron": "1"}
 

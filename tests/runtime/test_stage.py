@@ -450,8 +450,8 @@ def test_the_note_of_an_earlier_attempt_is_taken_away(
 
 @pytest.mark.parametrize("name", stage.LATE)
 def test_a_stage_that_is_imported_late_runs_as_its_module_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module(f"minitron.{name}")
-    monkeypatch.setattr(runtime_entry, "run", lambda *arguments: arguments)
+    module = importlib.import_module(f"minitron.stages.{name}")
+    monkeypatch.setattr(stage, "run", lambda *arguments: arguments)
     assert module.run("config") == ("config", module.work)
 
 

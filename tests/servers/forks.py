@@ -25,11 +25,17 @@ MLFLOW = (
     "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",
 )
-OTHERS = ("kfp.local", "kfp.dsl.executor_main", "minitron.cli", "pytest", "transformers.models.llama.modeling_llama")
+OTHERS = (
+    "kfp.local",
+    "kfp.dsl.executor_main",
+    "minitron.cli.app",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+)
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([*(f"minitron.{stage}" for stage in STAGES), *MLFLOW, *OTHERS])
+SERVER.set_forkserver_preload([*(f"minitron.stages.{stage}" for stage in STAGES), *MLFLOW, *OTHERS])
 
-COMMAND = "import forks\nforks.fork_tasks()\nfrom minitron.cli import main\nmain()"
+COMMAND = "from tests.servers import forks\nforks.fork_tasks()\nfrom minitron.cli.app import main\nmain()"
 
 
 def start(

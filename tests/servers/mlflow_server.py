@@ -5,11 +5,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import forks
-
 from minitron.tracking.client import connect, experiment_id
-from tests.conftest import MLFLOW_SERVER
+from tests.servers import forks
 from tests.servers.processes import wait_until_healthy
+
+MLFLOW_SERVER = """
+import os, runpy, sys
+import mlflow.cli, mlflow.server
+
+def become(command, extra_env, **_):
+    os.environ.update(extra_env)
+    _, _, module, *sys.argv[1:] = command
+    runpy.run_module(module, run_name="__main__")
+
+mlflow.server._exec_cmd = become
+mlflow.cli.cli()
+"""
+"""`mlflow server`, which would start `python -m uvicorn`, becomes it."""
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_a_new_setting_is_written_once(tmp_path: Path) -> None:
 import json, pathlib
 from typer.testing import CliRunner
 from minitron.stages import plan
-from minitron.cli.options import app
+from minitron.cli.app import app
 from minitron.config.stages import DistillConfig; from minitron.config.tasks import PlanConfig
 from minitron.config.reference import reference_page
 from minitron.pipelines.compress import compress

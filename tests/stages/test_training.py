@@ -7,7 +7,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score
 from minitron.stages import distill, finetune
 from minitron.storage.hashing import content_hash
+from tests.servers import forks
 
 SHORT = {
     "sequence_length": 32,

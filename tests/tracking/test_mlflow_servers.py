@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from minitron.cli.options import app
+from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import RunError

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 import yaml
 
@@ -23,6 +22,7 @@ from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
+from tests.servers import forks
 from tests.servers.http_server import free_port
 from tests.servers.processes import until
 
