@@ -87,7 +87,7 @@ def test_a_new_setting_is_written_once(tmp_path: Path) -> None:
     )
     for part in ("components", "pipelines"):
         shutil.copytree(REPOSITORY / part, package / part)
-    models = package / "settings.py"
+    models = package / "config" / "settings.py"
     before, line, after = models.read_text().partition("    max_steps: PositiveInt")
     models.write_text(before + NEW + line + after)
     code = f"""
