@@ -10,9 +10,9 @@ import pytest
 
 from minitron.cli import demo_inputs
 from minitron.data.indexed import IndexedWriter
-from minitron.data.manifest import MANIFEST
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
+from minitron.storage.layout import MANIFEST
 from tests.constants import SEQUENCE, STEPS
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving

@@ -17,7 +17,7 @@ from minitron.config.pipelines import dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
 from minitron.runtime.record import failure_note, noted_failure
-from minitron.storage.layout import PAGE, REPORT
+from minitron.storage.layout import CONCLUSION_PAGE, REPORT
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
@@ -50,7 +50,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
         with _only_the_stages_output():
             pipeline(**arguments)
     except RuntimeError as error:
-        for page in results.glob(f"*/conclude/*/{PAGE}"):
+        for page in results.glob(f"*/conclude/*/{CONCLUSION_PAGE}"):
             if page.parents[2] not in earlier:
                 shutil.copyfile(page, work_dir / REPORT)
         raise _explain(workspace) from error

@@ -11,7 +11,16 @@ from rich.console import Console
 from minitron.cli.tables import gates_table, make_console, models_table, stages_table
 from minitron.config import metrics
 from minitron.config.stages import STAGES
-from minitron.storage.layout import CONCLUSION, PAGE, RECORD, REPORT
+from minitron.storage.layout import (
+    CONCLUSION,
+    CONCLUSION_PAGE,
+    EVALUATION,
+    PROMOTED,
+    RECORD,
+    REGISTERED,
+    REPORT,
+    SUMMARY,
+)
 from minitron.tracking.client import without_password
 
 
@@ -28,17 +37,17 @@ def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> No
     console = make_console(120)
     pages = []
     if (outputs := _outputs(results)).keys() == STAGES.keys():
-        evaluation = _read(outputs["evaluate"] / "evaluation.json")
+        evaluation = _read(outputs["evaluate"] / EVALUATION)
         found |= summarise(outputs, evaluation)
         _print_compression(console, found, evaluation)
         pages.append(outputs["evaluate"] / REPORT)
-    decisions = [*results.glob("promote/*/promoted.json"), *results.glob(f"conclude/*/{CONCLUSION}")]
+    decisions = [*results.glob(f"promote/*/{PROMOTED}"), *results.glob(f"conclude/*/{CONCLUSION}")]
     for path in decisions:
         found |= {name: value for name, value in _read(path).items() if name in ("outcome", "reason")}
-        pages += [page for page in [path.with_name(PAGE)] if page.is_file()]
+        pages += [page for page in [path.with_name(CONCLUSION_PAGE)] if page.is_file()]
     if decisions:
         console.print(f"{found['outcome']}: {found['reason']}", soft_wrap=True)
-    (work_dir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    (work_dir / SUMMARY).write_text(json.dumps(found, indent=2) + "\n")
     for page in pages[:1]:
         shutil.copyfile(page, work_dir / REPORT)
         console.print(f"report:     {work_dir / REPORT}", soft_wrap=True)
@@ -64,7 +73,7 @@ def _print_compression(console: Console, found: dict[str, Any], evaluation: dict
 def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return what summary.json says of a compression, from the stages' output directories and the evaluation."""
     records = {stage: _read(directory / RECORD) for stage, directory in outputs.items()}
-    registered = _read(outputs["register"] / "registered.json")
+    registered = _read(outputs["register"] / REGISTERED)
     keys = ("parameters", "validation_loss", "perplexity", "tasks")
     return {
         "stages": {

@@ -6,8 +6,7 @@ from typing import Any
 
 from minitron.data.tokenizer import tokenizer_hash
 from minitron.errors import ConfigError
-
-MANIFEST = "manifest.json"
+from minitron.storage.layout import MANIFEST
 
 
 def read_manifest(dataset: Path) -> dict[str, Any]:

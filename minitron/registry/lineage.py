@@ -13,13 +13,11 @@ from typing import Any
 import yaml
 
 from minitron.config.stages import STAGES, EvaluateConfig
-from minitron.data.manifest import MANIFEST, read_manifest
+from minitron.data.manifest import read_manifest
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
-from minitron.storage.layout import read_record
+from minitron.storage.layout import MANIFEST, read_record
 from minitron.tracking.client import connect, fail_fast, one_line_errors, read_artifact
-
-LINEAGE = "lineage.json"
 
 TAG = "lineage"
 """The tag of a model version that says where its lineage is: runs:/RUN/lineage.json."""

@@ -20,6 +20,7 @@ from minitron.config.settings import RegisterSettings
 from minitron.errors import ConfigError, RunError
 from minitron.registry import gates
 from minitron.registry.promotion_log import CHAMPION, PREVIOUS, Ledger, Move
+from minitron.storage.layout import EVALUATION
 from minitron.tracking.client import (
     connect,
     defer_sigterm,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-EVALUATION = "evaluation.json"
 CHALLENGER = RegisterSettings.model_fields["alias"].default
 _LONGEST_REASON = 1000
 _ANEW = "run the pipeline retrain, which evaluates it anew"

@@ -1,4 +1,4 @@
 """What people read of a compression: page, card, tables, figures, charts, TensorBoard's events.
 
-Everything here turns records into text and pictures. It imports config and registry.
+Everything here turns records into text and pictures. It imports config, storage and registry.
 """

@@ -18,8 +18,7 @@ from minitron.config.stages import EvaluateConfig
 from minitron.registry import lineage
 from minitron.report import figures, tables
 from minitron.report.formatting import DASH, FORMS, TEMPLATES, count, decimal, loss, megabytes, number, share
-
-REPORT = "report.html"
+from minitron.storage.layout import PRUNING, REPORT
 
 _SIZES = {
     "num_hidden_layers": "Layers",
@@ -90,7 +89,7 @@ def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, An
 
 
 def _pruning(pruned: Path) -> dict[str, Any] | None:
-    path = pruned / "pruning.json"
+    path = pruned / PRUNING
     return json.loads(path.read_text()) if path.is_file() else None
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from minitron.report.formatting import number
-
-EVENTS = "tensorboard"
+from minitron.storage.layout import EVENTS
 
 
 def write_events(directory: Path, records: dict[str, dict[str, Any]]) -> None:

@@ -15,10 +15,8 @@ from minitron.config.stages import StageConfig
 from minitron.engines import gpus
 from minitron.errors import MinitronError
 from minitron.storage.cache import persistent_directory
+from minitron.storage.layout import FAILURE
 from minitron.tracking import stage_run
-
-FAILURE = "failure.json"
-"""What `launch` leaves in the workspace when a stage fails."""
 
 
 def failure_note(workspace: str | Path | None) -> Path:

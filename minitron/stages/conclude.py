@@ -13,7 +13,7 @@ from minitron.errors import MinitronError
 from minitron.report.formatting import TEMPLATES
 from minitron.runtime.record import noted_failure
 from minitron.storage.files import replaced, write_atomically
-from minitron.storage.layout import CONCLUSION, PAGE
+from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
 from minitron.tracking import pipeline_run as runs
 from minitron.tracking.client import connect, fail_fast, one_line_errors, reason, without_password
 
@@ -29,7 +29,7 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
     print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
     with replaced(config.output) as directory:
         write_atomically(directory / CONCLUSION, found)
-        (directory / PAGE).write_text(_page(found), encoding="utf-8")
+        (directory / CONCLUSION_PAGE).write_text(_page(found), encoding="utf-8")
     if found["run_id"]:
         _log(config, found["run_id"])
     return {"metrics": {"failed": int(found["outcome"] == "failed")}} | found
@@ -60,9 +60,9 @@ def _log(config: ConcludeConfig, run_id: str) -> None:
     """Show the page in MLflow; Kubeflow shows it, too, so it does not matter which error its storage has."""
     try:
         with fail_fast():
-            connect(config.tracking_uri).log_artifact(run_id, str(config.output / PAGE))
+            connect(config.tracking_uri).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
     except Exception as error:
-        print(f"warning: conclude: MLflow has not got {PAGE}: {reason(error)}", file=sys.stderr, flush=True)
+        print(f"warning: conclude: MLflow has not got {CONCLUSION_PAGE}: {reason(error)}", file=sys.stderr, flush=True)
 
 
 def _page(found: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ from minitron.runtime.entry import main
 from minitron.runtime.model_sources import corpus, local_model
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
+from minitron.storage.layout import EVALUATION, LINEAGE
 from minitron.tracking.stage_run import Tracker
 
 
@@ -66,9 +67,9 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
     with _splits(config, directory, paths["teacher"]) as splits, loaded_tasks(config, directory) as tasks:
         evaluation = _measure(config, paths, splits, tasks, tracker)
     evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
-    write_atomically(directory / "evaluation.json", evaluation)
+    write_atomically(directory / EVALUATION, evaluation)
     origin = lineage.collect(config)
-    write_atomically(directory / lineage.LINEAGE, origin)
+    write_atomically(directory / LINEAGE, origin)
     write_events(directory, origin["stages"])
     write_report(directory, config, evaluation)
     return {"metrics": flat(evaluation)}

@@ -13,8 +13,7 @@ from minitron.config.settings import RESOURCES, Settings
 from minitron.config.tasks import PlanConfig
 from minitron.report.formatting import TEMPLATES
 from minitron.storage.files import replaced, write_atomically
-
-PLAN, PLAN_PAGE = "plan.json", "plan.html"
+from minitron.storage.layout import PLAN, PLAN_PAGE
 
 
 def run(config: PlanConfig) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS, IndexedWriter
-from minitron.data.manifest import MANIFEST
 from minitron.data.selection import Selection
 from minitron.data.text import plain
 from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -35,6 +34,7 @@ from minitron.runtime.model_sources import corpus, local_model
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import hub_dataset, local_path
+from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
 
 Batch = list[tuple[str, str]]

@@ -22,10 +22,8 @@ from minitron.models.importance import Importance, measure
 from minitron.models.surgery import Plan, Shape, choose, cut
 from minitron.runtime import stage
 from minitron.runtime.entry import main
+from minitron.storage.layout import PRUNING
 from minitron.tracking.stage_run import Tracker
-
-PRUNING = "pruning.json"
-"""The file beside the student's weights that says what was kept, and why."""
 
 HIDDEN_MULTIPLE = 8
 """Rows of 16 bytes in bfloat16: shorter steps keep a GPU's tensor cores idle in every matrix product of the model."""

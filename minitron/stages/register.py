@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.stages import RegisterConfig
-from minitron.data.manifest import MANIFEST, check_tokenizer
+from minitron.data.manifest import check_tokenizer
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, stored_parameters
 from minitron.registry import fingerprint, lineage
@@ -22,11 +22,9 @@ from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.runtime.record import run_facts
 from minitron.storage.files import write_atomically
-from minitron.storage.layout import read_record
+from minitron.storage.layout import EVALUATION, EVENTS, LINEAGE, MANIFEST, REGISTERED, REPORT, read_record
 from minitron.tracking.client import default_retries, one_line_errors
 from minitron.tracking.stage_run import MlflowTracker, Tracker
-
-EVALUATION, REPORT, EVENTS = "evaluation.json", "report.html", "tensorboard"
 
 _GATES = {True: "met", False: "missed", None: "none"}
 
@@ -57,7 +55,7 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     found = _lineage(config, tracker, time.time())
     evaluation = json.loads((config.evaluation / EVALUATION).read_text())
     tags = _tags(config, tracker, found) | {"gates": _GATES[evaluation.get("passed")]}
-    write_atomically(directory / lineage.LINEAGE, found)
+    write_atomically(directory / LINEAGE, found)
     write_card(directory / registry_versions.CARD, config, evaluation, found)
     with one_line_errors(config.tracking_uri), default_retries():
         _log_results(config, directory, tracker)
@@ -75,7 +73,7 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
         "model_uri": f"models:/{config.name}@{config.alias}",
         "run_id": tracker.pipeline_run_id,
     }
-    write_atomically(directory / "registered.json", registered)
+    write_atomically(directory / REGISTERED, registered)
     return {"metrics": {"version": version}, "registered": registered}
 
 
@@ -89,7 +87,7 @@ def _check_inputs(config: RegisterConfig) -> None:
 
 def _lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:
     """Return the lineage that evaluate wrote, with evaluate and this stage, which has not ended yet."""
-    path = config.evaluation / lineage.LINEAGE
+    path = config.evaluation / LINEAGE
     licences = {"data": lineage.data_licence(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
     found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
     evaluated = read_record(config.evaluation)
@@ -106,7 +104,7 @@ def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any])
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
         "licence": str(found["licences"]["data"]),
         "teacher_licence": lineage.licence_text(found["licences"]["teacher"]),
-        lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{lineage.LINEAGE}",
+        lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{LINEAGE}",
     }
     if made_from := fingerprint.of_records(found["stages"]):
         tags[fingerprint.TAG] = json.dumps(made_from, sort_keys=True)
@@ -125,7 +123,7 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
-        (directory / lineage.LINEAGE, None),
+        (directory / LINEAGE, None),
         (config.dataset / MANIFEST, "dataset"),
     ):
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)

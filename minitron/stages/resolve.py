@@ -15,10 +15,9 @@ from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
 from minitron.registry.versions import DECISION_TAG, versions_of
 from minitron.runtime import inputs
 from minitron.storage.files import replaced, write_atomically
+from minitron.storage.layout import DECISION
 from minitron.tracking.client import connect, fail_fast, one_line_errors
 from minitron.tracking.pipeline_run import conclude, pipeline_run
-
-DECISION = "decision.json"
 
 
 def run(config: ResolveConfig) -> dict[str, Any]:

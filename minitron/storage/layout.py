@@ -5,14 +5,56 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 RECORD = "stage.json"
-"""The file that makes a stage's directory complete: written last, never part of the directory's content hash."""
+"""A stage's record. It makes the directory complete: it is written last and is not part of the content hash."""
 
 AWAITED = f"{RECORD}.partial"
-"""What is in its place while a directory is uploaded to a bucket."""
+"""Stands for the record while a directory is uploaded to a bucket."""
+
+REFERENCE = "reference.json"
+"""The address, hash and key of a result that lies elsewhere."""
+
+MANIFEST = "manifest.json"
+"""From prepare: the corpus, the tokenizer and the counts of a dataset."""
+
+PRUNING = "pruning.json"
+"""From prune: sizes before and after, the calibration, the scores, and the indices that were kept."""
+
+EVALUATION = "evaluation.json"
+"""From evaluate: the measurements of all models, and the judged gates."""
+
+REPORT = "report.html"
+"""From evaluate: the report. `minitron run` copies it into the run's directory."""
+
+EVENTS = "tensorboard"
+"""From evaluate: the folder of the training curves."""
+
+LINEAGE = "lineage.json"
+"""From evaluate and register: the records of the stages before it, and the licenses."""
+
+REGISTERED = "registered.json"
+"""From register: the model version's name, number, alias, URI and run."""
+
+PLAN, PLAN_PAGE = "plan.json", "plan.html"
+"""From plan: each stage's settings, and the page that shows them."""
+
+DECISION = "decision.json"
+"""From resolve: whether to train, and why."""
+
+PROMOTED = "promoted.json"
+"""From promote: the outcome, and the reason for it."""
+
+CONCLUSION, CONCLUSION_PAGE = "conclusion.json", "conclusion.html"
+"""From conclude: the outcome and the reason for it, and the page that shows them."""
+
+FAILURE = "failure.json"
+"""From a stage that failed: its error. It lies in the workspace, where conclude reads it."""
+
+SUMMARY = "summary.json"
+"""From `minitron run`: the numbers of the whole run."""
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """Return the record of a stage's result; None where there is none, or a file of that name that is no record."""
+    """Return the record of a stage's result; None if there is no record or the file holds something else."""
     try:
         record = json.loads((directory / RECORD).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -20,10 +62,6 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return record if is_record(record) else None
 
 
-def is_record(found: Any) -> TypeGuard[dict[str, Any]]:
+def is_record(content: Any) -> TypeGuard[dict[str, Any]]:
     """Say whether the content of a JSON file is the record of a stage's result."""
-    return isinstance(found, dict) and {"stage", "key", "output_sha256"} <= found.keys()
-
-
-CONCLUSION, PAGE, REPORT = "conclusion.json", "conclusion.html", "report.html"
-"""What conclude leaves, outcome and reason and a page that says them; what evaluate leaves, and the run's directory."""
+    return isinstance(content, dict) and {"stage", "key", "output_sha256"} <= content.keys()

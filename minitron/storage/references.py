@@ -17,10 +17,8 @@ from minitron.storage.bucket import is_bucket, snapshot
 from minitron.storage.cache import place_in_cache
 from minitron.storage.files import replaced, write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import RECORD, read_record
+from minitron.storage.layout import RECORD, REFERENCE, read_record
 from minitron.storage.staging import download_then_publish
-
-REFERENCE = "reference.json"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.config.stages import StageConfig
 from minitron.storage.cache import persistent_directory
+from minitron.storage.layout import RECORD
 from minitron.tracking.client import (
     connect,
     default_retries,
@@ -105,7 +106,7 @@ class MlflowTracker(Tracker):
     def finish(self, record: dict[str, Any]) -> None:
         """Send the record; with mlflow's own patience (MLFLOW_HTTP_REQUEST_MAX_RETRIES), once it is safe in a file."""
         self.log(record["metrics"], self._last_step)
-        self._outbox.put({"run": self.run_id, "file": "stage.json", "text": json.dumps(record, indent=2)})
+        self._outbox.put({"run": self.run_id, "file": RECORD, "text": json.dumps(record, indent=2)})
         with defer_sigterm():
             if not self._outbox.flush():
                 with default_retries():

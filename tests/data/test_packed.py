@@ -12,10 +12,11 @@ import torch
 from megatron.core.datasets import indexed_dataset as megatron
 
 from minitron.data.indexed import IndexedDataset, IndexedWriter
-from minitron.data.manifest import MANIFEST, check_tokenizer, read_manifest
+from minitron.data.manifest import check_tokenizer, read_manifest
 from minitron.data.packed import PackedDataset
 from minitron.data.tokenizer import tokenizer_hash
 from minitron.errors import ConfigError, RunError
+from minitron.storage.layout import MANIFEST
 
 # What Megatron chooses for a vocabulary, either side of its limit: (vocabulary, dtype, its code in the index).
 SIZES = [(49152, np.uint16, 8), (65499, np.uint16, 8), (65500, np.int32, 4), (128256, np.int32, 4)]

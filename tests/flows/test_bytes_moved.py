@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.stages import LARGE, STAGES
-from minitron.storage.layout import RECORD
-from minitron.storage.references import REFERENCE
+from minitron.storage.layout import RECORD, REFERENCE
 from tests.servers import forks
 from tests.servers.gcs import World
 

@@ -20,6 +20,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.registry import lineage, reproduce
 from minitron.stages import evaluate, register
 from minitron.storage.hashing import content_hash
+from minitron.storage.layout import LINEAGE
 from minitron.tracking.client import connect
 
 CARD = "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\ntags: [x]\n---\n# Llama\n"
@@ -56,7 +57,7 @@ def make(evaluation: Path, teacher: Path, dataset: Path, tmp_path: Path) -> Call
 
 
 def test_evaluate_writes_the_licences_of_the_base_model_and_of_the_data(evaluation: Path) -> None:
-    found = json.loads((evaluation / lineage.LINEAGE).read_text())
+    found = json.loads((evaluation / LINEAGE).read_text())
     teacher = {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"}
     assert found == {"stages": {}, "licences": {"data": "none", "teacher": teacher}}
     assert lineage.licence_text(teacher) == "llama3.1"

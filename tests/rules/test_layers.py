@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # errors and fast_imports: everybody
     "tracking": {"config", "storage"},
     "models": {"config", "storage", "data"},
     "registry": {"config", "storage", "data", "tracking"},
-    "report": {"config", "registry"},
+    "report": {"config", "storage", "registry"},
     "engines": {"config", "cluster", "storage", "data", "tracking", "models"},
     "runtime": {"config", "storage", "tracking", "registry", "engines"},
     "stages": {"config", "storage", "data", "tracking", "registry", "report", "models", "engines", "runtime"},

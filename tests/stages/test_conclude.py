@@ -31,14 +31,14 @@ def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client.create_run(experiment, tags=tags, run_name="distill")
     found = ended(mlflow_file, tmp_path, state="RUNNING")
     assert (found["outcome"], found["reason"]) == ("failed", "distill: RunError: <disk> full")
-    assert "distill: RunError: &lt;disk&gt; full" in (tmp_path / "concluded" / layout.PAGE).read_text()
-    assert layout.PAGE in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert "distill: RunError: &lt;disk&gt; full" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
+    assert layout.CONCLUSION_PAGE in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
 def test_without_mlflow_there_is_a_page(tmp_path: Path) -> None:
     found = ended("http://127.0.0.1:9", tmp_path, message="node lost")
     assert found["outcome"] == "failed" and found["reason"].startswith("node lost; MLflow at http://127.0.0.1:9")
-    assert "node lost" in (tmp_path / "concluded" / layout.PAGE).read_text()
+    assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
     assert json.loads((tmp_path / "concluded" / "conclusion.json").read_text())["run_id"] is None
 
 
@@ -51,7 +51,7 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
     assert ended(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
     (warning,) = capsys.readouterr().err.splitlines()
     assert "Not a directory" in warning
-    assert "node lost" in (tmp_path / "concluded" / layout.PAGE).read_text()
+    assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
     (run,) = client.search_runs([experiment_id(client, tmp_path.name)])
     assert (run.data.tags[pipeline_run.OUTCOME_TAG], run.info.status) == ("failed", "FAILED")
 
@@ -59,7 +59,7 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
 def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> None:
     found = ended("mlflow.minitron:5000", tmp_path, message="node lost")
     assert found["reason"].startswith("node lost; tracking_uri mlflow.minitron:5000: MLflow does not write there")
-    assert "node lost" in (tmp_path / "concluded" / layout.PAGE).read_text()
+    assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
 
 
 def test_a_failure_that_was_overcome_is_not_quoted(mlflow_file: str, tmp_path: Path) -> None:

@@ -25,13 +25,14 @@ from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS, IndexedDataset
-from minitron.data.manifest import MANIFEST, check_tokenizer
+from minitron.data.manifest import check_tokenizer
 from minitron.data.selection import Selection, split_of
 from minitron.data.text import normalise
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.stages import prepare
 from minitron.storage.hub import hub_dataset
+from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
 
 WIKITEXT = """

@@ -17,8 +17,7 @@ from minitron.stages import finetune, prepare
 from minitron.storage import references
 from minitron.storage.bucket import pinned
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import RECORD
-from minitron.storage.references import REFERENCE
+from minitron.storage.layout import RECORD, REFERENCE
 from tests.servers.gcs import World
 
 MADE = 50_000
