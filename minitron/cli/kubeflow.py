@@ -8,7 +8,13 @@ import typer
 
 from minitron.cli.options import Debug, Host, Namespace, Pipeline, Presets, Settings, Token, app, one_line_errors
 from minitron.cli.tables import print_table
-from minitron.config.pipelines import checked_arguments, compiled_pipeline, configured, parameters_of, read_request
+from minitron.config.pipelines import (
+    apply_cluster_config,
+    check_arguments,
+    compiled_pipeline,
+    get_parameters,
+    read_request,
+)
 from minitron.config.reference import help_text
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
@@ -138,7 +144,7 @@ def _for_cluster(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], str | None]:
     """Return the documents to upload, the arguments of the run and the account of its tasks, all checked."""
     documents = compiled_pipeline(pipeline)
-    parameters = parameters_of(documents)
+    parameters = get_parameters(documents)
     request = read_request(presets, settings, parameters)
     arguments = request.arguments
     if request.samples:
@@ -150,7 +156,7 @@ def _for_cluster(
                 "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
             )
     account = request.cluster.service_account
-    return configured(documents, request.cluster), checked_arguments(request, parameters), account
+    return apply_cluster_config(documents, request.cluster), check_arguments(request, parameters), account
 
 
 def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:

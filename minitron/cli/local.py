@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from minitron.config.pipelines import dags
+from minitron.config.pipelines import list_dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
 from minitron.runtime.record import failure_note, noted_failure
@@ -59,7 +59,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
 
 def adapt(specification: dict[str, Any]) -> None:
     """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
-    for dag in dags(specification):
+    for dag in list_dags(specification):
         for task in dag["dag"]["tasks"].values():
             task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
     for executor in specification["deploymentSpec"]["executors"].values():

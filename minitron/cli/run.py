@@ -10,9 +10,9 @@ from minitron.cli import demo_inputs, local, summary
 from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, one_line_errors
 from minitron.config.pipelines import (
     SETTINGS_PARAMETER,
-    checked_arguments,
+    check_arguments,
     compiled_pipeline,
-    parameters_of,
+    get_parameters,
     read_request,
 )
 from minitron.config.reference import help_text
@@ -34,12 +34,12 @@ def run(
 
 def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
     documents = compiled_pipeline(pipeline)
-    parameters = parameters_of(documents)
+    parameters = get_parameters(documents)
     request = read_request(presets, settings, parameters, _laptop(parameters, work_dir))
     if request.samples:
         paths = demo_inputs.paths(request.samples, work_dir / "inputs")
         request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
-    arguments = checked_arguments(request, parameters)
+    arguments = check_arguments(request, parameters)
     if request.samples:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         demo_inputs.build(request.samples, work_dir / "inputs")

@@ -1,7 +1,7 @@
-"""A settings document: what presets, `--set` values and a run's form say together, checked before anything starts.
+"""The settings document: presets, `--set` values and a run's form, merged and checked before anything starts.
 
-The top level of a document is `PipelineSettings`, and each stage has a section, `distill: {max_steps: 30}`, with its
-settings and the `cpu` and `memory` of its task. Merged, a document is flat: {"seed": 1, "distill.max_steps": 30}.
+The top level of a document is `PipelineSettings`. Each stage has a section, `distill: {max_steps: 30}`, with its
+settings and the `cpu` and `memory` of its task. A merged document is flat: {"seed": 1, "distill.max_steps": 30}.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, PositiveInt
 
 from minitron.config.fields import Engine
-from minitron.config.parse import suggest, validated
+from minitron.config.parse import suggest_name, validate_section
 from minitron.config.presets import read_preset
 from minitron.config.settings import (
     RESOURCES,
@@ -26,16 +26,16 @@ from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
 CLUSTER, SAMPLES = "cluster", "samples"
-"""The keys of a preset that are no stage's: what `submit` writes into the pipeline, and inputs that packages ship."""
+"""Keys of a preset that belong to no stage: what `submit` writes into the pipeline, and inputs that packages ship."""
 
 
-def _setting(model: type[Settings], name: str) -> Any:
-    """Return a field of a stage's settings: its default and its meaning are written there only."""
+def _copy_field(model: type[Settings], name: str) -> Any:
+    """Return a field of a stage's settings, so that its default and its meaning stand in one place."""
     return model.model_fields[name]
 
 
 class PipelineSettings(Settings):
-    """The top level of a preset: what all stages share, and where their tasks run."""
+    """The top level of a preset: settings of all stages, and where their tasks run."""
 
     teacher: str = Field(
         description="Base model: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name, "
@@ -45,23 +45,24 @@ class PipelineSettings(Settings):
         description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
         "or hf://dataset[/config]."
     )
-    sequence_length: PositiveInt = _setting(SequenceSettings, "sequence_length")
-    seed: int = _setting(StageSettings, "seed")
+    sequence_length: PositiveInt = _copy_field(SequenceSettings, "sequence_length")
+    seed: int = _copy_field(StageSettings, "seed")
     engine: Engine = "nemo"
-    caching: bool = _setting(StageSettings, "caching")
+    caching: bool = _copy_field(StageSettings, "caching")
     gpu_tolerations: list[dict[str, Any]] = Field(
-        [], description="Tolerations of finetune, prune, distill and evaluate, as in a pod: for spot nodes, say."
+        [],
+        description="Tolerations of finetune, prune, distill and evaluate, written as in a pod; for spot nodes, say.",
     )
-    gpu_node_selector: dict[str, str] = Field({}, description="Labels of the nodes that these run on.")
+    gpu_node_selector: dict[str, str] = Field({}, description="Labels of the nodes that these stages run on.")
 
 
 SHARED = ("sequence_length", "seed", "engine", "caching")
-"""Settings that all stages have in common: they stand at the top level only."""
+"""Settings that all stages share; they stand at the top level only."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pipeline is going to do: the top level of its document, and each stage's settings and resources."""
+    """A checked document: its top level, and each stage's settings and resources."""
 
     pipeline: PipelineSettings
     stages: dict[str, StageSettings]
@@ -69,22 +70,22 @@ class Plan:
 
     @property
     def model_name(self) -> str:
-        """Registered model that gets the new version."""
+        """Name of the registered model that gets the new version."""
         register = self.stages["register"]
         assert isinstance(register, RegisterSettings)
         return register.name
 
 
 def merge(*documents: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge documents, nested or flat, into a flat one: the later ones win, and null gives the default back."""
+    """Merge documents, nested or flat, into a flat one; later ones win, and null restores the default."""
     flat: dict[str, Any] = {}
     for document in documents:
-        flat |= dict(_flatten(document))
+        flat |= dict(_flatten_sections(document))
     return {key: value for key, value in flat.items() if value is not None}
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a flat document with its sections."""
+def nest_sections(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a flat document into one with sections."""
     document: dict[str, Any] = {}
     for key, value in flat.items():
         section, dot, name = key.partition(".")
@@ -99,24 +100,24 @@ def make_plan(flat: Mapping[str, Any]) -> Plan:
     """Validate a flat document.
 
     Raises:
-        ConfigError: a key is unknown, missing or has a value of the wrong kind.
+        ConfigError: a key is unknown or missing, or a value has the wrong type.
     """
     known = known_keys()
     for key in flat:
         check_key(key, known)
-    document = nest(flat)
+    document = nest_sections(flat)
     sections = {stage: document.pop(stage, {}) for stage in SETTINGS}
-    pipeline = validated("", PipelineSettings, document)
-    resources = {stage: _resources(stage, section) for stage, section in sections.items()}
-    stages = {stage: _settings(stage, sections[stage], pipeline, resources[stage]) for stage in SETTINGS}
+    pipeline = validate_section("", PipelineSettings, document)
+    resources = {stage: _make_resources(stage, section) for stage, section in sections.items()}
+    stages = {stage: _make_settings(stage, sections[stage], pipeline, resources[stage]) for stage in SETTINGS}
     return Plan(pipeline, stages, resources)
 
 
-def plan_of(config: PlanConfig) -> Plan:
-    """Return the plan of a run from what its form says.
+def read_plan(config: PlanConfig) -> Plan:
+    """Read the plan of a run from the parameters of its form.
 
     Raises:
-        ConfigError: as for `make_plan`; or the preset has inputs that only `minitron run` can make.
+        ConfigError: as for `make_plan`, or only `minitron run` can make the preset's inputs.
     """
     form = {
         "teacher": config.teacher,
@@ -127,7 +128,7 @@ def plan_of(config: PlanConfig) -> Plan:
     preset = read_preset(config.preset) if config.preset else {}
     flat = merge(preset, config.document, {key: value for key, value in form.items() if value})
     if sample := flat.pop(SAMPLES, None):
-        raise ConfigError(f"preset {config.preset}: minitron run makes its inputs, {sample}, on your machine; use that")
+        raise ConfigError(f"preset {config.preset}: only minitron run can make its inputs ({sample}); use minitron run")
     for key in [key for key in flat if key.startswith(f"{CLUSTER}.")]:
         print(f"warning: plan: {key} has no effect here; minitron submit and minitron schedule set it", flush=True)
         del flat[key]
@@ -144,20 +145,20 @@ def known_keys() -> list[str]:
 
 
 def check_key(key: str, known: list[str]) -> None:
-    """Refuse a key that is not known.
+    """Refuse an unknown key.
 
     Raises:
-        ConfigError: it is not; the message names the one that was probably meant.
+        ConfigError: the key is unknown; the message suggests the closest known one.
     """
     if key in known:
         return
     if key.partition(".")[2] in SHARED:
-        raise ConfigError(f"{key}: all stages have the same; set {key.partition('.')[2]}")
-    raise ConfigError(f"{key}: unknown key; {suggest(key, known)}")
+        raise ConfigError(f"{key}: all stages share this setting; set {key.partition('.')[2]}")
+    raise ConfigError(f"{key}: unknown key; {suggest_name(key, known)}")
 
 
-def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the entries, those of sections as `section.key`."""
+def _flatten_sections(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a document; a section's keys become `section.key`."""
     for key, value in document.items():
         if key in (*SETTINGS, CLUSTER):
             if not isinstance(value, dict):
@@ -167,14 +168,16 @@ def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _resources(stage: str, section: dict[str, Any]) -> Resources:
-    usual = RESOURCES[stage]
-    given = {name: section[name] for name in type(usual).model_fields if name in section}
-    return validated(stage, type(usual), usual.model_dump() | given)
+def _make_resources(stage: str, section: dict[str, Any]) -> Resources:
+    default = RESOURCES[stage]
+    changes = {name: section[name] for name in type(default).model_fields if name in section}
+    return validate_section(stage, type(default), default.model_dump() | changes)
 
 
-def _settings(stage: str, section: dict[str, Any], pipeline: PipelineSettings, resources: Resources) -> StageSettings:
+def _make_settings(
+    stage: str, section: dict[str, Any], pipeline: PipelineSettings, resources: Resources
+) -> StageSettings:
     model = SETTINGS[stage]
     own = {name: value for name, value in section.items() if name not in type(resources).model_fields}
     own |= {name: getattr(pipeline, name) for name in SHARED if name in model.model_fields}
-    return validated(stage, model, own | resources.model_dump(include={"gpus"}))
+    return validate_section(stage, model, own | resources.model_dump(include={"gpus"}))

@@ -1,4 +1,4 @@
-"""The kinds of fields that settings and configurations are made of, and the marks that say what a field means."""
+"""Types of the fields of settings and configurations, and the marks that say how a field counts."""
 
 import re
 from pathlib import Path
@@ -7,24 +7,25 @@ from typing import Annotated, Literal
 from pydantic import Field, PlainSerializer
 
 INPUT = "input"
-"""Marks a field that names data: its content, not its path, decides whether a result can be reused."""
+"""Marks a field that names data. The content, not the path, decides whether a result can be reused."""
 
 HUB_DATASET = "hub dataset"
-"""Marks an input whose hf:// address names a dataset, read over the network: its commit stands for its content."""
+"""Marks an input whose hf:// address names a dataset on the hub. Its commit identifies its content."""
 
 EXECUTION = "execution"
-"""Marks a field that says where and how to run: it has no influence on the result."""
+"""Marks a field that says where and how to run. It does not influence the result."""
 
 
-def address(place: Path | str) -> str:
-    """Return a place as it was given: pathlib makes gs:/bucket of gs://bucket."""
-    return re.sub(r"^(gs|hf):/(?!/)", r"\1://", str(place))
+def format_address(location: Path | str) -> str:
+    """Format a location as an address; pathlib turns gs://bucket into gs:/bucket, and this undoes it."""
+    return re.sub(r"^(gs|hf):/(?!/)", r"\1://", str(location))
 
 
-Place = Annotated[Path, PlainSerializer(address)]
-"""A directory of this machine or, where `address` gives gs://, of a bucket."""
+Location = Annotated[Path, PlainSerializer(format_address)]
+"""A directory of this machine or, if `format_address` returns gs://…, of a bucket."""
 
-InputPath = Annotated[Place, INPUT]
+
+InputPath = Annotated[Location, INPUT]
 ModelAddress = Annotated[str, INPUT, Field(min_length=1)]
 RegisteredName = Annotated[str, Field(pattern=r"^[^/:@'\"]+$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -35,5 +36,5 @@ Positive = Annotated[float, Field(gt=0)]
 
 Engine = Annotated[
     Literal["hf", "nemo"],
-    Field(description="Who does it: hf (transformers, one process) or nemo (NeMo and Megatron, one process per GPU)."),
+    Field(description="Engine: hf (transformers, one process) or nemo (NeMo and Megatron, one process per GPU)."),
 ]

@@ -1,4 +1,4 @@
-"""The names of what is measured: the models, their numbers, and how a number is labelled and written."""
+"""The measured models and their metrics: keys, labels, and how a number is formatted."""
 
 SPEED = "generation_tokens_per_second"
 
@@ -6,7 +6,7 @@ NUMBERS = (
     "parameters", "weights_mb", SPEED, "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl",
     "top1_agreement",
 )  # fmt: skip
-"""What is measured of every model; beside these there are a task's metrics, `arc_easy_acc`."""
+"""Metrics of every model; downstream tasks add theirs, such as `arc_easy_acc`."""
 
 MODELS = {
     "teacher_before": "Base model",
@@ -14,12 +14,12 @@ MODELS = {
     "pruned": "Pruned student",
     "student": "Distilled student",
 }
-"""The four models in the order of the flow, as evaluation.json and the page name them."""
+"""The four models in the order of the flow: key in evaluation.json, label in the report."""
 
 CHAMPION = "champion"
 
 MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
-    # key, label, note, how it is written, how its difference to the teacher is written, the better direction
+    # key, label, note, number format, format of the difference from the teacher, better direction (-1: less is better)
     ("parameters", "Parameters", "", "count", "relative", -1),
     ("weights_mb", "Weights", "", "megabytes", "relative", -1),
     ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "relative", 1),

@@ -1,4 +1,4 @@
-"""From pydantic's faults to one line: the key, what is wrong with it, the value found, the remedy."""
+"""Validate a configuration, and turn pydantic's errors into one line: key, fault, value found, remedy."""
 
 import difflib
 from pathlib import Path
@@ -15,26 +15,26 @@ from minitron.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validated(section: str, model: type[Model], values: dict[str, Any]) -> Model:
-    """Validate the values of one section of a configuration; the top level has an empty name.
+def validate_section(section: str, model: type[Model], values: dict[str, Any]) -> Model:
+    """Validate one section of a configuration; the top level has an empty name.
 
     Raises:
-        ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
+        ConfigError: a key is unknown or missing, or a value has the wrong type; the message lists all faults.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(section, model, fault) for fault in error.errors())) from None
+        raise ConfigError("; ".join(_describe_fault(section, model, fault) for fault in error.errors())) from None
 
 
-def _explain(section: str, model: type[BaseModel], fault: Any) -> str:
+def _describe_fault(section: str, model: type[BaseModel], fault: Any) -> str:
     """Turn one pydantic fault into 'section.key: what is wrong (found …)'."""
     key = ".".join(str(part) for part in fault["loc"]) if fault["loc"] else ""
     where = ".".join(filter(None, (section, key)))
     match fault["type"]:
         case "extra_forbidden":
             known = list(model.model_fields) if len(fault["loc"]) == 1 else []  # else it is a key within a value
-            return f"{where}: unknown key; {suggest(key, known) if known else 'correct or remove it'}"
+            return f"{where}: unknown key; {suggest_name(key, known) if known else 'correct or remove it'}"
         case "missing":
             return f"{where}: missing; give it a value"
         case "value_error":
@@ -43,8 +43,8 @@ def _explain(section: str, model: type[BaseModel], fault: Any) -> str:
             return f"{where}: {fault['msg']} (found {fault['input']!r})"
 
 
-def suggest(name: str, known: list[str]) -> str:
-    """Return the known name that was probably meant, or all of them, as the end of a message."""
+def suggest_name(name: str, known: list[str]) -> str:
+    """Return the end of a message: the closest known name, or all known names."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        ConfigError: the file is missing or is not a mapping.
+        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -68,15 +68,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def fields_marked(model: type[StageSettings], mark: str) -> list[str]:
-    """Return the names of the fields that carry INPUT or EXECUTION."""
+def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
+    """Return the names of the fields with a mark: INPUT, HUB_DATASET or EXECUTION."""
     return [name for name, field in model.model_fields.items() if mark in field.metadata]
 
 
 def parse(stage: str, values: dict[str, Any]) -> StageConfig:
-    """Validate the values of one stage, or of one of TASKS.
+    """Validate the configuration of a stage or a task.
 
     Raises:
-        ConfigError: a key is unknown, missing or has a value of the wrong kind; all faults are named.
+        ConfigError: a key is unknown or missing, or a value has the wrong type; the message lists all faults.
     """
-    return validated(stage, (STAGES | TASKS)[stage], values)
+    return validate_section(stage, (STAGES | TASKS)[stage], values)

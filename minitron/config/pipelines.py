@@ -1,4 +1,4 @@
-"""A pipeline as it ships, compiled, and what a run of it is started with: arguments, all checked before it starts."""
+"""Compiled pipelines, and the arguments of a run, checked before it starts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.config.document import CLUSTER, SAMPLES, check_key, known_keys, make_plan, merge, nest
-from minitron.config.parse import suggest, validated
+from minitron.config.document import CLUSTER, SAMPLES, check_key, known_keys, make_plan, merge, nest_sections
+from minitron.config.parse import suggest_name, validate_section
 from minitron.config.presets import pipelines_directory, read_preset
 from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
@@ -29,13 +29,13 @@ SETTINGS_PARAMETER = "settings"
 
 @dataclass(frozen=True)
 class Request:
-    """What presets and `--set` ask of a pipeline.
+    """Presets and `--set` values, sorted by what they configure.
 
     Attributes:
         arguments: values of the pipeline's parameters.
         document: the flat settings document.
         cluster: what `submit` writes into the compiled pipeline.
-        samples: name of the inputs that ship in packages; None: the user's own.
+        samples: name of the inputs that ship in packages; None: you give your own.
     """
 
     arguments: dict[str, Any]
@@ -44,14 +44,14 @@ class Request:
     samples: str | None
 
     def with_defaults(self, defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> "Request":
-        """Return the request with values, by key of a flat document, for what it does not say."""
+        """Return the request with values, by key of a flat document, for keys that it leaves unset."""
         arguments = {key: value for key, value in defaults.items() if key in parameters}
         document = {key: value for key, value in defaults.items() if key not in parameters}
         return replace(self, arguments=arguments | self.arguments, document=document | self.document)
 
 
 def compiled_pipeline(name: str) -> list[dict[str, Any]]:
-    """Return the documents of a pipeline's checked-in YAML: its specification and its platform's.
+    """Return the documents of a pipeline's checked-in YAML: the specification and the platform's.
 
     Raises:
         ConfigError: there is no such pipeline.
@@ -59,8 +59,8 @@ def compiled_pipeline(name: str) -> list[dict[str, Any]]:
     path = pipelines_directory() / f"{name}.yaml"
     if not path.is_file():
         known = [file.stem for file in pipelines_directory().glob("*.yaml")]
-        raise ConfigError(f"pipeline {name}: unknown; {suggest(name, known)}")
-    return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))  # ten times as fast as the one in Python
+        raise ConfigError(f"pipeline {name}: unknown; {suggest_name(name, known)}")
+    return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))  # ten times as fast as the Python loader
 
 
 def read_request(
@@ -71,9 +71,9 @@ def read_request(
     Args:
         presets: names of presets that ship with the package, or paths of YAML files; the later ones win.
         settings: `key=value` strings, the value in YAML; the key is a parameter of the pipeline, or `stage.key`. They
-            win over the presets; null gives the default back.
-        parameters: the pipeline's, as `parameters_of` returns them.
-        defaults: a document that the presets win over.
+            win over the presets; null restores the default.
+        parameters: the pipeline's parameters, as `get_parameters` returns them.
+        defaults: a document that the presets override.
 
     Raises:
         ConfigError: a preset does not exist, a key is unknown, or a setting is not `key=value`.
@@ -85,38 +85,39 @@ def read_request(
     known = [*parameters, *(known_keys() if SETTINGS_PARAMETER in parameters else ())]
     for key in flat:
         check_key(key, known)
-    return Request(arguments, flat, validated(CLUSTER, ClusterConfig, cluster), samples)
+    return Request(arguments, flat, validate_section(CLUSTER, ClusterConfig, cluster), samples)
 
 
-def checked_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a run, `settings` among them, in the types that Kubeflow insists on.
+def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the arguments of a run, and convert them to the types that Kubeflow requires: YAML reads `1e-4` as text.
 
-    YAML reads `1e-4`, without a point, as text.
+    Returns:
+        The pipeline's arguments, `settings` among them.
 
     Raises:
-        ConfigError: one is missing or has a value of the wrong kind, or the settings document is not valid.
+        ConfigError: an argument is missing or has the wrong type, or the settings document is not valid.
     """
-    arguments = {name: _typed(name, value, parameters[name]) for name, value in request.arguments.items()}
+    arguments = {name: _convert_value(name, value, parameters[name]) for name, value in request.arguments.items()}
     for name, entry in parameters.items():
         if not entry.get("isOptional") and name not in arguments:
             raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
     if SETTINGS_PARAMETER in parameters:
-        own = {name: arguments[name] for name in ("teacher", "corpus") if arguments.get(name)}
-        make_plan(request.document | own)
-        arguments[SETTINGS_PARAMETER] = nest(request.document)
+        inputs = {name: arguments[name] for name in ("teacher", "corpus") if arguments.get(name)}
+        make_plan(request.document | inputs)
+        arguments[SETTINGS_PARAMETER] = nest_sections(request.document)
     return arguments
 
 
-def parameters_of(documents: list[dict[str, Any]]) -> dict[str, Any]:
+def get_parameters(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the parameters of a compiled pipeline by name."""
     return documents[0]["root"]["inputDefinitions"]["parameters"]
 
 
-def configured(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[dict[str, Any]]:
-    """Put the settings that are no parameters into a compiled pipeline, in place.
+def apply_cluster_config(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[dict[str, Any]]:
+    """Write the settings that Kubeflow offers no parameter for into a compiled pipeline, in place.
 
     Args:
-        documents: the two of the compiled YAML: specification and platform.
+        documents: the two documents of the compiled YAML, specification and platform.
         cluster: the settings.
 
     Returns:
@@ -130,15 +131,15 @@ def configured(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[
         for mount in executor.get("emptyDirMounts", []):
             mount["sizeLimit"] = cluster.shared_memory
         executor["podMetadata"]["labels"] |= cluster.labels
-    for dag in dags(specification):
+    for dag in list_dags(specification):
         for task in dag["dag"]["tasks"].values():
             if "retryPolicy" in task:
                 task["retryPolicy"]["maxRetryCount"] = cluster.retries
     return documents
 
 
-def dags(specification: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the components of a pipeline that consist of tasks: itself, and its conditions and exit handlers."""
+def list_dags(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the components of a pipeline that consist of tasks: the pipeline, its conditions and exit handlers."""
     return [part for part in [specification["root"], *specification["components"].values()] if "dag" in part]
 
 
@@ -152,7 +153,7 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {setting}: the value is not YAML; quote it") from error
 
 
-def _typed(name: str, value: Any, entry: Mapping[str, Any]) -> Any:
+def _convert_value(name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     try:
         return _KINDS[entry["parameterType"]].validate_python(value)
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""The settings of every stage: one frozen model per stage, the only place where a setting and its default are written.
+"""The settings of every stage, one frozen model each: the only place where a setting and its default are written.
 
-A preset has one section of them per stage, and a component takes one as its parameter `settings`:
+A preset has one section per stage, and a component takes it as its parameter `settings`:
 
     prune(teacher=..., dataset=..., settings=PruneSettings(intermediate_size=9216).as_settings())
 """
@@ -18,8 +18,8 @@ from minitron.config.fields import (
     Beta,
     Engine,
     Fraction,
+    Location,
     NonNegative,
-    Place,
     Positive,
     RegisteredName,
 )
@@ -27,21 +27,21 @@ from minitron.config.gates import Gate
 
 
 class Settings(BaseModel):
-    """A section of a preset: frozen, and a key that it does not know is an error."""
+    """A section of a preset; it is frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def as_settings(self) -> dict[str, Any]:
-        """Return what was given, as a component's parameter `settings` takes it; the defaults are left out."""
+        """Return the settings that were set, as a component's parameter `settings` takes them, without the defaults."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 class StageSettings(Settings):
-    """What every stage has."""
+    """Settings of every stage."""
 
     seed: int = Field(1234, description="Seed of every random choice.")
     caching: Annotated[bool, EXECUTION] = Field(
-        True, description="Reuse a finished result that has the same inputs' content and settings."
+        True, description="Reuse a finished result with the same settings and the same content of its inputs."
     )
     gpus: Annotated[int, Field(ge=0), EXECUTION] = Field(
         0, description="GPUs of the task; it stops at once if it sees fewer."
@@ -54,18 +54,18 @@ class PrepareSettings(StageSettings):
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
     validation_fraction: Fraction = Field(0.01, description="Share of the documents kept for validation.")
     test_fraction: Fraction = Field(0.01, description="Share of the documents kept for the test.")
-    licence: str = Field("unknown", description="Licence of the corpus, carried into manifest and model card.")
+    licence: str = Field("unknown", description="License of the corpus, copied to manifest and model card.")
 
 
 class SequenceSettings(StageSettings):
-    """What every stage that runs a model on packed sequences has."""
+    """Settings of every stage that runs a model on packed sequences."""
 
     sequence_length: PositiveInt = Field(8192, description="Tokens per packed sequence.")
     micro_batch_size: PositiveInt = Field(4, description="Sequences per forward pass.")
 
 
 class TrainingSettings(SequenceSettings):
-    """What fine-tuning and distillation share: they differ by their loss."""
+    """Settings that fine-tuning and distillation share; they differ by their loss."""
 
     engine: Engine = "hf"
     max_steps: PositiveInt = Field(30, description="Optimizer steps.")
@@ -78,14 +78,14 @@ class TrainingSettings(SequenceSettings):
     adam_beta2: Beta = Field(0.95, description="AdamW's beta 2.")
     gradient_clipping: Positive = Field(1.0, description="Largest gradient norm.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
-    validation_interval: PositiveInt = Field(10, description="Steps between validations; there is one at step 0 too.")
+    validation_interval: PositiveInt = Field(10, description="Steps between validations; the first is at step 0.")
     validation_sequences: PositiveInt = Field(640, description="Sequences per validation, or all there are.")
     checkpoint_interval: PositiveInt = Field(10, description="Steps between checkpoints to resume from.")
     tensor_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
         1, description="GPUs that share every layer (engine nemo)."
     )
     pipeline_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
-        1, description="GPUs that have a part of the layers each (engine nemo)."
+        1, description="GPUs that hold a part of the layers each (engine nemo)."
     )
     context_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
         1, description="GPUs that share every sequence (engine nemo)."
@@ -94,12 +94,14 @@ class TrainingSettings(SequenceSettings):
         False, description="Split the activations between layers too, over the tensor-parallel GPUs."
     )
     num_nodes: Annotated[PositiveInt, EXECUTION] = Field(
-        1, description="Nodes to train on; several: the task starts a Kubeflow TrainJob and waits (engine nemo)."
+        1, description="Nodes to train on; above 1 the task starts a Kubeflow TrainJob and follows it (engine nemo)."
     )
-    gpus_per_node: Annotated[PositiveInt, EXECUTION] = Field(8, description="GPUs of each node, if there are several.")
+    gpus_per_node: Annotated[PositiveInt, EXECUTION] = Field(
+        8, description="GPUs of each node, if num_nodes is above 1."
+    )
 
     @model_validator(mode="after")
-    def _batches_fit(self) -> "TrainingSettings":
+    def _check_batch_sizes(self) -> "TrainingSettings":
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
@@ -112,7 +114,7 @@ class TrainingSettings(SequenceSettings):
         return self
 
     @model_validator(mode="after")
-    def _engine_can_be_parallel(self) -> "TrainingSettings":
+    def _check_parallelism(self) -> "TrainingSettings":
         if self.engine == "hf" and self.model_parallel_size > 1:
             raise ValueError(
                 f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine hf "
@@ -123,19 +125,19 @@ class TrainingSettings(SequenceSettings):
         return self
 
     @model_validator(mode="after")
-    def _nodes_fit(self) -> "TrainingSettings":
+    def _check_nodes(self) -> "TrainingSettings":
         if self.num_nodes > 1 and self.engine == "hf":
             raise ValueError(f"num_nodes is {self.num_nodes}, but engine hf runs in one process: use engine nemo")
         if self.num_nodes > 1 and self.gpus:
             raise ValueError(
-                f"gpus is {self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits: set gpus to 0, "
-                "gpus_per_node is what the nodes get"
+                f"gpus is {self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits: set gpus to 0; "
+                "gpus_per_node says what each node gets"
             )
         return self
 
     @property
     def model_parallel_size(self) -> int:
-        """GPUs that one copy of the model takes."""
+        """GPUs that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
 
@@ -146,7 +148,7 @@ class FinetuneSettings(TrainingSettings):
 
 
 class PruneSettings(SequenceSettings):
-    """Teacher → smaller student. A size that is not given is not cut."""
+    """Teacher → smaller student. Sizes that are not set stay as they are."""
 
     engine: Engine = "hf"
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
@@ -154,13 +156,15 @@ class PruneSettings(SequenceSettings):
     num_attention_heads: PositiveInt | None = Field(None, description="Query heads per layer.")
     num_key_value_heads: PositiveInt | None = Field(None, description="Key-value heads (groups) per layer.")
     num_hidden_layers: PositiveInt | None = Field(
-        None, description="Layers to keep; those of the lowest block influence are dropped."
+        None, description="Layers to keep; the layers with the lowest block influence are dropped."
     )
-    drop_layers: list[PositiveInt] | None = Field(None, description="Layers to drop, counted from 1, by hand.")
-    calibration_sequences: PositiveInt = Field(1024, description="Training sequences that importance is read on.")
+    drop_layers: list[PositiveInt] | None = Field(
+        None, description="Numbers of the layers to drop, from 1, chosen by hand."
+    )
+    calibration_sequences: PositiveInt = Field(1024, description="Training sequences that importance is measured on.")
 
     @model_validator(mode="after")
-    def _one_way_to_choose_layers(self) -> "PruneSettings":
+    def _check_layer_choice(self) -> "PruneSettings":
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             raise ValueError("drop_layers and num_hidden_layers are both given: choose one")
         return self
@@ -173,15 +177,15 @@ class DistillSettings(TrainingSettings):
     kl_weight: NonNegative = Field(1.0, description="Weight of the forward KL divergence.")
     cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
     intermediate_layers: list[tuple[PositiveInt, PositiveInt]] = Field(
-        [], description="Pairs of student and teacher layers, from 1, whose outputs are matched too (engine nemo)."
+        [], description="Pairs of student and teacher layers, from 1, whose outputs are matched, too (engine nemo)."
     )
 
     @model_validator(mode="after")
-    def _has_a_loss(self) -> "DistillSettings":
+    def _check_losses(self) -> "DistillSettings":
         if self.kl_weight == self.cross_entropy_weight == 0:
-            raise ValueError("kl_weight and cross_entropy_weight are both 0: give one a weight")
+            raise ValueError("kl_weight and cross_entropy_weight are both 0: raise one of them")
         if self.engine == "hf" and self.intermediate_layers:
-            raise ValueError("intermediate_layers are matched by engine nemo only: use it, or leave them out")
+            raise ValueError("intermediate_layers need engine nemo: use it, or leave them out")
         return self
 
 
@@ -190,27 +194,31 @@ class EvaluateSettings(SequenceSettings):
 
     evaluation_sequences: PositiveInt = Field(640, description="Sequences per split, or all there are.")
     tasks: list[str] = Field([], description="lm-eval tasks.")
-    task_directory: Annotated[Place | None, INPUT] = Field(None, description="Directory of local lm-eval task files.")
-    task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all of them.")
+    task_directory: Annotated[Location | None, INPUT] = Field(
+        None, description="Directory of local lm-eval task files."
+    )
+    task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all.")
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         ["The history of the city began", "In physics, energy is"],
         min_length=1,
-        description="Beginnings that every model continues.",
+        description="Prompts that every model continues.",
     )
     generation_tokens: PositiveInt = Field(48, description="New tokens per prompt.")
     out_of_domain: Annotated[str | None, INPUT, HUB_DATASET] = Field(
-        None, description="Text of another kind than the corpus, addressed as it is: what compression lost elsewhere."
+        None,
+        description="Text of another kind than the corpus, addressed the same way; shows what compression lost there.",
     )
     champion: Annotated[str | None, INPUT] = Field(
-        None, description="Model in production to compare with, measured on the same test set: models:/NAME@champion."
+        None, description="Model in production, measured on the same test set for comparison: models:/NAME@champion."
     )
     gates: list[Gate] = Field(
-        [], description="What the student must meet to be promoted: {metric, against, by, at_most or at_least} each."
+        [],
+        description="Bounds that a promoted student must meet: {metric, against, by, at_most or at_least} each.",
     )
 
     @model_validator(mode="after")
-    def _gates_are_measured(self) -> "EvaluateSettings":
-        gates.check(self)
+    def _check_gates(self) -> "EvaluateSettings":
+        gates.check_gates(self)
         return self
 
 
@@ -221,14 +229,14 @@ class RegisterSettings(StageSettings):
     alias: str = Field("challenger", pattern=r"^[\w-]+$", description="Alias that the new version gets.")
 
     @model_validator(mode="after")
-    def _alias_is_not_reserved(self) -> "RegisterSettings":
+    def _check_alias(self) -> "RegisterSettings":
         if re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
             raise ValueError(f"alias {self.alias} is one of MLflow's own names; choose another")
         return self
 
 
 class Resources(Settings):
-    """What a stage's task gets on a cluster; in a preset it stands in the stage's section."""
+    """Resources of a stage's task on a cluster; in a preset they stand in the stage's section."""
 
     cpu: str = Field("8", coerce_numbers_to_str=True, pattern=r"^\d+(\.\d+)?m?$", description="CPU cores of the task.")
     memory: str = Field(
@@ -240,23 +248,23 @@ class Resources(Settings):
 
 
 class GpuResources(Resources):
-    """What a task gets that computes."""
+    """Resources of a task that computes on GPUs."""
 
     gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of the task.")
 
 
 class ClusterConfig(Settings):
-    """What Kubeflow takes from the compiled pipeline, not from its parameters: `minitron submit` and `schedule` set it.
+    """Settings that Kubeflow reads from the compiled pipeline only; `minitron submit` and `schedule` write them there.
 
     In a preset it is the section `cluster`.
     """
 
-    service_account: str | None = Field(None, description="Account of the tasks; none: Kubeflow's own.")
+    service_account: str | None = Field(None, description="Service account of the tasks; none: Kubeflow's default.")
     shared_memory: str = Field("16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task.")
-    retries: Annotated[int, Field(ge=0)] = Field(3, description="Attempts after the first, for lost (spot) nodes.")
-    timeout_hours: PositiveInt = Field(168, description="Longest time that one attempt at a task may take.")
-    ttl_hours: PositiveInt = Field(168, description="How long a run's pods and their logs are kept after its end.")
-    labels: dict[str, str] = Field({}, description="Labels of the tasks' pods, to account for them.")
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="Attempts after the first one, for lost (spot) nodes.")
+    timeout_hours: PositiveInt = Field(168, description="Hours that one attempt at a task may take.")
+    ttl_hours: PositiveInt = Field(168, description="Hours that a run's pods and their logs are kept after its end.")
+    labels: dict[str, str] = Field({}, description="Labels of the tasks' pods, for cost accounting, say.")
 
 
 SETTINGS: dict[str, type[StageSettings]] = {
@@ -274,4 +282,4 @@ RESOURCES: dict[str, Resources] = {
     **dict.fromkeys(("finetune", "prune", "distill", "evaluate"), GpuResources()),
     "register": Resources(cpu="2", memory="8Gi"),
 }
-"""What every stage's task gets if nothing else is asked for: nobody pays for a GPU that idles."""
+"""Default resources of every stage's task; only stages that compute on GPUs get one."""

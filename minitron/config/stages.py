@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from minitron.config.fields import EXECUTION, HUB_DATASET, INPUT, InputPath, ModelAddress, Place
+from minitron.config.fields import EXECUTION, HUB_DATASET, INPUT, InputPath, Location, ModelAddress
 from minitron.config.settings import (
     DistillSettings,
     EvaluateSettings,
@@ -19,20 +19,20 @@ from minitron.config.settings import (
 
 
 class StageConfig(StageSettings):
-    """What every stage has beside its settings: where it writes and where it reports."""
+    """What every stage has beside its settings: where it writes and reports."""
 
-    output: Annotated[Place, EXECUTION] = Field(
-        description="Directory the stage writes, or gs://bucket/path; it appears when complete."
+    output: Annotated[Location, EXECUTION] = Field(
+        description="Directory the stage writes, or gs://bucket/path; it appears when it is complete."
     )
-    workspace: Annotated[Place | None, EXECUTION] = Field(
+    workspace: Annotated[Location | None, EXECUTION] = Field(
         None,
-        description="Directory that outlives the task, or gs://bucket/path: a killed stage resumes (from a bucket: in "
-        "the volume MINITRON_CACHE), a finished one is reused from it.",
+        description="Directory that outlives the task, or gs://bucket/path. A finished stage is reused from it; a "
+        "killed stage resumes in it or, with a bucket, in the volume MINITRON_CACHE.",
     )
     tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow server; none: no logging.")
     experiment: Annotated[str, EXECUTION] = Field("minitron", description="MLflow experiment.")
     pipeline_run_id: Annotated[str | None, EXECUTION] = Field(
-        None, description="Kubeflow run that this stage belongs to: the stages of one run share an MLflow parent run."
+        None, description="Kubeflow run of this stage; all stages of one run share an MLflow parent run."
     )
 
 
@@ -44,22 +44,24 @@ class PrepareConfig(PrepareSettings, StageConfig):
         description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
         "or hf://dataset[/config].",
     )
-    teacher: ModelAddress = Field(description="Model whose tokenizer is used; its address is finetune's.")
+    teacher: ModelAddress = Field(description="Model whose tokenizer is used; the same address as finetune's.")
 
 
 class SequenceConfig(SequenceSettings, StageConfig):
-    """What every stage that runs a model on packed sequences has."""
+    """Configuration of every stage that runs a model on packed sequences."""
 
     dataset: InputPath = Field(description="Directory written by prepare.")
 
 
 class TrainingConfig(TrainingSettings, SequenceConfig):
-    """What fine-tuning and distillation share: they differ by their loss."""
+    """Configuration that fine-tuning and distillation share; they differ by their loss."""
 
     @model_validator(mode="after")
-    def _nodes_share_a_workspace(self) -> "TrainingConfig":
+    def _check_workspace(self) -> "TrainingConfig":
         if self.num_nodes > 1 and self.workspace is None:
-            raise ValueError(f"num_nodes is {self.num_nodes}, but the nodes share no workspace: give one")
+            raise ValueError(
+                f"num_nodes is {self.num_nodes}, but there is no workspace for the nodes to share: set workspace"
+            )
         return self
 
 
@@ -73,7 +75,7 @@ class FinetuneConfig(FinetuneSettings, TrainingConfig):
 
 
 class PruneConfig(PruneSettings, SequenceConfig):
-    """Teacher → smaller student. A size that is not given is not cut."""
+    """Teacher → smaller student. Sizes that are not set stay as they are."""
 
     teacher: InputPath = Field(description="Model to prune.")
 
@@ -88,7 +90,7 @@ class DistillConfig(DistillSettings, TrainingConfig):
 class EvaluateConfig(EvaluateSettings, SequenceConfig):
     """Models and data → evaluation.json and report.html."""
 
-    teacher_before: ModelAddress = Field(description="Base model; its address is finetune's.")
+    teacher_before: ModelAddress = Field(description="Base model; the same address as finetune's.")
     teacher: InputPath = Field(description="Corrected teacher.")
     pruned: InputPath = Field(description="Student before distillation.")
     student: InputPath = Field(description="Student after distillation.")
@@ -105,7 +107,7 @@ class RegisterConfig(RegisterSettings, StageConfig):
 
 
 LARGE = ("prepare", "finetune", "prune", "distill")
-"""Stages whose results, models and datasets, are passed on by reference where they cannot be linked."""
+"""Stages whose results (models, datasets) are passed on by reference if they cannot be hard-linked."""
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareConfig,

@@ -1,4 +1,4 @@
-"""The configuration of the tasks around the stages: resolve, promote, conclude."""
+"""The configuration of the tasks around the stages: plan, resolve, promote, conclude."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from minitron.config.stages import StageConfig
 
 
 class PlanConfig(StageConfig):
-    """Preset and settings → what every stage is going to do, all of it checked."""
+    """Preset and settings → the checked settings of every stage."""
 
     preset: str = Field("", description="Preset that ships with the package; empty: none.")
-    document: dict[str, Any] = Field({}, description="Settings, as in a preset, that win over those of the preset.")
+    document: dict[str, Any] = Field({}, description="Settings, written as in a preset; they win over the preset's.")
     teacher: str = Field("", description="Base model; empty: the preset's.")
     corpus: str = Field("", description="Text; empty: the preset's.")
     model_name: str = Field("", description="Registered model; empty: the preset's.")
-    champion: str = Field("", description="Model in production to compare with; empty: the preset's, or none.")
+    champion: str = Field("", description="Model in production to compare with; empty: the preset's, if it names one.")
 
 
 class ResolveConfig(PlanConfig):
-    """Corpus, teacher and settings → is there anything to train that is not there yet?"""
+    """Corpus, teacher and settings → is there anything new to train?"""
 
     tracking_uri: str = Field(description="MLflow server whose registry has the versions.")
-    pipeline_run_id: str = Field(description="Kubeflow run that asks.")
+    pipeline_run_id: str = Field(description="Kubeflow run that this task belongs to.")
 
 
 class PromoteConfig(StageConfig):
@@ -32,17 +32,17 @@ class PromoteConfig(StageConfig):
 
     tracking_uri: str = Field(description="MLflow server whose registry has the version.")
     model_name: RegisteredName = RegisterSettings.model_fields["name"].default
-    version: PositiveInt | None = Field(None, description="Its number; none: the challenger's.")
-    why: str | None = Field(None, description="Reason, for the ledger.")
+    version: PositiveInt | None = Field(None, description="Number of the version; none: the challenger's.")
+    why: str | None = Field(None, description="Reason, for the promotion log.")
 
 
 class ConcludeConfig(StageConfig):
-    """What happened in a run → its outcome in MLflow, and a page."""
+    """The end of a run → its outcome in MLflow, and a page."""
 
     tracking_uri: str = Field(description="MLflow server.")
     pipeline_run_id: str = Field(description="Kubeflow run that ends.")
-    state: str = Field(description="State in which Kubeflow says that it ended.")
-    message: str | None = Field(None, description="What Kubeflow says of a failure.")
+    state: str = Field(description="Final state that Kubeflow reports.")
+    message: str | None = Field(None, description="Kubeflow's message, if the run failed.")
 
 
 TASKS: dict[str, type[StageConfig]] = {
@@ -51,4 +51,4 @@ TASKS: dict[str, type[StageConfig]] = {
     "promote": PromoteConfig,
     "conclude": ConcludeConfig,
 }
-"""The tasks that decide instead of making something: what they do depends on the registry, so no result is reused."""
+"""Tasks that decide. Their results depend on the registry, so none is reused."""

@@ -10,7 +10,7 @@ from typing import Any
 from minitron import METHOD_VERSION
 from minitron.config.document import Plan
 from minitron.config.fields import EXECUTION, INPUT
-from minitron.config.parse import fields_marked
+from minitron.config.parse import find_marked_fields
 from minitron.config.settings import SETTINGS
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")
@@ -55,5 +55,5 @@ def _origin(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, metho
 
 def _settings(stage: str) -> list[str]:
     model = SETTINGS[stage]
-    left_out = {*fields_marked(model, EXECUTION), *fields_marked(model, INPUT)}
+    left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
     return [name for name in model.model_fields if name not in left_out]

@@ -13,8 +13,8 @@ import yaml
 
 from minitron.config.document import known_keys
 from minitron.config.fields import EXECUTION, INPUT
-from minitron.config.parse import fields_marked
-from minitron.config.pipelines import compiled_pipeline, parameters_of
+from minitron.config.parse import find_marked_fields
+from minitron.config.pipelines import compiled_pipeline, get_parameters
 from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
 
@@ -68,12 +68,12 @@ def _comments(found: dict[str, Any]) -> Iterator[str]:
 
 def _arguments(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return what the stages share, and each stage's own settings."""
-    known = {*known_keys(), *parameters_of(compiled_pipeline(PIPELINE))}
+    known = {*known_keys(), *get_parameters(compiled_pipeline(PIPELINE))}
     shared: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for stage, record in found["stages"].items():
         # Of a stage that was reused, the record names the inputs and the experiment that it had when it ran.
-        may_differ = {*fields_marked(STAGES[stage], INPUT), *fields_marked(STAGES[stage], EXECUTION)}
+        may_differ = {*find_marked_fields(STAGES[stage], INPUT), *find_marked_fields(STAGES[stage], EXECUTION)}
         for name, value in _settings(record).items():
             if f"{stage}.{name}" in known:
                 sections.setdefault(stage, {})[name] = value

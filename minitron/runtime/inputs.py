@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minitron.config.fields import HUB_DATASET, INPUT, address
-from minitron.config.parse import fields_marked
+from minitron.config.fields import HUB_DATASET, INPUT, format_address
+from minitron.config.parse import find_marked_fields
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
 from minitron.runtime import model_sources
@@ -43,7 +43,7 @@ def find(config: StageConfig) -> dict[str, Input]:
         ConfigError: one is missing, or the output lies inside it.
         RunError: one is damaged, or cannot be reached.
     """
-    names = fields_marked(type(config), INPUT)
+    names = find_marked_fields(type(config), INPUT)
     return {name: _find(config, name) for name in names if getattr(config, name) is not None}
 
 
@@ -56,8 +56,8 @@ def with_local_paths(config: Config, found: dict[str, Input]) -> Config:
 
 
 def _find(config: StageConfig, name: str) -> Input:
-    place = address(getattr(config, name))
-    if name in fields_marked(type(config), HUB_DATASET):
+    place = format_address(getattr(config, name))
+    if name in find_marked_fields(type(config), HUB_DATASET):
         if dataset := hub_dataset(place):
             return Input(place, dataset.identity, None, dataset.pinned)
         if bucket.is_bucket(place):

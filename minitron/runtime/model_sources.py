@@ -17,7 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from minitron.config.fields import address as address_of
+from minitron.config.fields import format_address
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
@@ -114,7 +114,7 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
     """Return what a movable address names; within one pipeline run, what it named first."""
     note = _home(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
-        place = address_of(config.workspace or "")
+        place = format_address(config.workspace or "")
         name = f"resolved/{note.name}"
         return bucket.agreed_json(place, name, lambda: {"address": address, "identity": find(address)})["identity"]
     if config.pipeline_run_id and note.is_file():

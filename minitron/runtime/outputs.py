@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.config.fields import address
+from minitron.config.fields import format_address
 from minitron.config.stages import LARGE, StageConfig
 from minitron.errors import ConfigError
 from minitron.storage import cache, references
@@ -34,8 +34,8 @@ def result_location(stage: str, config: StageConfig, key: str) -> Place:
     """Return where the result of this key belongs."""
     inner = f"{stage}/{key[:16]}"
     if is_bucket(config.workspace):
-        return Place(cache.cache_directory() / inner, f"{address(config.workspace or '')}/{inner}")
-    remote = address(config.output) if is_bucket(config.output) else None
+        return Place(cache.cache_directory() / inner, f"{format_address(config.workspace or '')}/{inner}")
+    remote = format_address(config.output) if is_bucket(config.output) else None
     if config.workspace:
         return Place(config.workspace.absolute() / inner, remote)
     return Place(cache.cache_directory() / inner if remote else config.output, remote)
@@ -67,7 +67,7 @@ def commit(place: Place, replace: bool) -> dict[str, Any]:
 def publish_output(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
     """Make `output` the result, or refer to it."""
     if is_bucket(config.output):
-        if address(config.output) != place.remote:
+        if format_address(config.output) != place.remote:
             _publish_to_bucket(stage, config, place, record)
     elif place.remote:
         reference = references.reference_to(place.remote, record)
@@ -93,12 +93,12 @@ def _publish_to_bucket(stage: str, config: StageConfig, place: Place, record: di
     assert place.remote is not None
     reference = references.reference_to(place.remote, record)
     if stage not in LARGE:
-        bucket_results.commit(references.local(reference, place.remote), address(config.output), replace=False)
+        bucket_results.commit(references.local(reference, place.remote), format_address(config.output), replace=False)
         return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / stage
         references.write(directory, reference, record)
-        bucket_results.commit(directory, address(config.output), replace=True)
+        bucket_results.commit(directory, format_address(config.output), replace=True)
 
 
 def refuse_foreign(stage: str, config: StageConfig) -> None:
@@ -107,7 +107,7 @@ def refuse_foreign(stage: str, config: StageConfig) -> None:
     Raises:
         ConfigError: it does.
     """
-    output = address(config.output)
+    output = format_address(config.output)
     record, is_result = _bucket_content(output) if is_bucket(output) else _content(config.output)
     if record and record["stage"] != stage:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from minitron import METHOD_VERSION
 from minitron.config.fields import EXECUTION
-from minitron.config.parse import fields_marked
+from minitron.config.parse import find_marked_fields
 from minitron.config.stages import STAGES, StageConfig
 from minitron.engines import gpus
 from minitron.runtime import inputs, outputs
@@ -98,6 +98,6 @@ def _produce(
 
 
 def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
-    settings = config.model_dump(mode="json", exclude=set(fields_marked(type(config), EXECUTION)) | set(found))
+    settings = config.model_dump(mode="json", exclude=set(find_marked_fields(type(config), EXECUTION)) | set(found))
     hashes = {name: entry.sha256 for name, entry in found.items()}
     return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()

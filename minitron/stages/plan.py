@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minitron.config.document import SHARED, Plan, plan_of
+from minitron.config.document import SHARED, Plan, read_plan
 from minitron.config.settings import RESOURCES, Settings
 from minitron.config.tasks import PlanConfig
 from minitron.report.formatting import TEMPLATES
@@ -22,7 +22,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting is unknown, missing or has a value of the wrong kind.
     """
-    plan = plan_of(config)
+    plan = read_plan(config)
     outputs = _outputs(plan)
     with replaced(config.output) as directory:
         write_atomically(directory / PLAN, outputs)

@@ -6,7 +6,7 @@ The first task of the pipeline `retrain`, without a GPU: `minitron run retrain -
 import json
 from typing import Any
 
-from minitron.config.document import plan_of
+from minitron.config.document import read_plan
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
 from minitron.registry import fingerprint, training_lock
@@ -27,7 +27,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         ConfigError: a setting or an input cannot be used.
         RunError: the corpus, the teacher or MLflow cannot be reached.
     """
-    plan = plan_of(config)
+    plan = read_plan(config)
     name, wanted = plan.model_name, plan.pipeline
     prepare = PrepareConfig(
         corpus=wanted.corpus, teacher=wanted.teacher, output=config.output, workspace=config.workspace,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.config.fields import address
+from minitron.config.fields import format_address
 from minitron.errors import RunError
 from minitron.storage.bucket import is_bucket, snapshot
 from minitron.storage.cache import place_in_cache
@@ -32,7 +32,7 @@ class Reference:
 
 def reference_to(place: Path | str, record: dict[str, Any]) -> Reference:
     """Return the reference to a result, from its place and record."""
-    return Reference(address(place), record["output_sha256"], record["key"])
+    return Reference(format_address(place), record["output_sha256"], record["key"])
 
 
 def write(directory: Path, reference: Reference, record: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from minitron.cli import local, summary, tables
 from minitron.cli.app import app
 from minitron.config import metrics
 from minitron.config.document import make_plan, merge
-from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
+from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
 from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
 from tests.servers import forks
@@ -37,7 +37,7 @@ def specification() -> dict[str, Any]:
 
 @pytest.fixture
 def parameters(specification: dict[str, Any]) -> dict[str, Any]:
-    return parameters_of([specification])
+    return get_parameters([specification])
 
 
 def preset(directory: Path, **values: Any) -> str:
@@ -68,7 +68,7 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
     """YAML reads 1e-3, without a point, as text; Kubeflow insists on its parameters' types."""
     settings = ["distill.learning_rate=1e-3", "distill.cpu=2", "experiment=7", "tracking_uri=http://m"]
     request = read_request([preset(tmp_path)], settings, parameters)
-    arguments = checked_arguments(request, parameters)
+    arguments = check_arguments(request, parameters)
     document = arguments.pop("settings")
     assert arguments == PLACES | {"experiment": "7", "tracking_uri": "http://m"}
     plan = make_plan(merge(document, PLACES))
@@ -85,7 +85,7 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
         ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
         ({"teacher": None}, "teacher: missing; give it a value"),
         ({"tracking_uri": None}, "tracking_uri: missing; give it in the preset or by --set tracking_uri=…"),
-        ({"distill": {"seed": 1}}, "distill.seed: all stages have the same; set seed"),
+        ({"distill": {"seed": 1}}, "distill.seed: all stages share this setting; set seed"),
         ({"distill": 5}, "distill: found 5, not a section; write distill: {setting: value}"),
         ({"distill": {"memory": "much"}}, "distill.memory: String should match pattern"),
         ({"distill": {"gpus": -1}}, "distill.gpus: Input should be greater than or equal to 0 (found -1)"),
@@ -100,7 +100,7 @@ def test_a_bad_preset_is_refused(
 ) -> None:
     with pytest.raises(ConfigError) as refused:
         values = {"tracking_uri": "http://m"} | values
-        checked_arguments(read_request([preset(tmp_path, **values)], [], parameters), parameters)
+        check_arguments(read_request([preset(tmp_path, **values)], [], parameters), parameters)
     assert str(refused.value).startswith(message)
 
 

@@ -16,7 +16,7 @@ from minitron import __version__
 from minitron.cli.app import app
 from minitron.cluster import pipelines_api
 from minitron.cluster.cron import first_time
-from minitron.config.pipelines import compiled_pipeline, configured
+from minitron.config.pipelines import apply_cluster_config, compiled_pipeline
 from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
 from tests.constants import REPOSITORY
@@ -99,7 +99,7 @@ def test_other_settings_of_the_pipeline_are_another_version(server: KubeflowServ
 def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline() -> None:
     settings = ClusterConfig(shared_memory="64Gi", retries=9, timeout_hours=2, ttl_hours=1, labels={"team": "llm"})
     before = compiled_pipeline("compress")
-    specification, platform = configured(copy.deepcopy(before), settings)
+    specification, platform = apply_cluster_config(copy.deepcopy(before), settings)
     kubernetes = platform["platforms"]["kubernetes"]
     assert kubernetes["pipelineConfig"]["resourceTtlOnCompletion"] == 3600
     for executor in kubernetes["deploymentSpec"]["executors"].values():
@@ -108,7 +108,7 @@ def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline() -> None
         assert executor["podMetadata"]["labels"]["team"] == "llm"
     tasks = specification["root"]["dag"]["tasks"]
     assert {task["retryPolicy"]["maxRetryCount"] for name, task in tasks.items() if name != "plan"} == {9}
-    assert configured(copy.deepcopy(before), ClusterConfig()) == before, "the defaults are what is compiled"
+    assert apply_cluster_config(copy.deepcopy(before), ClusterConfig()) == before, "the defaults are what is compiled"
 
 
 def test_a_run_is_followed_to_its_end(server: KubeflowServer) -> None:

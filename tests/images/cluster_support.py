@@ -11,7 +11,7 @@ from docker.types import Mount
 from kfp import components, local
 
 from minitron.cli.local import adapt
-from minitron.config.pipelines import checked_arguments, compiled_pipeline, parameters_of, read_request
+from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
 from minitron.config.settings import RESOURCES, GpuResources
 from tests.images.podman_support import run
 
@@ -52,11 +52,11 @@ class Cluster:
         return Finished(results, self._started_images())
 
     def _arguments(self, documents: list[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
-        parameters = parameters_of(documents)
+        parameters = get_parameters(documents)
         laptop = {"engine": "hf", "tracking_uri": self._tracking_uri} | values
         laptop |= {name: str(path) for name, path in self._inputs.items()}
         laptop |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}
-        return checked_arguments(read_request(["tiny"], [], parameters, laptop), parameters)
+        return check_arguments(read_request(["tiny"], [], parameters, laptop), parameters)
 
     def _runner(self) -> local.DockerRunner:
         mounts = [Mount(str(path), str(path), type="bind", read_only=True) for path in self._inputs.values()]

@@ -87,9 +87,9 @@ def test_a_judged_gate_can_be_judged_again() -> None:
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        ({"metric": "kl"}, "evaluate.gates.0: the gate on kl needs one of at_most and at_least"),
-        ({"metric": "kl", "at_most": 1, "at_least": 0}, "needs one of at_most and at_least"),
-        ({"metric": "kl", "by": "ratio", "at_most": 1}, "by ratio, of what is not said: give against"),
+        ({"metric": "kl"}, "evaluate.gates.0: gate on kl: needs one bound; give either at_most or at_least"),
+        ({"metric": "kl", "at_most": 1, "at_least": 0}, "gate on kl: needs one bound"),
+        ({"metric": "kl", "by": "ratio", "at_most": 1}, "by=ratio needs `against`"),
         ({"metric": "kl", "against": "best", "at_most": 1}, "evaluate.gates.0.against: .*'teacher' or 'champion'"),
         ({"metric": "kl", "most": 1}, "evaluate.gates.0.most: "),
         ({"metric": "kl", "at_mots": 1}, "evaluate.gates.0.at_mots: unknown key; correct or remove it"),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from minitron.components.images import TRAINER
-from minitron.config.pipelines import compiled_pipeline, configured, dags
+from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, list_dags
 from minitron.config.settings import ClusterConfig
 from minitron.pipelines.compress import COMPILED, compress
 from minitron.pipelines.promote import promote
@@ -35,14 +35,14 @@ def test_the_golden_is_what_the_source_compiles_to(pipeline: Any, tmp_path: Path
 
 def test_retraining_is_compress_between_decisions_with_an_end() -> None:
     specification, platform = compiled_pipeline("retrain")
-    tasks = [dag["dag"]["tasks"] for dag in dags(specification)]
+    tasks = [dag["dag"]["tasks"] for dag in list_dags(specification)]
     assert {name for found in tasks for name in found} == {
         *STAGES, "plan", "resolve", "promote", "conclude", "compress", "exit-handler-1", "condition-2",
     }  # fmt: skip
     condition = next(found["condition-2"]["triggerPolicy"]["condition"] for found in tasks if "condition-2" in found)
     assert condition == "inputs.parameter_values['pipelinechannel--resolve-Output'] == true"
     settings = ClusterConfig(retries=7, timeout_hours=2, ttl_hours=3, labels={"team": "llm"})
-    configured([specification, platform], settings)
+    apply_cluster_config([specification, platform], settings)
     executors = specification["deploymentSpec"]["executors"]
     executed = [task for found in tasks for name, task in found.items() if f"exec-{name}" in executors]
     retried = [task for task in executed if "retryPolicy" in task]
@@ -56,12 +56,12 @@ def test_retraining_is_compress_between_decisions_with_an_end() -> None:
 def test_whatever_a_task_of_retraining_names_is_handed_down_to_it() -> None:
     """Kubeflow's compiler forgets, inside a condition, what only a resource limit names; its backend fails then."""
     specification, platform = compiled_pipeline("retrain")
-    for dag in dags(specification):
+    for dag in list_dags(specification):
         given = dag["inputDefinitions"]["parameters"].keys()
         for task in dag["dag"]["tasks"].values():
             sources = task.get("inputs", {}).get("parameters", {}).values()
             assert {s["componentInputParameter"] for s in sources if "componentInputParameter" in s} <= given
-    known = {name for dag in dags(specification) for name in dag["inputDefinitions"]["parameters"]}
+    known = {name for dag in list_dags(specification) for name in dag["inputDefinitions"]["parameters"]}
     named = re.findall(r"componentInputParameter: (\S+)", yaml.safe_dump(platform))
     assert named and set(named) <= known
 

@@ -56,7 +56,7 @@ def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path
         ({"model_name": "a/b"}, "register.name: String should match pattern"),
         ({"teacher": ""}, "teacher: missing; give it a value"),
         ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
-        ({"preset": "tiny"}, "preset tiny: minitron run makes its inputs, tiny, on your machine"),
+        ({"preset": "tiny"}, "preset tiny: only minitron run can make its inputs (tiny); use minitron run"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, form: dict[str, Any], message: str) -> None:
