@@ -1,13 +1,16 @@
 # Two commands do everything: `make demo` and `make test`; each sets up .venv on its first run.
 PYTHON ?= python3
 BIN := .venv/bin
-# The NeMo that is tested is the image's; .ci/run tests the last one that has language models, too.
+# The NeMo that is tested is the image's; test-nightly tests the last one that has language models, too.
 NEMO ?= nemo_toolkit==2.6.2 megatron-core==0.15.0
 MODULES := minitron components pipelines images tests benchmarks
+# Two processes, with a core each; the rooms are all tests but those of whole pipelines, which test-flows runs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+ROOMS := tests --ignore=tests/flows --ignore=tests/deploy
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-nemo test-images manifests lint compile docs bench clean
+.PHONY: help setup demo test test-flows test-all test-nemo test-images test-nightly manifests lint compile docs bench clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -22,8 +25,19 @@ setup: .venv/ready ## create .venv from constraints.txt
 demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a laptop, about ten minutes
 	$(BIN)/minitron run compress --preset demo --work-dir runs/demo
 
-test: setup ## run the tests with coverage
-	$(BIN)/pytest --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
+test: setup ## run the tests that a change of the package needs: about eight minutes on two cores
+	$(PYTEST) $(ROOMS)
+
+test-flows: setup ## run whole pipelines, the deployment guide and the manifests: about five minutes
+	$(PYTEST) --dist loadfile tests/flows tests/deploy
+
+test-all: setup ## run both, with the limit of coverage
+	$(PYTEST) $(ROOMS) --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(MAKE) test-flows
+
+test-nightly: ## run what takes long and seldom breaks: the last NeMo that has language models, the images from nothing
+	$(MAKE) test-nemo NEMO="nemo_toolkit==2.7.3 megatron-core==0.15.3"
+	$(MAKE) test-images
 
 test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: ten minutes
 	.venv-nemo/bin/pip install --quiet --no-deps $(NEMO)

@@ -197,7 +197,7 @@ def test_the_make_commands_start_the_demo_and_the_tests() -> None:
     """Only what they would run: the demo takes ten minutes, and these are the tests."""
     for command, started in (
         (MAKE_DEMO, ".venv/bin/minitron run compress --preset demo --work-dir runs/demo"),
-        (MAKE_TEST, ".venv/bin/pytest --cov=minitron"),
+        (MAKE_TEST, ".venv/bin/pytest -n 2 --dist worksteal tests"),
     ):
         done = subprocess.run([*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
         assert started in done.stdout

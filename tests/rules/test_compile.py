@@ -12,10 +12,8 @@ import yaml
 from minitron.components.images import TRAINER
 from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, list_dags
 from minitron.config.settings import ClusterConfig
-from minitron.pipelines.compress import COMPILED, compress
-from minitron.pipelines.promote import promote
-from minitron.pipelines.retrain import retrain
 from minitron.pipelines.tasks import write_compiled
+from tests.pipelines import COMPILED, compress, promote, retrain
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 GPU_STAGES = ["finetune", "prune", "distill", "evaluate"]

@@ -16,11 +16,9 @@ from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES
 from minitron.config.tasks import TASKS
 from minitron.errors import ConfigError
-from minitron.pipelines.compress import compress
-from minitron.pipelines.promote import promote
-from minitron.pipelines.retrain import retrain
 from minitron.stages import plan
 from tests.constants import REPOSITORY
+from tests.pipelines import compress, promote, retrain
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))

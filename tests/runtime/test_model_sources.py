@@ -91,7 +91,7 @@ def catalogue(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     log: list[tuple[str, str | None]] = []
     faults: dict[str, Any] = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Catalogue, root, log, faults))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("NGC_API_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NGC_API_KEY", KEY)
     yield {"log": log, "faults": faults}

@@ -162,7 +162,7 @@ def serving_bucket() -> Iterator[World]:
     buckets.create_bucket("bucket", world.storage)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, world))
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     world.address = f"http://127.0.0.1:{server.server_port}"
     try:
         yield world

@@ -233,7 +233,7 @@ def test_a_batch_whose_answer_was_lost_arrives_once(
 
     handler = type("Handler", (_Forwarder,), {"uri": server.uri})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as forwarder:
-        Thread(target=forwarder.serve_forever, daemon=True).start()
+        Thread(target=forwarder.serve_forever, args=(0.02,), daemon=True).start()
         stage.run(make(f"http://127.0.0.1:{forwarder.server_port}"), work)
         forwarder.shutdown()
     run = _runs(server.uri, tmp_path.name)["one"]
