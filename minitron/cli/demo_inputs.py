@@ -9,7 +9,11 @@ import importlib.util
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,23 @@ def build(name: str, directory: Path) -> dict[str, Path]:
         _BUILDERS[name](*places.values())
         (root / "complete").touch()
     return places
+
+
+@contextmanager
+def built_aside(name: str, directory: Path) -> Iterator[None]:
+    """Build the inputs while the block runs, in a process that ends with it: this one is spared torch and its memory.
+
+    Raises:
+        ConfigError: as `build`, at the end of the block.
+    """
+    if (directory / name / "complete").exists() or "torch" in sys.modules:  # nothing to do, or nothing to spare
+        yield
+        build(name, directory)
+        return
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        building = pool.submit(build, name, directory)
+        yield
+        building.result()
 
 
 def paths(name: str, directory: Path) -> dict[str, Path]:

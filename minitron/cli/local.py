@@ -31,8 +31,8 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
         MinitronError: a stage failed, with the stage's own message and exit status; the page of `conclude`, if the
             pipeline has that task, is the report then.
     """
-    with many_imports():
-        from kfp import components, local
+    import_kfp()
+    from kfp import components, local
 
     adapt(documents[0])
     workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
@@ -55,6 +55,13 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
                 shutil.copyfile(page, work_dir / REPORT)
         raise _explain(workspace) from error
     return next(path for path in results.glob("*") if path not in earlier)
+
+
+def import_kfp() -> None:
+    """Import kfp, which takes a second."""
+    with many_imports():
+        import kfp.components
+        import kfp.local  # noqa: F401
 
 
 def adapt(specification: dict[str, Any]) -> None:

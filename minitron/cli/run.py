@@ -42,7 +42,8 @@ def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path)
     arguments = check_arguments(request, parameters)
     if request.samples:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        demo_inputs.build(request.samples, work_dir / "inputs")
+        with demo_inputs.built_aside(request.samples, work_dir / "inputs"):
+            local.import_kfp()
     results = local.run_pipeline(documents, arguments, work_dir)
     summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
 

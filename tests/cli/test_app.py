@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from minitron.cli import local, summary, tables
+from minitron.cli import demo_inputs, local, summary, tables
 from minitron.cli.app import app
 from minitron.config import metrics
 from minitron.config.document import make_plan, merge
@@ -233,3 +234,15 @@ def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None
         "distill": {"tokens": 640, "tokens_per_second": 32.0},
         "registered": {"name": "n", "version": 3, "alias": "challenger"},
     }
+
+
+def test_sample_inputs_are_built_in_another_process_whose_errors_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)  # as in a process that has just started
+    with demo_inputs.built_aside("tiny", tmp_path):
+        pass
+    assert "torch" not in sys.modules
+    assert all(path.is_dir() for path in demo_inputs.paths("tiny", tmp_path).values())
+    with pytest.raises(ConfigError, match="'huge' is unknown"), demo_inputs.built_aside("huge", tmp_path):
+        pass
