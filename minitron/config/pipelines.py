@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.config.document import CLUSTER, SAMPLES, check_key, known_keys, make_plan, merge, nest_sections
+from minitron.config.document import CLUSTER, SAMPLES, check_key, known_keys, merge, nest_sections, read_plan
 from minitron.config.parse import suggest_name, validate_section
 from minitron.config.presets import pipelines_directory, read_preset
 from minitron.config.settings import ClusterConfig
+from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
@@ -102,9 +104,9 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
         if not entry.get("isOptional") and name not in arguments:
             raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
     if SETTINGS_PARAMETER in parameters:
-        inputs = {name: arguments[name] for name in ("teacher", "corpus") if arguments.get(name)}
-        make_plan(request.document | inputs)
-        arguments[SETTINGS_PARAMETER] = nest_sections(request.document)
+        arguments[SETTINGS_PARAMETER] = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
+        form = {name: value for name, value in arguments.items() if name in PlanConfig.model_fields}
+        read_plan(PlanConfig(output=Path(), document=arguments[SETTINGS_PARAMETER], **form))
     return arguments
 
 

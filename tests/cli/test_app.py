@@ -67,7 +67,7 @@ def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
 
 def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, parameters: dict[str, Any]) -> None:
     """YAML reads 1e-3, without a point, as text; Kubeflow insists on its parameters' types."""
-    settings = ["distill.learning_rate=1e-3", "distill.cpu=2", "experiment=7", "tracking_uri=http://m"]
+    settings = ["distill.learning_rate=1e-3", "settings={distill: {cpu: 2}}", "experiment=7", "tracking_uri=http://m"]
     request = read_request([preset(tmp_path)], settings, parameters)
     arguments = check_arguments(request, parameters)
     document = arguments.pop("settings")
@@ -81,6 +81,12 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
     ("values", "message"),
     [
         ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
+        ({"model_name": "a/b"}, "register.name: String should match pattern"),
+        (
+            {"settings": {"distill": {"max_step": 1}}},
+            "distill.max_step: unknown key; did you mean 'distill.max_steps'?",
+        ),
+        ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
         ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
         ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill"),
         ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
