@@ -2,7 +2,7 @@
 
 Run it: `python benchmarks/storage.py` (`make bench`).
 
-One side is `transfers.download` and `transfers.upload`: snapshot, generations, temporary names, CRC32C of what came,
+One side is `transfers.download_objects` and `transfers.upload_files`: snapshot, generations, temporary names, CRC32C,
 batches that outlive a kill. The other is `download_many`, `download_chunks_concurrently` and `upload_many` with the
 same threads and chunks, and the checksums that they compute by default. They take turns; medians. The server, a process
 of its own, is the slower part, as a network is: what is shown is that we add little to it.
@@ -27,7 +27,7 @@ from google.cloud.storage import transfer_manager
 from servers import free_port, running
 
 from minitron.storage import transfers
-from minitron.storage.bucket import CHUNK, objects, snapshot
+from minitron.storage.bucket import CHUNK, list_objects, take_snapshot
 
 MB = 1 << 20
 BUCKET = "gs://bucket"
@@ -90,14 +90,14 @@ def both_ways(model: dict[str, Path], directory: Path) -> dict[str, dict[str, Ca
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
 
-    transfers.upload(model, f"{BUCKET}/model", objects(f"{BUCKET}/model"))
+    transfers.upload_files(model, f"{BUCKET}/model", list_objects(f"{BUCKET}/model"))
     return {
         "upload": {
-            "ours": _after(clean("ours/"), lambda: transfers.upload(model, f"{BUCKET}/ours", {})),
+            "ours": _after(clean("ours/"), lambda: transfers.upload_files(model, f"{BUCKET}/ours", {})),
             "bare": _after(clean("bare/"), upload_bare),
         },
         "download": {
-            "ours": _after(renew, lambda: transfers.download(snapshot(f"{BUCKET}/model"), target)),
+            "ours": _after(renew, lambda: transfers.download_objects(take_snapshot(f"{BUCKET}/model"), target)),
             "bare": _after(renew, download_bare),
         },
     }

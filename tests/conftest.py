@@ -109,7 +109,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["World"]:
     """A storage server with an empty bucket named `bucket`, and a cache of this test's own."""
     from tests.servers.gcs import serving_bucket
 
-    bucket.pinned.cache_clear()
+    bucket.pin_objects.cache_clear()
     with serving_bucket() as world:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", world.address)
         monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "test")

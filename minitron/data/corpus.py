@@ -22,7 +22,7 @@ import pyarrow
 from pyarrow import parquet
 
 from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.storage.hub import HubDataset, hub_dataset, local_path
+from minitron.storage.hub import HubDataset, resolve_hub_dataset, resolve_local_path
 from minitron.storage.layout import RECORD
 
 Numbered = Iterator[tuple[int, Any]]
@@ -52,8 +52,8 @@ class Corpus:
             RunError: the hub cannot be reached.
         """
         self._address, self._field = address, text_field
-        self._dataset = hub_dataset(address)
-        self._files = [] if self._dataset else _files(local_path(address))
+        self._dataset = resolve_hub_dataset(address)
+        self._files = [] if self._dataset else _files(resolve_local_path(address))
         self.size = None if self._dataset else sum(file.stat().st_size for file in self._files)
         self._done = 0
         self._position_in_file: Callable[[], int] = lambda: 0

@@ -12,7 +12,7 @@ from minitron.errors import ConfigError
 from minitron.runtime import model_sources
 from minitron.storage import bucket, references
 from minitron.storage.hashing import verified_hash
-from minitron.storage.hub import hub_dataset
+from minitron.storage.hub import resolve_hub_dataset
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -58,12 +58,12 @@ def with_local_paths(config: Config, found: dict[str, Input]) -> Config:
 def _find(config: StageConfig, name: str) -> Input:
     place = format_address(getattr(config, name))
     if name in find_marked_fields(type(config), HUB_DATASET):
-        if dataset := hub_dataset(place):
+        if dataset := resolve_hub_dataset(place):
             return Input(place, dataset.identity, None, dataset.pinned)
         if bucket.is_bucket(place):
-            return Input(place, bucket.pinned(place)[0].rpartition("#")[2], None)
+            return Input(place, bucket.pin_objects(place)[0].rpartition("#")[2], None)
     elif (reference := _reference(place)) and bucket.is_bucket(reference.address):
-        return Input(place, reference.sha256, lambda: references.local(reference, place))
+        return Input(place, reference.sha256, lambda: references.locate_result(reference, place))
     path, pinned = model_sources.pinned_local_model(place, config)
     if config.output.absolute().is_relative_to(path.absolute()):
         raise ConfigError(f"output {config.output}: lies inside {name} {place} and would change it; move it out")
@@ -74,4 +74,4 @@ def _find(config: StageConfig, name: str) -> Input:
 
 
 def _reference(place: str) -> references.Reference | None:
-    return None if bucket.is_bucket(place) else references.read(Path(place))
+    return None if bucket.is_bucket(place) else references.read_reference(Path(place))

@@ -25,8 +25,8 @@ from minitron.storage import bucket, ngc
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.hub import hub_model, local_path
-from minitron.storage.references import followed
+from minitron.storage.hub import pin_hub_model, resolve_local_path
+from minitron.storage.references import follow_reference
 from minitron.storage.staging import download_then_publish
 from minitron.tracking.client import default_retries
 
@@ -52,13 +52,13 @@ def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, 
     scheme, separator, _ = str(address).partition(":/")
     pinned = str(address)
     if not separator or scheme == "file":
-        found = local_path(address)
+        found = resolve_local_path(address)
     elif scheme == "hf":
-        pinned = _resolved_once(pinned, hub_model, config)
-        found = local_path(pinned)
+        pinned = _resolved_once(pinned, pin_hub_model, config)
+        found = resolve_local_path(pinned)
     else:
         found, pinned = _fetched(pinned, config)
-    found = followed(found)
+    found = follow_reference(found)
     return _exported(found, config) if _is_nemo(found) else found, pinned
 
 
@@ -71,7 +71,7 @@ def corpus(address: str, config: StageConfig) -> str:
     """
     if not bucket.is_bucket(address):
         return address
-    return str(_kept(bucket.pinned(address)[0], _fetch_objects, config))
+    return str(_kept(bucket.pin_objects(address)[0], _fetch_objects, config))
 
 
 def check(path: Path, sha256: str) -> None:
@@ -99,7 +99,7 @@ def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
             find, fetch = partial(versions.model_version, uri), partial(versions.download_version, uri)
         case "ngc":
-            find, fetch = ngc.check_address, ngc.download
+            find, fetch = ngc.check_address, ngc.download_model
         case scheme:
             raise ConfigError(
                 f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "
@@ -116,7 +116,8 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
         place = format_address(config.workspace or "")
         name = f"resolved/{note.name}"
-        return bucket.agreed_json(place, name, lambda: {"address": address, "identity": find(address)})["identity"]
+        content = bucket.get_or_create_json(place, name, lambda: {"address": address, "identity": find(address)})
+        return content["identity"]
     if config.pipeline_run_id and note.is_file():
         return json.loads(note.read_text())["identity"]
     identity = find(address)
@@ -143,15 +144,15 @@ def _complete_snapshot(address: str) -> str:
     """Return the snapshot of what lies in a bucket, unless it is a result whose upload did not end."""
     from minitron.storage import bucket_results
 
-    found = bucket.some_objects(address)
+    found = bucket.require_objects(address)
     bucket_results.check_complete(address, set(found))
-    return bucket.snapshot_of(address, found)
+    return bucket.format_snapshot(address, found)
 
 
 def _fetch_objects(identity: str, target: Path) -> None:
     from minitron.storage import transfers
 
-    transfers.download(identity, target)
+    transfers.download_objects(identity, target)
 
 
 def _is_nemo(path: Path) -> bool:

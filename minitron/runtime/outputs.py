@@ -19,7 +19,7 @@ from minitron.errors import ConfigError
 from minitron.storage import cache, references
 from minitron.storage.bucket import is_bucket
 from minitron.storage.layout import read_record
-from minitron.storage.staging import finished, publish_copy, publish_links
+from minitron.storage.staging import find_finished, publish_copy, publish_links
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ def result_location(stage: str, config: StageConfig, key: str) -> Place:
 def find_result(place: Place, key: str) -> dict[str, Any] | None:
     """Return the record of the finished result of a key, wherever it lies; it is committed to its bucket if need be."""
     if place.remote is None:
-        return finished(place.home, key)
+        return find_finished(place.home, key)
     from minitron.storage import bucket_results
 
-    record = bucket_results.record_at(place.remote)
+    record = bucket_results.read_record_at(place.remote)
     if record and record["key"] == key:
         return record
-    return commit(place, replace=False) if finished(place.home, key) else None
+    return commit(place, replace=False) if find_finished(place.home, key) else None
 
 
 def commit(place: Place, replace: bool) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def commit(place: Place, replace: bool) -> dict[str, Any]:
     from minitron.storage import bucket_results
 
     assert place.remote is not None
-    record = bucket_results.commit(place.home, place.remote, replace)
+    record = bucket_results.commit_result(place.home, place.remote, replace)
     if place.home.is_relative_to(cache.cache_directory()):
         cache.move_to_cache(place.home)
     return record
@@ -70,11 +70,11 @@ def publish_output(stage: str, config: StageConfig, place: Place, record: dict[s
         if format_address(config.output) != place.remote:
             _publish_to_bucket(stage, config, place, record)
     elif place.remote:
-        reference = references.reference_to(place.remote, record)
+        reference = references.make_reference(place.remote, record)
         if stage in LARGE:
-            references.write(config.output, reference, record)
+            references.write_reference(config.output, reference, record)
         else:
-            publish_copy(references.local(reference, place.remote), config.output, record["key"])
+            publish_copy(references.locate_result(reference, place.remote), config.output, record["key"])
     elif place.home != config.output:
         _publish_from_volume(stage, config, place, record)
 
@@ -83,7 +83,7 @@ def _publish_from_volume(stage: str, config: StageConfig, place: Place, record: 
     if stage not in LARGE:
         publish_copy(place.home, config.output, record["key"])
     elif not publish_links(place.home, config.output, record["key"]):
-        references.write(config.output, references.reference_to(place.home, record), record)
+        references.write_reference(config.output, references.make_reference(place.home, record), record)
 
 
 def _publish_to_bucket(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
@@ -91,14 +91,16 @@ def _publish_to_bucket(stage: str, config: StageConfig, place: Place, record: di
     from minitron.storage import bucket_results
 
     assert place.remote is not None
-    reference = references.reference_to(place.remote, record)
+    reference = references.make_reference(place.remote, record)
     if stage not in LARGE:
-        bucket_results.commit(references.local(reference, place.remote), format_address(config.output), replace=False)
+        bucket_results.commit_result(
+            references.locate_result(reference, place.remote), format_address(config.output), replace=False
+        )
         return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / stage
-        references.write(directory, reference, record)
-        bucket_results.commit(directory, format_address(config.output), replace=True)
+        references.write_reference(directory, reference, record)
+        bucket_results.commit_result(directory, format_address(config.output), replace=True)
 
 
 def refuse_foreign(stage: str, config: StageConfig) -> None:
@@ -125,4 +127,4 @@ def _content(output: Path) -> tuple[dict[str, Any] | None, bool]:
 def _bucket_content(output: str) -> tuple[dict[str, Any] | None, bool]:
     from minitron.storage import bucket_results
 
-    return bucket_results.content_at(output)
+    return bucket_results.inspect_output(output)

@@ -23,7 +23,7 @@ from minitron.runtime.record import run_facts
 from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, read_record
-from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish
+from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish_result
 from minitron.tracking import stage_run
 
 LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
@@ -91,7 +91,7 @@ def _produce(
         record = identity | run_facts(config, tracker, started) | found
         record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
         write_atomically(directory / RECORD, record)
-        publish(directory, home)
+        publish_result(directory, home)
         record = read_record(home) or record
         tracker.finish(record)
     return record

@@ -12,7 +12,7 @@ from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
 from minitron.report.formatting import TEMPLATES
 from minitron.runtime.record import noted_failure
-from minitron.storage.files import replaced, write_atomically
+from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
 from minitron.tracking import pipeline_run as runs
 from minitron.tracking.client import connect, fail_fast, one_line_errors, reason, without_password
@@ -27,7 +27,7 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
         found = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
     found |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": without_password(config.tracking_uri)}
     print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
-    with replaced(config.output) as directory:
+    with replace_directory(config.output) as directory:
         write_atomically(directory / CONCLUSION, found)
         (directory / CONCLUSION_PAGE).write_text(_page(found), encoding="utf-8")
     if found["run_id"]:

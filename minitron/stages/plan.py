@@ -12,7 +12,7 @@ from minitron.config.document import SHARED, Plan, read_plan
 from minitron.config.settings import RESOURCES, Settings
 from minitron.config.tasks import PlanConfig
 from minitron.report.formatting import TEMPLATES
-from minitron.storage.files import replaced, write_atomically
+from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
 
 
@@ -24,7 +24,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     """
     plan = read_plan(config)
     outputs = _outputs(plan)
-    with replaced(config.output) as directory:
+    with replace_directory(config.output) as directory:
         write_atomically(directory / PLAN, outputs)
         (directory / PLAN_PAGE).write_text(_page(plan), encoding="utf-8")
     return {"metrics": {}, "outputs": outputs}

@@ -33,7 +33,7 @@ from minitron.runtime.entry import main
 from minitron.runtime.model_sources import corpus, local_model
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
-from minitron.storage.hub import hub_dataset, local_path
+from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
 from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
 
@@ -148,10 +148,10 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
 def _corpus_identity(address: str) -> dict[str, Any]:
     """Return what stands for the corpus's content: the sha256 of its files, a hub's commit or a bucket's snapshot."""
     if bucket.is_bucket(address):
-        snapshot, objects = bucket.pinned(address)
-        return {"corpus_sha256": snapshot.rpartition("#")[2], "corpus_objects": bucket.generations(objects)}
-    dataset = hub_dataset(address)
-    return {"corpus_sha256": dataset.identity if dataset else content_hash(local_path(address))}
+        snapshot, objects = bucket.pin_objects(address)
+        return {"corpus_sha256": snapshot.rpartition("#")[2], "corpus_objects": bucket.list_generations(objects)}
+    dataset = resolve_hub_dataset(address)
+    return {"corpus_sha256": dataset.identity if dataset else content_hash(resolve_local_path(address))}
 
 
 def _flat(counts: dict[str, Any]) -> dict[str, int]:

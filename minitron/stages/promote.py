@@ -12,7 +12,7 @@ from typing import Any
 from minitron.config.tasks import PromoteConfig
 from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, existing_version, promote
 from minitron.registry.versions import DECISION_TAG
-from minitron.storage.files import replaced, write_atomically
+from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import PROMOTED
 from minitron.tracking.client import connect, one_line_errors
 from minitron.tracking.pipeline_run import conclude, pipeline_run
@@ -44,7 +44,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
             conclude(client, parent.info.run_id, outcome, reason)
     print(f"promote: {outcome}: {reason}", flush=True)
     found = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}
-    with replaced(config.output) as directory:
+    with replace_directory(config.output) as directory:
         write_atomically(directory / PROMOTED, found)
     return {"metrics": {"promoted": int(outcome == "promoted")}} | found
 

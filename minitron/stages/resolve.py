@@ -14,7 +14,7 @@ from minitron.registry.fingerprint import Origin
 from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
 from minitron.registry.versions import DECISION_TAG, versions_of
 from minitron.runtime import inputs
-from minitron.storage.files import replaced, write_atomically
+from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import DECISION
 from minitron.tracking.client import connect, fail_fast, one_line_errors
 from minitron.tracking.pipeline_run import conclude, pipeline_run
@@ -38,7 +38,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
     with one_line_errors(config.tracking_uri), fail_fast():
         decision = _decide(config, name, made_from) | {"model_name": name}
     print(f"resolve: {decision['reason']}", flush=True)
-    with replaced(config.output) as directory:
+    with replace_directory(config.output) as directory:
         write_atomically(directory / DECISION, decision)
     return {"metrics": {"train": int(decision["train"])}} | decision
 

@@ -1,8 +1,8 @@
-"""Google Cloud Storage: what lies at an address, small JSON objects, and errors in one line.
+"""Google Cloud Storage: list objects, read and write small JSON objects, report errors in one line.
 
 This module and storage/transfers.py, which moves files, are the only users of google-cloud-storage. A snapshot is
-`gs://bucket/path#digest`, the digest being of the names and generations of the objects below the path, or of the one
-object of that name.
+`gs://bucket/path#digest`. The digest covers the names and generations of the objects below the path, or of the one
+object with that name.
 """
 
 import hashlib
@@ -19,87 +19,87 @@ from minitron.errors import ConfigError, MinitronError, RunError
 SCHEME = "gs://"
 
 CHUNK = 32 << 20
-"""Bytes: a larger object is fetched in chunks of this size, several at a time, and uploaded in such chunks."""
+"""Bytes. A larger object is fetched and uploaded in chunks of this size, several at a time."""
 
 Objects = dict[str, Any]
-"""Blobs as they were listed, by their path below an address."""
+"""Listed blobs by their path below an address."""
 
 
-def is_bucket(place: Path | str | None) -> bool:
-    """Say whether a place is a bucket's; pathlib makes gs:/bucket of gs://bucket."""
-    return str(place).startswith("gs:/")
+def is_bucket(address: Path | str | None) -> bool:
+    """Say whether an address is in a bucket; pathlib turns gs://bucket into gs:/bucket."""
+    return str(address).startswith("gs:/")
 
 
-def objects(address: str) -> Objects:
-    """Return what lies below gs://bucket/path, or the one object of that name; nothing, if nothing is there.
+def list_objects(address: str) -> Objects:
+    """Return the objects below gs://bucket/path, or the one object with that name; empty if there are none.
 
     Raises:
         RunError: the bucket does not exist or cannot be read.
     """
-    bucket, path = _split(address)
+    bucket, path = _split_address(address)
     prefix = f"{path}/" if path else ""
     with one_line_errors(address, "fetched"):
-        client = _client()
+        client = _make_client()
         listing = [blob for blob in client.list_blobs(bucket, prefix=prefix) if not blob.name.endswith("/")]
         if not listing and path and (blob := client.bucket(bucket).get_blob(path)):
             return {path.rpartition("/")[2]: blob}
-    return {_below(address, blob.name, prefix): blob for blob in listing}
+    return {_relative_name(address, blob.name, prefix): blob for blob in listing}
 
 
-def some_objects(address: str) -> Objects:
-    """Return what lies at an address.
-
-    Raises:
-        ConfigError: nothing.
-        RunError: the bucket does not exist or cannot be read.
-    """
-    if not (found := objects(address)):
-        raise ConfigError(f"{address}: no objects there; give gs://bucket/path of a directory or of an object")
-    return found
-
-
-def snapshot(address: str) -> str:
-    """Return a gs:// address with a digest of the objects there; it may be the snapshot of an earlier one.
+def require_objects(address: str) -> Objects:
+    """Return the objects at an address.
 
     Raises:
         ConfigError: there are none.
         RunError: the bucket does not exist or cannot be read.
     """
-    return snapshot_of(address, some_objects(address))
+    if not (objects := list_objects(address)):
+        raise ConfigError(f"{address}: no objects there; give gs://bucket/path of a directory or of an object")
+    return objects
 
 
-def snapshot_of(address: str, found: Objects) -> str:
-    """Return the snapshot that objects are."""
-    digest = hashlib.sha256("\n".join(generations(found)).encode()).hexdigest()
+def take_snapshot(address: str) -> str:
+    """Return a gs:// address with a digest of the objects there.
+
+    Raises:
+        ConfigError: there are none.
+        RunError: the bucket does not exist or cannot be read.
+    """
+    return format_snapshot(address, require_objects(address))
+
+
+def format_snapshot(address: str, objects: Objects) -> str:
+    """Return the snapshot of listed objects."""
+    digest = hashlib.sha256("\n".join(list_generations(objects)).encode()).hexdigest()
     return f"{address}#{digest}"
 
 
-def generations(found: Objects) -> list[str]:
-    """Return names and generations, as Google's tools write them: part-1.jsonl#1719500000000000."""
-    return sorted(f"{name}#{blob.generation}" for name, blob in found.items())
+def list_generations(objects: Objects) -> list[str]:
+    """Return names with generations in the notation of Google's tools: part-1.jsonl#1719500000000000."""
+    return sorted(f"{name}#{blob.generation}" for name, blob in objects.items())
 
 
 @cache
-def pinned(address: str) -> tuple[str, Objects]:
-    """Return the snapshot of an address and its objects, asked once: one process sees one corpus.
+def pin_objects(address: str) -> tuple[str, Objects]:
+    """Return the snapshot of an address and its objects. The answer is cached: one process sees one corpus.
 
     Raises:
         ConfigError: there are none.
         RunError: the bucket does not exist or cannot be read.
     """
-    found = some_objects(address)
-    return snapshot_of(address, found), found
+    objects = require_objects(address)
+    return format_snapshot(address, objects), objects
 
 
-def handles(address: str, names: Iterable[str]) -> Objects:
-    """Return handles of objects below an address, to write them, by one client: they share connections and token."""
-    bucket, path = _split(address)
-    target = _client().bucket(bucket)
+def make_handles(address: str, names: Iterable[str]) -> Objects:
+    """Return handles for writing objects below an address. They share one client, with its connections and token."""
+    bucket, path = _split_address(address)
+    target = _make_client().bucket(bucket)
     return {name: target.blob(f"{path}/{name}" if path else name, chunk_size=CHUNK) for name in names}
 
 
 def read_json(blob: Any) -> Any:
-    """Return the content of a JSON object in the generation that was listed; None if it is no JSON."""
+    """Return the content of a JSON object in its listed generation; None if it is not JSON."""
     with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "fetched"):
         content = blob.download_as_bytes(checksum="crc32c")
     try:
@@ -109,13 +109,13 @@ def read_json(blob: Any) -> Any:
 
 
 def create_json(address: str, name: str, content: Any) -> bool:
-    """Write a JSON object if there is none of that name, and say whether there was none."""
+    """Write a JSON object unless one with that name exists; say whether it was written."""
     from google.api_core.exceptions import PreconditionFailed
 
     text = json.dumps(content, indent=2)
     with one_line_errors(address, "uploaded"):
         try:
-            handles(address, [name])[name].upload_from_string(
+            make_handles(address, [name])[name].upload_from_string(
                 text, "application/json", checksum="crc32c", if_generation_match=0
             )
         except PreconditionFailed:
@@ -123,17 +123,17 @@ def create_json(address: str, name: str, content: Any) -> bool:
     return True
 
 
-def agreed_json(address: str, name: str, make: Callable[[], Any]) -> Any:
-    """Return what the JSON object of that name says; where there is none, it says from now on what `make` returns."""
+def get_or_create_json(address: str, name: str, make: Callable[[], Any]) -> Any:
+    """Return the content of a JSON object; if there is none, create it first with what `make` returns."""
     path = f"{address}/{name}"
-    if not (there := objects(path)):
+    if not (objects := list_objects(path)):
         create_json(address, name, make())
-        there = objects(path)
-    return read_json(next(iter(there.values())))
+        objects = list_objects(path)
+    return read_json(next(iter(objects.values())))
 
 
-def delete(blob: Any) -> None:
-    """Delete an object if it is still the one that was listed."""
+def delete_object(blob: Any) -> None:
+    """Delete an object unless its generation changed since it was listed."""
     from google.api_core.exceptions import NotFound
 
     with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "deleted"):
@@ -147,18 +147,18 @@ def check_writable(address: str) -> None:
     """Write an object below a gs:// address, and delete it again.
 
     Raises:
-        RunError: the bucket is missing, or may not be written.
+        RunError: the bucket is missing, or this account may not write to it.
     """
     name = f"minitron-doctor-{uuid.uuid4()}"
     with one_line_errors(address, "written"):
-        probe = handles(address, [name])[name]
+        probe = make_handles(address, [name])[name]
         probe.upload_from_string(b"")
         probe.delete()
 
 
 @contextmanager
 def one_line_errors(address: str, done: str) -> Iterator[None]:
-    """Turn what Google's libraries raise into one line: not `done`, why, and what to do.
+    """Turn an error of Google's libraries into one line: the address, not `done`, the reason and the remedy.
 
     Raises:
         ConfigError: there are no credentials.
@@ -172,10 +172,10 @@ def one_line_errors(address: str, done: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         failure = ConfigError if _lacks_credentials(error) else RunError
-        raise failure(f"{address}: not {done} ({reason}); {_remedy(error)}") from error
+        raise failure(f"{address}: not {done} ({reason}); {_suggest_remedy(error)}") from error
 
 
-def _remedy(error: Exception) -> str:
+def _suggest_remedy(error: Exception) -> str:
     from google.api_core import exceptions
 
     if _lacks_credentials(error):
@@ -197,20 +197,20 @@ def _lacks_credentials(error: Exception) -> bool:
     return isinstance(error, DefaultCredentialsError | RefreshError)
 
 
-def _client() -> Any:
+def _make_client() -> Any:
     from google.cloud import storage
 
     return storage.Client()
 
 
-def _split(address: str) -> tuple[str, str]:
+def _split_address(address: str) -> tuple[str, str]:
     bucket, _, path = address.removeprefix(SCHEME).partition("/")
     if not bucket:
         raise ConfigError(f"{address}: no bucket; give gs://bucket/path")
     return bucket, path.strip("/")
 
 
-def _below(address: str, name: str, prefix: str) -> str:
+def _relative_name(address: str, name: str, prefix: str) -> str:
     path = name.removeprefix(prefix)
     if ".." in path.split("/") or path.startswith("/"):
         raise RunError(f"{address}: the object {name} lies outside the directory; delete it")

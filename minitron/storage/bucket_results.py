@@ -1,7 +1,7 @@
-"""Results in a bucket: a directory there is complete when its record, `stage.json`, is there, which is uploaded last.
+"""Results in a bucket: a directory is complete when it has its record, `stage.json`, which is uploaded last.
 
-The record names the generations of the objects that belong to it: another upload that came between, or an object that
-was changed later, is found without a download. Until the record comes, `stage.json.partial` says that it is awaited.
+The record lists the generations of its objects. A concurrent upload or a later change is detected without a download.
+`stage.json.partial` marks a directory whose upload has not ended.
 """
 
 import json
@@ -12,95 +12,96 @@ from typing import Any
 from minitron.errors import RunError
 from minitron.storage import bucket
 from minitron.storage.layout import AWAITED, RECORD, is_record
-from minitron.storage.transfers import upload
+from minitron.storage.transfers import upload_files
 
 
-def record_at(address: str) -> dict[str, Any] | None:
-    """Return the record of the result that lies complete at an address; None where there is none.
+def read_record_at(address: str) -> dict[str, Any] | None:
+    """Return the record of the complete result at an address; None if there is none.
 
     Raises:
         RunError: the bucket cannot be read.
     """
-    return _record(address, bucket.objects(address))
+    return _read_intact_record(address, bucket.list_objects(address))
 
 
-def commit(directory: Path, address: str, replace: bool) -> dict[str, Any]:
-    """Upload a result, its record last; return the record that is there then.
+def commit_result(directory: Path, address: str, replace: bool) -> dict[str, Any]:
+    """Upload a result, its record last; return the record that is in the bucket afterwards.
 
-    What an attempt that broke off has left there is not uploaded again. Where another process has committed a result
-    of the same key, that one is kept.
+    Objects that an interrupted attempt has uploaded are not uploaded again. If another process has committed a result
+    with the same key, that result is kept.
 
     Args:
         directory: a result with its record.
-        address: gs://bucket/path, which is the result's alone.
-        replace: give up a committed result of the same key.
+        address: gs://bucket/path; it holds this result alone.
+        replace: replace a committed result with the same key.
 
     Raises:
-        RunError: another process uploads to the same place, the bucket may not be written, or the connection broke.
+        RunError: another process uploads there, this account may not write to the bucket, or the connection broke.
     """
     record = json.loads((directory / RECORD).read_text())
-    there = bucket.objects(address)
-    found = _record(address, there)
-    if found and found["key"] == record["key"] and not replace:
-        return found
-    if RECORD in there:  # from here on the directory is not complete
-        bucket.delete(there.pop(RECORD))
+    objects = bucket.list_objects(address)
+    committed = _read_intact_record(address, objects)
+    if committed and committed["key"] == record["key"] and not replace:
+        return committed
+    if RECORD in objects:  # from here on the directory is not complete
+        bucket.delete_object(objects.pop(RECORD))
     bucket.create_json(address, AWAITED, {"key": record["key"]})
     files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
     del files[RECORD]
-    generations = upload(files, address, there)
-    for name in there.keys() - files.keys() - {AWAITED}:
-        bucket.delete(there[name])
-    return _publish(address, record | {"objects": generations})
+    generations = upload_files(files, address, objects)
+    for name in objects.keys() - files.keys() - {AWAITED}:
+        bucket.delete_object(objects[name])
+    return _publish_record(address, record | {"objects": generations})
 
 
-def _publish(address: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the record, if what lies there still is what was uploaded."""
-    now = bucket.objects(address)
-    marker = now.pop(AWAITED, None)
-    if {name: blob.generation for name, blob in now.items() if name != RECORD} != record["objects"]:
-        raise _disputed(address)
+def _publish_record(address: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the record unless the uploaded objects have changed meanwhile."""
+    objects = bucket.list_objects(address)
+    marker = objects.pop(AWAITED, None)
+    if {name: blob.generation for name, blob in objects.items() if name != RECORD} != record["objects"]:
+        raise _conflict_error(address)
     if not bucket.create_json(address, RECORD, record):
-        found = record_at(address)
-        if not found or found["key"] != record["key"]:
-            raise _disputed(address)
-        return found
+        committed = read_record_at(address)
+        if not committed or committed["key"] != record["key"]:
+            raise _conflict_error(address)
+        return committed
     if marker:
-        bucket.delete(marker)
+        bucket.delete_object(marker)
     return record
 
 
 def check_complete(address: str, names: set[str]) -> None:
-    """Refuse a result whose upload did not end.
+    """Check that the upload of a result has ended.
 
     Raises:
-        RunError: it did not.
+        RunError: it has not.
     """
     if AWAITED in names and RECORD not in names:
         raise RunError(f"{address}: its upload is not complete; wait for it, or run the stage that writes it again")
 
 
-def content_at(address: str) -> tuple[dict[str, Any] | None, bool]:
-    """Return the record at an address, and whether there is nothing else than a result, complete or not."""
-    there = bucket.objects(address)
-    record = _any_record(there)
-    return record, not there or record is not None or AWAITED in there
+def inspect_output(address: str) -> tuple[dict[str, Any] | None, bool]:
+    """Return the record at an address, and whether a stage may write there: it is empty or holds a result."""
+    objects = bucket.list_objects(address)
+    record = _read_any_record(objects)
+    return record, not objects or record is not None or AWAITED in objects
 
 
-def _any_record(there: bucket.Objects) -> dict[str, Any] | None:
-    found = bucket.read_json(there[RECORD]) if RECORD in there else None
-    return found if is_record(found) else None
+def _read_any_record(objects: bucket.Objects) -> dict[str, Any] | None:
+    content = bucket.read_json(objects[RECORD]) if RECORD in objects else None
+    return content if is_record(content) else None
 
 
-def _record(address: str, there: bucket.Objects) -> dict[str, Any] | None:
-    if (record := _any_record(there)) is None:
+def _read_intact_record(address: str, objects: bucket.Objects) -> dict[str, Any] | None:
+    """Return the record if its objects still have the generations that it lists; else warn, and return None."""
+    if (record := _read_any_record(objects)) is None:
         return None
-    found = {name: blob.generation for name, blob in there.items() if name not in (RECORD, AWAITED)}
-    if record.get("objects", found) == found:
+    generations = {name: blob.generation for name, blob in objects.items() if name not in (RECORD, AWAITED)}
+    if record.get("objects", generations) == generations:
         return record
     print(f"warning: {address}: damaged or changed since it was written; it is made again", file=sys.stderr)
     return None
 
 
-def _disputed(address: str) -> RunError:
+def _conflict_error(address: str) -> RunError:
     return RunError(f"{address}: another process writes there; wait for it, and run it again")

@@ -1,4 +1,4 @@
-"""What this machine keeps when a task ends: the cache, and the results in it by their content's hash."""
+"""The cache of this machine: it outlives a task, and holds results by the hash of their content."""
 
 import os
 import shutil
@@ -9,29 +9,29 @@ from minitron.storage.layout import read_record
 
 
 def cache_directory() -> Path:
-    """Return where this machine keeps what it fetched or made for a bucket: MINITRON_CACHE, or ~/.cache/minitron."""
+    """Return the directory of fetched inputs and of results for a bucket: MINITRON_CACHE, or ~/.cache/minitron."""
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron").absolute()
 
 
 def persistent_directory(workspace: Path | str | None) -> Path:
-    """Return where a task keeps what outlives it: the workspace, or the cache if that is a bucket or there is none."""
+    """Return the directory that outlives a task: the workspace, or the cache if there is none or it is a bucket."""
     return cache_directory() if workspace is None or is_bucket(workspace) else Path(workspace)
 
 
-def move_to_cache(home: Path) -> Path:
-    """Put a result into the cache, where references find it by its content's hash; return its place there."""
-    record = read_record(home)
+def move_to_cache(directory: Path) -> Path:
+    """Move a result into the cache, where references find it by its content's hash; return its new directory."""
+    record = read_record(directory)
     assert record is not None
-    kept = place_in_cache(record["output_sha256"], record["key"])
-    if read_record(kept):
-        shutil.rmtree(home)
+    cached = result_cache_path(record["output_sha256"], record["key"])
+    if read_record(cached):
+        shutil.rmtree(directory)
     else:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)
-        home.rename(kept)
-    return kept
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(cached, ignore_errors=True)
+        directory.rename(cached)
+    return cached
 
 
-def place_in_cache(sha256: str, key: str) -> Path:
-    """Return a place in the cache; equal content has as many places as records, which tell different stories."""
+def result_cache_path(sha256: str, key: str) -> Path:
+    """Return the directory of a result in the cache. It depends on the key, too: each key has a record of its own."""
     return cache_directory() / "results" / f"{sha256[:32]}-{key[:16]}"

@@ -1,4 +1,7 @@
-"""Files and directories that are whole or not there: written apart, renamed at the end, one line for a full disk."""
+"""Write files and directories atomically: under another name first, renamed when complete.
+
+Errors of a full or protected disk become one line.
+"""
 
 import errno
 import json
@@ -12,20 +15,20 @@ from typing import Any
 from minitron.errors import MinitronError, RunError
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-"""What linking meets: another file system, or one that has no hard links."""
+"""Errors of a hard link across file systems, or on a file system that has none."""
 
 _DISK_FULL = ("No space left on device", "unexpected pos")
-"""What safetensors and torch.save, which raise no OSError, say when the disk is full."""
+"""Texts of safetensors and torch.save for a full disk; they raise no OSError."""
 
 
 def partial_path(directory: Path) -> Path:
-    """Return where a directory's content grows before it is complete."""
+    """Return the directory in which the content grows before it is complete."""
     return directory.with_name(directory.name + ".partial")
 
 
 @contextmanager
-def replaced(output: Path) -> Iterator[Path]:
-    """Give an empty directory that takes the place of `output` in one rename when the block ends."""
+def replace_directory(output: Path) -> Iterator[Path]:
+    """Yield an empty directory that replaces `output` in one rename when the block ends."""
     staging = partial_path(output)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -34,7 +37,7 @@ def replaced(output: Path) -> Iterator[Path]:
     staging.rename(output)
 
 
-def delete(path: Path) -> None:
+def delete_path(path: Path) -> None:
     """Delete a file, a link, or a directory with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -43,7 +46,7 @@ def delete(path: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Hard-link a file, or copy it where the file system does not allow that."""
+    """Hard-link a file, or copy it if the file system does not allow links."""
     try:
         os.link(source, target)
     except OSError:
@@ -51,24 +54,24 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is never seen half-written."""
+    """Write JSON so that no reader sees half of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=_plain))
+    temporary.write_text(json.dumps(content, indent=2, default=_to_json_value))
     temporary.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """Return a NumPy or torch number as a Python number, and anything else as text."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or protected disk causes, in whatever library, into one line.
+    """Turn the errors of a full or protected disk, in any library, into one line.
 
     Raises:
-        RunError: the disk is full or may not be written.
+        RunError: the disk is full, or this user may not write to it.
     """
     try:
         yield
@@ -76,7 +79,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if _is_disk_full(error):
-            raise RunError(f"{path}: disk full ({_free(path):.0f} MB free); free space and run it again") from error
+            raise RunError(
+                f"{path}: disk full ({_free_megabytes(path):.0f} MB free); free space and run it again"
+            ) from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             named = error.filename2 or error.filename or path
             raise RunError(f"{named}: {error.strerror}; give this user the right, or another directory") from error
@@ -86,10 +91,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return any(words in str(error) for words in _DISK_FULL)
+    return any(text in str(error) for text in _DISK_FULL)
 
 
-def _free(path: Path) -> float:
-    """Return the free megabytes of the disk that a path, which need not exist, is on."""
+def _free_megabytes(path: Path) -> float:
+    """Return the free space of a path's disk in MB; the path need not exist."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free / 2**20

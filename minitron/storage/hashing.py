@@ -1,4 +1,4 @@
-"""The hash of a file's or a directory's content, which says whether a result can be reused."""
+"""Hash the content of files and directories: equal hashes mean that a result can be reused."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from minitron.storage.layout import AWAITED, RECORD, read_record
 
 
 def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
-    """Return the sha256 of a file, or of a directory's names and contents: its stage.json and `leave_out` excepted."""
+    """Return the sha256 of a file, or of a directory's names and contents without stage.json and `leave_out`."""
     if path.is_file():
         return _file_hash(path)
     digest = hashlib.sha256()
@@ -20,20 +20,20 @@ def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
 
 
 def verified_hash(path: Path) -> str:
-    """Return the content hash of an input, checked against the record of the stage that wrote it.
+    """Return the content hash of an input after checking it against the record of the stage that wrote it.
 
     Raises:
-        RunError: the content is not what the stage wrote.
+        RunError: the content has changed since the stage wrote it.
     """
-    found = content_hash(path)
+    actual = content_hash(path)
     if record := read_record(path):
         recorded = record["output_sha256"]
-        if recorded != found:
+        if recorded != actual:
             raise RunError(
-                f"{path}: content hash {found[:12]} is not the {recorded[:12]} its {RECORD} records: "
+                f"{path}: content hash {actual[:12]} is not the {recorded[:12]} its {RECORD} records: "
                 "a file is damaged or was changed; delete the directory and run the stage that writes it again"
             )
-    return found
+    return actual
 
 
 def _file_hash(path: Path) -> str:

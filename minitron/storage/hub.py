@@ -1,4 +1,4 @@
-"""Where data lies: turns an address (a local path, file://, hf://) into a local path. Buckets: bucket.py."""
+"""Turn an address (a local path, file://, hf://) into a local path. Buckets: bucket.py."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset on a hub, at the commit that its revision names now."""
+    """A dataset on Hugging Face's hub at one commit."""
 
     repository: str
     commit: str
@@ -21,7 +21,7 @@ class HubDataset:
 
     @property
     def identity(self) -> str:
-        """What stands for the content where other inputs have a hash: the commit, and which of its data sets."""
+        """The commit and the configuration: they identify the content, as a hash does for other inputs."""
         return f"{self.commit}/{self.config}" if self.config else self.commit
 
     @property
@@ -30,11 +30,11 @@ class HubDataset:
         return f"hf://{self.repository}@{self.commit}{f'/{self.config}' if self.config else ''}"
 
 
-def local_path(address: str | Path) -> Path:
-    """Return the local path of a model, fetching hf://org/name when it is not local.
+def resolve_local_path(address: str | Path) -> Path:
+    """Return the local path of a model; hf://org/name is fetched unless it is in the cache.
 
     Raises:
-        ConfigError: nothing is there, or the scheme is unknown.
+        ConfigError: the path does not exist, or the scheme is unknown.
         RunError: the hub cannot be reached.
     """
     scheme, separator, rest = str(address).partition("://")
@@ -44,15 +44,15 @@ def local_path(address: str | Path) -> Path:
             raise ConfigError(f"{address}: no such file or directory; give an existing path or hf://org/name")
         return path
     if scheme == "hf":
-        return _from_hub(rest)
+        return _download_from_hub(rest)
     raise ConfigError(f"{address}: unknown scheme '{scheme}://'; give a path, file:// or hf://org/name")
 
 
 @cache
-def hub_dataset(address: str) -> HubDataset | None:
-    """Resolve hf://org/name[@revision][/config]; None for an address that is not on a hub.
+def resolve_hub_dataset(address: str) -> HubDataset | None:
+    """Resolve hf://org/name[@revision][/config]; return None for any other address.
 
-    The answer is kept: one process sees one commit.
+    The answer is cached: one process sees one commit.
 
     Raises:
         ConfigError: the address is not of that form.
@@ -67,22 +67,22 @@ def hub_dataset(address: str) -> HubDataset | None:
     repository, revision, config = match.groups()
     try:
         return HubDataset(repository, str(dataset_info(repository, revision=revision).sha), config)
-    except Exception as error:  # which classes there are differs between versions of the library
+    except Exception as error:  # the classes differ between versions of the library
         raise _hub_error(address, error) from error
 
 
-def hub_model(address: str) -> str:
-    """Return an hf:// address with the commit that its revision names now; where the hub does not answer, as it is."""
+def pin_hub_model(address: str) -> str:
+    """Return an hf:// address with the current commit of its revision; unchanged if the hub does not answer."""
     from huggingface_hub import model_info
 
     name, _, revision = address.removeprefix("hf://").partition("@")
     try:
         return f"hf://{name}@{model_info(name, revision=revision or None).sha}"
-    except Exception:  # what is in the cache may do; if not, the download says why
+    except Exception:  # the cache may have it; if not, the download reports the error
         return address
 
 
-def _from_hub(repository: str) -> Path:
+def _download_from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = repository.partition("@")

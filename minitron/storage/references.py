@@ -1,8 +1,8 @@
-"""Results that are passed on by reference: large ones move once, not through every task.
+"""Pass results on by reference: a large result moves once, not through every task.
 
 A directory with `reference.json` ({"address", "sha256", "key"}) and a copy of the result's `stage.json` stands for the
-result, which lies in a volume that all tasks mount, or in a bucket. From a bucket it is fetched once per machine, into
-the cache, MINITRON_CACHE.
+result. The result lies in a volume that all tasks mount, or in a bucket. A machine fetches it from the bucket once,
+into its cache, MINITRON_CACHE.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Any
 
 from minitron.config.fields import format_address
 from minitron.errors import RunError
-from minitron.storage.bucket import is_bucket, snapshot
-from minitron.storage.cache import place_in_cache
-from minitron.storage.files import replaced, write_atomically
+from minitron.storage.bucket import is_bucket, take_snapshot
+from minitron.storage.cache import result_cache_path
+from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, REFERENCE, read_record
 from minitron.storage.staging import download_then_publish
@@ -23,32 +23,32 @@ from minitron.storage.staging import download_then_publish
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a result lies, the hash of its content, and its key."""
+    """The address of a result, the hash of its content, and its key."""
 
     address: str
     sha256: str
     key: str
 
 
-def reference_to(place: Path | str, record: dict[str, Any]) -> Reference:
-    """Return the reference to a result, from its place and record."""
-    return Reference(format_address(place), record["output_sha256"], record["key"])
+def make_reference(location: Path | str, record: dict[str, Any]) -> Reference:
+    """Return the reference to a result at a path or in a bucket."""
+    return Reference(format_address(location), record["output_sha256"], record["key"])
 
 
-def write(directory: Path, reference: Reference, record: dict[str, Any]) -> None:
-    """Make a directory stand for a result."""
-    if read(directory) == reference and read_record(directory) == record:
+def write_reference(directory: Path, reference: Reference, record: dict[str, Any]) -> None:
+    """Make a directory a reference to a result."""
+    if read_reference(directory) == reference and read_record(directory) == record:
         return
-    with replaced(directory) as staging:
+    with replace_directory(directory) as staging:
         write_atomically(staging / REFERENCE, asdict(reference))
         write_atomically(staging / RECORD, record)
 
 
-def read(directory: Path) -> Reference | None:
-    """Return the reference that a directory holds; None if it is no reference.
+def read_reference(directory: Path) -> Reference | None:
+    """Return the reference in a directory; None if there is none.
 
     Raises:
-        RunError: it has a reference that is damaged.
+        RunError: the reference is damaged.
     """
     path = directory / REFERENCE
     if not path.is_file():
@@ -59,62 +59,62 @@ def read(directory: Path) -> Reference | None:
         raise RunError(f"{path}: not a reference to a result; delete the directory and run its stage again") from error
 
 
-def followed(directory: Path) -> Path:
-    """Return the local directory of what a directory stands for; itself, if it is no reference.
+def follow_reference(directory: Path) -> Path:
+    """Return the local directory of the result that a directory refers to; the directory itself if it is no reference.
 
     Raises:
-        RunError: the result is not there, or is another one.
+        RunError: the result is missing, or has changed.
     """
-    reference = read(directory)
-    return local(reference, directory) if reference else directory
+    reference = read_reference(directory)
+    return locate_result(reference, directory) if reference else directory
 
 
-def local(reference: Reference, named_by: Path | str) -> Path:
-    """Return the local directory of a result, fetched from its bucket if this machine has not got it.
+def locate_result(reference: Reference, named_by: Path | str) -> Path:
+    """Return the local directory of a result; fetch it from its bucket unless it is in the cache.
 
     Args:
         reference: the result.
-        named_by: what holds the reference, for messages.
+        named_by: the holder of the reference, for messages.
 
     Raises:
-        RunError: it is not there, is another one, or cannot be fetched.
+        RunError: the result is missing, has changed, or cannot be fetched.
     """
     if is_bucket(reference.address):
-        return _cached(reference)
-    home = Path(reference.address)
-    record = read_record(home)
+        return _find_or_fetch(reference)
+    directory = Path(reference.address)
+    record = read_record(directory)
     if record is None:
         raise RunError(
-            f"{named_by}: refers to {home}, where there is no result: mount the volume it was written to, or run the "
-            "stage that writes it again"
+            f"{named_by}: refers to {directory}, where there is no result: mount the volume it was written to, or run "
+            "the stage that writes it again"
         )
     if (record["key"], record["output_sha256"]) != (reference.key, reference.sha256):
         raise RunError(
-            f"{named_by}: refers to content {reference.sha256[:12]}, but {home} now holds "
+            f"{named_by}: refers to content {reference.sha256[:12]}, but {directory} now holds "
             f"{record['output_sha256'][:12]}: run the stage that writes it again"
         )
-    return home
+    return directory
 
 
-def _cached(reference: Reference) -> Path:
-    kept = place_in_cache(reference.sha256, reference.key)
-    if read_record(kept) is None:
-        _fetch(reference, kept)
-    return kept
+def _find_or_fetch(reference: Reference) -> Path:
+    cached = result_cache_path(reference.sha256, reference.key)
+    if read_record(cached) is None:
+        _fetch_result(reference, cached)
+    return cached
 
 
-def _fetch(reference: Reference, kept: Path) -> None:
+def _fetch_result(reference: Reference, target: Path) -> None:
     from minitron.storage import transfers
 
-    identity = snapshot(reference.address)
+    identity = take_snapshot(reference.address)
 
-    def fetch(arriving: Path) -> None:
-        transfers.download(identity, arriving)
-        if (found := content_hash(arriving)) != reference.sha256 or read_record(arriving) is None:
-            shutil.rmtree(arriving)
+    def fetch_and_verify(directory: Path) -> None:
+        transfers.download_objects(identity, directory)
+        if (actual := content_hash(directory)) != reference.sha256 or read_record(directory) is None:
+            shutil.rmtree(directory)
             raise RunError(
-                f"{reference.address}: holds content {found[:12]}, not the {reference.sha256[:12]} referred to: "
+                f"{reference.address}: holds content {actual[:12]}, not the {reference.sha256[:12]} referred to: "
                 "run the stage that writes it again"
             )
 
-    download_then_publish(kept, identity, fetch)
+    download_then_publish(target, identity, fetch_and_verify)

@@ -1,4 +1,4 @@
-"""How a stage's result comes into being: work in progress apart, complete in one rename, found again by its key.
+"""Publish a stage's result: it grows in a partial directory, becomes complete in one rename, and is found by its key.
 
 A result is a directory with a record, `stage.json`, that names its key and its content's hash. It grows in
 `<directory>.partial`, which outlives a kill.
@@ -15,35 +15,35 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage.files import NO_LINKS, delete, disk_errors, link_or_copy, partial_path, replaced
+from minitron.storage.files import NO_LINKS, delete_path, disk_errors, link_or_copy, partial_path, replace_directory
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import read_record
 
 KEY = "key"
-"""File in work in progress that says what the work is for; the process at work holds its lock."""
+"""File in the partial directory that names the key of the work; the working process holds its lock."""
 
 CHECKPOINTS = "checkpoints"
-"""Subdirectory of work in progress that a killed stage resumes from; it is not part of the result."""
+"""Subdirectory of the partial directory from which a killed stage resumes; it is not part of the result."""
 
 
 @contextmanager
-def partial_directory(home: Path, key: str) -> Iterator[Path]:
-    """Give the directory of work in progress, with the checkpoints that a killed attempt at the same key left there.
+def partial_directory(output: Path, key: str) -> Iterator[Path]:
+    """Yield the directory of the work in progress, with the checkpoints of a killed attempt at the same key.
 
     It is deleted when the work fails, unless there are checkpoints to resume from.
 
     Raises:
         RunError: another process is at work there.
     """
-    directory = partial_path(home)
+    directory = partial_path(output)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / KEY).open("a+") as stream:
-        _lock(stream, directory)
+        _lock_file(stream, directory)
         stream.seek(0)
-        kept = {KEY, CHECKPOINTS} if stream.read() == key else {KEY}
+        reusable = {KEY, CHECKPOINTS} if stream.read() == key else {KEY}
         for path in directory.iterdir():
-            if path.name not in kept:
-                delete(path)
+            if path.name not in reusable:
+                delete_path(path)
         stream.truncate(0)
         stream.write(key)
         stream.flush()
@@ -55,25 +55,25 @@ def partial_directory(home: Path, key: str) -> Iterator[Path]:
             raise
 
 
-def download_then_publish(home: Path, identity: str, fetch: Callable[[Path], None]) -> None:
-    """Let a directory come to be in one rename.
+def download_then_publish(output: Path, identity: str, fetch: Callable[[Path], None]) -> None:
+    """Fill a directory and publish it in one rename.
 
     Args:
-        home: the directory.
-        identity: what it will hold; what a killed attempt at the same left is kept.
-        fetch: fills the directory that it is given, and goes on with what is there.
+        output: the directory.
+        identity: the content; a download of the same content that was killed is resumed.
+        fetch: fills the directory that it gets; files may be there from a killed attempt.
     """
-    with disk_errors(home), partial_directory(home, identity) as directory:
-        arriving = directory / CHECKPOINTS  # it outlives a kill
-        arriving.mkdir(exist_ok=True)
-        fetch(arriving)
-        for path in list(arriving.iterdir()):
+    with disk_errors(output), partial_directory(output, identity) as directory:
+        downloads = directory / CHECKPOINTS  # it outlives a kill
+        downloads.mkdir(exist_ok=True)
+        fetch(downloads)
+        for path in list(downloads.iterdir()):
             path.rename(directory / path.name)
-        publish(directory, home)
+        publish_result(directory, output)
 
 
-def _lock(stream: TextIO, directory: Path) -> None:
-    """Hold a lock that ends with this process, where the file system has locks."""
+def _lock_file(stream: TextIO, directory: Path) -> None:
+    """Lock a file until this process ends, if the file system has locks."""
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -83,19 +83,19 @@ def _lock(stream: TextIO, directory: Path) -> None:
             ) from error
 
 
-def publish(directory: Path, home: Path) -> None:
-    """Turn finished work into the result: from its record on, a kill loses nothing of it."""
+def publish_result(directory: Path, output: Path) -> None:
+    """Rename finished work to the result. The work has its record already, so a kill here loses nothing."""
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     (directory / KEY).unlink(missing_ok=True)
-    shutil.rmtree(home, ignore_errors=True)
-    directory.rename(home)
+    shutil.rmtree(output, ignore_errors=True)
+    directory.rename(output)
 
 
-def finished(home: Path, key: str) -> dict[str, Any] | None:
-    """Return the record of the result with this key, if it is there; publish it first if a kill came between."""
-    if _has_record(partial_path(home), key):
-        publish(partial_path(home), home)
-    return read_record(home) if _is_intact(home, key) else None
+def find_finished(output: Path, key: str) -> dict[str, Any] | None:
+    """Return the record of the finished result with this key, or None; publish it first if a kill prevented that."""
+    if _has_record(partial_path(output), key):
+        publish_result(partial_path(output), output)
+    return read_record(output) if _is_intact(output, key) else None
 
 
 def _has_record(directory: Path, key: str) -> bool:
@@ -104,7 +104,7 @@ def _has_record(directory: Path, key: str) -> bool:
 
 
 def _is_intact(directory: Path, key: str) -> bool:
-    """Say whether a result with this key is there and still is what its record says."""
+    """Say whether a directory holds a result with this key whose content matches its record."""
     if not _has_record(directory, key):
         return False
     intact = content_hash(directory) == (read_record(directory) or {})["output_sha256"]
@@ -113,10 +113,10 @@ def _is_intact(directory: Path, key: str) -> bool:
     return intact
 
 
-def publish_links(home: Path, output: Path, key: str) -> bool:
-    """Make `output` equal to `home` by hard links; False where the file system does not allow them."""
+def publish_links(result: Path, output: Path, key: str) -> bool:
+    """Make `output` equal to `result` by hard links; return False if the file system does not allow them."""
     try:
-        _publish_equal(home, output, key, os.link)
+        _publish_equal(result, output, key, os.link)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
@@ -124,16 +124,16 @@ def publish_links(home: Path, output: Path, key: str) -> bool:
     return True
 
 
-def publish_copy(home: Path, output: Path, key: str) -> None:
-    """Make `output` equal to `home`: by hard links where the file system allows, else by copies."""
-    _publish_equal(home, output, key, link_or_copy)
+def publish_copy(result: Path, output: Path, key: str) -> None:
+    """Make `output` equal to `result`: by hard links if the file system allows, else by copies."""
+    _publish_equal(result, output, key, link_or_copy)
 
 
-def _publish_equal(home: Path, output: Path, key: str, put: Callable[[Path, Path], Any]) -> None:
-    if _is_intact(output, key) and read_record(output) == read_record(home):
+def _publish_equal(result: Path, output: Path, key: str, put_file: Callable[[Path, Path], Any]) -> None:
+    if _is_intact(output, key) and read_record(output) == read_record(result):
         return
-    with replaced(output) as staging:
-        for source in sorted(path for path in home.rglob("*") if path.is_file()):
-            target = staging / source.relative_to(home)
+    with replace_directory(output) as staging:
+        for source in sorted(path for path in result.rglob("*") if path.is_file()):
+            target = staging / source.relative_to(result)
             target.parent.mkdir(parents=True, exist_ok=True)
-            put(source, target)
+            put_file(source, target)

@@ -1,7 +1,7 @@
-"""Files from and to a bucket: many at a time, large ones in chunks, checked by CRC32C, kept when the next one fails.
+"""Move files from and to a bucket: many at a time, large ones in chunks, each checked by CRC32C.
 
-What is fetched has the generations of its snapshot. It lies in `NAME.part` until size and CRC32C are right, so that a
-file is never half there. What is uploaded replaces only what was listed before.
+A download has the generations of its snapshot. A file is `NAME.part` until its size and CRC32C are right, and files
+that are complete stay when another one fails. An upload replaces only objects that were listed before.
 """
 
 import base64
@@ -17,69 +17,69 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from tqdm import tqdm
 
 from minitron.errors import RunError
-from minitron.storage.bucket import CHUNK, Objects, handles, one_line_errors, snapshot_of, some_objects
+from minitron.storage.bucket import CHUNK, Objects, format_snapshot, make_handles, one_line_errors, require_objects
 
 RETRY = DEFAULT_RETRY
-"""The library's: connections that break and 408, 429, 5xx are tried again for two minutes, with growing pauses."""
+"""The library's default: broken connections and 408, 429, 5xx are retried for two minutes, with growing pauses."""
 
 WORKERS = 8
 _BATCH_FILES, _BATCH_BYTES = 64, 256 << 20
-"""Small objects come in batches: a kill loses at most one."""
+"""Small objects are fetched in batches of at most this size: a kill loses at most one batch."""
 
 _Transfers = list[tuple[Any, Path]]
 
 
-def download(identity: str, target: Path) -> None:
-    """Put the objects of a snapshot into a directory; those that are there are kept.
+def download_objects(identity: str, target: Path) -> None:
+    """Download the objects of a snapshot into a directory; files that are there are kept.
 
     Raises:
-        RunError: an object changed since the snapshot, did not come as its CRC32C says, or the bucket cannot be read.
+        RunError: an object changed since the snapshot, does not match its CRC32C, or the bucket cannot be read.
     """
     address = identity.rpartition("#")[0]
-    found = some_objects(address)
-    if snapshot_of(address, found) != identity:
-        raise _changed(address)
-    missing = [(blob, target / name) for name, blob in found.items() if not _is_there(target / name, blob)]
+    objects = require_objects(address)
+    if format_snapshot(address, objects) != identity:
+        raise _changed_error(address)
+    missing = [(blob, target / name) for name, blob in objects.items() if not _is_there(target / name, blob)]
     for _, path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with one_line_errors(address, "fetched"), _progress(address, sum(blob.size for blob, _ in missing)) as bar:
-        for batch in _batches(missing):
-            _fetch(address, batch)
+    with one_line_errors(address, "fetched"), _progress_bar(address, sum(blob.size for blob, _ in missing)) as bar:
+        for batch in _batch_downloads(missing):
+            _fetch_batch(address, batch)
             bar.update(sum(blob.size for blob, _ in batch))
 
 
-def upload(files: dict[str, Path], address: str, there: Objects) -> dict[str, int]:
-    """Put files below an address, each only if what lies there still is what was listed; equal ones are left.
+def upload_files(files: dict[str, Path], address: str, listed: Objects) -> dict[str, int]:
+    """Upload files below an address, unless an equal object is there; a concurrent change is an error.
 
     Args:
-        files: what to put there, by its path below the address.
+        files: the files by their paths below the address.
         address: gs://bucket/path.
-        there: what lies there, as `objects` found it.
+        listed: the objects there, as `list_objects` returned them.
 
     Returns:
         The generation of every file's object.
 
     Raises:
-        RunError: another process writes there, the bucket may not be written, or the connection broke off.
+        RunError: another process writes there, this account may not write to the bucket, or the connection broke.
     """
-    missing = [name for name, path in files.items() if not (name in there and _is_same(path, there[name]))]
-    found = {name: there[name].generation for name in files.keys() - missing}
+    missing = [name for name, path in files.items() if not (name in listed and _is_same(path, listed[name]))]
+    generations = {name: listed[name].generation for name in files.keys() - missing}
     sizes = {name: files[name].stat().st_size for name in missing}
     by_generation: dict[int, list[str]] = defaultdict(list)
     for name in sorted(missing, key=lambda name: -sizes[name]):
-        by_generation[there[name].generation if name in there else 0].append(name)
-    with one_line_errors(address, "uploaded"), _progress(address, sum(sizes.values())) as bar:
+        by_generation[listed[name].generation if name in listed else 0].append(name)
+    with one_line_errors(address, "uploaded"), _progress_bar(address, sum(sizes.values())) as bar:
         for generation, names in by_generation.items():
-            blobs = handles(address, names)
-            for batch in _upload_batches(names, sizes):
-                _send([(blobs[name], files[name]) for name in batch], generation)
+            blobs = make_handles(address, names)
+            for batch in _batch_uploads(names, sizes):
+                _send_batch([(blobs[name], files[name]) for name in batch], generation)
                 bar.update(sum(sizes[name] for name in batch))
-            found |= {name: blobs[name].generation for name in names}
-    return found
+            generations |= {name: blobs[name].generation for name in names}
+    return generations
 
 
-def _upload_batches(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Yield names for the bar's steps: enough of them, and of their bytes, to keep all workers busy."""
+def _batch_uploads(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Yield batches of names for the progress bar, each large enough to keep all workers busy."""
     batch: list[str] = []
     size = 0
     for name in names:
@@ -94,15 +94,15 @@ def _upload_batches(names: list[str], sizes: dict[str, int]) -> Iterator[list[st
 
 def _is_same(path: Path, blob: Any) -> bool:
     """Say whether a file has an object's size and CRC32C."""
-    return path.stat().st_size == blob.size and _crc32c(path) == blob.crc32c
+    return path.stat().st_size == blob.size and _file_crc32c(path) == blob.crc32c
 
 
 def _is_there(path: Path, blob: Any) -> bool:
-    """Say whether an object was fetched: a file has its name only when size and CRC32C were right."""
+    """Say whether an object was fetched: a file gets its name only after size and CRC32C were checked."""
     return path.is_file() and path.stat().st_size == blob.size
 
 
-def _batches(missing: _Transfers) -> Iterator[_Transfers]:
+def _batch_downloads(missing: _Transfers) -> Iterator[_Transfers]:
     """Yield the large objects one by one, the others in batches."""
     batch: _Transfers = []
     size = 0
@@ -117,25 +117,25 @@ def _batches(missing: _Transfers) -> Iterator[_Transfers]:
         yield batch
 
 
-def _fetch(address: str, batch: _Transfers) -> None:
-    """Fetch some objects; those that came keep their names when others fail."""
+def _fetch_batch(address: str, batch: _Transfers) -> None:
+    """Fetch a batch; objects that arrived get their names even if others fail."""
     large = len(batch) == 1 and batch[0][0].size > CHUNK
     failures = [_fetch_large(*batch[0])] if large else _fetch_small(batch)
     for (blob, path), failure in zip(batch, failures, strict=True):
         if failure is None:
-            _finish(address, blob, path)
+            _finish_download(address, blob, path)
     for failure in failures:
         match failure:
             case NotFound() | PreconditionFailed():
-                raise _changed(address) from failure
+                raise _changed_error(address) from failure
             case Exception():
                 raise failure
 
 
 def _fetch_small(batch: _Transfers) -> list[Exception | None]:
     return transfer_manager.download_many(
-        [(blob, str(_part(path))) for blob, path in batch],
-        # Google sends a checksum of what it sends; this one is compared with the listing's in the end.
+        [(blob, str(_part_path(path))) for blob, path in batch],
+        # `_finish_download` compares the checksum of the file with the listing's; here it would be computed twice.
         download_kwargs={"raw_download": True, "checksum": None, "retry": RETRY},
         worker_type=transfer_manager.THREAD,
         max_workers=WORKERS,
@@ -146,7 +146,7 @@ def _fetch_large(blob: Any, path: Path) -> Exception | None:
     try:
         transfer_manager.download_chunks_concurrently(
             blob,
-            str(_part(path)),
+            str(_part_path(path)),
             chunk_size=CHUNK,
             download_kwargs={"raw_download": True, "retry": RETRY},
             worker_type=transfer_manager.THREAD,
@@ -158,15 +158,15 @@ def _fetch_large(blob: Any, path: Path) -> Exception | None:
     return None
 
 
-def _finish(address: str, blob: Any, path: Path) -> None:
-    part = _part(path)
+def _finish_download(address: str, blob: Any, path: Path) -> None:
+    part = _part_path(path)
     if not _is_same(part, blob):
         part.unlink()
         raise RunError(f"{address}: {path.name} did not come as its size and CRC32C say; run it again")
     part.rename(path)
 
 
-def _send(batch: list[tuple[Any, Path]], generation: int) -> None:
+def _send_batch(batch: list[tuple[Any, Path]], generation: int) -> None:
     transfer_manager.upload_many(
         [(str(path), blob) for blob, path in batch],
         upload_kwargs={"checksum": "crc32c", "if_generation_match": generation, "retry": RETRY},
@@ -176,11 +176,11 @@ def _send(batch: list[tuple[Any, Path]], generation: int) -> None:
     )
 
 
-def _part(path: Path) -> Path:
+def _part_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def _crc32c(path: Path) -> str:
+def _file_crc32c(path: Path) -> str:
     checksum = google_crc32c.Checksum()
     with path.open("rb") as stream:
         for _ in checksum.consume(stream, 1 << 20):
@@ -188,10 +188,10 @@ def _crc32c(path: Path) -> str:
     return base64.b64encode(checksum.digest()).decode()
 
 
-def _progress(address: str, size: int) -> Any:
-    hidden: dict[str, Any] = {} if size else {"disable": True}  # TQDM_DISABLE has its say, too
+def _progress_bar(address: str, size: int) -> Any:
+    hidden: dict[str, Any] = {} if size else {"disable": True}  # else TQDM_DISABLE decides
     return tqdm(total=size, desc=address, unit="B", unit_scale=True, **hidden)
 
 
-def _changed(address: str) -> RunError:
+def _changed_error(address: str) -> RunError:
     return RunError(f"{address}: an object there changed while it was fetched; run it again")

@@ -274,7 +274,8 @@ def test_a_model_in_a_bucket_is_its_snapshot(bucket: Any, config: FinetuneConfig
 def test_an_object_outside_the_model_is_refused(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator refuses such a name, which a bucket takes: the listing is made here."""
     listing = [SimpleNamespace(name="models/bad/../../../escape", generation=1, size=1)]
-    monkeypatch.setattr("minitron.storage.bucket._client", lambda: SimpleNamespace(list_blobs=lambda *_, **__: listing))
+    client = SimpleNamespace(list_blobs=lambda *_, **__: listing)
+    monkeypatch.setattr("minitron.storage.bucket._make_client", lambda: client)
     with pytest.raises(
         RunError, match=r"the object models/bad/\.\./\.\./\.\./escape lies outside the directory; delete it"
     ):

@@ -31,7 +31,7 @@ from minitron.data.text import normalise
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.stages import prepare
-from minitron.storage.hub import hub_dataset
+from minitron.storage.hub import resolve_hub_dataset
 from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
 
@@ -476,7 +476,7 @@ def test_a_hub_that_cannot_be_reached(teacher: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["hf://", "hf://a/b/c/d", "hf://a/b@"])
 def test_an_address_that_is_no_datasets(address: str) -> None:
     with pytest.raises(ConfigError, match=r"not a dataset's address; give hf://org/name\[@revision\]\[/config\]"):
-        hub_dataset(address)
+        resolve_hub_dataset(address)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def one_line(error: pytest.ExceptionInfo[MinitronError]) -> str:
 
 
 def test_a_prefix_becomes_a_directory(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    transfers.download(bucket.snapshot(ADDRESS), tmp_path / "data")
+    transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path / "data")
     assert read(tmp_path / "data") == content
     large = [entry for entry in world.fetched() if entry == "data/deep/er/large.bin"]
     assert len(large) == 4, "it comes in chunks"
@@ -60,25 +60,25 @@ def test_a_prefix_becomes_a_directory(world: World, content: dict[str, bytes], t
 
 
 def test_one_object_becomes_a_file(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    transfers.download(bucket.snapshot(f"{ADDRESS}/part-3.txt"), tmp_path)
+    transfers.download_objects(bucket.take_snapshot(f"{ADDRESS}/part-3.txt"), tmp_path)
     assert read(tmp_path) == {"part-3.txt": content["part-3.txt"]}
 
 
 def test_a_snapshot_changes_with_every_object(world: World, content: dict[str, bytes]) -> None:
-    seen = {bucket.snapshot(ADDRESS), bucket.snapshot(f"{ADDRESS}/")}
+    seen = {bucket.take_snapshot(ADDRESS), bucket.take_snapshot(f"{ADDRESS}/")}
     assert {text.partition("#")[0] for text in seen} == {ADDRESS, f"{ADDRESS}/"}
     assert len({text.partition("#")[2] for text in seen}) == 1
     world.put("data/part-0.txt", content["part-0.txt"])
-    seen.add(bucket.snapshot(ADDRESS))
+    seen.add(bucket.take_snapshot(ADDRESS))
     world.put("data/new.txt", b"")
-    assert len({text.partition("#")[2] for text in seen | {bucket.snapshot(ADDRESS)}}) == 3
+    assert len({text.partition("#")[2] for text in seen | {bucket.take_snapshot(ADDRESS)}}) == 3
 
 
 def test_what_changed_since_the_snapshot_is_refused(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    identity = bucket.snapshot(ADDRESS)
+    identity = bucket.take_snapshot(ADDRESS)
     world.put("data/part-0.txt", b"changed")
     with pytest.raises(RunError, match=r"gs://bucket/data: an object there changed while it was fetched; run it again"):
-        transfers.download(identity, tmp_path / "data")
+        transfers.download_objects(identity, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -95,16 +95,16 @@ def test_what_changes_between_listing_and_download_is_refused(
 
     world.fault = change
     with pytest.raises(RunError, match="an object there changed while it was fetched"):
-        transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+        transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     assert changed and not (tmp_path / name).exists()
 
 
 def test_what_is_there_is_not_fetched_again(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    identity = bucket.snapshot(ADDRESS)
-    transfers.download(identity, tmp_path)
+    identity = bucket.take_snapshot(ADDRESS)
+    transfers.download_objects(identity, tmp_path)
     (tmp_path / "part-5.txt").unlink()
     world.log.clear()
-    transfers.download(identity, tmp_path)
+    transfers.download_objects(identity, tmp_path)
     assert world.fetched() == ["data/part-5.txt"] and read(tmp_path) == content
 
 
@@ -113,7 +113,7 @@ import sys
 from pathlib import Path
 from minitron.storage import bucket, transfers
 transfers.CHUNK, transfers._BATCH_FILES = 1 << 20, 4
-transfers.download(bucket.snapshot(sys.argv[1]), Path(sys.argv[2]))
+transfers.download_objects(bucket.take_snapshot(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -127,7 +127,7 @@ def test_a_killed_download_goes_on(world: World, content: dict[str, bytes], tmp_
     assert "deep/er/large.bin" not in there and there["deep/er/large.bin.part"] != content["deep/er/large.bin"]
     world.fault = lambda request: None
     world.log.clear()
-    transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     assert set(world.fetched()) == {"data/deep/er/large.bin"} and read(tmp_path) == content
 
 
@@ -141,7 +141,7 @@ def test_a_broken_connection_is_tried_again(world: World, content: dict[str, byt
         return None
 
     world.fault = once
-    transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     assert len(broken) == len(content) and read(tmp_path) == content
 
 
@@ -150,7 +150,7 @@ def test_a_connection_that_stays_broken_is_one_line(
 ) -> None:
     world.fault = lambda request: CUT if request.path.endswith("part-8.txt") else None
     with pytest.raises(RunError) as caught:
-        transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+        transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     message = one_line(caught)
     assert message.startswith("gs://bucket/data: not fetched (")
     assert message.endswith("and the network, and run it again: what is there complete is kept")
@@ -161,30 +161,30 @@ def test_a_connection_that_stays_broken_is_one_line(
 def test_a_damaged_object_is_refused(world: World, content: dict[str, bytes], tmp_path: Path, name: str) -> None:
     world.fault = lambda request: DAMAGE if request.path.endswith(name) else None
     with pytest.raises(RunError, match=r"did not come as its size and CRC32C say; run it again"):
-        transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+        transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     assert not (tmp_path / name).exists() and not list(tmp_path.rglob(f"{Path(name).name}.part"))
 
 
 def test_files_are_uploaded_and_equal_ones_are_left(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    transfers.download(bucket.snapshot(ADDRESS), tmp_path)
+    transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     (tmp_path / "part-1.txt").write_bytes(b"new text")
     (tmp_path / "huge.bin").write_bytes(os.urandom(9 * MB))  # more than what the library sends in one request
     files = {name: tmp_path / name for name in read(tmp_path)}
     world.log.clear()
-    transfers.upload(files, ADDRESS, bucket.objects(ADDRESS))
+    transfers.upload_files(files, ADDRESS, bucket.list_objects(ADDRESS))
     assert 9 * MB < world.uploaded < 9 * MB + 10_000
     assert sum(entry.method == "PUT" for entry in world.log) == 9, "in chunks"
-    transfers.download(bucket.snapshot(ADDRESS), tmp_path / "again")
+    transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path / "again")
     assert read(tmp_path / "again") == {name: path.read_bytes() for name, path in files.items()}
 
 
 def test_an_upload_replaces_only_what_was_listed(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    listed = bucket.objects(ADDRESS)
+    listed = bucket.list_objects(ADDRESS)
     for name in ("part-1.txt", "new.txt"):
         (tmp_path / name).write_bytes(b"mine")
         world.put(f"data/{name}", b"of another")
         with pytest.raises(RunError, match=r"data: not uploaded \(412 .*another process writes there: wait for it"):
-            transfers.upload({name: tmp_path / name}, ADDRESS, listed)
+            transfers.upload_files({name: tmp_path / name}, ADDRESS, listed)
         assert world.storage.get_file("bucket", f"data/{name}") == b"of another"
 
 
@@ -199,7 +199,7 @@ def test_an_upload_that_breaks_once_goes_on(world: World, tmp_path: Path) -> Non
         return None
 
     world.fault = once
-    transfers.upload({"huge.bin": tmp_path / "huge.bin"}, ADDRESS, {})
+    transfers.upload_files({"huge.bin": tmp_path / "huge.bin"}, ADDRESS, {})
     assert len(broken) == 2
     assert world.storage.get_file("bucket", "data/huge.bin") == (tmp_path / "huge.bin").read_bytes()
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_read_is_one_line(
 ) -> None:
     world.fault = lambda request: status
     with pytest.raises(error, match=message) as caught:
-        bucket.snapshot(address)
+        bucket.take_snapshot(address)
     one_line(caught)
 
 
@@ -231,7 +231,7 @@ def test_a_bucket_that_may_not_be_written_is_one_line(world: World, tmp_path: Pa
     (tmp_path / "file").write_text("text")
     world.fault = lambda request: 403 if request.method == "POST" else None
     with pytest.raises(RunError, match=r"data: not uploaded \(403 .*role Storage Object User") as caught:
-        transfers.upload({"file": tmp_path / "file"}, ADDRESS, {})
+        transfers.upload_files({"file": tmp_path / "file"}, ADDRESS, {})
     one_line(caught)
 
 
@@ -241,4 +241,4 @@ def test_without_credentials_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
     for name, value in (("NO_GCE_CHECK", "true"), ("HOME", str(tmp_path)), ("CLOUDSDK_CONFIG", str(tmp_path))):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"not fetched \(.*name a service account's key in GOOGLE_APPLICATION_CRED"):
-        bucket.snapshot(ADDRESS)
+        bucket.take_snapshot(ADDRESS)

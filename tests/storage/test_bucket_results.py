@@ -40,36 +40,36 @@ def test_the_record_comes_last(world: World, tmp_path: Path) -> None:
     home = result(tmp_path / "home")
     seen: list[list[str]] = []
     world.fault = lambda request: seen.append(world.names())
-    record = bucket_results.commit(home, ADDRESS, replace=False)
+    record = bucket_results.commit_result(home, ADDRESS, replace=False)
     names = {f"results/one/{name}" for name in [*SIZES, RECORD]}
     assert set(world.names()) == names
     before = [state for state in seen if f"results/one/{RECORD}" not in state]
     assert set(before[-1]) == names - {f"results/one/{RECORD}"} | {f"results/one/{RECORD}.partial"}
-    assert bucket_results.record_at(ADDRESS) == record
+    assert bucket_results.read_record_at(ADDRESS) == record
     assert record["objects"].keys() == SIZES.keys() and record["key"] == "key"
 
 
 def test_committed_once_it_is_not_uploaded_again(world: World, tmp_path: Path) -> None:
     home = result(tmp_path / "home")
-    first = bucket_results.commit(home, ADDRESS, replace=False)
+    first = bucket_results.commit_result(home, ADDRESS, replace=False)
     world.log.clear()
-    assert bucket_results.commit(home, ADDRESS, replace=False) == first and world.uploaded == 0
+    assert bucket_results.commit_result(home, ADDRESS, replace=False) == first and world.uploaded == 0
 
 
 def test_a_second_uploader_takes_what_the_first_committed(world: World, tmp_path: Path) -> None:
-    first = bucket_results.commit(result(tmp_path / "one"), ADDRESS, replace=False)
+    first = bucket_results.commit_result(result(tmp_path / "one"), ADDRESS, replace=False)
     second = result(tmp_path / "two")
     world.log.clear()
-    assert bucket_results.commit(second, ADDRESS, replace=False) == first and world.uploaded == 0
+    assert bucket_results.commit_result(second, ADDRESS, replace=False) == first and world.uploaded == 0
 
 
 def test_a_result_is_replaced_on_demand_and_incomplete_meanwhile(world: World, tmp_path: Path) -> None:
-    bucket_results.commit(result(tmp_path / "one"), ADDRESS, replace=False)
+    bucket_results.commit_result(result(tmp_path / "one"), ADDRESS, replace=False)
     world.put("results/one/left-over.bin", b"of another attempt")
     states: list[bool] = []
     second = result(tmp_path / "two")
     world.fault = lambda request: states.append(f"results/one/{RECORD}" in world.names()) if request.uploaded else None
-    record = bucket_results.commit(second, ADDRESS, replace=True)
+    record = bucket_results.commit_result(second, ADDRESS, replace=True)
     assert states and not any(states)
     assert set(world.names()) == {f"results/one/{name}" for name in [*SIZES, RECORD]}
     assert record["output_sha256"] == content_hash(second)
@@ -80,7 +80,7 @@ import sys
 from pathlib import Path
 from minitron.storage import bucket_results, transfers
 transfers.WORKERS = 1
-bucket_results.commit(Path(sys.argv[1]), sys.argv[2], replace=False)
+bucket_results.commit_result(Path(sys.argv[1]), sys.argv[2], replace=False)
 """
 
 
@@ -93,13 +93,13 @@ def test_a_killed_upload_is_no_result_and_goes_on(world: World, tmp_path: Path) 
     process.send_signal(signal.SIGKILL)
     process.wait()
     world.fault = lambda request: None
-    assert bucket_results.record_at(ADDRESS) is None and len(world.names()) > 2
+    assert bucket_results.read_record_at(ADDRESS) is None and len(world.names()) > 2
     with pytest.raises(RunError, match=r"results/one: its upload is not complete; wait for it, or run the stage that"):
         local_model(ADDRESS, FinetuneConfig(teacher=ADDRESS, dataset=home, output=tmp_path / "out"))
     world.log.clear()
-    bucket_results.commit(home, ADDRESS, replace=False)
+    bucket_results.commit_result(home, ADDRESS, replace=False)
     assert world.uploaded < 2500, "what was there was uploaded again"
-    assert bucket_results.record_at(ADDRESS)
+    assert bucket_results.read_record_at(ADDRESS)
 
 
 def test_a_cut_connection_leaves_no_result(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +107,11 @@ def test_a_cut_connection_leaves_no_result(world: World, tmp_path: Path, monkeyp
     home = result(tmp_path / "home")
     world.fault = lambda request: CUT if request.uploaded > 5600 else None
     with pytest.raises(RunError, match=r"results/one: not uploaded \(.*run it again: what is there complete is kept"):
-        bucket_results.commit(home, ADDRESS, replace=False)
-    assert bucket_results.record_at(ADDRESS) is None
+        bucket_results.commit_result(home, ADDRESS, replace=False)
+    assert bucket_results.read_record_at(ADDRESS) is None
     world.fault = lambda request: None
     world.log.clear()
-    bucket_results.commit(home, ADDRESS, replace=False)
+    bucket_results.commit_result(home, ADDRESS, replace=False)
     assert sum(size > 5600 for size in uploads(world)) == 1 and not any(5000 < size < 5600 for size in uploads(world))
 
 
@@ -124,13 +124,13 @@ def test_two_uploaders_at_a_time_do_not_mix(world: World, tmp_path: Path, monkey
     def race(request: Any) -> None:
         if not racing and request.uploaded > 4000:
             racing.append(None)
-            racing.append(bucket_results.commit(other, ADDRESS, replace=False))
+            racing.append(bucket_results.commit_result(other, ADDRESS, replace=False))
 
     world.fault = race
     with pytest.raises(RunError, match="another process writes there"):
-        bucket_results.commit(home, ADDRESS, replace=False)
-    assert bucket_results.record_at(ADDRESS) == racing[1]
-    assert bucket_results.commit(home, ADDRESS, replace=False) == racing[1], (
+        bucket_results.commit_result(home, ADDRESS, replace=False)
+    assert bucket_results.read_record_at(ADDRESS) == racing[1]
+    assert bucket_results.commit_result(home, ADDRESS, replace=False) == racing[1], (
         "the second attempt takes the other's result"
     )
 
@@ -139,17 +139,17 @@ def test_two_uploaders_at_a_time_do_not_mix(world: World, tmp_path: Path, monkey
 def test_a_change_afterwards_is_found_without_a_download(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    bucket_results.commit(result(tmp_path / "home"), ADDRESS, replace=False)
+    bucket_results.commit_result(result(tmp_path / "home"), ADDRESS, replace=False)
     if change == "deleted":
         del world.storage.objects["bucket"]["results/one/sub/x.bin"]
     else:
         world.put(f"results/one/{'config.json' if change == 'changed' else 'more.json'}", b"{}")
     world.log.clear()
-    assert bucket_results.record_at(ADDRESS) is None
+    assert bucket_results.read_record_at(ADDRESS) is None
     assert "results/one: damaged or changed since it was written; it is made again" in capsys.readouterr().err
     assert world.fetched() == [f"results/one/{RECORD}"]
 
 
 def test_an_address_without_a_bucket_is_refused() -> None:
     with pytest.raises(ConfigError, match="gs://: no bucket"):
-        bucket_results.record_at("gs://")
+        bucket_results.read_record_at("gs://")

@@ -8,24 +8,25 @@ import pytest
 
 from minitron.errors import ConfigError, RunError
 from minitron.storage.hashing import content_hash, verified_hash
-from minitron.storage.hub import hub_dataset, local_path
+from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
 from minitron.storage.layout import read_record
 
 
 def test_paths_and_file_addresses_are_local(tmp_path: Path) -> None:
-    assert local_path(tmp_path) == local_path(str(tmp_path)) == local_path(f"file://{tmp_path}") == tmp_path
+    for address in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
+        assert resolve_local_path(address) == tmp_path
 
 
 def test_an_address_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"nowhere: no such file or directory; give an existing path or hf://org/name"
     ):
-        local_path(tmp_path / "nowhere")
+        resolve_local_path(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"ftp://host/x: unknown scheme 'ftp://'; give a path, file:// or hf://org/n"):
-        local_path("ftp://host/x")
+        resolve_local_path("ftp://host/x")
 
 
-@pytest.mark.parametrize("fetch", [local_path, hub_dataset])
+@pytest.mark.parametrize("fetch", [resolve_local_path, resolve_hub_dataset])
 def test_a_hub_that_is_not_there_is_one_line(fetch: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RunError) as caught:
@@ -36,9 +37,9 @@ def test_a_hub_that_is_not_there_is_one_line(fetch: object, monkeypatch: pytest.
 
 
 def test_a_datasets_address_has_a_form() -> None:
-    assert hub_dataset("corpus.txt") is None
+    assert resolve_hub_dataset("corpus.txt") is None
     with pytest.raises(ConfigError, match=r"hf://a/b/c/d: not a dataset's address; give hf://org/name\[@revision\]"):
-        hub_dataset("hf://a/b/c/d")
+        resolve_hub_dataset("hf://a/b/c/d")
 
 
 def test_the_hash_is_of_names_and_contents(tmp_path: Path) -> None:

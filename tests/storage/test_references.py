@@ -15,7 +15,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.runtime import stage
 from minitron.stages import finetune, prepare
 from minitron.storage import references
-from minitron.storage.bucket import pinned
+from minitron.storage.bucket import pin_objects
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, REFERENCE
 from tests.servers.gcs import World
@@ -64,7 +64,7 @@ def test_a_volume_on_another_file_system_is_referred_to(make: Callable[..., Any]
         "key": record["key"],
     }
     assert json.loads((tmp_path / "out" / RECORD).read_text()) == record
-    assert references.followed(tmp_path / "out") == home
+    assert references.follow_reference(tmp_path / "out") == home
     again = stage.run(make("prepare", volume, tmp_path / "out"), work)
     assert again == record, "a reference is no foreign directory"
 
@@ -170,7 +170,7 @@ def test_a_result_that_was_made_and_not_uploaded_is_uploaded(
     world.fault = lambda request: None
     record = stage.run(config, lambda *_: 1 / 0)  # type: ignore
     assert f"ws/prepare/{record['key'][:16]}/{RECORD}" in world.names()
-    assert references.followed(tmp_path / "out").is_relative_to(tmp_path / "cache")
+    assert references.follow_reference(tmp_path / "out").is_relative_to(tmp_path / "cache")
 
 
 def test_an_output_in_a_bucket_is_the_result(make: Callable[..., Any], world: World, tmp_path: Path) -> None:
@@ -244,10 +244,10 @@ def test_a_corpus_in_a_bucket_is_its_snapshot(
     local = prepare.run(make("prepare", None, tmp_path / "local", corpus=str(inputs["corpus"]), **shares))
     assert local["metrics"]["train_tokens"] == record["metrics"]["train_tokens"]
     world.log.clear()
-    pinned.cache_clear()
+    pin_objects.cache_clear()
     assert prepare.run(config) == record and not world.fetched(), "reuse is decided without a download"
     world.put("corpus/tiny.jsonl", (inputs["corpus"] / "tiny.jsonl").read_bytes())
-    pinned.cache_clear()
+    pin_objects.cache_clear()
     assert prepare.run(config)["key"] != record["key"]
 
 
@@ -256,7 +256,7 @@ def test_a_corpus_that_changes_while_it_is_fetched_is_refused(
 ) -> None:
     world.put("corpus/tiny.jsonl", inputs["corpus"] / "tiny.jsonl")
     config = make("prepare", tmp_path / "workspace", tmp_path / "out", corpus="gs://bucket/corpus")
-    pinned("gs://bucket/corpus")
+    pin_objects("gs://bucket/corpus")
     world.put("corpus/tiny.jsonl", b'{"text": "changed"}\n')
     with pytest.raises(RunError, match="gs://bucket/corpus: an object there changed while it was fetched; run it"):
         prepare.run(config)
