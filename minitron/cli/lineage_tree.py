@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-from minitron.registry.lineage import gpu_hours, licence_text, tokens
+from minitron.registry.lineage import compute_gpu_hours, count_tokens, format_license
 from minitron.report.formatting import count, duration, loss, megabytes, moment
 
 
@@ -15,7 +15,7 @@ def tree(found: dict[str, Any]) -> Tree:
     """Return a lineage as `minitron lineage` prints it."""
     root = Tree(Text(found["version"], "bold"))
     licences = found["licences"]
-    root.add(_line("licences", f"data {licences['data']}, base model {licence_text(licences['teacher'])}"))
+    root.add(_line("licences", f"data {licences['data']}, base model {format_license(licences['teacher'])}"))
     for stage, record in found["stages"].items():
         branch = root.add(Text.assemble((stage, "bold"), f"  {moment(record['started'])}, {_cost(record)}"))
         for label, text in _facts(record):
@@ -29,10 +29,10 @@ def _line(label: str, text: str) -> Text:
 
 def _cost(record: dict[str, Any]) -> str:
     parts = [duration(record["seconds"]), f"{megabytes(record['peak_rss_mb'])} peak memory"]
-    if total := tokens(record):
+    if total := count_tokens(record):
         parts.append(f"{count(total)} tokens")
     if record.get("gpus"):
-        parts.append(f"{gpu_hours(record):.2f} GPU-hours on {record['gpus']} GPUs")
+        parts.append(f"{compute_gpu_hours(record):.2f} GPU-hours on {record['gpus']} GPUs")
     return ", ".join(parts)
 
 

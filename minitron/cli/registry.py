@@ -20,7 +20,7 @@ def show_lineage(version: Version, tracking_uri: TrackingUri, debug: Debug = Fal
         from minitron.cli import lineage_tree
         from minitron.registry import lineage
 
-        make_console().print(lineage_tree.tree(lineage.of_version(tracking_uri, version)))
+        make_console().print(lineage_tree.tree(lineage.read_lineage(tracking_uri, version)))
 
 
 @app.command()
@@ -34,7 +34,7 @@ def reproduce(
     with one_line_errors(debug):
         from minitron.registry import lineage, reproduce
 
-        text = reproduce.preset(lineage.of_version(tracking_uri, version))
+        text = reproduce.write_preset(lineage.read_lineage(tracking_uri, version))
         if output is None:
             print(text, end="")
             return

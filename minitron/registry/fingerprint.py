@@ -19,23 +19,23 @@ MADE_BY = ("prepare", "finetune", "prune", "distill")
 TAG = "made_from"
 """Tag of a version in MLflow's registry: its student's origin, as JSON."""
 
-Origin = dict[str, str]
+Fingerprint = dict[str, str]
 """Hashes of `corpus`, `teacher` and `settings`, and under `minitron` the version of the method."""
 
 
-def of_records(records: dict[str, dict[str, Any]]) -> Origin | None:
+def fingerprint_records(records: dict[str, dict[str, Any]]) -> Fingerprint | None:
     """Return the origin of a student from the records of its stages; None if one of them is missing."""
     if not records.keys() >= set(MADE_BY):
         return None
     prepare = records["prepare"]
-    given = {name: entry["sha256"] for name, entry in prepare["inputs"].items()}
+    hashes = {name: entry["sha256"] for name, entry in prepare["inputs"].items()}
     configs = {stage: records[stage]["config"] for stage in MADE_BY}
     versions = prepare["versions"]
     method = versions.get("method", versions["minitron"])  # the same in what 0.1.0 made
-    return _origin(configs, given["corpus"], given["teacher"], method)
+    return _build_fingerprint(configs, hashes["corpus"], hashes["teacher"], method)
 
 
-def of_plan(plan: Plan, corpus: str, teacher: str) -> Origin:
+def fingerprint_plan(plan: Plan, corpus: str, teacher: str) -> Fingerprint:
     """Return the origin that a run of the pipeline would give its student.
 
     Args:
@@ -44,16 +44,18 @@ def of_plan(plan: Plan, corpus: str, teacher: str) -> Origin:
         teacher: hash of the base model's content.
     """
     configs = {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
-    return _origin(configs, corpus, teacher, METHOD_VERSION)
+    return _build_fingerprint(configs, corpus, teacher, METHOD_VERSION)
 
 
-def _origin(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, method: str) -> Origin:
-    settings = {stage: {name: config[name] for name in _settings(stage)} for stage, config in configs.items()}
+def _build_fingerprint(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, method: str) -> Fingerprint:
+    settings = {
+        stage: {name: config[name] for name in _list_decisive_settings(stage)} for stage, config in configs.items()
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {"corpus": corpus, "teacher": teacher, "settings": digest, "minitron": method}
 
 
-def _settings(stage: str) -> list[str]:
+def _list_decisive_settings(stage: str) -> list[str]:
     model = SETTINGS[stage]
     left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
     return [name for name in model.model_fields if name not in left_out]

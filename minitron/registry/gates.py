@@ -25,7 +25,7 @@ MET = ("passed", "within error", "no champion")
 """The outcomes that do not keep a model from being promoted."""
 
 
-def declared(config: "EvaluateSettings") -> list[dict[str, Any]]:
+def read_gates(config: "EvaluateSettings") -> list[dict[str, Any]]:
     """Return the gates of a configuration as `judge` takes them: metric, against, by, bound, threshold."""
     return [
         {"metric": gate.metric, "against": gate.against, "by": gate.by, "bound": gate.bound}
@@ -34,7 +34,7 @@ def declared(config: "EvaluateSettings") -> list[dict[str, Any]]:
     ]
 
 
-def judge(
+def judge_student(
     gates: list[dict[str, Any]], evaluation: dict[str, Any], champion: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Judge a student by its gates.
@@ -52,15 +52,15 @@ def judge(
         `outcome`: passed, within error, failed, no champion, or not measured.
     """
     models = {"teacher": evaluation["teacher"], "champion": champion}
-    return [_judged(gate, evaluation["student"], models) for gate in gates]
+    return [_judge_gate(gate, evaluation["student"], models) for gate in gates]
 
 
-def passed(rows: list[dict[str, Any]]) -> bool | None:
+def are_gates_met(rows: list[dict[str, Any]]) -> bool | None:
     """Say whether all gates are met; None if there are none."""
     return all(row["outcome"] in MET for row in rows) if rows else None
 
 
-def words(row: dict[str, Any]) -> str:
+def describe_gate(row: dict[str, Any]) -> str:
     """Return a judged gate in one line."""
     metric, limit = row["metric"], f"{row['bound'].replace('_', ' ')} {row['threshold']:g}"
     if row["found"] is None:
@@ -70,15 +70,17 @@ def words(row: dict[str, Any]) -> str:
     return f"{metric} {row['student']:.4g}{against}: {row['found']:.4g}{error}, {limit}: {row['outcome']}"
 
 
-def _judged(gate: dict[str, Any], student: dict[str, Any], models: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+def _judge_gate(
+    gate: dict[str, Any], student: dict[str, Any], models: dict[str, dict[str, Any] | None]
+) -> dict[str, Any]:
     metric, against = gate["metric"], gate["against"]
     row = {name: gate[name] for name in ("metric", "against", "by", "bound", "threshold")} | {
-        "student": _value(student, metric)[0], "reference": None, "found": None, "margin": None, "error": None,
+        "student": _read_value(student, metric)[0], "reference": None, "found": None, "margin": None, "error": None,
     }  # fmt: skip
     if against and models[against] is None:
         return row | {"outcome": "no champion"}
-    reference = _value(models[against] or {}, metric) if against else (None, None)
-    found, error = _compared(gate["by"], _value(student, metric), reference)
+    reference = _read_value(models[against] or {}, metric) if against else (None, None)
+    found, error = _compare_values(gate["by"], _read_value(student, metric), reference)
     if found is None:
         return row | {"reference": reference[0], "outcome": "not measured"}
     margin = gate["threshold"] - found if gate["bound"] == "at_most" else found - gate["threshold"]
@@ -88,7 +90,7 @@ def _judged(gate: dict[str, Any], student: dict[str, Any], models: dict[str, dic
     }  # fmt: skip
 
 
-def _compared(
+def _compare_values(
     by: str | None, student: tuple[float | None, float | None], reference: tuple[float | None, float | None]
 ) -> tuple[float | None, float | None]:
     """Return what is compared with the threshold, and half the width of its 95 % interval."""
@@ -106,7 +108,7 @@ def _compared(
     return value, None if deviation is None else DEVIATIONS * deviation
 
 
-def _value(model: dict[str, Any], metric: str) -> tuple[float | None, float | None]:
+def _read_value(model: dict[str, Any], metric: str) -> tuple[float | None, float | None]:
     """Return what was measured of a model, with its standard error where it has one."""
     if metric in NUMBERS:
         return model.get(metric), None

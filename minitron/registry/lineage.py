@@ -25,7 +25,7 @@ TAG = "lineage"
 UNKNOWN = "unknown"
 
 
-def collect(config: EvaluateConfig) -> dict[str, Any]:
+def collect_lineage(config: EvaluateConfig) -> dict[str, Any]:
     """Return the lineage of what evaluate measures; the configuration's inputs are local directories.
 
     Returns:
@@ -33,24 +33,24 @@ def collect(config: EvaluateConfig) -> dict[str, Any]:
         text, and of the base model, the lines of its model card that begin with `license`.
     """
     directories = (config.dataset, config.teacher, config.pruned, config.student)
-    found = [record for directory in directories if (record := read_record(directory))]
-    licences = {"data": data_licence(config.dataset), "teacher": model_licence(Path(config.teacher_before))}
-    return {"stages": in_order(found), "licences": licences}
+    records = [record for directory in directories if (record := read_record(directory))]
+    licenses = {"data": read_data_license(config.dataset), "teacher": read_model_license(Path(config.teacher_before))}
+    return {"stages": sort_records(records), "licences": licenses}
 
 
-def in_order(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def sort_records(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return records by the names of their stages, in the order of the flow."""
-    found = {record["stage"]: record for record in records}
-    return {stage: found[stage] for stage in STAGES if stage in found}
+    by_stage = {record["stage"]: record for record in records}
+    return {stage: by_stage[stage] for stage in STAGES if stage in by_stage}
 
 
-def data_licence(dataset: Path) -> str:
+def read_data_license(dataset: Path) -> str:
     """Return the licence that prepare was told; "unknown" for what it did not write."""
     manifest = read_manifest(dataset) if (dataset / MANIFEST).is_file() else {}
     return str(manifest.get("licence", UNKNOWN))
 
 
-def model_licence(model: Path) -> dict[str, str]:
+def read_model_license(model: Path) -> dict[str, str]:
     """Return the `license`, `license_name` and `license_link` of a model card; the licence is "unknown" without one."""
     path = model / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -58,31 +58,31 @@ def model_licence(model: Path) -> dict[str, str]:
         front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
     except (yaml.YAMLError, ValueError):  # the latter: a date that is none
         front = {}
-    lines = front.items() if isinstance(front, dict) else ()
-    given = {name: value for name, value in lines if name in ("license", "license_name", "license_link") and value}
+    items = front.items() if isinstance(front, dict) else ()
+    entries = {name: value for name, value in items if name in ("license", "license_name", "license_link") and value}
     return {"license": UNKNOWN} | {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in given.items()
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in entries.items()
     }
 
 
-def licence_text(licence: dict[str, str]) -> str:
+def format_license(license: dict[str, str]) -> str:
     """Return a model's licence by its name: Hugging Face calls those that it has no word for `other`."""
-    return licence["license"] if licence["license"] != "other" else licence.get("license_name", "other")
+    return license["license"] if license["license"] != "other" else license.get("license_name", "other")
 
 
-def gpu_hours(record: dict[str, Any]) -> float:
+def compute_gpu_hours(record: dict[str, Any]) -> float:
     """Return what a stage held: hours times GPUs."""
     return record["seconds"] * record.get("gpus", 0) / 3600
 
 
-def tokens(record: dict[str, Any]) -> int | None:
+def count_tokens(record: dict[str, Any]) -> int | None:
     """Return the tokens that a stage trained on or, prepare, wrote; None for the others."""
     metrics = record.get("metrics", {})
     written = sum(metrics.get(f"{split}_tokens", 0) for split in ("train", "validation", "test"))
     return metrics.get("tokens", written or None)
 
 
-def of_version(uri: str, address: str) -> dict[str, Any]:
+def read_lineage(uri: str, address: str) -> dict[str, Any]:
     """Return the lineage of a model version, from MLflow alone.
 
     Args:
@@ -97,15 +97,15 @@ def of_version(uri: str, address: str) -> dict[str, Any]:
         RunError: MLflow cannot be reached, or has no such version, or the lineage there is another version's.
     """
     with one_line_errors(uri), fail_fast():
-        version = versions.model_version(uri, address)
+        version = versions.pin_version(uri, address)
         name, _, number = version.removeprefix("models:/").rpartition("/")
         client = connect(uri)
         tags = client.get_model_version(name, number).tags
         if TAG not in tags:
             raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
         run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
-        found = read_artifact(client, run_id, path)
-    registered = found.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
+        lineage = read_artifact(client, run_id, path)
+    registered = lineage.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
     if registered.get("sha256", UNKNOWN) != tags.get("student_sha256"):
         raise RunError(f"{version}: {tags[TAG]} is of another student; it was overwritten, register this one again")
-    return found | {"version": version}
+    return lineage | {"version": version}

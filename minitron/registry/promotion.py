@@ -19,7 +19,7 @@ from minitron.config import metrics
 from minitron.config.settings import RegisterSettings
 from minitron.errors import ConfigError, RunError
 from minitron.registry import gates
-from minitron.registry.promotion_log import CHAMPION, PREVIOUS, Ledger, Move
+from minitron.registry.promotion_log import CHAMPION, PREVIOUS, Move, PromotionLog
 from minitron.storage.layout import EVALUATION
 from minitron.tracking.client import (
     connect,
@@ -74,7 +74,7 @@ def promote(
         uri: MLflow's server or database.
         name: registered model.
         version: its version; None: the challenger.
-        why: reason, for the ledger.
+        why: reason, for the promotion log.
         pipeline_run_id: Kubeflow run that asks for it; None: this user.
 
     Raises:
@@ -83,22 +83,22 @@ def promote(
         NotJudged: the version was not compared with today's champion, or not evaluated by this package.
         RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
     """
-    author = _author(why, pipeline_run_id)
-    with _opened(uri, name) as (client, ledger):
-        state = ledger.settled()
-        version = existing_version(client, name, version)
+    author = _name_author(why, pipeline_run_id)
+    with _open_log(uri, name) as (client, log):
+        state = log.settle_moves()
+        version = find_version(client, name, version)
         if version == state.champion:
             return Promotion(name, version, None, [])
         try:
-            rows = _judged(client, name, version, state.champion)
+            rows = _judge_version(client, name, version, state.champion)
         except (KeyError, TypeError, AttributeError) as error:
             raise NotJudged(
                 f"{name} version {version}: {EVALUATION} of its run is none of minitron's; {_ANEW}"
             ) from error
-        if gates.passed(rows) is False:
-            failed = "; ".join(gates.words(row) for row in rows if row["outcome"] not in gates.MET)
+        if gates.are_gates_met(rows) is False:
+            failed = "; ".join(gates.describe_gate(row) for row in rows if row["outcome"] not in gates.MET)
             raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
-        return Promotion(name, version, ledger.move(state, version, author, why), rows)
+        return Promotion(name, version, log.move(state, version, author, why), rows)
 
 
 def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None) -> Promotion:
@@ -108,18 +108,18 @@ def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id
         ConfigError: as for promote.
         RunError: no version was champion before; as for promote.
     """
-    author = _author(why, pipeline_run_id)
-    with _opened(uri, name) as (client, ledger):
-        state = ledger.settled()
+    author = _name_author(why, pipeline_run_id)
+    with _open_log(uri, name) as (client, log):
+        state = log.settle_moves()
         if state.previous is None or state.previous == state.champion:
             raise RunError(f"{name}: no version has the alias {PREVIOUS}; give the one you want to minitron promote")
-        version = existing_version(client, name, state.previous)
-        return Promotion(name, version, ledger.move(state, version, author, why), [])
+        version = find_version(client, name, state.previous)
+        return Promotion(name, version, log.move(state, version, author, why), [])
 
 
 @contextmanager
-def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger]]:
-    """Give a client and the ledger of a registered model."""
+def _open_log(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", PromotionLog]]:
+    """Give a client and the log of a registered model."""
     if not uri:
         raise ConfigError("tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE")
     with one_line_errors(uri), fail_fast(), defer_sigterm():
@@ -131,10 +131,10 @@ def _opened(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Ledger
                 raise
             known = ", ".join(model.name for model in client.search_registered_models()) or "none"
             raise RunError(f"{name}: no such model is registered at {without_password(uri)}; known: {known}") from error
-        yield client, Ledger(client, name)
+        yield client, PromotionLog(client, name)
 
 
-def existing_version(client: "MlflowClient", name: str, version: int | None) -> int:
+def find_version(client: "MlflowClient", name: str, version: int | None) -> int:
     """Return a version that is there: the challenger, if none is given."""
     if version is None:
         aliases = client.get_registered_model(name).aliases
@@ -146,13 +146,13 @@ def existing_version(client: "MlflowClient", name: str, version: int | None) -> 
     except Exception as error:
         if not is_missing(error):
             raise
-        known = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+        known = sorted(int(entry.version) for entry in client.search_model_versions(f"name = '{name}'"))
         raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known)) or 'none'}") from error
 
 
-def _judged(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
+def _judge_version(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
     """Return the judged gates of a version, compared with today's champion."""
-    evaluation = _evaluation(client, name, version)
+    evaluation = _read_evaluation(client, name, version)
     if evaluation is None:
         raise NotJudged(f"{name} version {version}: its MLflow run has no {EVALUATION}; {_ANEW}")
     rows = evaluation.get("gates", [])
@@ -162,8 +162,8 @@ def _judged(client: "MlflowClient", name: str, version: int, champion: int | Non
     if compared == today or not measures:
         return rows
     if champion is None:
-        return gates.judge(rows, evaluation, None)
-    other = _evaluation(client, name, champion)
+        return gates.judge_student(rows, evaluation, None)
+    other = _read_evaluation(client, name, champion)
     test_set = evaluation.get("test_set")
     same_test = test_set is not None and other is not None and other.get("test_set") == test_set
     if other is None or not same_test or metrics.SPEED in measures:  # another machine's speed says nothing
@@ -171,10 +171,10 @@ def _judged(client: "MlflowClient", name: str, version: int, champion: int | Non
             f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
             f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
         )
-    return gates.judge(rows, evaluation, other["student"])
+    return gates.judge_student(rows, evaluation, other["student"])
 
 
-def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
+def _read_evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
     """Return evaluation.json of a version's run; None if there is none."""
     run_id = client.get_model_version(name, str(version)).run_id
     if not run_id or EVALUATION not in {file.path for file in client.list_artifacts(run_id)}:
@@ -182,7 +182,7 @@ def _evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, An
     return read_artifact(client, run_id, EVALUATION)
 
 
-def _author(why: str | None, pipeline_run_id: str | None) -> str:
+def _name_author(why: str | None, pipeline_run_id: str | None) -> str:
     """Return who moves the alias."""
     if (length := len(json.dumps(why, ensure_ascii=False)) - 2) > _LONGEST_REASON:
         raise ConfigError(f"why: {length} characters as it is written; give at most {_LONGEST_REASON}")

@@ -23,7 +23,7 @@ from minitron.tracking.write_once import write_once
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["CHAMPION", "EXPERIMENT", "PREVIOUS", "PROMOTED_TAG", "Ledger", "Move", "State"]
+__all__ = ["CHAMPION", "EXPERIMENT", "PREVIOUS", "PROMOTED_TAG", "Move", "PromotionLog", "State"]
 
 CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
@@ -50,12 +50,12 @@ class Move:
     id: str
 
     @classmethod
-    def read(cls, text: str) -> "Move":
+    def from_json(cls, text: str) -> "Move":
         """Return the move that an entry holds."""
         values = json.loads(text)
         return cls(source=values.pop("from"), **values)
 
-    def written(self) -> str:
+    def to_json(self) -> str:
         """Return the entry."""
         values = asdict(self)
         return json.dumps({"from": values.pop("source")} | values, ensure_ascii=False)
@@ -70,7 +70,7 @@ class State:
     previous: int | None
 
 
-class Ledger:
+class PromotionLog:
     """The moves of one registered model."""
 
     def __init__(self, client: "MlflowClient", name: str) -> None:
@@ -80,20 +80,20 @@ class Ledger:
             RunError: no version of the model has a run.
         """
         self._client, self._name = client, name
-        self._run_id = client.get_registered_model(name).tags.get(_TAG) or self._elected()
+        self._run_id = client.get_registered_model(name).tags.get(_TAG) or self._elect_run()
 
-    def moves(self) -> list[Move]:
+    def read_moves(self) -> list[Move]:
         """Return all moves, the earliest first."""
-        parameters = self._parameters()
-        return [Move.read(parameters[key]) for key in sorted(parameters) if key.startswith("move.")]
+        parameters = self._read_parameters()
+        return [Move.from_json(parameters[key]) for key in sorted(parameters) if key.startswith("move.")]
 
-    def settled(self) -> State:
+    def settle_moves(self) -> State:
         """Complete the last move if its author could not, and return where the aliases are."""
-        moves = self.moves()
-        if moves and not self._is_done(len(moves), moves[-1]):
-            self._complete(len(moves), moves[-1])
-            return self.settled()
-        champion, previous = self._aliases()
+        moves = self.read_moves()
+        if moves and not self._wait_for_author(len(moves), moves[-1]):
+            self._complete_move(len(moves), moves[-1])
+            return self.settle_moves()
+        champion, previous = self._read_aliases()
         return State(len(moves), champion, previous)
 
     def move(self, state: State, to: int, who: str, why: str | None) -> Move:
@@ -103,26 +103,26 @@ class Ledger:
             state: where this move starts.
             to: the version.
             who: makes the move.
-            why: reason, for whoever reads the ledger.
+            why: reason, for those who read the log.
 
         Raises:
             RunError: another process made a move since.
         """
         number, began = state.moves + 1, time.monotonic()
         move = Move(state.champion, to, who, datetime.now(UTC).isoformat(timespec="seconds"), why, uuid.uuid4().hex)
-        written = write_once(self._client, self._run_id, _key("move", number), move.written())
-        if written != move.written():
-            other = Move.read(written)
+        written = write_once(self._client, self._run_id, _format_key("move", number), move.to_json())
+        if written != move.to_json():
+            other = Move.from_json(written)
             raise RunError(
                 f"{self._name}: {other.who} made version {other.to} {CHAMPION} at the same time; run the command again "
                 "if yours is still wanted"
             )
         if time.monotonic() - began < _AUTHOR_SECONDS:
-            self._apply(number, move)
-        self.settled()
+            self._apply_move(number, move)
+        self.settle_moves()
         return move
 
-    def _elected(self) -> str:
+    def _elect_run(self) -> str:
         """Make a run, and return the one that all agree upon: it is written into the run of the first version."""
         versions = self._client.search_model_versions(f"name = '{self._name}'")
         numbered = sorted(versions, key=lambda version: int(version.version))
@@ -141,56 +141,56 @@ class Ledger:
         self._client.set_registered_model_tag(self._name, _TAG, elected)
         return elected
 
-    def _parameters(self) -> dict[str, str]:
+    def _read_parameters(self) -> dict[str, str]:
         return self._client.get_run(self._run_id).data.params
 
-    def _aliases(self) -> tuple[int | None, int | None]:
+    def _read_aliases(self) -> tuple[int | None, int | None]:
         aliases = self._client.get_registered_model(self._name).aliases
         champion, previous = (int(aliases[alias]) if alias in aliases else None for alias in (CHAMPION, PREVIOUS))
         return champion, previous
 
-    def _is_done(self, number: int, move: Move) -> bool:
+    def _wait_for_author(self, number: int, move: Move) -> bool:
         """Say whether the aliases followed a move; wait for an author who may be about to set them."""
         age = (datetime.now(UTC) - datetime.fromisoformat(move.when)).total_seconds()
         # Clocks differ by minutes at most: an older move is not waited for.
         deadline = time.monotonic() + (_READER_SECONDS if abs(age) < 600 else 0)
-        while _key("done", number) not in self._parameters():
+        while _format_key("done", number) not in self._read_parameters():
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.2)
         return True
 
-    def _complete(self, number: int, move: Move) -> None:
+    def _complete_move(self, number: int, move: Move) -> None:
         """Do what the author of a move could not, unless somebody moved the alias by hand or deleted the version."""
-        if self._aliases()[0] in (move.source, move.to):
+        if self._read_aliases()[0] in (move.source, move.to):
             try:
-                return self._apply(number, move)
+                return self._apply_move(number, move)
             except Exception as error:
                 if not is_missing(error):
                     raise
-        write_once(self._client, self._run_id, _key("done", number), "given up")
+        write_once(self._client, self._run_id, _format_key("done", number), "given up")
 
-    def _apply(self, number: int, move: Move) -> None:
+    def _apply_move(self, number: int, move: Move) -> None:
         """Let the aliases follow a move, or a later one if there is: whoever sets them last has seen all moves."""
         latest = move
         while True:
             self._set_aliases(latest)
-            newest = self.moves()[-1]
+            newest = self.read_moves()[-1]
             if newest == latest:
                 break
             latest = newest
-        write_once(self._client, self._run_id, _key("done", number), "applied")
+        write_once(self._client, self._run_id, _format_key("done", number), "applied")
 
     def _set_aliases(self, move: Move) -> None:
         client, name, version = self._client, self._name, str(move.to)
         if move.source is not None:
-            _if_there(lambda: client.set_registered_model_alias(name, PREVIOUS, str(move.source)))
+            _ignore_missing(lambda: client.set_registered_model_alias(name, PREVIOUS, str(move.source)))
         client.set_registered_model_alias(name, CHAMPION, version)
         for tag, value in (("promoted_by", move.who), (PROMOTED_TAG, move.when), ("promoted_why", move.why or "")):
             client.set_model_version_tag(name, version, tag, value)
 
 
-def _if_there(call: Callable[[], None]) -> None:
+def _ignore_missing(call: Callable[[], None]) -> None:
     """Do something with a version that may have been deleted."""
     try:
         call()
@@ -199,5 +199,5 @@ def _if_there(call: Callable[[], None]) -> None:
             raise
 
 
-def _key(kind: str, number: int) -> str:
+def _format_key(kind: str, number: int) -> str:
     return f"{kind}.{number:04d}"

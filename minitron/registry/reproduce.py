@@ -24,41 +24,41 @@ _WHERE = {"output", "workspace", "caching"}
 """What says where results lie: that is for whoever runs it."""
 
 
-def preset(found: dict[str, Any]) -> str:
+def write_preset(lineage: dict[str, Any]) -> str:
     """Return the text of a preset.
 
     Args:
-        found: a lineage, as `lineage.of_version` returns it.
+        lineage: as `lineage.read_lineage` returns it.
 
     Raises:
         ConfigError: a stage left no record, or the stages do not belong to one run of the pipeline.
     """
-    records = found["stages"]
+    records = lineage["stages"]
     if missing := [stage for stage in STAGES if stage not in records]:
         raise ConfigError(
-            f"{found['version']}: {', '.join(missing)} left no record, so not all settings are known; only what the "
+            f"{lineage['version']}: {', '.join(missing)} left no record, so not all settings are known; only what the "
             "whole pipeline made can be made again"
         )
-    shared, sections = _arguments(found)
-    parts = ["\n".join(f"# {line}" for line in _comments(found)), _yaml(shared)]
+    shared, sections = _merge_settings(lineage)
+    parts = ["\n".join(f"# {line}" for line in _list_comments(lineage)), _dump_yaml(shared)]
     for stage, section in sections.items():
         made = records[stage].get("output_sha256")  # register wrote the lineage before it had one
-        parts.append((f"# result sha256 {made}\n" if made else "") + _yaml({stage: section}))
+        parts.append((f"# result sha256 {made}\n" if made else "") + _dump_yaml({stage: section}))
     return "\n".join(parts)
 
 
-def _comments(found: dict[str, Any]) -> Iterator[str]:
-    records = found["stages"]
+def _list_comments(lineage: dict[str, Any]) -> Iterator[str]:
+    records = lineage["stages"]
     versions = records["distill"]["versions"]
-    yield f"Makes {found['version']} again: minitron run {PIPELINE} --preset FILE"
+    yield f"Makes {lineage['version']} again: minitron run {PIPELINE} --preset FILE"
     package, method = versions["minitron"], versions.get("method", versions["minitron"])
     yield f"minitron-pipelines {package}, method {method}, made it; another method computes every stage anew."
     made = {record.get("output_sha256") for record in records.values()}
-    given: dict[str, str] = {}
+    inputs: dict[str, str] = {}
     for record in records.values():
         for name, entry in record["inputs"].items():
-            given.setdefault(entry["sha256"], f"{name}: {entry.get('pinned', entry['address'])}")
-    for sha256, text in given.items():
+            inputs.setdefault(entry["sha256"], f"{name}: {entry.get('pinned', entry['address'])}")
+    for sha256, text in inputs.items():
         if sha256 not in made:
             yield text
             yield f"  sha256 {sha256}"
@@ -66,30 +66,30 @@ def _comments(found: dict[str, Any]) -> Iterator[str]:
         yield f"image {image}"
 
 
-def _arguments(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _merge_settings(lineage: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return what the stages share, and each stage's own settings."""
     known = {*known_keys(), *get_parameters(compiled_pipeline(PIPELINE))}
     shared: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
-    for stage, record in found["stages"].items():
+    for stage, record in lineage["stages"].items():
         # Of a stage that was reused, the record names the inputs and the experiment that it had when it ran.
         may_differ = {*find_marked_fields(STAGES[stage], INPUT), *find_marked_fields(STAGES[stage], EXECUTION)}
-        for name, value in _settings(record).items():
+        for name, value in _read_settings(record).items():
             if f"{stage}.{name}" in known:
                 sections.setdefault(stage, {})[name] = value
             elif name in known and shared.setdefault(name, value) != value and name not in may_differ:
                 raise ConfigError(
-                    f"{found['version']}: {name} is {shared[name]} in one stage and {value} in {stage}, but pipeline "
+                    f"{lineage['version']}: {name} is {shared[name]} in one stage and {value} in {stage}, but pipeline "
                     f"{PIPELINE} has one for all; run the stages by hand with the settings that minitron lineage shows"
                 )
     return shared, sections
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
+def _read_settings(record: dict[str, Any]) -> dict[str, Any]:
     """Return what a stage was given, a movable address as the one that it meant then."""
-    given = {name: value for name, value in record["config"].items() if value is not None and name not in _WHERE}
-    return given | {name: entry["pinned"] for name, entry in record["inputs"].items() if "pinned" in entry}
+    settings = {name: value for name, value in record["config"].items() if value is not None and name not in _WHERE}
+    return settings | {name: entry["pinned"] for name, entry in record["inputs"].items() if "pinned" in entry}
 
 
-def _yaml(values: dict[str, Any]) -> str:
+def _dump_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

@@ -28,7 +28,7 @@ SILENCE_SECONDS = 24 * 3600
 """After this long without a sign of life a run is taken for lost: the longest that a task may wait for its node."""
 
 
-def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str | None:
+def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str | None:
     """Claim the making of a model for a pipeline run; the same run may claim again.
 
     Args:
@@ -42,21 +42,21 @@ def claim(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str 
     run_id = run.info.run_id
     if OUTCOME_TAG in run.data.tags:  # an earlier attempt of the same run ended
         client.delete_tag(run_id, OUTCOME_TAG)
-    ledger = _ledger(client, run.info.experiment_id)
+    claims_run = _find_or_create_claims_run(client, run.info.experiment_id)
     prefix = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     while True:
-        parameters = client.get_run(ledger).data.params
+        parameters = client.get_run(claims_run).data.params
         claims = sorted(name for name in parameters if name.startswith(f"{prefix}."))
         holder = parameters[claims[-1]] if claims else None
         if holder == run_id:
             return None
-        if holder and (words := _at_work(client, holder)):
-            return words
-        if write_once(client, ledger, f"{prefix}.{len(claims):04d}", run_id) == run_id:
+        if holder and (rival := _describe_active_run(client, holder)):
+            return rival
+        if write_once(client, claims_run, f"{prefix}.{len(claims):04d}", run_id) == run_id:
             return None
 
 
-def _ledger(client: "MlflowClient", experiment_id: str) -> str:
+def _find_or_create_claims_run(client: "MlflowClient", experiment_id: str) -> str:
     """Return the run that holds the claims, the same for all; it is made if it is not there.
 
     One is adopted by its maker if, after it was made, there is no other: whoever makes one later finds it. One whose
@@ -78,17 +78,17 @@ def _ledger(client: "MlflowClient", experiment_id: str) -> str:
         time.sleep(random.uniform(0, 1))
 
 
-def _at_work(client: "MlflowClient", run_id: str) -> str | None:
+def _describe_active_run(client: "MlflowClient", run_id: str) -> str | None:
     """Return in words that a run is at work; None if it has ended, or nothing is heard of it."""
     if (run := existing_run(client, run_id)) is None:
         return None
-    seconds = time.time() - _last_sign(client, run)
+    seconds = time.time() - _read_last_sign_of_life(client, run)
     if OUTCOME_TAG in run.data.tags or seconds > SILENCE_SECONDS:
         return None
     return f"run {run.info.run_name}, last heard of {seconds / 60:.0f} minutes ago,"
 
 
-def _last_sign(client: "MlflowClient", run: "Run") -> float:
+def _read_last_sign_of_life(client: "MlflowClient", run: "Run") -> float:
     runs = [run, *stage_runs(client, run)]
     moments = [moment for entry in runs for moment in (entry.info.start_time, entry.info.end_time) if moment]
     signs = [float(entry.data.tags[ALIVE_TAG]) for entry in runs if ALIVE_TAG in entry.data.tags]

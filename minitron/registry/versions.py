@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD",
     "CARD_BEGINS",
-    "DECISION_TAG",
+    "GATE_OUTCOME_TAG",
     "create_version",
     "download_version",
-    "holds",
-    "model_version",
-    "registered_model",
-    "uploaded",
-    "versions_of",
+    "ensure_registered_model",
+    "has_version",
+    "list_versions",
+    "pin_version",
+    "upload_model",
 ]
 
 CARD, CARD_BEGINS = "README.md", "---\n# Written by minitron-pipelines\n"
 """The model card that register adds, and by which line a download knows it from one that the model had before."""
 
-DECISION_TAG = "decision"
+GATE_OUTCOME_TAG = "decision"
 """Tag of a version whose gates were asked about: what came of it, in words."""
 
 _MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 _ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
 
 
-def model_version(uri: str, address: str) -> str:
+def pin_version(uri: str, address: str) -> str:
     """Return models:/NAME/VERSION for models:/NAME@alias, and that itself.
 
     Raises:
@@ -58,22 +58,22 @@ def model_version(uri: str, address: str) -> str:
     name, alias, number = match.groups()
     with one_line_errors(uri):
         client = connect(uri)
-        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    return f"models:/{name}/{found.version}"
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    return f"models:/{name}/{version.version}"
 
 
-def versions_of(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int, list[str]]]:
+def list_versions(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int, list[str]]]:
     """Return the versions of a registered model, the newest first, and the aliases of each by its number."""
     if not client.search_registered_models(f"name = '{name}'"):
         return [], {}
-    found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
+    versions = client.search_model_versions(f"name = '{name}'", max_results=10_000)
     aliases: dict[int, list[str]] = {}
     for alias, version in client.get_registered_model(name).aliases.items():
         aliases.setdefault(int(version), []).append(alias)
-    return sorted(found, key=lambda version: -int(version.version)), aliases
+    return sorted(versions, key=lambda version: -int(version.version)), aliases
 
 
-def holds(uri: str, name: str, version: int, student_sha256: str) -> bool:
+def has_version(uri: str, name: str, version: int, student_sha256: str) -> bool:
     """Say whether a version is there and is of this student."""
     with one_line_errors(uri):
         try:
@@ -107,7 +107,9 @@ def download_version(uri: str, identity: str, target: Path) -> None:
 
 
 @contextmanager
-def uploaded(tracker: MlflowTracker, directory: Path, card: Path, code: Path, requirements: list[str]) -> Iterator[str]:
+def upload_model(
+    tracker: MlflowTracker, directory: Path, card: Path, code: Path, requirements: list[str]
+) -> Iterator[str]:
     """Give the id of a logged model that holds a directory's files as they are; delete it if anything fails.
 
     Args:
@@ -137,7 +139,7 @@ def uploaded(tracker: MlflowTracker, directory: Path, card: Path, code: Path, re
 
 
 @contextmanager
-def registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]:
+def ensure_registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]:
     """Make sure that the registered model exists; take back one made here if anything fails."""
     if tracker.client.search_registered_models(f"name = '{name}'"):
         yield
@@ -156,7 +158,7 @@ def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str,
     version = 0
     try:
         with defer_sigterm():
-            version = _create_version(tracker, name, model_id, tags)
+            version = _add_version(tracker, name, model_id, tags)
             tracker.client.set_registered_model_alias(name, alias, str(version))
             link = json.dumps([{"name": name, "version": str(version)}])  # as mlflow.register_model writes it
             tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
@@ -168,7 +170,7 @@ def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str,
     return version
 
 
-def _create_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> int:
+def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> int:
     """Make a logged model a version of a registered one, shown on the pipeline's run; return its number."""
     from mlflow.entities import LoggedModelOutput
 

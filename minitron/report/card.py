@@ -83,10 +83,10 @@ def _content(config: RegisterConfig, evaluation: dict[str, Any], origin: dict[st
         "gates": tables.gates(evaluation),
         "stages": origin["stages"],
         "inputs": _inputs(origin),
-        "licence": lineage.licence_text(origin["licences"]["teacher"]),
+        "licence": lineage.format_license(origin["licences"]["teacher"]),
         "licences": origin["licences"],
         "unknown": lineage.UNKNOWN,
-        "tokens": {stage: lineage.tokens(record) for stage, record in origin["stages"].items()},
+        "tokens": {stage: lineage.count_tokens(record) for stage, record in origin["stages"].items()},
     }
 
 

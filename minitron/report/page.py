@@ -59,7 +59,7 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
 
 
 def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, Any]:
-    origin, pruning = lineage.collect(config), _pruning(config.pruned)
+    origin, pruning = lineage.collect_lineage(config), _pruning(config.pruned)
     records = origin["stages"]
     return {
         "models": tables.models_of(evaluation),
@@ -78,7 +78,7 @@ def _content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, An
         "records": records,
         "runs": {stage: _circumstances(record) for stage, record in records.items()},
         "licences": {
-            "base model": lineage.licence_text(origin["licences"]["teacher"]),
+            "base model": lineage.format_license(origin["licences"]["teacher"]),
             "corpus": origin["licences"]["data"],
         },
         "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
@@ -186,9 +186,9 @@ def _costs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "width": record["seconds"] / longest,
             "memory": record["peak_rss_mb"],
             "gpu": record["peak_gpu_mb"],
-            "tokens": lineage.tokens(record),
+            "tokens": lineage.count_tokens(record),
             "speed": record["metrics"].get("tokens_per_second"),
-            "gpu_hours": lineage.gpu_hours(record),
+            "gpu_hours": lineage.compute_gpu_hours(record),
         }
         for stage, record in records.items()
     ]

@@ -97,7 +97,7 @@ def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
-            find, fetch = partial(versions.model_version, uri), partial(versions.download_version, uri)
+            find, fetch = partial(versions.pin_version, uri), partial(versions.download_version, uri)
         case "ngc":
             find, fetch = ngc.check_address, ngc.download_model
         case scheme:

@@ -46,7 +46,7 @@ def _ending(config: ConcludeConfig) -> dict[str, Any]:
     else:
         reasons = (runs.failure(client, run), _noted(config), config.message, "see the log of its tasks")
         outcome, reason = "failed", next(filter(None, reasons))
-        runs.conclude(client, run_id, outcome, reason)
+        runs.record_outcome(client, run_id, outcome, reason)
     return {"outcome": outcome, "reason": reason, "run_id": run_id}
 
 

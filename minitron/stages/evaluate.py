@@ -68,7 +68,7 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
         evaluation = _measure(config, paths, splits, tasks, tracker)
     evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
     write_atomically(directory / EVALUATION, evaluation)
-    origin = lineage.collect(config)
+    origin = lineage.collect_lineage(config)
     write_atomically(directory / LINEAGE, origin)
     write_events(directory, origin["stages"])
     write_report(directory, config, evaluation)
@@ -82,16 +82,16 @@ def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[
         entry = inputs[CHAMPION]  # an alias may move: `pinned` is the version that it meant
         numbers = evaluation.get(CHAMPION, {"tasks": {}})
         champion = numbers | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
-    rows = gates.judge(gates.declared(config), evaluation, champion)
+    rows = gates.judge_student(gates.read_gates(config), evaluation, champion)
     for row in rows:
-        print(f"gate: {gates.words(row)}", flush=True)
+        print(f"gate: {gates.describe_gate(row)}", flush=True)
         if row["student"] is None and row["metric"] not in NUMBERS:
             found = ", ".join(
                 f"{task}_{name}" for task, scores in evaluation["student"]["tasks"].items() for name in scores
             )
             raise ConfigError(f"evaluate.gates: {row['metric']} is not measured; give one of {found}")
     return {
-        "test_set": _test_set(config, inputs), "champion": champion, "gates": rows, "passed": gates.passed(rows)
+        "test_set": _test_set(config, inputs), "champion": champion, "gates": rows, "passed": gates.are_gates_met(rows)
     }  # fmt: skip
 
 

@@ -4,18 +4,18 @@
     minitron rollback minitron --why "wrong licence"
 
 What its gates found is in evaluation.json of the version's MLflow run. They are judged again where the champion has
-changed since; who moved which alias when is in the ledger.
+changed since; who moved which alias when is in the promotion log.
 """
 
 from typing import Any
 
 from minitron.config.tasks import PromoteConfig
-from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, existing_version, promote
-from minitron.registry.versions import DECISION_TAG
+from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, find_version, promote
+from minitron.registry.versions import GATE_OUTCOME_TAG
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import PROMOTED
 from minitron.tracking.client import connect, one_line_errors
-from minitron.tracking.pipeline_run import conclude, pipeline_run
+from minitron.tracking.pipeline_run import pipeline_run, record_outcome
 
 __all__ = ["run"]
 
@@ -28,7 +28,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     uri, name, run_id = config.tracking_uri, config.model_name, config.pipeline_run_id
     with one_line_errors(uri):
         client = connect(uri)
-        version = existing_version(client, name, config.version)
+        version = find_version(client, name, config.version)
     decision: str | None
     try:
         done = promote(uri, name, version, config.why, run_id)
@@ -39,9 +39,9 @@ def run(config: PromoteConfig) -> dict[str, Any]:
         decision = None if isinstance(error, NotJudged) else reason
     with one_line_errors(uri):
         if decision:
-            client.set_model_version_tag(name, str(version), DECISION_TAG, decision)
+            client.set_model_version_tag(name, str(version), GATE_OUTCOME_TAG, decision)
         if (parent := pipeline_run(client, config)) is not None:
-            conclude(client, parent.info.run_id, outcome, reason)
+            record_outcome(client, parent.info.run_id, outcome, reason)
     print(f"promote: {outcome}: {reason}", flush=True)
     found = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}
     with replace_directory(config.output) as directory:

@@ -45,7 +45,8 @@ def run(config: RegisterConfig) -> dict[str, Any]:
         )
     record = stage.run(config, _work, _check_inputs)
     version, student = record["registered"]["version"], record["inputs"]["student"]["sha256"]
-    if not registry_versions.holds(config.tracking_uri, config.name, version, student):  # reused, but deleted since
+    # A reused record may name a version that was deleted since.
+    if not registry_versions.has_version(config.tracking_uri, config.name, version, student):
         record = stage.run(config.model_copy(update={"caching": False}), _work, _check_inputs)
     return record
 
@@ -60,10 +61,10 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     with one_line_errors(config.tracking_uri), default_retries():
         _log_results(config, directory, tracker)
         with (
-            registry_versions.uploaded(
+            registry_versions.upload_model(
                 tracker, config.student, directory / registry_versions.CARD, _generator(), _needs(config.student)
             ) as model_id,
-            registry_versions.registered_model(tracker, config.name),
+            registry_versions.ensure_registered_model(tracker, config.name),
         ):
             version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
     registered = {
@@ -88,12 +89,12 @@ def _check_inputs(config: RegisterConfig) -> None:
 def _lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:
     """Return the lineage that evaluate wrote, with evaluate and this stage, which has not ended yet."""
     path = config.evaluation / LINEAGE
-    licences = {"data": lineage.data_licence(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
+    licences = {"data": lineage.read_data_license(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
     found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
     evaluated = read_record(config.evaluation)
     own = tracker.identity | run_facts(config, tracker, started)
     records = [*found["stages"].values(), *([evaluated] if evaluated else []), own]
-    return found | {"stages": lineage.in_order(records)}
+    return found | {"stages": lineage.sort_records(records)}
 
 
 def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any]) -> dict[str, str]:
@@ -103,10 +104,10 @@ def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any])
         "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
         "licence": str(found["licences"]["data"]),
-        "teacher_licence": lineage.licence_text(found["licences"]["teacher"]),
+        "teacher_licence": lineage.format_license(found["licences"]["teacher"]),
         lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{LINEAGE}",
     }
-    if made_from := fingerprint.of_records(found["stages"]):
+    if made_from := fingerprint.fingerprint_records(found["stages"]):
         tags[fingerprint.TAG] = json.dumps(made_from, sort_keys=True)
     for name, entry in found["stages"].get("prepare", {}).get("inputs", {}).items():  # corpus and base model
         tags[f"{'base_model' if name == 'teacher' else name}_sha256"] = entry["sha256"]

@@ -10,14 +10,14 @@ from minitron.config.document import read_plan
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
 from minitron.registry import fingerprint, training_lock
-from minitron.registry.fingerprint import Origin
+from minitron.registry.fingerprint import Fingerprint
 from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
-from minitron.registry.versions import DECISION_TAG, versions_of
+from minitron.registry.versions import GATE_OUTCOME_TAG, list_versions
 from minitron.runtime import inputs
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import DECISION
 from minitron.tracking.client import connect, fail_fast, one_line_errors
-from minitron.tracking.pipeline_run import conclude, pipeline_run
+from minitron.tracking.pipeline_run import pipeline_run, record_outcome
 
 
 def run(config: ResolveConfig) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
     )  # fmt: skip
     found = inputs.find(prepare)
-    made_from = fingerprint.of_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
+    made_from = fingerprint.fingerprint_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
     with one_line_errors(config.tracking_uri), fail_fast():
         decision = _decide(config, name, made_from) | {"model_name": name}
     print(f"resolve: {decision['reason']}", flush=True)
@@ -43,31 +43,31 @@ def run(config: ResolveConfig) -> dict[str, Any]:
     return {"metrics": {"train": int(decision["train"])}} | decision
 
 
-def _decide(config: ResolveConfig, name: str, made_from: Origin) -> dict[str, Any]:
+def _decide(config: ResolveConfig, name: str, made_from: Fingerprint) -> dict[str, Any]:
     client = connect(config.tracking_uri)
     run = pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
-    versions, aliases = versions_of(client, name)
+    versions, aliases = list_versions(client, name)
     champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
     if same := _same(versions, aliases, made_from):
         outcome, reason = "unchanged", same
-    elif rival := training_lock.claim(client, run, made_from | {"name": name}):
+    elif rival := training_lock.claim_training(client, run, made_from | {"name": name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif same := _same(*versions_of(client, name), made_from):  # by a run that has just ended
+    elif same := _same(*list_versions(client, name), made_from):  # by a run that has just ended
         outcome, reason = "unchanged", same
     else:
         outcome, reason = None, _what_is_new(champion, made_from)
     if outcome:
-        conclude(client, run.info.run_id, outcome, reason)
+        record_outcome(client, run.info.run_id, outcome, reason)
     address = f"models:/{name}/{champion.version}" if champion else None
     return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
 
 
-def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Origin) -> str | None:
+def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Fingerprint) -> str | None:
     """Return in words that there is such a version, of which it is decided what becomes of it."""
     for version in versions:
         held = aliases.get(int(version.version), [])
-        decided = version.tags.get(DECISION_TAG) or _promoted_by_hand(version, held)
+        decided = version.tags.get(GATE_OUTCOME_TAG) or _promoted_by_hand(version, held)
         if _origin(version) == made_from and decided:
             named = f", {' and '.join(held)}," if held else ""
             return f"version {version.version}{named} is made from the same data, teacher and settings; {decided}"
@@ -80,7 +80,7 @@ def _promoted_by_hand(version: Any, held: list[str]) -> str | None:
     return "it was the champion" if PROMOTED_TAG in version.tags else None
 
 
-def _what_is_new(champion: Any, made_from: Origin) -> str:
+def _what_is_new(champion: Any, made_from: Fingerprint) -> str:
     if champion is None:
         return "there is no champion yet"
     before = _origin(champion)
@@ -90,7 +90,7 @@ def _what_is_new(champion: Any, made_from: Origin) -> str:
     return f"other than for the champion, version {champion.version}: {', '.join(changed)}"
 
 
-def _origin(version: Any) -> Origin | None:
+def _origin(version: Any) -> Fingerprint | None:
     try:
         found = json.loads(version.tags.get(fingerprint.TAG, "null"))
     except ValueError:  # not register's

@@ -17,9 +17,9 @@ __all__ = [
     "OUTCOME_TAG",
     "REASON_TAG",
     "RUN_TAG",
-    "conclude",
     "failure",
     "pipeline_run",
+    "record_outcome",
     "stage_runs",
 ]
 
@@ -55,7 +55,7 @@ def failure(client: "MlflowClient", run: "Run") -> str | None:
     return f"{latest.info.run_name}: {latest.data.tags[ERROR_TAG]}" if latest else None
 
 
-def conclude(client: "MlflowClient", run_id: str, outcome: str, reason: str) -> None:
+def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: str) -> None:
     """Record what came of a pipeline run, and end it; what it has claimed is free then."""
     client.set_tag(run_id, REASON_TAG, reason)
     client.set_tag(run_id, OUTCOME_TAG, outcome)

@@ -146,7 +146,7 @@ def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) 
     client = connect(uri(directory))
     other = client.create_run(experiment_id(client, "minitron"), run_name="the nightly run")
     made_from = json.loads(tags(directory, 1)[fingerprint.TAG]) | {"corpus": content_hash(third), "name": NAME}
-    assert training_lock.claim(client, other, made_from) is None
+    assert training_lock.claim_training(client, other, made_from) is None
     run = retrain(directory, f"corpus={third}")
     assert run.status == 0 and run.summary["outcome"] == "made elsewhere"
     assert re.search(r"run the nightly run, last heard of \d+ minutes ago, makes the same already", run.output)
@@ -163,4 +163,4 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
         if entry.data.tags.get(pipeline_run.OUTCOME_TAG) == "failed"
     ]  # fmt: skip
     assert len(ended) == 1 and ended[0].info.status == "FAILED"
-    assert training_lock._at_work(client, ended[0].info.run_id) is None
+    assert training_lock._describe_active_run(client, ended[0].info.run_id) is None

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion_log import PromotionLog
 from minitron.tracking.client import connect
 from tests.servers import forks
 from tests.servers.mlflow_server import new_version
@@ -55,11 +55,11 @@ def race(uri: str, name: str, directory: Path, rounds: int) -> None:
     commands = [["-c", RIVAL, uri, name, str(directory), str(me), str(rounds)] for me in range(2)]
     answers = [json.loads(done.stdout) for done in forks.together(*commands)]
     made, lost = ([entry for answer in answers for entry in answer[kind]] for kind in range(2))
-    found = Ledger(connect(uri), name)
-    moves = found.moves()
+    found = PromotionLog(connect(uri), name)
+    moves = found.read_moves()
     assert sorted(move.id for move in moves) == sorted(made) and len(made) + len(lost) == 2 * rounds
     assert [move.source for move in moves] == [None, *(move.to for move in moves[:-1])]
     assert lost and all("at the same time; run the command again" in error for error in lost)
     aliases = aliases_of(uri, name)
     assert (aliases["champion"], aliases["previous"]) == (moves[-1].to, moves[-1].source)
-    assert found.settled().moves == len(moves) == len({move.id for move in moves})
+    assert found.settle_moves().moves == len(moves) == len({move.id for move in moves})

@@ -26,7 +26,7 @@ CHAMPION = model(3.1, 0.55, 0.03)
 def judged(champion: dict[str, Any] | None = CHAMPION, **gate: Any) -> dict[str, Any]:
     config = parse("evaluate", REQUIRED | {"gates": [gate]})
     assert isinstance(config, EvaluateConfig)
-    (row,) = gates.judge(gates.declared(config), EVALUATION, champion)
+    (row,) = gates.judge_student(gates.read_gates(config), EVALUATION, champion)
     return row
 
 
@@ -51,8 +51,8 @@ def test_a_gate_is_met_or_not(gate: dict[str, Any], found: float, margin: float,
     row = judged(**gate)
     assert (row["found"], row["margin"]) == (pytest.approx(found), pytest.approx(margin))
     assert row["outcome"] == outcome
-    assert gates.passed([row]) is (outcome != "failed")
-    assert gates.words(row).endswith(outcome)
+    assert gates.are_gates_met([row]) is (outcome != "failed")
+    assert gates.describe_gate(row).endswith(outcome)
 
 
 def test_the_interval_is_that_of_both_models() -> None:
@@ -73,15 +73,15 @@ def test_what_is_not_there() -> None:
     assert judged(metric="test_loss", at_most=9)["outcome"] == "not measured"
     assert judged(metric="arc_exact", at_least=0)["outcome"] == "not measured"
     missing = judged(metric="test_loss", at_most=9)
-    assert gates.passed([missing]) is False and "not measured" in gates.words(missing)
-    assert gates.passed([]) is None
+    assert gates.are_gates_met([missing]) is False and "not measured" in gates.describe_gate(missing)
+    assert gates.are_gates_met([]) is None
 
 
 def test_a_judged_gate_can_be_judged_again() -> None:
     row = judged(metric="validation_loss", against="champion", at_most=0.0)
-    (again,) = gates.judge([row], EVALUATION, model(2.5, 0.5))
+    (again,) = gates.judge_student([row], EVALUATION, model(2.5, 0.5))
     assert (row["outcome"], again["outcome"]) == ("passed", "failed")
-    assert gates.words(again) == "validation_loss 3, difference to the champion's 2.5: 0.5, at most 0: failed"
+    assert gates.describe_gate(again) == "validation_loss 3, difference to the champion's 2.5: 0.5, at most 0: failed"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_evaluate_writes_the_licences_of_the_base_model_and_of_the_data(evaluati
     found = json.loads((evaluation / LINEAGE).read_text())
     teacher = {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"}
     assert found == {"stages": {}, "licences": {"data": "none", "teacher": teacher}}
-    assert lineage.licence_text(teacher) == "llama3.1"
+    assert lineage.format_license(teacher) == "llama3.1"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_evaluate_writes_the_licences_of_the_base_model_and_of_the_data(evaluati
 )
 def test_a_model_card_is_read_as_it_comes(tmp_path: Path, text: str, licence: dict[str, str]) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert lineage.model_licence(tmp_path) == licence
+    assert lineage.read_model_license(tmp_path) == licence
 
 
 def test_a_version_has_its_lineage(
@@ -87,7 +87,7 @@ def test_a_version_has_its_lineage(
     config = make(uri)
     record = register.run(config)  # type: ignore[arg-type]
     name = record["registered"]["name"]
-    found = lineage.of_version(uri, f"models:/{name}@challenger")
+    found = lineage.read_lineage(uri, f"models:/{name}@challenger")
     assert found["version"] == f"models:/{name}/1"
     assert list(found["stages"]) == ["evaluate", "register"]
     own = found["stages"]["register"]
@@ -103,14 +103,14 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
     register.run(make(mlflow_file))  # type: ignore[arg-type]
     name = make(mlflow_file).name  # type: ignore[attr-defined]
     with pytest.raises(RunError, match="version=9\\) not found; give one that is there"):
-        lineage.of_version(mlflow_file, f"models:/{name}/9")
+        lineage.read_lineage(mlflow_file, f"models:/{name}/9")
     client = connect(mlflow_file)
     client.create_model_version(name, "gs://bucket/made-by-hand")
     with pytest.raises(ConfigError, match=f"models:/{name}/2: has no tag lineage; give a version that minitron's"):
-        lineage.of_version(mlflow_file, f"models:/{name}/2")
+        lineage.read_lineage(mlflow_file, f"models:/{name}/2")
     client.set_model_version_tag(name, "1", "student_sha256", "another")
     with pytest.raises(RunError, match=r"lineage\.json is of another student; it was overwritten, register"):
-        lineage.of_version(mlflow_file, f"models:/{name}/1")
+        lineage.read_lineage(mlflow_file, f"models:/{name}/1")
 
 
 @pytest.mark.parametrize("command", ["lineage", "reproduce"])
@@ -160,11 +160,11 @@ def found() -> dict[str, Any]:
         record_of("register", "r6", dataset, name="small"),
     ]
     licences = {"data": "CC0", "teacher": {"license": "unknown"}}
-    return {"stages": lineage.in_order(records), "licences": licences, "version": "models:/small/3"}
+    return {"stages": lineage.sort_records(records), "licences": licences, "version": "models:/small/3"}
 
 
 def test_the_preset_has_settings_and_what_addresses_meant(found: dict[str, Any]) -> None:
-    text = reproduce.preset(found)
+    text = reproduce.write_preset(found)
     values = yaml.safe_load(text)
     assert values["teacher"] == "hf://org/base@c0ffee" and values["corpus"] == "gs://bucket/text"
     assert values["prepare"]["licence"] == "CC0: [all]" and values["prune"]["drop_layers"] == [1, 2]
@@ -181,16 +181,16 @@ def test_the_preset_has_settings_and_what_addresses_meant(found: dict[str, Any])
 def test_of_a_stage_that_was_reused_the_places_may_differ_but_not_the_settings(found: dict[str, Any]) -> None:
     found["stages"]["prepare"]["config"]["experiment"] = "earlier"
     found["stages"]["finetune"]["config"]["teacher"] = "/elsewhere"
-    assert yaml.safe_load(reproduce.preset(found))["teacher"] == "hf://org/base@c0ffee"
+    assert yaml.safe_load(reproduce.write_preset(found))["teacher"] == "hf://org/base@c0ffee"
     found["stages"]["distill"]["config"]["sequence_length"] = 5
     with pytest.raises(ConfigError, match="models:/small/3: sequence_length is 8192 in one stage and 5 in distill"):
-        reproduce.preset(found)
+        reproduce.write_preset(found)
 
 
 def test_what_other_tools_made_cannot_be_made_again(found: dict[str, Any]) -> None:
     del found["stages"]["finetune"], found["stages"]["prune"]
     with pytest.raises(ConfigError, match="models:/small/3: finetune, prune left no record, so not all settings"):
-        reproduce.preset(found)
+        reproduce.write_preset(found)
 
 
 def test_the_tree_tells_cost_and_origin(found: dict[str, Any]) -> None:

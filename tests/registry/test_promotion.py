@@ -17,7 +17,7 @@ from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import promotion_log
 from minitron.registry.promotion import GatesFailed, NotJudged, promote, rollback
-from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion_log import PromotionLog
 from minitron.stages import promote as promotion
 from minitron.stages import register
 from minitron.tracking import pipeline_run
@@ -34,7 +34,7 @@ def name(tmp_path: Path) -> str:
 
 
 def _moves(uri: str, name: str) -> list[tuple[int | None, int]]:
-    return [(move.source, move.to) for move in Ledger(connect(uri), name).moves()]
+    return [(move.source, move.to) for move in PromotionLog(connect(uri), name).read_moves()]
 
 
 def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: str) -> None:
@@ -68,9 +68,9 @@ def test_of_two_processes_one_wins_each_move(uri: str, name: str, tmp_path: Path
 
 KILLED = """
 import os, sys
-from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion_log import PromotionLog
 from minitron.registry.promotion import promote
-Ledger._set_aliases = lambda *arguments: os.kill(os.getpid(), 9)
+PromotionLog._set_aliases = lambda *arguments: os.kill(os.getpid(), 9)
 promote(sys.argv[1], sys.argv[2], 2)
 """
 
@@ -101,15 +101,15 @@ def test_a_move_whose_author_died_is_completed_by_the_next_reader(
 SLOW = """
 import sys, time
 from pathlib import Path
-from minitron.registry.promotion_log import Ledger
+from minitron.registry.promotion_log import PromotionLog
 from minitron.registry.promotion import promote
-set_aliases, directory = Ledger._set_aliases, Path(sys.argv[3])
-def slowly(ledger, move):
+set_aliases, directory = PromotionLog._set_aliases, Path(sys.argv[3])
+def slowly(log, move):
     (directory / "about to").touch()
     while not (directory / "go").exists():
         time.sleep(0.01)
-    set_aliases(ledger, move)
-Ledger._set_aliases = slowly
+    set_aliases(log, move)
+PromotionLog._set_aliases = slowly
 promote(sys.argv[1], sys.argv[2], 2)
 """
 
@@ -246,7 +246,7 @@ def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("why", ["ж" * 1000, '"' * 500, "line\n" * 160])
-def test_whatever_the_reason_the_ledger_can_be_read(mlflow_file: str, name: str, why: str) -> None:
+def test_whatever_the_reason_the_log_can_be_read(mlflow_file: str, name: str, why: str) -> None:
     registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
     done = promote(mlflow_file, name, 1, why)
     assert done.move is not None and done.move.why == why
@@ -281,7 +281,7 @@ def test_the_speed_of_another_evaluation_is_not_compared(mlflow_file: str, name:
 
 def asked(uri: str, name: str, version: int, tmp_path: Path) -> dict[str, Any]:
     """Return what the task of the pipeline says of a version."""
-    values = {"output": tmp_path / f"promoted-{version}", "tracking_uri": uri, "name": name, "version": version}
+    values = {"output": tmp_path / f"promoted-{version}", "tracking_uri": uri, "model_name": name, "version": version}
     config = parse("promote", values | {"experiment": name, "pipeline_run_id": f"run-{version}"})
     assert isinstance(config, PromoteConfig)
     return promotion.run(config)

@@ -29,27 +29,27 @@ def start(client: Any, tmp_path: Path) -> Any:
 
 def test_what_one_run_makes_another_does_not(client: Any, start: Any) -> None:
     first, second = start("first"), start("second")
-    assert training_lock.claim(client, first, ORIGIN) is None
-    assert training_lock.claim(client, second, ORIGIN) == "run first, last heard of 0 minutes ago,"
-    assert training_lock.claim(client, second, ORIGIN | {"corpus": "another"}) is None
-    assert training_lock.claim(client, first, ORIGIN) is None, "its own attempt after a failure"
+    assert training_lock.claim_training(client, first, ORIGIN) is None
+    assert training_lock.claim_training(client, second, ORIGIN) == "run first, last heard of 0 minutes ago,"
+    assert training_lock.claim_training(client, second, ORIGIN | {"corpus": "another"}) is None
+    assert training_lock.claim_training(client, first, ORIGIN) is None, "its own attempt after a failure"
 
 
 def test_a_claim_ends_with_the_outcome_of_its_run(client: Any, start: Any) -> None:
     first, second, third = start("first"), start("second"), start("third")
-    assert training_lock.claim(client, first, ORIGIN) is None
-    pipeline_run.conclude(client, first.info.run_id, "failed", "out of memory")
-    assert training_lock.claim(client, second, ORIGIN) is None
-    assert training_lock.claim(client, client.get_run(first.info.run_id), ORIGIN).startswith("run second")
-    assert training_lock.claim(client, third, ORIGIN).startswith("run second")
+    assert training_lock.claim_training(client, first, ORIGIN) is None
+    pipeline_run.record_outcome(client, first.info.run_id, "failed", "out of memory")
+    assert training_lock.claim_training(client, second, ORIGIN) is None
+    assert training_lock.claim_training(client, client.get_run(first.info.run_id), ORIGIN).startswith("run second")
+    assert training_lock.claim_training(client, third, ORIGIN).startswith("run second")
 
 
 def test_a_run_that_is_tried_again_is_at_work_again(client: Any, start: Any) -> None:
     first, second = start("first"), start("second")
-    assert training_lock.claim(client, first, ORIGIN) is None
-    pipeline_run.conclude(client, first.info.run_id, "failed", "out of memory")
-    assert training_lock.claim(client, client.get_run(first.info.run_id), ORIGIN) is None
-    assert training_lock.claim(client, second, ORIGIN).startswith("run first")
+    assert training_lock.claim_training(client, first, ORIGIN) is None
+    pipeline_run.record_outcome(client, first.info.run_id, "failed", "out of memory")
+    assert training_lock.claim_training(client, client.get_run(first.info.run_id), ORIGIN) is None
+    assert training_lock.claim_training(client, second, ORIGIN).startswith("run first")
 
 
 def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) -> None:
@@ -62,21 +62,24 @@ def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) ->
     sign = {write_once.PARENT_TAG: slow.info.run_id, pipeline_run.ALIVE_TAG: str(time.time() - 600)}
     client.create_run(experiment, tags=sign, start_time=long_ago)
     third = client.create_run(experiment, run_name="third")
-    assert training_lock.claim(client, lost, ORIGIN) is None and training_lock.claim(client, slow, ORIGIN) is None
-    assert training_lock.claim(client, third, ORIGIN) == "run slow, last heard of 10 minutes ago,"
+    assert (
+        training_lock.claim_training(client, lost, ORIGIN) is None
+        and training_lock.claim_training(client, slow, ORIGIN) is None
+    )
+    assert training_lock.claim_training(client, third, ORIGIN) == "run slow, last heard of 10 minutes ago,"
     client.delete_run(slow.info.run_id)
-    assert training_lock.claim(client, third, ORIGIN) is None
+    assert training_lock.claim_training(client, third, ORIGIN) is None
 
 
 def test_a_run_that_is_gone_for_good_has_no_claim(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
     first, second = (client.create_run(experiment_id(client, tmp_path.name)) for _ in range(2))
-    assert training_lock.claim(client, first, ORIGIN) is None
+    assert training_lock.claim_training(client, first, ORIGIN) is None
     client.delete_run(first.info.run_id)
     command = ["-m", "mlflow", "gc", "--backend-store-uri", mlflow_file, "--run-ids", first.info.run_id]
     done = forks.python(*command, environment=os.environ | {"MLFLOW_TRACKING_URI": mlflow_file})
     assert done.returncode == 0, done.stderr
-    assert training_lock.claim(client, second, ORIGIN) is None
+    assert training_lock.claim_training(client, second, ORIGIN) is None
 
 
 CLAIMANT = """
@@ -91,7 +94,7 @@ for number in range(rounds):
     (directory / f"{number}-{me}").touch()
     while not (directory / f"{number}-{1 - me}").exists():
         time.sleep(0.001)
-    print(int(training_lock.claim(client, run, {"corpus": str(number)}) is None), flush=True)
+    print(int(training_lock.claim_training(client, run, {"corpus": str(number)}) is None), flush=True)
 """
 
 
@@ -105,7 +108,7 @@ def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any, tmp_pa
     assert all(sorted(pair) == ["0", "1"] for pair in zip(*answers, strict=True)), answers
 
 
-LEDGER = """
+CLAIMS_RUN = """
 import sys, time
 from pathlib import Path
 from minitron.registry import training_lock
@@ -117,21 +120,21 @@ for number, experiment in enumerate(experiments):
     (directory / f"{number}-{me}").touch()
     while len(list(directory.glob(f"{number}-*"))) < 3:
         time.sleep(0.001)
-    print(training_lock._ledger(client, experiment), flush=True)
+    print(training_lock._find_or_create_claims_run(client, experiment), flush=True)
 """
 
 
 def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client: Any, tmp_path: Path) -> None:
     experiments = [experiment_id(client, f"{tmp_path.name}-{number}") for number in range(4)]
-    command = ["-c", LEDGER, uri, str(tmp_path)]
+    command = ["-c", CLAIMS_RUN, uri, str(tmp_path)]
     ended = forks.together(*([*command, str(me), *experiments] for me in range(3)))
     answers = [done.stdout.split() for done in ended]
     assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 4
 
 
-def test_a_ledger_whose_maker_died_is_replaced(client: Any, tmp_path: Path) -> None:
+def test_a_claims_run_whose_maker_died_is_replaced(client: Any, tmp_path: Path) -> None:
     experiment, long_ago = experiment_id(client, tmp_path.name), int((time.time() - 600) * 1000)
     left = client.create_run(experiment, tags={training_lock._CANDIDATE: "yes"}, start_time=long_ago).info.run_id
-    made = training_lock._ledger(client, experiment)
-    assert made != left and training_lock._ledger(client, experiment) == made
+    made = training_lock._find_or_create_claims_run(client, experiment)
+    assert made != left and training_lock._find_or_create_claims_run(client, experiment) == made
     assert client.get_run(left).info.lifecycle_stage == "deleted"

@@ -50,8 +50,8 @@ def changed(**values: Any) -> dict[str, Any]:
 def judged(evaluation: dict[str, Any], *declared: dict[str, Any]) -> dict[str, Any]:
     """The evaluation with the gates of a preset."""
     config = EvaluateConfig.model_construct(gates=[Gate(**gate) for gate in declared])
-    rows = gates.judge(gates.declared(config), evaluation, evaluation.get("champion"))
-    return evaluation | {"gates": rows, "passed": gates.passed(rows)}
+    rows = gates.judge_student(gates.read_gates(config), evaluation, evaluation.get("champion"))
+    return evaluation | {"gates": rows, "passed": gates.are_gates_met(rows)}
 
 
 def gated_evaluation() -> dict[str, Any]:

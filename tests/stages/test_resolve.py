@@ -12,7 +12,7 @@ from minitron.config.tasks import ResolveConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import fingerprint, training_lock
 from minitron.registry.promotion import promote, rollback
-from minitron.registry.versions import DECISION_TAG
+from minitron.registry.versions import GATE_OUTCOME_TAG
 from minitron.stages import resolve
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, experiment_id, search
@@ -62,7 +62,7 @@ def test_a_challenger_whose_gates_nobody_asked_about_is_made(ask: Ask, mlflow_fi
     assert ask(pipeline_run_id="killed")["train"]
     client = connect(mlflow_file)
     (run,) = search(client, experiment_id(client, tmp_path.name), pipeline_run.RUN_TAG, "killed")
-    pipeline_run.conclude(client, run.info.run_id, "failed", "killed")
+    pipeline_run.record_outcome(client, run.info.run_id, "failed", "killed")
     assert ask(pipeline_run_id="another")["train"]
 
 
@@ -113,14 +113,14 @@ def test_what_was_promoted_and_taken_back_by_hand_is_not_made_again(ask: Ask, ml
 def test_what_a_rival_has_just_made_is_not_made_again(
     ask: Ask, mlflow_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_from, claim = ask(model_name="other")["made_from"], training_lock.claim
+    made_from, claim = ask(model_name="other")["made_from"], training_lock.claim_training
 
     def after_the_rival(*arguments: Any) -> str | None:
-        tags = {fingerprint.TAG: json.dumps(made_from), DECISION_TAG: "it met its gates"}
+        tags = {fingerprint.TAG: json.dumps(made_from), GATE_OUTCOME_TAG: "it met its gates"}
         new_version(mlflow_file, tmp_path.name, None, tags)
         return claim(*arguments)
 
-    monkeypatch.setattr(training_lock, "claim", after_the_rival)
+    monkeypatch.setattr(training_lock, "claim_training", after_the_rival)
     assert ask()["reason"].endswith("is made from the same data, teacher and settings; it met its gates")
 
 
