@@ -98,7 +98,10 @@ def test_nothing_is_kept_for_a_gradient_that_is_not_wanted() -> None:
 
 
 def test_peak_memory_is_a_few_chunks_of_logits() -> None:
-    """2048 tokens x 32768 words: an fp32 logits tensor is 256 MB, a naive KL holds four; our chunks are 16 MB."""
+    """2048 tokens x 32768 words: an fp32 logits tensor is 256 MB, a naive KL holds four; our chunks are 16 MB.
+
+    In a process of its own, whose peak is its own.
+    """
     program = (
         "import resource, torch\n"
         "from minitron.models.losses import LossWeights, linear_loss\n"

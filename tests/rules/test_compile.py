@@ -160,6 +160,7 @@ def test_artifacts_are_typed(documents: list[dict[str, Any]]) -> None:
 
 
 def test_compiling_imports_no_heavy_package() -> None:
+    """In a process of its own: this one has imported them."""
     program = (
         "import sys, minitron.pipelines.compress\n"
         "heavy = {'torch', 'transformers', 'nemo', 'mlflow'} & {name.partition('.')[0] for name in sys.modules}\n"

@@ -158,6 +158,7 @@ def test_what_a_task_reads_before_it_works_is_light(path: Path) -> None:
 
 
 def test_register_runs_in_an_image_without_torch() -> None:
+    """In a process of its own: this one has imported it."""
     names = sorted(TRAINING | {"mlflow", "numpy", "pandas"})
     code = f"import sys, minitron.stages.register; print(*(name for name in {names} if name in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -165,6 +166,7 @@ def test_register_runs_in_an_image_without_torch() -> None:
 
 
 def test_a_stage_is_started_by_its_name_and_imported_once() -> None:
+    """In a process of its own: this one has imported the stage."""
     code = """
 import atexit, runpy, sys
 atexit.register(lambda: print("minitron.prune" in sys.modules, "minitron.stages.prune" in sys.modules))

@@ -34,6 +34,7 @@ from minitron.stages import prepare
 from minitron.storage.hub import resolve_hub_dataset
 from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
+from tests.servers import forks
 
 WIKITEXT = """
  = Robert Boulter = 
@@ -305,6 +306,8 @@ def test_long_documents_are_not_cut_and_batches_lose_nothing(prepared: Callable,
 
 
 def test_memory_does_not_grow_with_the_corpus(teacher: Path, tmp_path: Path) -> None:
+    """In processes of their own, whose peaks are their own."""
+
     def peak(megabytes: int) -> int:
         """Peak resident kilobytes of a run on its own."""
         corpus = tmp_path / f"{megabytes}.jsonl"
@@ -424,7 +427,7 @@ def hub() -> Iterator[str]:
 
 
 def run_apart(settings: dict[str, Any], directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run prepare from the command line: the hub libraries read the environment when they are imported."""
+    """Run prepare in a process of its own: the hub libraries read the environment when they are imported."""
     config = written(directory / "prepare.yaml", json.dumps(settings, default=str))
     command = [sys.executable, "-m", "minitron.prepare", "--config", str(config)]
     environment = os.environ | {"HF_HOME": str(directory / "hf")} | environment
@@ -573,7 +576,8 @@ def test_a_fraction_out_of_range() -> None:
 
 def test_the_command_line_refuses_with_one_line_and_status_2(teacher: Path, tmp_path: Path) -> None:
     settings = {"teacher": teacher, "output": tmp_path / "out", "corpus": written(tmp_path / "a.jsonl", "")}
-    done = run_apart(settings, tmp_path)
+    config = written(tmp_path / "prepare.yaml", json.dumps(settings, default=str))
+    done = forks.python("-m", "minitron.prepare", "--config", str(config))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: corpus {tmp_path}/a.jsonl: no text")
     assert "Traceback" not in done.stderr

@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,7 @@ from minitron.models.importance import Importance, measure
 from minitron.models.surgery import Plan, Shape, choose, cut
 from minitron.stages import prune
 from minitron.storage.hashing import content_hash
+from tests.servers import forks
 
 SEQUENCE = 32
 ARCHITECTURES = {
@@ -500,7 +499,6 @@ def test_the_command_line_refuses_with_one_line_and_status_2(settings: dict, tmp
     file = tmp_path / "prune.yaml"
     values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     file.write_text(yaml.safe_dump(values | {"hidden_size": 4096}))
-    command = [sys.executable, "-m", "minitron.prune", "--config", str(file)]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = forks.python("-m", "minitron.prune", "--config", str(file))
     assert finished.returncode == 2
     assert finished.stderr == "error: prune.hidden_size: 4096 is larger than the teacher's 64; choose at most 64\n"

@@ -138,6 +138,7 @@ def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Pat
 def test_the_version_loads_without_minitron(
     mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
 ) -> None:
+    """In a process of its own, which has imported nothing of this package."""
     config = make(mlflow_file)
     register.run(config)
     code = f"""

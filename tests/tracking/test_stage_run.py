@@ -64,6 +64,7 @@ def _run_with_points(uri: str, experiment: str, metric: str, count: int) -> Any:
 
 
 def test_without_a_uri_mlflow_is_not_imported(tmp_path: Path, teacher: Path) -> None:
+    """In a process of its own: this one has imported it."""
     (tmp_path / "corpus.txt").write_text("some text\n")
     code = f"""
 import sys
@@ -162,13 +163,16 @@ def _assert_the_environment_rests(seconds: float) -> None:
         time.sleep(0.0002)
 
 
-def test_metrics_are_visible_in_mid_run(uri: str, make: Callable[..., StageConfig], tmp_path: Path) -> None:
+def test_metrics_are_visible_in_mid_run(
+    uri: str, make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.tracking.outbox._INTERVAL_SECONDS", 0.5)
     seen = []
 
     def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         for step in range(2):
             tracker.log({"loss": 5.0 - step}, step)
-            _assert_the_environment_rests(3)  # points take up to two, and a request
+            _assert_the_environment_rests(1)  # points take up to half a second, and a request
             run = until(partial(_run_with_points, uri, tmp_path.name, "loss", step + 1))
             seen.append((run.info.status, _history(uri, run.info.run_id, "loss")))
         return {"metrics": {}}
