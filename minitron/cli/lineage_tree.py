@@ -7,17 +7,17 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from minitron.config.metrics import format_count, format_duration, format_loss, format_megabytes, format_moment
 from minitron.registry.lineage import compute_gpu_hours, count_tokens, format_license
-from minitron.report.formatting import count, duration, loss, megabytes, moment
 
 
 def tree(found: dict[str, Any]) -> Tree:
     """Return a lineage as `minitron lineage` prints it."""
     root = Tree(Text(found["version"], "bold"))
     licences = found["licences"]
-    root.add(_line("licences", f"data {licences['data']}, base model {format_license(licences['teacher'])}"))
+    root.add(_line("licenses", f"corpus {licences['data']}, teacher {format_license(licences['teacher'])}"))
     for stage, record in found["stages"].items():
-        branch = root.add(Text.assemble((stage, "bold"), f"  {moment(record['started'])}, {_cost(record)}"))
+        branch = root.add(Text.assemble((stage, "bold"), f"  {format_moment(record['started'])}, {_cost(record)}"))
         for label, text in _facts(record):
             branch.add(_line(label, text))
     return root
@@ -28,9 +28,9 @@ def _line(label: str, text: str) -> Text:
 
 
 def _cost(record: dict[str, Any]) -> str:
-    parts = [duration(record["seconds"]), f"{megabytes(record['peak_rss_mb'])} peak memory"]
+    parts = [format_duration(record["seconds"]), f"{format_megabytes(record['peak_rss_mb'])} peak memory"]
     if total := count_tokens(record):
-        parts.append(f"{count(total)} tokens")
+        parts.append(f"{format_count(total)} tokens")
     if record.get("gpus"):
         parts.append(f"{compute_gpu_hours(record):.2f} GPU-hours on {record['gpus']} GPUs")
     return ", ".join(parts)
@@ -47,6 +47,6 @@ def _facts(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "image", record.get("image") or "none"
     yield "runs", f"Kubeflow {record.get('pipeline_run_id') or 'none'}, MLflow {record.get('mlflow_run_id') or 'none'}"
     if losses := [row["validation_loss"] for row in record.get("history", []) if "validation_loss" in row]:
-        yield "validation loss", " → ".join(map(loss, losses))
+        yield "validation loss", " → ".join(map(format_loss, losses))
     if "output_sha256" in record:
         yield "result", f"sha256 {record['output_sha256']}"

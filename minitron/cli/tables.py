@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from minitron.registry.gates import render_gate
 from minitron.report import tables
 
 
@@ -35,7 +36,7 @@ def models_table(evaluation: dict[str, Any]) -> Table:
     table = Table("model", title="Models")
     for column in columns:
         table.add_column(column, justify="right")
-    for model, label in tables.models_of(evaluation).items():
+    for model, label in tables.label_models(evaluation).items():
         found = evaluation[model]
         if "parameters" not in found:
             continue  # a champion that cannot read this data
@@ -53,8 +54,10 @@ def models_table(evaluation: dict[str, Any]) -> Table:
 def gates_table(gates: list[dict[str, Any]]) -> Table:
     """Return judged gates, as evaluation.json has them, as a table."""
     table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
-    for row in tables.gates({"gates": gates}):
-        table.add_row(row["words"], row["found"], row["threshold"], row["margin"], f"{row['mark']} {row['outcome']}")
+    for gate in map(render_gate, gates):
+        table.add_row(
+            gate["label"], gate["found"], gate["threshold"], gate["margin"], f"{gate['mark']} {gate['outcome']}"
+        )
     return table
 
 

@@ -1,4 +1,9 @@
-"""The measured models and their metrics: keys, labels, and how a number is formatted."""
+"""The names of what is measured, how a number is labeled, and how it is written: with its unit, or a dash."""
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
 
 SPEED = "generation_tokens_per_second"
 
@@ -9,17 +14,22 @@ NUMBERS = (
 """Metrics of every model; downstream tasks add theirs, such as `arc_easy_acc`."""
 
 MODELS = {
-    "teacher_before": "Base model",
-    "teacher": "Teacher",
+    "teacher_before": "Teacher",
+    "teacher": "Corrected teacher",
     "pruned": "Pruned student",
     "student": "Distilled student",
 }
-"""The four models in the order of the flow: key in evaluation.json, label in the report."""
+"""The four models in the order of the flow: key in evaluation.json, label for people.
+
+People read "Teacher" for the model that you give, and "Corrected teacher" for what finetune makes of it. The keys are
+older than the labels. They stay, because earlier workspaces and registered versions have them.
+"""
 
 CHAMPION = "champion"
 
 MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
-    # key, label, note, number format, format of the difference from the teacher, better direction (-1: less is better)
+    # key, label, note, number format, format of the difference from the corrected teacher,
+    # better direction (-1: less is better)
     ("parameters", "Parameters", "", "count", "relative", -1),
     ("weights_mb", "Weights", "", "megabytes", "relative", -1),
     ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "relative", 1),
@@ -27,8 +37,83 @@ MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
     ("test_loss", "Test loss", "nats per token", "loss", "loss", -1),
     ("out_of_domain_loss", "Out-of-domain loss", "nats per token, on other text", "loss", "loss", -1),
     ("perplexity", "Perplexity", "", "decimal", "decimal", -1),
-    ("kl", "Divergence from the teacher", "forward KL, nats per token", "loss", None, -1),
-    ("top1_agreement", "Agreement with the teacher", "same most likely next token", "share", None, 1),
+    ("kl", "Divergence from the corrected teacher", "forward KL, nats per token", "loss", None, -1),
+    ("top1_agreement", "Agreement with the corrected teacher", "same most likely next token", "share", None, 1),
 )
 
-TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised"}
+TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalized"}
+
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+def parse_number(value: Any) -> float | None:
+    """Return a finite number, or None. lm-eval writes 'N/A' where there is no standard error."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def parse_percent(value: Any) -> float | None:
+    """Return a fraction in percent, or None."""
+    return None if (fraction := parse_number(value)) is None else 100 * fraction
+
+
+def format_count(value: float | None) -> str:
+    """Write a count with its magnitude, such as 134.5 M."""
+    if value is None:
+        return DASH
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if suffix == 'k' else size):.4g} {suffix}"
+    return f"{value:,.0f}"
+
+
+def format_share(value: float | None) -> str:
+    """Write a fraction as a percentage."""
+    return DASH if value is None else f"{value:.1%}".replace("%", " %").replace("-", MINUS)
+
+
+def format_duration(seconds: float | None) -> str:
+    """Write seconds with the units that people use, such as 1 min 40 s."""
+    if seconds is None:
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def format_megabytes(value: float | None) -> str:
+    """Write megabytes as MB or GB."""
+    if value is None:
+        return DASH
+    return f"{value / 1024:.2f} GB" if value >= 1024 else f"{value:.1f} MB"
+
+
+def format_loss(value: float | None) -> str:
+    """Write a loss, a divergence or a score: three decimal places."""
+    return DASH if value is None else f"{value:.3f}".replace("-", MINUS)
+
+
+def format_decimal(value: float | None) -> str:
+    """Write a rate or a perplexity: one decimal place."""
+    return DASH if value is None else f"{value:,.1f}"
+
+
+def format_signed(value: float, digits: int) -> str:
+    """Write a difference with its sign."""
+    return f"{value:+,.{digits}f}".replace("-", MINUS)
+
+
+def format_moment(seconds: float) -> str:
+    """Write a Unix time."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+FORMS: dict[str, Callable[[Any], str]] = {
+    form.__name__.removeprefix("format_"): form
+    for form in (
+        format_count, format_share, format_duration, format_megabytes, format_loss, format_decimal, format_moment
+    )
+}  # fmt: skip
+"""The ways to write a number, by name: what MEASURES and the templates call them."""

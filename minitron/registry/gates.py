@@ -13,7 +13,7 @@ Used by `python -m minitron.evaluate --config FILE` and `minitron promote NAME`.
 import math
 from typing import TYPE_CHECKING, Any
 
-from minitron.config.metrics import NUMBERS
+from minitron.config.metrics import DASH, FORMS, MEASURES, MINUS, MODELS, NUMBERS, TASK_METRICS, format_signed
 
 if TYPE_CHECKING:
     from minitron.config.settings import EvaluateSettings
@@ -58,16 +58,6 @@ def judge_student(
 def are_gates_met(rows: list[dict[str, Any]]) -> bool | None:
     """Say whether all gates are met; None if there are none."""
     return all(row["outcome"] in MET for row in rows) if rows else None
-
-
-def describe_gate(row: dict[str, Any]) -> str:
-    """Return a judged gate in one line."""
-    metric, limit = row["metric"], f"{row['bound'].replace('_', ' ')} {row['threshold']:g}"
-    if row["found"] is None:
-        return f"{metric}: {row['outcome']} ({limit})"
-    against = f", {row['by']} to the {row['against']}'s {row['reference']:.4g}" if row["against"] else ""
-    error = f" ± {row['error']:.2g}" if row["error"] else ""
-    return f"{metric} {row['student']:.4g}{against}: {row['found']:.4g}{error}, {limit}: {row['outcome']}"
 
 
 def _judge_gate(
@@ -118,3 +108,76 @@ def _read_value(model: dict[str, Any], metric: str) -> tuple[float | None, float
             error = numbers.get(f"{name}_stderr")
             return numbers[name], error if isinstance(error, int | float) else None  # lm-eval may say "N/A"
     return None, None
+
+
+PASSED, FAILED = "\N{CHECK MARK}", "\N{MULTIPLICATION X}"
+
+_MARKS = {"passed": PASSED, "within error": "\N{ALMOST EQUAL TO}", "failed": FAILED}
+
+
+def render_gate(gate: dict[str, Any]) -> dict[str, str]:
+    """Return a judged gate as people read it, with labels and units.
+
+    Args:
+        gate: a judged gate, as `judge_student` returns it and evaluation.json holds it.
+
+    Returns:
+        `label`, `student`, `reference`, `found`, `threshold`, `margin`, `outcome`, and the `mark` of the outcome.
+    """
+    metric, by, bound = gate["metric"], gate["by"], gate["bound"].replace("_", " ")
+    against = MODELS.get(gate["against"], gate["against"] or "").lower()
+    compared = f", {'difference from' if by == 'difference' else 'ratio to'} the {against}'s" if against else ""
+    error = f" ± {_format_value(metric, by, gate['error'])}" if gate["error"] else ""
+    return {
+        "label": f"{_get_label(metric)}{compared}",
+        "student": _format_value(metric, None, gate["student"]),
+        "reference": f"{against}: {_format_value(metric, None, gate['reference'])}" if against else DASH,
+        "found": _format_value(metric, by, gate["found"]) + error,
+        "threshold": f"{bound} {_format_value(metric, by, gate['threshold'])}",
+        "margin": _format_margin(metric, by, gate["margin"]),
+        "outcome": gate["outcome"],
+        "mark": _MARKS.get(gate["outcome"], DASH),
+    }
+
+
+def describe_gate(gate: dict[str, Any]) -> str:
+    """Return a judged gate in one line, for a log or a message."""
+    text = render_gate(gate)
+    if gate["found"] is None:
+        return f"{text['label']}: {text['outcome']} ({text['threshold']})"
+    values = f" (student: {text['student']}, {text['reference']})" if gate["against"] else ""
+    return f"{text['label']}: {text['found']}{values}, {text['threshold']}: {text['outcome']}"
+
+
+def _get_label(metric: str) -> str:
+    """Return a metric's label; that of a task, such as arc_easy_acc_norm, names the task first."""
+    labels = {key: label for key, label, *_ in MEASURES}
+    for name, label in sorted(TASK_METRICS.items(), reverse=True):
+        if metric.endswith(f"_{name}"):
+            return f"{metric.removesuffix(f'_{name}')}, {label}"
+    return labels.get(metric, metric)
+
+
+def _get_form(metric: str) -> str:
+    forms = {key: form for key, _, _, form, *_ in MEASURES}
+    return "share" if metric.endswith(tuple(f"_{name}" for name in TASK_METRICS)) else forms.get(metric, "loss")
+
+
+def _format_margin(metric: str, by: str | None, margin: float | None) -> str:
+    """Write a margin with its sign; a share's is in percent or points."""
+    if margin is None:
+        return DASH
+    form = _get_form(metric)
+    scale = 100 if form == "share" and by != "ratio" else 1
+    return format_signed(scale * margin, 3 if by == "ratio" or form == "loss" else 1)
+
+
+def _format_value(metric: str, by: str | None, value: float | None) -> str:
+    """Write a metric, or what a gate compares: a share's difference is in points, a ratio is a bare number."""
+    if value is None:
+        return DASH
+    if by == "ratio":
+        return FORMS["loss"](value)
+    if by == "difference" and _get_form(metric) == "share":
+        return f"{100 * value:.1f} points".replace("-", MINUS)
+    return FORMS[_get_form(metric)](value)

@@ -2,3 +2,8 @@
 
 Everything here turns records into text and pictures. It imports config, storage and registry.
 """
+
+from pathlib import Path
+
+TEMPLATES = Path(__file__).with_name("templates")
+"""The directory of the templates."""

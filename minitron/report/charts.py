@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, GREY, BLUE, ORANGE, GREEN = "#010203", "#888888", "#0072b2", "#d55e00", "#009e73"
-"""Text and lines, then colours of Okabe and Ito that the colour-blind tell apart."""
+"""Text and lines, then colours of Okabe and Ito, which colour-blind people can tell apart."""
 
 _PAGE_COLOURS = {
     INK: "currentColor",
@@ -30,26 +30,26 @@ _PAGE_COLOURS = {
 MODEL_COLOURS = (GREY, BLUE, ORANGE, GREEN)
 
 MOST_POINTS = 400
-"""A chart is about as many pixels wide: more points would only make the page larger."""
+"""Points of a curve. A chart is about as many pixels wide; more points would only make the page larger."""
 
 WIDTH, WIDE = 5.6, 11.6
-"""Inches of a chart in half of the page and in all of it: so their texts are equally large."""
+"""Inches of a chart over half of the page and over all of it. With these its text has the same size in both."""
 
 _LOG_RATIO = 20
 _REWRITES = (
     (r' width="[\d.]+pt" height="[\d.]+pt"', ""),
-    (r"<style.*?</style>", ""),  # it would hold for the whole page
+    (r"<style.*?</style>", ""),  # it would apply to the whole page
     (r"font-family: [^;\"]*; ?", ""),
     (r'<g id="tip:([^"]*)">', r"<g><title>\1</title>"),
     (r' id="[\w.]+_\d{1,4}"', ""),
     (r'<g id="([\w-]+)">', r'<g class="\1">'),
     *((colour, name) for colour, name in _PAGE_COLOURS.items()),
 )
-"""What makes matplotlib's SVG part of a page; a gid becomes a class, or a tooltip when it is 'tip:TEXT'."""
+"""Rewrites of matplotlib's SVG for the page: a gid becomes a class, or a tooltip if it is 'tip:TEXT'."""
 
 _SETTINGS: Any = {
     "svg.fonttype": "none",
-    "path.simplify": False,  # what is drawn is thinned already, by means
+    "path.simplify": False,  # curves are downsampled already
     "text.parse_math": False,
     "text.color": INK,
     "font.size": 9,
@@ -72,7 +72,7 @@ Points = tuple[list[Any], list[Any]]
 
 
 @matplotlib.rc_context(_SETTINGS)
-def curves(
+def draw_curves(
     label: str,
     axis: str,
     training: Points,
@@ -83,14 +83,14 @@ def curves(
     """Draw a quantity over optimizer steps.
 
     Args:
-        label: what the chart shows, for those who cannot see it.
+        label: text that screen readers say.
         axis: quantity and unit.
         training: steps and values on training batches; long ones are averaged to MOST_POINTS.
         validation: steps and values on the validation split, drawn with markers.
-        floor: the teacher's value, drawn as a line.
+        floor: the corrected teacher's value, drawn as a line.
         kept: the step whose weights the stage kept.
     """
-    figure, axes = _figure()
+    figure, axes = _create_figure()
     axes.plot(*map(downsample, training), color=BLUE, linewidth=1, alpha=0.75, label="training", gid="training")
     if validation:
         axes.plot(*validation, color=ORANGE, marker="o", markersize=4, label="validation", gid="validation")
@@ -98,63 +98,67 @@ def curves(
             best = [kept], [validation[1][validation[0].index(kept)]]
             axes.scatter(*best, 70, "none", edgecolors=INK, zorder=3, label=f"kept: step {kept}", gid="kept")
     if floor is not None:
-        axes.axhline(floor, color=GREEN, linestyle="--", linewidth=1.4, label=f"teacher: {floor:.3f}", gid="floor")
+        axes.axhline(
+            floor, color=GREEN, linestyle="--", linewidth=1.4, label=f"corrected teacher: {floor:.3f}", gid="floor"
+        )
     axes.set(xlabel="optimizer step", ylabel=axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
-    _legend(figure, axes.get_legend_handles_labels()[0] if validation else [])
-    return _svg(figure, label)
+    _add_legend(figure, axes.get_legend_handles_labels()[0] if validation else [])
+    return _render_svg(figure, label)
 
 
 @matplotlib.rc_context(_SETTINGS)
-def layers(label: str, scores: Sequence[float], kept: set[int]) -> Markup:
-    """Draw the block influence of every layer, the dropped ones hatched; `kept` is counted from 0, the axis from 1."""
-    figure, axes = _figure(width=WIDE)
+def draw_layers(label: str, scores: Sequence[float], kept: set[int]) -> Markup:
+    """Draw the block influence of every layer, the dropped ones hatched; `kept` counts from 0, the axis from 1."""
+    figure, axes = _create_figure(width=WIDE)
     for layer, score in enumerate(scores):
-        [bar] = axes.bar(layer + 1, score, 0.8, **_look(layer in kept))
+        [bar] = axes.bar(layer + 1, score, 0.8, **_choose_fill(layer in kept))
         bar.set_gid(f"tip:Layer {layer + 1}: {score:.4g}, {'kept' if layer in kept else 'dropped'}")
-    axes.set(xlabel="layer", ylabel=_scale(axes, scores, "block influence"), xlim=(0.3, len(scores) + 0.7))
+    axes.set(xlabel="layer", ylabel=_scale_axis(axes, scores, "block influence"), xlim=(0.3, len(scores) + 0.7))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
-    _legend(figure, _states("dropped" if len(kept) < len(scores) else None))
-    return _svg(figure, label)
+    _add_legend(figure, _list_legend_patches("dropped" if len(kept) < len(scores) else None))
+    return _render_svg(figure, label)
 
 
 @matplotlib.rc_context(_SETTINGS)
-def ranked(label: str, scores: Sequence[float], kept: Sequence[int]) -> Markup:
+def draw_ranking(label: str, scores: Sequence[float], kept: Sequence[int]) -> Markup:
     """Draw the scores of channels from the highest to the lowest, the kept ones and the cut ones apart."""
-    figure, axes = _figure()
-    stays, start = np.isin(np.arange(len(scores)), kept), 1
-    for part, state in ((stays, "kept"), (~stays, "cut")):
+    figure, axes = _create_figure()
+    is_kept, start = np.isin(np.arange(len(scores)), kept), 1
+    for part, state in ((is_kept, "kept"), (~is_kept, "cut")):
         values = np.sort(np.asarray(scores)[part])[::-1]
         if len(values):
-            places = downsample(np.arange(start, start + len(values)))
-            area = axes.fill_between(places, downsample(values), step="mid", **_look(state == "kept"))
+            positions = downsample(np.arange(start, start + len(values)))
+            area = axes.fill_between(positions, downsample(values), step="mid", **_choose_fill(state == "kept"))
             area.set_gid(f"tip:{len(values)} channels {state}: {values[0]:.4g} to {values[-1]:.4g}")
             start += len(values)
-    ylabel = _scale(axes, scores, "importance")
+    ylabel = _scale_axis(axes, scores, "importance")
     axes.set(xlabel="channels, most important first", ylabel=ylabel, xlim=(0.5, len(scores) + 0.5))
     axes.grid(axis="y")
-    _legend(figure, _states("cut" if len(kept) < len(scores) else None))
-    return _svg(figure, label)
+    _add_legend(figure, _list_legend_patches("cut" if len(kept) < len(scores) else None))
+    return _render_svg(figure, label)
 
 
 @matplotlib.rc_context(_SETTINGS)
-def ranked_by_layer(label: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], count: int) -> Markup:
-    """Draw the scores of every layer's channels, sorted, as one row of colours; what is cut is pale.
+def draw_layer_rankings(
+    label: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], count: int
+) -> Markup:
+    """Draw the scores of every layer's channels, sorted, as one row of colours; cut channels are pale.
 
     Args:
-        label: what the chart shows, for those who cannot see it.
+        label: text that screen readers say.
         scores: of the channels of each layer.
         kept_layers: counted from 0.
         count: channels kept in each of them.
     """
-    figure, axes = _figure()
+    figure, axes = _create_figure()
     ordered = -np.sort(-np.asarray(scores, dtype=float), axis=1)
     total, width = ordered.shape
     relative = ordered / np.maximum(np.median(ordered, axis=1, keepdims=True), np.finfo(float).tiny)
     drawn = np.log10(np.maximum(np.stack([downsample(row) for row in relative]), 1e-3))
-    _image(figure, axes, drawn, (0, width, total + 0.5, 0.5), "times the layer's median (log10)")
+    _draw_image(figure, axes, drawn, (0, width, total + 0.5, 0.5), "times the layer's median (log10)")
     for layer in range(total):
         left = count if layer in kept_layers else 0
         state = f"{count} of {width} channels kept" if left else "dropped with its channels"
@@ -162,27 +166,27 @@ def ranked_by_layer(label: str, scores: Sequence[Sequence[float]], kept_layers: 
         bar.set_gid(f"tip:Layer {layer + 1}: {state}")
     axes.set(xlabel="channels, most important first", ylabel="layer", xlim=(0, width), ylim=(total + 0.5, 0.5))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return _svg(figure, label)
+    return _render_svg(figure, label)
 
 
 @matplotlib.rc_context(_SETTINGS)
-def cells(
+def draw_heads(
     label: str, axis: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], kept: Sequence[Sequence[int]]
 ) -> Markup:
-    """Draw the score of every head of every layer, relative to its layer's highest; what is cut is crossed out.
+    """Draw the score of every head of every layer, relative to its layer's highest; cut heads are crossed out.
 
     Args:
-        label: what the chart shows, for those who cannot see it.
+        label: text that screen readers say.
         axis: what a column is.
         scores: of the heads of each layer.
         kept_layers: counted from 0.
         kept: heads kept in each of them.
     """
-    figure, axes = _figure()
+    figure, axes = _create_figure()
     values = np.asarray(scores, dtype=float)
     total, width = values.shape
     relative = values / np.maximum(values.max(axis=1, keepdims=True), np.finfo(float).tiny)
-    _image(figure, axes, relative, (0.5, width + 0.5, total + 0.5, 0.5), "share of the layer's highest")
+    _draw_image(figure, axes, relative, (0.5, width + 0.5, total + 0.5, 0.5), "share of the layer's highest")
     cut = np.ones_like(values, dtype=bool)
     for layer, heads in zip(kept_layers, kept, strict=True):
         cut[layer, list(heads)] = False
@@ -193,11 +197,11 @@ def cells(
     axes.set(xlabel=axis, ylabel="layer", ylim=(total + 0.5, 0.5))
     for direction in (axes.xaxis, axes.yaxis):
         direction.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return _svg(figure, label)
+    return _render_svg(figure, label)
 
 
 @matplotlib.rc_context(_SETTINGS)
-def grouped_bars(
+def draw_grouped_bars(
     label: str,
     axis: str,
     groups: list[str],
@@ -208,33 +212,33 @@ def grouped_bars(
     """Draw one bar per series in each group.
 
     Args:
-        label: what the chart shows, for those who cannot see it.
+        label: text that screen readers say.
         axis: quantity and unit.
         groups: names under the axis.
         series: values by name, one per group, in the order of MODEL_COLOURS; None leaves a gap.
         errors: half the length of each error bar.
         digits: after the point of a value.
     """
-    figure, axes = _figure(width=max(WIDTH, 1.6 * len(groups)))
+    figure, axes = _create_figure(width=max(WIDTH, 1.6 * len(groups)))
     width = 0.84 / len(series)
-    for place, (name, values) in enumerate(series.items()):
+    for index, (name, values) in enumerate(series.items()):
         for group, value in enumerate(values):
             if value is not None:
-                centre = group + (place + 0.5) * width - 0.42
-                bar = axes.bar(centre, value, 0.9 * width, color=MODEL_COLOURS[place])[0]
+                centre = group + (index + 0.5) * width - 0.42
+                bar = axes.bar(centre, value, 0.9 * width, color=MODEL_COLOURS[index])[0]
                 error = errors[name][group] if errors else None
-                text = _annotate(axes, centre, value, error, digits)
+                text = _annotate_bar(axes, centre, value, error, digits)
                 bar.set_gid(f"tip:{name}, {groups[group]}: {text}")
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(axis)
     axes.margins(y=0.12)
     axes.grid(axis="y")
-    _legend(figure, [Patch(color=colour, label=name) for name, colour in zip(series, MODEL_COLOURS, strict=True)])
-    return _svg(figure, label)
+    _add_legend(figure, [Patch(color=colour, label=name) for name, colour in zip(series, MODEL_COLOURS, strict=True)])
+    return _render_svg(figure, label)
 
 
-def _annotate(axes: Axes, centre: float, value: float, error: float | None, digits: int) -> str:
+def _annotate_bar(axes: Axes, centre: float, value: float, error: float | None, digits: int) -> str:
     """Draw a bar's error bar and value; return the two as text."""
     text = f"{value:.{digits}f}"
     axes.annotate(text, (centre, value + (error or 0)), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
@@ -245,26 +249,26 @@ def _annotate(axes: Axes, centre: float, value: float, error: float | None, digi
 
 
 def downsample(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return at most MOST_POINTS values, each the mean of as many neighbours as need be."""
+    """Return at most MOST_POINTS values, each the mean of equally many neighbours."""
     numbers = np.asarray(values, dtype=float)
     if len(numbers) <= MOST_POINTS:
         return numbers
     return np.array([part.mean() for part in np.array_split(numbers, MOST_POINTS)])
 
 
-def _look(kept: bool) -> dict[str, Any]:
-    """Return how something kept or cut is drawn: not by its colour alone."""
+def _choose_fill(kept: bool) -> dict[str, Any]:
+    """Return the fill of a kept or a cut part; a hatch tells them apart without colour, too."""
     if kept:
         return {"facecolor": GREEN, "edgecolor": GREEN}
     return {"facecolor": "none", "edgecolor": ORANGE, "hatch": "////"}
 
 
-def _states(cut: str | None) -> list[Patch]:
-    return [Patch(**_look(True), label="kept"), *([Patch(**_look(False), label=cut)] if cut else [])]
+def _list_legend_patches(cut: str | None) -> list[Patch]:
+    return [Patch(**_choose_fill(True), label="kept"), *([Patch(**_choose_fill(False), label=cut)] if cut else [])]
 
 
-def _scale(axes: Axes, scores: Sequence[float], label: str) -> str:
-    """Make the axis logarithmic when scores differ by orders of magnitude; return the axis label."""
+def _scale_axis(axes: Axes, scores: Sequence[float], label: str) -> str:
+    """Make the axis logarithmic if scores differ by orders of magnitude; return the axis label."""
     lowest, highest = min(scores), max(scores)
     if lowest <= 0 or highest / lowest < _LOG_RATIO:
         axes.set_ylim(bottom=0)
@@ -276,7 +280,7 @@ def _scale(axes: Axes, scores: Sequence[float], label: str) -> str:
     return f"{label} (log scale)"
 
 
-def _image(
+def _draw_image(
     figure: Figure, axes: Axes, values: np.ndarray, extent: tuple[float, float, float, float], label: str
 ) -> None:
     lowest, highest = np.percentile(values, (1, 99))  # a few outliers would leave one colour for all others
@@ -287,17 +291,17 @@ def _image(
     bar.outline.set_visible(False)
 
 
-def _figure(width: float = WIDTH, height: float = 3.1) -> tuple[Figure, Axes]:
+def _create_figure(width: float = WIDTH, height: float = 3.1) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, handles: list[Any]) -> None:
+def _add_legend(figure: Figure, handles: list[Any]) -> None:
     if handles:
         figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8.5, handlelength=1.4)
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def _render_svg(figure: Figure, label: str) -> Markup:
     """Return the figure as an SVG element that scales, takes its colours from the page and shares no id with it."""
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

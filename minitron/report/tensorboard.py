@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from minitron.report.formatting import number
+from minitron.config.metrics import parse_number
 from minitron.storage.layout import EVENTS
 
 
@@ -18,7 +18,7 @@ def write_events(directory: Path, records: dict[str, dict[str, Any]]) -> None:
     """Write every number of every stage's history to `tensorboard/STAGE`, at its step and at the stage's start.
 
     Args:
-        directory: gets the folder; none is made for a stage without a history.
+        directory: gets the folder; a stage without a history gets none.
         records: of the stages, by name.
     """
     for stage, record in records.items():
@@ -27,5 +27,5 @@ def write_events(directory: Path, records: dict[str, dict[str, Any]]) -> None:
         with SummaryWriter(directory / EVENTS / stage) as writer:
             for row in record["history"]:
                 for name, value in row.items():
-                    if name != "step" and number(value) is not None:
+                    if name != "step" and parse_number(value) is not None:
                         writer.add_scalar(name, value, row["step"], record["started"])

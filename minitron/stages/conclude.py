@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
-from minitron.report.formatting import TEMPLATES
+from minitron.report import TEMPLATES
 from minitron.runtime.record import noted_failure
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE

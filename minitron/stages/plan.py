@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from minitron.config.document import SHARED, Plan, read_plan
 from minitron.config.settings import RESOURCES, Settings
 from minitron.config.tasks import PlanConfig
-from minitron.report.formatting import TEMPLATES
+from minitron.report import TEMPLATES
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from minitron.cli.app import app
 from tests.constants import REPOSITORY
 from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN
-from tests.report.event_files import read
+from tests.report.event_files import read_events
 from tests.servers import forks
 from tests.servers.http_server import free_port
 from tests.servers.processes import serving
@@ -85,7 +85,7 @@ def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
 
 def test_it_prints_the_table_the_version_and_the_next_command(flow: dict[str, Any]) -> None:
     for text in (
-        "Base model",
+        "Corrected teacher",
         "registered: tiny version",
         "report.html",
         "mlflow ui --backend-store-uri",
@@ -142,7 +142,7 @@ def test_tensorboard_reads_the_curves_of_the_run_from_mlflow(flow: dict[str, Any
     client.download_artifacts(version.run_id, "tensorboard", str(tmp_path))
     (record,) = flow["directory"].glob("workspace/distill/*/stage.json")
     history = json.loads(record.read_text())["history"]
-    curves = read(tmp_path / "tensorboard" / "distill")
+    curves = read_events(tmp_path / "tensorboard" / "distill")
     for name in ("cross_entropy", "kl", "validation_loss"):
         points = [(row["step"], row[name]) for row in history if name in row]
         assert len(points) > 2 and curves[name] == [(step, pytest.approx(value)) for step, value in points]

@@ -97,7 +97,7 @@ def test_the_first_is_trained_judged_and_promoted(first: Run, directory: Path) -
     assert "resolve: there is no champion yet" in first.output
     assert first.aliases == {"challenger": 1, "champion": 1} and tags(directory, 1)["gates"] == "met"
     assert first.summary["outcome"] == "promoted" and first.summary["registered"]["version"] == 1
-    assert "gate: validation_loss: no champion (at most 0.02)" in first.output
+    assert "gate: Validation loss, difference from the champion's: no champion (at most 0.020)" in first.output
     assert "<title>Compression report" in (directory / "report.html").read_text()
 
 
@@ -120,7 +120,7 @@ def test_a_worse_model_stays_challenger(worse: Run, directory: Path) -> None:
 def test_a_better_one_is_promoted_against_the_champion(better: Run) -> None:
     assert better.status == 0, better.output[-3000:]
     assert better.aliases == {"challenger": 3, "champion": 3, "previous": 1}
-    assert "difference to the champion's" in better.output
+    assert "difference from the champion's" in better.output
 
 
 def test_a_version_that_failed_its_gates_is_not_made_again(better: Run, directory: Path) -> None:

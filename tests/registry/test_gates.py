@@ -81,7 +81,10 @@ def test_a_judged_gate_can_be_judged_again() -> None:
     row = judged(metric="validation_loss", against="champion", at_most=0.0)
     (again,) = gates.judge_student([row], EVALUATION, model(2.5, 0.5))
     assert (row["outcome"], again["outcome"]) == ("passed", "failed")
-    assert gates.describe_gate(again) == "validation_loss 3, difference to the champion's 2.5: 0.5, at most 0: failed"
+    assert gates.describe_gate(again) == (
+        "Validation loss, difference from the champion's: 0.500 (student: 3.000, champion: 2.500), "
+        "at most 0.000: failed"
+    )
 
 
 @pytest.mark.parametrize(

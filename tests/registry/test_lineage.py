@@ -198,7 +198,7 @@ def test_the_tree_tells_cost_and_origin(found: dict[str, Any]) -> None:
     stream = io.StringIO()
     Console(width=300, file=stream).print(lineage_tree.tree(found))
     text = stream.getvalue()
-    assert "licences: data CC0, base model unknown" in text
+    assert "licenses: corpus CC0, teacher unknown" in text
     assert "1,000 tokens, 4.00 GPU-hours on 8 GPUs" in text
     assert "teacher: hf://org/base@c0ffee sha256 a1" in text
     assert "validation loss: 5.000 → 4.000" in text and "image: registry/trainer:1" in text

@@ -9,7 +9,7 @@ from minitron.config.stages import EvaluateConfig
 from minitron.registry import gates
 
 
-def model(parameters: int, loss: float, accuracy: float, speed: float, text: str) -> dict[str, Any]:
+def make_model(parameters: int, loss: float, accuracy: float, speed: float, text: str) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "validation_loss": loss,
@@ -25,17 +25,17 @@ def model(parameters: int, loss: float, accuracy: float, speed: float, text: str
 
 
 EVALUATION = {
-    "teacher_before": model(134_515_008, 2.5, 0.58, 20.0, "base"),
-    "teacher": model(134_515_008, 2.0, 0.6, 20.0, "teacher"),
-    "pruned": model(90_214_488, 6.0, 0.3, 25.0, "pruned"),
-    "student": model(90_214_488, 3.0, 0.5, 30.0, "student"),
+    "teacher_before": make_model(134_515_008, 2.5, 0.58, 20.0, "base"),
+    "teacher": make_model(134_515_008, 2.0, 0.6, 20.0, "teacher"),
+    "pruned": make_model(90_214_488, 6.0, 0.3, 25.0, "pruned"),
+    "student": make_model(90_214_488, 3.0, 0.5, 30.0, "student"),
     "gap_closed": 0.75,
     "sequences": {"validation": 640, "test": 320},
     "prompts": ["Once upon", "In physics"],
 }
 
 
-def changed(**values: Any) -> dict[str, Any]:
+def change_evaluation(**values: Any) -> dict[str, Any]:
     """The evaluation with other values; model__key names a model's."""
     evaluation = copy.deepcopy(EVALUATION)
     for name, value in values.items():
@@ -47,20 +47,20 @@ def changed(**values: Any) -> dict[str, Any]:
     return evaluation
 
 
-def judged(evaluation: dict[str, Any], *declared: dict[str, Any]) -> dict[str, Any]:
+def judge_evaluation(evaluation: dict[str, Any], *declared: dict[str, Any]) -> dict[str, Any]:
     """The evaluation with the gates of a preset."""
     config = EvaluateConfig.model_construct(gates=[Gate(**gate) for gate in declared])
     rows = gates.judge_student(gates.read_gates(config), evaluation, evaluation.get("champion"))
     return evaluation | {"gates": rows, "passed": gates.are_gates_met(rows)}
 
 
-def gated_evaluation() -> dict[str, Any]:
+def make_gated_evaluation() -> dict[str, Any]:
     """An evaluation without a test split, with a champion and gates of every outcome that there is with one."""
-    champion = model(90_214_488, 2.9, 0.55, 30.0, "champion")
+    champion = make_model(90_214_488, 2.9, 0.55, 30.0, "champion")
     champion |= {"address": "models:/small/3", "out_of_domain_loss": 3.2, "test_loss": None}
     nothing = {f"{name}__test_loss": None for name in metrics.MODELS}
-    return judged(
-        changed(champion=champion, student__out_of_domain_loss=3.1, **nothing),
+    return judge_evaluation(
+        change_evaluation(champion=champion, student__out_of_domain_loss=3.1, **nothing),
         {"metric": "validation_loss", "against": "champion", "at_most": 0.15},
         {"metric": "arc_acc", "against": "champion", "at_least": 0.05},
         {"metric": "arc_acc_norm", "at_least": 0.53},

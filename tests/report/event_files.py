@@ -5,7 +5,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-def read(directory: Path) -> dict[str, list[tuple[int, float]]]:
+def read_events(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """Return the points of every curve that TensorBoard finds in a directory."""
     events = EventAccumulator(str(directory))
     events.Reload()

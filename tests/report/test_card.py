@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.report.card import write_card
-from tests.report.evaluations import EVALUATION, gated_evaluation
+from tests.report.evaluations import EVALUATION, make_gated_evaluation
 
 RECORD = {"started": 0.0, "seconds": 90.0, "seed": 7, "versions": {"minitron": "0.1.0"}, "metrics": {}}
 INPUTS = {
@@ -33,14 +33,14 @@ def config(tmp_path: Path) -> RegisterConfig:
     return parse("register", paths | {"name": "small", "tracking_uri": "sqlite:///x"})  # type: ignore[return-value]
 
 
-def written(config: RegisterConfig, evaluation: dict[str, Any], **origin: Any) -> ModelCard:
+def write_test_card(config: RegisterConfig, evaluation: dict[str, Any], **origin: Any) -> ModelCard:
     path = config.output / "README.md"
     write_card(path, config, evaluation, {"stages": STAGES, "licences": LICENCES} | origin)
     return ModelCard.load(path)
 
 
 def test_the_hub_reads_the_front_matter(config: RegisterConfig) -> None:
-    data = written(config, EVALUATION).data
+    data = write_test_card(config, EVALUATION).data
     assert (data.license, data.license_name, data.license_link) == ("other", "llama3.1", "LICENSE")
     assert (data.base_model, data.datasets, data.library_name) == ("meta/llama", ["org/text"], "transformers")
     assert data.pipeline_tag == "text-generation" and {"pruning", "distillation"} <= set(data.tags)
@@ -54,41 +54,41 @@ def test_the_hub_reads_the_front_matter(config: RegisterConfig) -> None:
     }
 
 
-def test_the_text_has_results_provenance_and_licences(config: RegisterConfig) -> None:
-    text = written(config, gated_evaluation()).text
+def test_the_text_has_results_provenance_and_licenses(config: RegisterConfig) -> None:
+    text = write_test_card(config, make_gated_evaluation()).text
     assert "90.21 M parameters, compressed from one of 134.5 M" in text
     assert "| Validation loss (nats per token) | 2.500 (+0.500) | 2.000 | 6.000 (+4.000) | 3.000 (+1.000) |" in text
     assert "| arc (accuracy, 95 % interval) | 58.0 ± 5.9 % (−2.0 points) | 60.0 ± 5.9 %" in text
-    assert "| arc, accuracy, length-normalised | 51.0 % | – | 51.0 % ± 3.9 % | at least 53.0 %" in text
-    assert "| Base model | `hf://meta/llama@d4` |" in text and "| Corpus, content | `c0/plain` |" in text
+    assert "| arc, accuracy, length-normalized | 51.0 % | – | 51.0 % ± 3.9 % | at least 53.0 %" in text
+    assert "| Teacher | `hf://meta/llama@d4` |" in text and "| Corpus, content | `c0/plain` |" in text
     assert "image `registry/trainer:1`, MLflow run `run3` |" in text and "31 k tokens, seed 7" in text
-    assert "- Base model: llama3.1 (LICENSE).\n- Corpus: CC BY-SA 4.0.\n" in text
+    assert "- Teacher: llama3.1 (LICENSE).\n- Corpus: CC BY-SA 4.0.\n" in text
     assert "Warning" not in text and "models:/small@challenger" in text
 
 
 @pytest.mark.parametrize(
     ("data", "teacher", "words"),
     [
-        ("unknown", "unknown", "neither licence is known"),
-        ("unknown", "mit", "the licence of the corpus is not known"),
-        ("CC0", "unknown", "the licence of the base model is not known"),
+        ("unknown", "unknown", "neither license is known"),
+        ("unknown", "mit", "the license of the corpus is not known"),
+        ("CC0", "unknown", "the license of the teacher is not known"),
     ],
 )
-def test_an_unknown_licence_is_a_warning(config: RegisterConfig, data: str, teacher: str, words: str) -> None:
-    card = written(config, EVALUATION, licences={"data": data, "teacher": {"license": teacher}})
+def test_an_unknown_license_is_a_warning(config: RegisterConfig, data: str, teacher: str, words: str) -> None:
+    card = write_test_card(config, EVALUATION, licences={"data": data, "teacher": {"license": teacher}})
     assert f"**Warning:** {words}" in card.text
     assert card.data.license == teacher
 
 
 def test_what_only_this_machine_knows_is_not_indexed(config: RegisterConfig) -> None:
     local = {name: {"address": "/data/x", "sha256": "ab"} for name in INPUTS}
-    data = written(config, EVALUATION, stages={"prepare": STAGES["prepare"] | {"inputs": local}}).data
+    data = write_test_card(config, EVALUATION, stages={"prepare": STAGES["prepare"] | {"inputs": local}}).data
     assert data.base_model is None and data.datasets is None
 
 
 def test_a_table_and_a_front_matter_are_not_broken_by_what_they_hold(config: RegisterConfig) -> None:
     evaluation = json.loads(json.dumps(EVALUATION).replace('"arc"', '"a|b: [c"'))
-    card = written(config, evaluation, licences={"data": "a\n---\nb: c", "teacher": {"license": "x: [y\n---"}})
+    card = write_test_card(config, evaluation, licences={"data": "a\n---\nb: c", "teacher": {"license": "x: [y\n---"}})
     assert card.data.license == "x: [y\n---"
     assert "| a\\|b: [c (accuracy, 95 % interval) |" in card.text
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
@@ -96,5 +96,5 @@ def test_a_table_and_a_front_matter_are_not_broken_by_what_they_hold(config: Reg
 
 
 def test_an_evaluation_without_teacher_still_has_a_card(config: RegisterConfig) -> None:
-    card = written(config, {"student": {"parameters": 213_568}}, stages={})
+    card = write_test_card(config, {"student": {"parameters": 213_568}}, stages={})
     assert "A language model of 213.6 k parameters:" in card.text

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minitron.config import metrics
 from minitron.config.stages import EvaluateConfig, PruneConfig
-from minitron.report import charts, formatting, tables
+from minitron.registry import gates
+from minitron.report import charts
 from minitron.report.page import write_report
 from minitron.stages import prune
 from tests.constants import SEQUENCE, STEPS
-from tests.report.evaluations import EVALUATION, changed, gated_evaluation, judged
+from tests.report.evaluations import EVALUATION, change_evaluation, judge_evaluation, make_gated_evaluation
 
 SEQUENCES = {"sequence_length": SEQUENCE, "micro_batch_size": 4}
 
@@ -55,21 +57,21 @@ class Page(HTMLParser):
         words = self.text.get(self._section, "")
         self.text[self._section] = " ".join([*words.split(), *data.split()])
 
-    def values(self, *names: str) -> list[str]:
+    def read_attributes(self, *names: str) -> list[str]:
         return [value or "" for name, value in self.attributes if name in names]
 
 
 @pytest.fixture(scope="module")
 def page(compressed: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return written(tmp_path_factory.mktemp("page"), compressed, EVALUATION)
+    return write_page(tmp_path_factory.mktemp("page"), compressed, EVALUATION)
 
 
-def written(directory: Path, config: EvaluateConfig, evaluation: dict[str, Any]) -> Page:
+def write_page(directory: Path, config: EvaluateConfig, evaluation: dict[str, Any]) -> Page:
     write_report(directory, config, evaluation)
     return Page((directory / "report.html").read_text(encoding="utf-8"))
 
 
-def record_of(directory: Path) -> dict[str, Any]:
+def read_record(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "stage.json").read_text())
 
 
@@ -84,20 +86,20 @@ def bare(compressed: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
 
 def test_opens_offline(page: Page) -> None:
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
-    references = page.values("src", "href", "xlink:href", "srcset", "action", "data")
+    references = page.read_attributes("src", "href", "xlink:href", "srcset", "action", "data")
     assert references
     assert [reference for reference in references if not reference.startswith(("#", "data:image/png;base64,"))] == []
-    styles = " ".join(page.styles + page.values("style", "clip-path", "fill"))
+    styles = " ".join(page.styles + page.read_attributes("style", "clip-path", "fill"))
     assert "@import" not in styles
     assert set(re.findall(r"url\(\s*['\"]?(.)", page.html)) == {"#"}
     assert "http" not in styles
 
 
 def test_ids_are_unique_and_references_have_a_target(page: Page) -> None:
-    ids = page.values("id")
+    ids = page.read_attributes("id")
     assert len(ids) == len(set(ids))
     targets = re.findall(r"url\(#([^)]*)\)", page.html) + [
-        value[1:] for value in page.values("href", "xlink:href") if value.startswith("#")
+        value[1:] for value in page.read_attributes("href", "xlink:href") if value.startswith("#")
     ]
     assert targets
     assert set(targets) <= set(ids)
@@ -115,22 +117,29 @@ def test_figures_are_described_and_follow_the_page(page: Page) -> None:
 def test_headline(page: Page) -> None:
     text = page.text["verdict"]
     assert "67.1 % of the parameters, 75.0 % of the gap closed" in text  # 90214488 / 134515008
-    assert "The distilled student has 90.21 M parameters, its teacher 134.5 M." in text
-    assert "a validation loss 1.000 nats per token above the teacher's, a perplexity of 30.0 against 20.0" in text
-    assert "Generation speed 1.50× 30.0 tokens/s, teacher 20.0" in text
+    assert "The distilled student has 90.21 M parameters, the corrected teacher 134.5 M." in text
+    assert (
+        "a validation loss 1.000 nats per token above the corrected teacher's, a perplexity of 30.0 against 20.0"
+        in text
+    )
+    assert "Generation speed 1.50× 30.0 tokens/s, corrected teacher 20.0" in text
 
 
 @pytest.mark.parametrize(
     ("gap", "loss", "words"),
     [
-        (None, 1.5, "no gap to close. What remains: a validation loss 0.500 nats per token below the teacher's"),
+        (
+            None,
+            1.5,
+            "gap to close. What remains: a validation loss 0.500 nats per token below the corrected teacher's",
+        ),
         (-0.25, 7.0, "the gap in validation loss that pruning opened grew by 25.0 %"),
     ],
 )
 def test_headline_without_a_gain(
     compressed: EvaluateConfig, tmp_path: Path, gap: float | None, loss: float, words: str
 ) -> None:
-    page = written(tmp_path, compressed, changed(gap_closed=gap, student__validation_loss=loss))
+    page = write_page(tmp_path, compressed, change_evaluation(gap_closed=gap, student__validation_loss=loss))
     assert words in page.text["verdict"]
     assert "of the gap closed" not in page.text["verdict"]
 
@@ -146,7 +155,9 @@ def test_table_of_models(page: Page) -> None:
 
 def test_a_value_that_was_not_measured_is_left_out(compressed: EvaluateConfig, tmp_path: Path) -> None:
     nothing = {f"{name}__test_loss": None for name in ("teacher_before", "teacher", "pruned", "student")}
-    page = written(tmp_path, compressed, changed(**nothing, student__tasks={}, pruned__perplexity=float("inf")))
+    page = write_page(
+        tmp_path, compressed, change_evaluation(**nothing, student__tasks={}, pruned__perplexity=float("inf"))
+    )
     assert "Test loss" not in page.text["models"]
     assert "Perplexity 25.0 ▼ +5.0 20.0 – 30.0 ▼ +10.0" in page.text["models"]
     assert len([title for title in page.titles if "validation:" in title]) == 4
@@ -160,30 +171,30 @@ def test_bars_have_the_values_and_error_bars(page: Page) -> None:
     assert len([title for title in page.titles if re.match(r".*, (validation|test|arc): ", title)]) == 4 * 3
 
 
-def points(html: str, name: str) -> list[list[tuple[float, float]]]:
+def read_points(html: str, name: str) -> list[list[tuple[float, float]]]:
     """The corners of the first path in every group of a name, in the page's coordinates."""
     groups = re.findall(rf'<g class="{name}">\s*(?:<defs>.*?</defs>\s*)?<path d="([^"]*)"', html, re.DOTALL)
     return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", group)] for group in groups]
 
 
 def test_curves_hold_every_step(page: Page, compressed: EvaluateConfig) -> None:
-    drawn = points(page.html, "training")
-    validations = points(page.html, "validation")
+    drawn = read_points(page.html, "training")
+    validations = read_points(page.html, "validation")
     assert [len(line) for line in drawn] == [STEPS] * 4
     assert [len(line) for line in validations] == [4, 4]  # steps 0, 2, 4, 6
     assert page.html.count('<g class="kept">') == 2
-    [[(_, y), (_, also)]] = points(page.html, "floor")
+    [[(_, y), (_, also)]] = read_points(page.html, "floor")
     assert y == also
-    history = record_of(compressed.student)["history"]
+    history = read_record(compressed.student)["history"]
     losses = [row["validation_loss"] for row in history if "validation_loss" in row]
     slope = (validations[1][-1][1] - validations[1][0][1]) / (losses[-1] - losses[0])  # the axis is linear
     expected = [row["cross_entropy"] - losses[0] for row in history if "cross_entropy" in row]
     assert [y - validations[1][0][1] for _, y in drawn[1]] == pytest.approx(
         [slope * difference for difference in expected], abs=0.01
     )
-    floor = record_of(compressed.student)["metrics"]["teacher_validation_loss"]
+    floor = read_record(compressed.student)["metrics"]["teacher_validation_loss"]
     assert y - validations[1][0][1] == pytest.approx(slope * (floor - losses[0]), abs=0.01)
-    assert f"teacher: {floor:.3f}" in page.text["training"]
+    assert f"corrected teacher: {floor:.3f}" in page.text["training"]
 
 
 def test_long_curves_are_averaged() -> None:
@@ -205,7 +216,7 @@ def test_importance_marks_what_was_kept(page: Page, compressed: EvaluateConfig) 
     assert f"16 channels cut: {hidden[48]:.4g} to {hidden[63]:.4g}" in page.titles
     assert sum("96 of 128 channels kept" in title for title in page.titles) == 3
     assert f"Layer {dropped}: dropped with its channels" in page.titles
-    assert f"what is kept holds {100 * sum(hidden[:48]) / sum(hidden):.1f} % of the score" in page.text["pruning"]
+    assert f"the kept part holds {100 * sum(hidden[:48]) / sum(hidden):.1f} % of the score" in page.text["pruning"]
     crosses = re.findall(r'<g class="cut-black">.*?</g>\s*</g>', page.html, re.DOTALL)
     assert [group.count("<use") for group in crosses] == [4 * 1 + 2 * 3, 2 * 1 + 1 * 3]  # a dropped layer, then heads
 
@@ -220,8 +231,8 @@ def test_sizes_that_were_cut(page: Page, compressed: EvaluateConfig) -> None:
 
 def test_cost_and_lineage(page: Page, compressed: EvaluateConfig) -> None:
     for directory in (compressed.teacher, compressed.pruned, compressed.student):
-        record = record_of(directory)
-        row = f"{record['stage']} {record['seconds']:.1f} s {formatting.megabytes(record['peak_rss_mb'])}"
+        record = read_record(directory)
+        row = f"{record['stage']} {record['seconds']:.1f} s {metrics.format_megabytes(record['peak_rss_mb'])}"
         assert row in page.text["cost"]
         for entry in record["inputs"].values():
             assert f"sha256 {entry['sha256']}" in page.text["lineage"]
@@ -233,19 +244,19 @@ def test_cost_and_lineage(page: Page, compressed: EvaluateConfig) -> None:
 
 def test_samples_stand_side_by_side(page: Page) -> None:
     text = page.text["samples"]
-    assert "“In physics …” Base model base two Teacher teacher two Pruned student pruned two" in text
+    assert "“In physics …” Teacher base two Corrected teacher teacher two Pruned student pruned two" in text
     assert text.index("“Once upon …”") < text.index("student one") < text.index("“In physics …”")
 
 
 def test_generated_text_is_escaped(compressed: EvaluateConfig, tmp_path: Path) -> None:
     attack = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
-    evaluation = changed(prompts=[attack, attack], student__samples=[attack, attack])
+    evaluation = change_evaluation(prompts=[attack, attack], student__samples=[attack, attack])
     for name in ("teacher_before", "teacher", "pruned", "student"):
         evaluation[name]["tasks"] = {f'"{attack}': {"acc": 0.5, "acc_stderr": 0.1}, "$a_1$": {"acc": 0.5}}
-    page = written(tmp_path, compressed, evaluation)
+    page = write_page(tmp_path, compressed, evaluation)
     assert "script" not in page.tags
     assert "img" not in page.tags
-    assert not page.values("onerror", "src")
+    assert not page.read_attributes("onerror", "src")
     assert attack in page.text["samples"]
     assert attack in page.text["models"]
     assert f'Teacher, "{attack}: 50.0 ± 19.6' in page.titles
@@ -253,7 +264,7 @@ def test_generated_text_is_escaped(compressed: EvaluateConfig, tmp_path: Path) -
 
 
 def test_sections_without_data_are_absent(bare: EvaluateConfig, tmp_path: Path) -> None:
-    page = written(tmp_path, bare, EVALUATION)
+    page = write_page(tmp_path, bare, EVALUATION)
     assert re.findall(r'<(?:section|header) id="(\w+)"', page.html) == [
         "verdict",
         "models",
@@ -267,7 +278,7 @@ def test_sections_without_data_are_absent(bare: EvaluateConfig, tmp_path: Path) 
 
 def test_no_tasks_and_no_prompts(bare: EvaluateConfig, tmp_path: Path) -> None:
     nothing = {f"{name}__tasks": {} for name in ("teacher_before", "teacher", "pruned", "student")}
-    page = written(tmp_path, bare, changed(**nothing, prompts=[]))
+    page = write_page(tmp_path, bare, change_evaluation(**nothing, prompts=[]))
     assert page.tags.count("svg") == 1
     assert "samples" not in page.text
     assert "accuracy" not in page.text["models"]
@@ -290,8 +301,8 @@ def test_sections_are_all_there(page: Page) -> None:
 def test_layers_dropped_by_hand(bare: EvaluateConfig, dataset: Path, teacher: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "depth"
     prune.run(PruneConfig(output=pruned, dataset=dataset, teacher=teacher, drop_layers=[2, 3], **SEQUENCES))
-    page = written(tmp_path, bare.model_copy(update={"pruned": pruned}), EVALUATION)
-    assert "What to cut was chosen by hand" in page.text["pruning"]
+    page = write_page(tmp_path, bare.model_copy(update={"pruned": pruned}), EVALUATION)
+    assert "The cut was listed in the settings" in page.text["pruning"]
     assert "Layers 4 2 50.0 %" in page.text["pruning"]
     assert page.tags.count("svg") == 2
 
@@ -309,14 +320,14 @@ def test_a_large_model_and_a_long_training_stay_small(
     account = json.loads((compressed.pruned / "pruning.json").read_text())
     account |= {"scores": scores, "kept": kept, "dropped_layers": []}
     (bare.pruned / "pruning.json").write_text(json.dumps(account))
-    record = record_of(compressed.student)
+    record = read_record(compressed.student)
     row = record["history"][1]
     record["history"] = [{"step": 0, "validation_loss": 9.0}, *({**row, "step": step} for step in range(1, 20_001))]
     (bare.student / "stage.json").write_text(json.dumps(record))
-    page = written(tmp_path, bare, EVALUATION)
+    page = write_page(tmp_path, bare, EVALUATION)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
     assert page.text["pruning"].count("9216 of 14336 kept per layer") == 1
-    assert all(len(line) == charts.MOST_POINTS for line in points(page.html, "training"))
+    assert all(len(line) == charts.MOST_POINTS for line in read_points(page.html, "training"))
     assert "the mean of about 50 steps" in page.text["training"]
 
 
@@ -339,40 +350,40 @@ def test_a_large_model_and_a_long_training_stay_small(
     ],
 )
 def test_figures_in_words(form: str, value: float, text: str) -> None:
-    assert formatting.FORMS[form](value) == text
+    assert metrics.FORMS[form](value) == text
 
 
 def test_a_missing_figure_is_a_dash() -> None:
-    assert {form(None) for name, form in formatting.FORMS.items() if name != "moment"} == {"–"}
-    assert [formatting.number(value) for value in (float("nan"), "N/A", True, 0.5)] == [None, None, None, 0.5]
+    assert {form(None) for name, form in metrics.FORMS.items() if name != "moment"} == {"–"}
+    assert [metrics.parse_number(value) for value in (float("nan"), "N/A", True, 0.5)] == [None, None, None, 0.5]
 
 
 def test_pages_are_reproducible(bare: EvaluateConfig, tmp_path: Path) -> None:
-    pages = [written(tmp_path, bare, EVALUATION).html for _ in range(2)]
+    pages = [write_page(tmp_path, bare, EVALUATION).html for _ in range(2)]
     without_time = [re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", page) for page in pages]
     assert all(one == other for one, other in pairwise(without_time))
 
 
 @pytest.fixture(scope="module")
 def gated(compressed: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return written(tmp_path_factory.mktemp("gated"), compressed, gated_evaluation())
+    return write_page(tmp_path_factory.mktemp("gated"), compressed, make_gated_evaluation())
 
 
 def test_the_decision_and_the_gates_come_first(gated: Page) -> None:
     sections = re.findall(r'<(?:section|header) id="(\w+)"', gated.html)
     assert sections[:3] == ["verdict", "gates", "models"]
     words = "Not passed: of 6 gates 3 passed, 1 failed, 1 within error, 1 not measured"
-    assert f"{tables.FAILED} {words}" in gated.text["verdict"]
+    assert f"{gates.FAILED} {words}" in gated.text["verdict"]
 
 
 def test_a_gate_is_a_sentence_with_its_numbers(gated: Page) -> None:
-    text = gated.text["gates"].replace(tables.FAILED, "x").replace(tables.PASSED, "v")
+    text = gated.text["gates"].replace(gates.FAILED, "x").replace(gates.PASSED, "v")
     for row in (
         "Validation loss, difference from the champion's v passed 0.100 at most 0.150 +0.050 3.000 champion: 2.900",
         "arc, accuracy, difference from the champion's x failed −5.0 points ± 8.3 points at least 5.0 points −10.0 "
         "50.0 % champion: 55.0 %",
-        "arc, accuracy, length-normalised ≈ within error 51.0 % ± 3.9 % at least 53.0 % −2.0 51.0 % –",
-        "Perplexity, ratio to the teacher's v passed 1.500 at most 1.600 +0.100 30.0 teacher: 20.0",
+        "arc, accuracy, length-normalized ≈ within error 51.0 % ± 3.9 % at least 53.0 % −2.0 51.0 % –",
+        "Perplexity, ratio to the corrected teacher's v passed 1.500 at most 1.600 +0.100 30.0 corrected teacher: 20.0",
         "Test loss – not measured – at most 3.500 – – –",
         "Out-of-domain loss v passed 3.100 at most 3.500 +0.400 3.100 –",
     ):
@@ -389,15 +400,15 @@ def test_the_champion_has_its_column(gated: Page, page: Page) -> None:
 
 def test_without_a_champion_a_gate_against_it_is_passed_over(compressed: EvaluateConfig, tmp_path: Path) -> None:
     against = {"metric": "validation_loss", "against": "champion", "at_most": 0.01}
-    evaluation = judged(EVALUATION, against, {"metric": "validation_loss", "at_most": 3.5})
-    page = written(tmp_path, compressed, evaluation)
+    evaluation = judge_evaluation(EVALUATION, against, {"metric": "validation_loss", "at_most": 3.5})
+    page = write_page(tmp_path, compressed, evaluation)
     assert "Passed: of 2 gates 1 no champion, 1 passed" in page.text["verdict"]
     row = "Validation loss, difference from the champion's – no champion – at most 0.010 – 3.000 champion: –"
     assert row in page.text["gates"]
 
 
 def test_without_gates_there_is_no_verdict(compressed: EvaluateConfig, tmp_path: Path) -> None:
-    page = written(tmp_path, compressed, judged(EVALUATION))
+    page = write_page(tmp_path, compressed, judge_evaluation(EVALUATION))
     assert "No verdict: no gates were set" in page.text["verdict"] and "gates" not in page.text
 
 
@@ -406,11 +417,16 @@ def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(
 ) -> None:
     assert "GPU-hours" not in page.text["cost"]
     student = shutil.copytree(compressed.student, tmp_path / "student")
-    record = record_of(student) | {"gpus": 8, "seconds": 900.0, "image": "registry/trainer:1", "mlflow_run_id": "run7"}
+    record = read_record(student) | {
+        "gpus": 8,
+        "seconds": 900.0,
+        "image": "registry/trainer:1",
+        "mlflow_run_id": "run7",
+    }
     (student / "stage.json").write_text(json.dumps(record))
-    gpu_page = written(tmp_path, compressed.model_copy(update={"student": student}), EVALUATION)
-    tokens = formatting.count(record["metrics"]["tokens"])
-    speed = formatting.decimal(record["metrics"]["tokens_per_second"])
-    memory = formatting.megabytes(record["peak_rss_mb"])
+    gpu_page = write_page(tmp_path, compressed.model_copy(update={"student": student}), EVALUATION)
+    tokens = metrics.format_count(record["metrics"]["tokens"])
+    speed = metrics.format_decimal(record["metrics"]["tokens_per_second"])
+    memory = metrics.format_megabytes(record["peak_rss_mb"])
     assert f"distill 15 min 0 s {memory} {tokens} {speed} 2.00" in gpu_page.text["cost"]
     assert "image registry/trainer:1 Kubeflow run – MLflow run run7 seed 1234" in gpu_page.text["lineage"]

@@ -17,7 +17,7 @@ from selenium.webdriver.common.keys import Keys
 from minitron.config.stages import EvaluateConfig
 from minitron.report.page import write_report
 from tests.constants import REPOSITORY
-from tests.report.evaluations import gated_evaluation
+from tests.report.evaluations import make_gated_evaluation
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = REPOSITORY / "build" / "screenshots"
@@ -70,7 +70,7 @@ return texts.map(part => {
 def report(compressed: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every section: a real compression, gates and a champion."""
     directory = tmp_path_factory.mktemp("report")
-    write_report(directory, compressed, gated_evaluation())
+    write_report(directory, compressed, make_gated_evaluation())
     return directory / "report.html"
 
 

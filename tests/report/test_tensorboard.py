@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from minitron.report.tensorboard import write_events
-from tests.report.event_files import read
+from tests.report.event_files import read_events
 
 RECORDS: dict[str, dict[str, Any]] = {
     "prepare": {"started": 5.0},
@@ -25,7 +25,7 @@ RECORDS: dict[str, dict[str, Any]] = {
 def test_every_number_is_at_its_step(tmp_path: Path) -> None:
     write_events(tmp_path, RECORDS)
     assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == ["distill"]
-    assert read(tmp_path / "tensorboard" / "distill") == {
+    assert read_events(tmp_path / "tensorboard" / "distill") == {
         "validation_loss": [(0, 6.5), (2, 5.5)],
         "validation_kl": [(0, 3.0)],
         "cross_entropy": [(1, 6.25)],
