@@ -113,7 +113,7 @@ def _default(parameter: str) -> str:
 
 def _runtime() -> Check:
     name = f"training runtime {trainjob.RUNTIME}"
-    found, problem = kubernetes_api.try_get(trainjob.runtime)
+    found, problem = kubernetes_api.try_get(trainjob.get_runtime)
     if found:
         return Check(True, name, "there")
     check = _missing(name, problem, "only needed for num_nodes above 1: install Kubeflow Trainer 2.3")

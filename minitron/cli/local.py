@@ -16,7 +16,7 @@ import yaml
 from minitron.config.pipelines import list_dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
-from minitron.runtime.record import failure_note, noted_failure
+from minitron.runtime.record import failure_note_path, read_failure_note
 from minitron.storage.layout import CONCLUSION_PAGE, REPORT
 
 _INDENTATION = " " * 4
@@ -37,7 +37,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     adapt(documents[0])
     workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
     os.environ.setdefault("MINITRON_CACHE", str(work_dir / "cache"))
-    failure_note(workspace).unlink(missing_ok=True)
+    failure_note_path(workspace).unlink(missing_ok=True)
     earlier = set(results.glob("*"))
     os.environ |= {"MINITRON_WORKSPACE": workspace, "PYTHONUNBUFFERED": "1"}
     os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -74,7 +74,7 @@ def adapt(specification: dict[str, Any]) -> None:
 
 
 def _explain(workspace: str) -> MinitronError:
-    if not (found := noted_failure(workspace)):
+    if not (found := read_failure_note(workspace)):
         return RunError("a stage ended without a message; see its output above, then run the command again to resume")
     error = RunError(f"{found['stage']}: {found['message']}")
     error.exit_status = found["exit_status"]

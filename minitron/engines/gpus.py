@@ -4,7 +4,7 @@ from minitron.config.stages import StageConfig, TrainingConfig
 from minitron.errors import RunError
 
 
-def check(wanted: int) -> None:
+def check_gpus(wanted: int) -> None:
     """Refuse to start on fewer GPUs than were asked for: the work would crawl on what is paid for.
 
     Raises:
@@ -21,7 +21,7 @@ def check(wanted: int) -> None:
         )
 
 
-def paid(config: StageConfig) -> int:
+def count_gpus(config: StageConfig) -> int:
     """Return the GPUs that a stage holds while it runs: its own, or those of its nodes."""
     if isinstance(config, TrainingConfig) and config.num_nodes > 1:
         return config.num_nodes * config.gpus_per_node

@@ -21,7 +21,7 @@ from minitron.config.stages import TrainingConfig
 from minitron.data.packed import training_data
 from minitron.models.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.models.losses import LossWeights, linear_loss
-from minitron.models.scoring import hidden_states, output_head, score, teacher_metrics
+from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.storage.staging import CHECKPOINTS
 from minitron.tracking.stage_run import Tracker
 
@@ -32,18 +32,18 @@ LOGGED = ("loss", *TERMS, "learning_rate", "grad_norm", "validation_loss", "vali
 """What of the Trainer's logs is history; the rest is its bookkeeping."""
 
 
-def device() -> torch.device:
+def get_device() -> torch.device:
     """Return the GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype() -> torch.dtype:
+def get_compute_dtype() -> torch.dtype:
     """Return bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower)."""
-    return torch.bfloat16 if device().type == "cuda" else torch.float32
+    return torch.bfloat16 if get_device().type == "cuda" else torch.float32
 
 
-def _mixed_precision() -> torch.autocast:
-    return torch.autocast(device().type, compute_dtype(), enabled=device().type == "cuda")
+def _autocast_on_gpu() -> torch.autocast:
+    return torch.autocast(get_device().type, get_compute_dtype(), enabled=get_device().type == "cuda")
 
 
 def train(
@@ -69,10 +69,10 @@ def train(
         `{"metrics", "history"}` for the stage's record.
     """
     set_seed(config.seed)
-    guide: Any = None if teacher is None else load_model(teacher, compute_dtype()).requires_grad_(False)
-    metrics = {} if guide is None else teacher_metrics(config, guide.to(device()))
+    guide: Any = None if teacher is None else load_model(teacher, get_compute_dtype()).requires_grad_(False)
+    metrics = {} if guide is None else validate_teacher(config, guide.to(get_device()))
     checkpoints = directory / CHECKPOINTS
-    last = _last_complete_checkpoint(checkpoints)
+    last = _find_last_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
     trainer = _LinearLossTrainer(config, load_model(initial, torch.float32), weights, guide, checkpoints, last is None)
     trainer.add_callback(_Report(config, tracker, best))
@@ -81,7 +81,7 @@ def train(
     seconds = time.perf_counter() - started - trainer.validation_seconds
     step_tokens = config.global_batch_size * config.sequence_length
     steps_done = config.max_steps - (int(last.name.partition("-")[2]) if last else 0)
-    history = _history(trainer.state.log_history)
+    history = _extract_history(trainer.state.log_history)
     metrics |= {
         "tokens": config.max_steps * step_tokens,
         "tokens_per_second": round(steps_done * step_tokens / seconds, 1),
@@ -104,7 +104,7 @@ class BestModel:
             found = json.loads((directory / "best.json").read_text())
             self.step, self.loss = found["step"], found["loss"]
 
-    def offer(self, model: PreTrainedModel, step: int, loss: float) -> None:
+    def keep_if_better(self, model: PreTrainedModel, step: int, loss: float) -> None:
         """Keep the model if its loss is the lowest so far; the old best is replaced in one rename."""
         if loss >= self.loss:
             return
@@ -145,7 +145,7 @@ class _LinearLossTrainer(Trainer):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         train_set, validation_set = training_data(config)
-        arguments = _arguments(config, checkpoints, validate_first)
+        arguments = _make_arguments(config, checkpoints, validate_first)
         super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
         self._validation_set = validation_set
         self.remove_callback(PrinterCallback)
@@ -169,13 +169,16 @@ class _LinearLossTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the step's loss; its terms are summed without a GPU synchronisation."""
         student, labels = self.accelerator.unwrap_model(model), inputs["labels"].flatten()
-        with _mixed_precision():
-            hidden = hidden_states(student, inputs["input_ids"]).to(compute_dtype())
+        with _autocast_on_gpu():
+            hidden = compute_hidden_states(student, inputs["input_ids"]).to(get_compute_dtype())
         guide = guide_head = None
         if self._teacher is not None:
             with torch.no_grad():
-                guide, guide_head = hidden_states(self._teacher, inputs["input_ids"]), output_head(self._teacher)
-        terms = linear_loss(hidden, output_head(student), labels, self._weights, guide, guide_head)
+                guide, guide_head = (
+                    compute_hidden_states(self._teacher, inputs["input_ids"]),
+                    get_output_head(self._teacher),
+                )
+        terms = linear_loss(hidden, get_output_head(student), labels, self._weights, guide, guide_head)
         self._sums += torch.stack(list(terms[1:])).detach()
         self._tokens += labels.numel()
         return terms.loss / num_items_in_batch
@@ -194,8 +197,8 @@ class _LinearLossTrainer(Trainer):
         started = time.perf_counter()
         models: dict[str, Any] = {"model": self.model}
         sequences, micro_batch_size = self._config.validation_sequences, self._config.micro_batch_size
-        with _mixed_precision():
-            scores = score(models, self._validation_set, sequences, micro_batch_size)
+        with _autocast_on_gpu():
+            scores = score_models(models, self._validation_set, sequences, micro_batch_size)
         metrics = {f"validation_{name}": value for name, value in scores["model"].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -229,13 +232,13 @@ class _Report(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
     ) -> None:
-        self._best.offer(model, state.global_step, metrics["validation_loss"])
+        self._best.keep_if_better(model, state.global_step, metrics["validation_loss"])
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._bar.close()
 
 
-def _arguments(config: TrainingConfig, checkpoints: Path, validate_first: bool) -> TrainingArguments:
+def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.max_steps,
@@ -260,14 +263,14 @@ def _arguments(config: TrainingConfig, checkpoints: Path, validate_first: bool) 
         logging_nan_inf_filter=False,
         seed=config.seed,
         data_seed=config.seed,
-        use_cpu=device().type == "cpu",
+        use_cpu=get_device().type == "cpu",
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
     )
 
 
-def _last_complete_checkpoint(directory: Path) -> Path | None:
+def _find_last_checkpoint(directory: Path) -> Path | None:
     """Return the newest checkpoint that has its last file, trainer_state.json; incomplete ones are deleted."""
     if not directory.is_dir():
         return None
@@ -278,7 +281,7 @@ def _last_complete_checkpoint(directory: Path) -> Path | None:
     return Path(found) if found else None
 
 
-def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _extract_history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per logged step, and one per validation."""
     rows = [{"step": entry["step"]} | {name: entry[name] for name in LOGGED if name in entry} for entry in log]
     return [row for row in rows if len(row) > 1]

@@ -48,10 +48,10 @@ def launch(
             follow()
             time.sleep(_POLL_SECONDS)
     finally:
-        _end(process)
+        _stop_process(process)
     follow()
     if process.returncode:
-        raise explain(name, log, failure)
+        raise explain_failure(name, log, failure)
 
 
 def report_failure(job: Path, error: BaseException) -> None:
@@ -79,7 +79,7 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _end(process: subprocess.Popen) -> None:
+def _stop_process(process: subprocess.Popen) -> None:
     """End torchrun, which ends its workers."""
     if process.poll() is None:
         process.terminate()
@@ -90,7 +90,7 @@ def _end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def explain(job: str, log: Path, failure: Path) -> MinitronError:
+def explain_failure(job: str, log: Path, failure: Path) -> MinitronError:
     """Return the error of a job that failed: what its first failing worker left, or that there is nothing."""
     if not failure.is_file():
         return RunError(

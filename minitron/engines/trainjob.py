@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.cluster import kubernetes_api
-from minitron.engines.launcher import explain
+from minitron.engines.launcher import explain_failure
 from minitron.errors import ConfigError, MinitronError, RunError
 
 RUNTIME, GPU = "torch-distributed", "nvidia.com/gpu"
@@ -59,7 +59,7 @@ def launch(
     """
     name = job["job"]
     path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
-    pod = _own_pod()
+    pod = _read_own_pod()
     train_job = _TrainJob(f"minitron-{name}-{key[:12]}", pod.metadata.namespace, log)
 
     def make() -> dict[str, Any]:
@@ -67,27 +67,27 @@ def launch(
             left.unlink(missing_ok=True)
         path.write_text(json.dumps(job))
         command = ["python", "-m", "torch.distributed.run", "-m", worker, str(path)]
-        return _manifest(train_job.name, pod, command, nodes, gpus)
+        return _make_manifest(train_job.name, pod, command, nodes, gpus)
 
     try:
         train_job.start(make)
         # A worker that failed says so: waiting for the others, or for the pod's restarts, would cost GPUs.
-        while (state := train_job.state()) is None and not failure.is_file():
+        while (state := train_job.get_state()) is None and not failure.is_file():
             follow()
-            train_job.pass_on_log()
+            train_job.forward_log()
             train_job.check_pods()
             time.sleep(POLL_SECONDS)
-        train_job.pass_on_log()
+        train_job.forward_log()
         follow()
         if failure.is_file():
-            raise explain(name, log, failure)
+            raise explain_failure(name, log, failure)
         if state != "Complete":
-            raise train_job.failed(name, str(state))
+            raise train_job.make_error(name, str(state))
     finally:
         train_job.delete()
 
 
-def runtime() -> Any:
+def get_runtime() -> Any:
     """Return the runtime that trains."""
     return kubernetes_api.custom_api(kubernetes_api.LAST_RETRY).get_cluster_custom_object(
         **_API, plural="clustertrainingruntimes", name=RUNTIME
@@ -109,22 +109,22 @@ class _TrainJob:
     def start(self, make: Callable[[], dict[str, Any]]) -> None:
         """Create the job that `make` returns, or take up the one that a lost task left."""
         while True:
-            found = self._find()
+            found = self._find_job()
             if found is None:
-                if self._create(make()):
+                if self._create_job(make()):
                     return
             elif "deletionTimestamp" in found["metadata"]:
                 time.sleep(POLL_SECONDS)
-            elif _ended(found) in (None, "Complete"):
+            elif _read_end_state(found) in (None, "Complete"):
                 print(f"TrainJob {self.name}: taken up", flush=True)
                 return
             else:  # an earlier attempt's
                 self.delete()
 
-    def _create(self, manifest: dict[str, Any]) -> bool:
+    def _create_job(self, manifest: dict[str, Any]) -> bool:
         """Say whether it is there now; another that came first is looked at again."""
         try:
-            with self._errors(f"TrainJob {self.name}"):
+            with self._translate_errors(f"TrainJob {self.name}"):
                 self._jobs.create_namespaced_custom_object(body=manifest, **self._place)
         except kubernetes_api.ConflictError:
             return False
@@ -135,46 +135,48 @@ class _TrainJob:
         print(f"TrainJob {self.name}: {spec['numNodes']} x {spec['numProcPerNode']} GPUs", flush=True)
         return True
 
-    def _find(self) -> dict[str, Any] | None:
+    def _find_job(self) -> dict[str, Any] | None:
         try:
-            with self._errors(f"TrainJob {self.name}"):
+            with self._translate_errors(f"TrainJob {self.name}"):
                 return self._jobs.get_namespaced_custom_object(name=self.name, **self._place)
         except kubernetes_api.MissingError:
             return None
 
-    def state(self) -> str | None:
+    def get_state(self) -> str | None:
         """Return how the job ended: Complete, or why it failed; None while it is at work.
 
         Raises:
             RunError: it was deleted.
         """
-        if (found := self._find()) is None:
+        if (found := self._find_job()) is None:
             raise RunError(f"TrainJob {self.name}: somebody deleted it; run it again, and it resumes")
         self._created = datetime.fromisoformat(found["metadata"]["creationTimestamp"])
-        return _ended(found)
+        return _read_end_state(found)
 
-    def failed(self, job: str, reason: str) -> RunError:
+    def make_error(self, job: str, reason: str) -> RunError:
         """Return the error of a job whose workers left no explanation."""
         lines = " | ".join(self._tail) or "none"
         return RunError(f"{job}: TrainJob {self.name} failed ({reason}); its last lines: {lines}; see {self._log}")
 
-    def pass_on_log(self) -> None:
+    def forward_log(self) -> None:
         """Print what the first node said since the last time, and append it to the log."""
-        firsts = [pod for pod in self._pods() if _is_first(pod)]
+        firsts = [pod for pod in self._list_pods() if _is_first(pod)]
         pod = max(
             firsts, key=lambda pod: str(pod.metadata.creation_timestamp), default=None
         )  # of its restarts the last
         if pod is None or pod.status.phase == "Pending":
             return
-        since = {"since_seconds": _age(self._last_line)} if self._last_line else {}
+        since = {"since_seconds": _compute_age(self._last_line)} if self._last_line else {}
         with (
             contextlib.suppress(kubernetes_api.MissingError, kubernetes_api.NotReadyError),
-            self._errors(f"pod {pod.metadata.name}"),
+            self._translate_errors(f"pod {pod.metadata.name}"),
         ):
             text = self._core.read_namespaced_pod_log(pod.metadata.name, self._namespace, timestamps=True, **since)
-            self._pass_on([line for line in (text or "").splitlines() if line.partition(" ")[0] > self._last_line])
+            self._forward_lines(
+                [line for line in (text or "").splitlines() if line.partition(" ")[0] > self._last_line]
+            )
 
-    def _pass_on(self, lines: list[str]) -> None:
+    def _forward_lines(self, lines: list[str]) -> None:
         texts = [line.partition(" ")[2] for line in lines]
         if not texts:
             return
@@ -190,28 +192,28 @@ class _TrainJob:
         Raises:
             RunError: an image cannot be pulled, a secret is missing, or a quota is exceeded.
         """
-        pods = self._pods()
-        if not pods and (refusal := self._refusal()):
+        pods = self._list_pods()
+        if not pods and (refusal := self._find_quota_refusal()):
             raise RunError(f"TrainJob {self.name}: its pods are refused: {refusal}; ask for less, or for more quota")
-        waiting = [reason for pod in pods for reason in _stuck(pod)]
+        waiting = [reason for pod in pods for reason in _find_stuck_reasons(pod)]
         self._stuck_since = (self._stuck_since or time.monotonic()) if waiting else 0.0
         if waiting and time.monotonic() - self._stuck_since >= STUCK_SECONDS:
             raise RunError(
                 f"TrainJob {self.name}: {waiting[0]}; correct the parameter image, or give image_pull_secret"
             )
 
-    def _pods(self) -> list[Any]:
-        with self._errors(f"pods of TrainJob {self.name}"):
+    def _list_pods(self) -> list[Any]:
+        with self._translate_errors(f"pods of TrainJob {self.name}"):
             return self._core.list_namespaced_pod(
                 self._namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={self.name}"
             ).items
 
-    def _refusal(self) -> str | None:
+    def _find_quota_refusal(self) -> str | None:
         """Return why no pod could be created, if the quota forbids it; what an earlier job met does not count."""
-        with self._errors(f"events of TrainJob {self.name}"):
+        with self._translate_errors(f"events of TrainJob {self.name}"):
             events = self._core.list_namespaced_event(self._namespace, field_selector="reason=FailedCreate").items
         own = [event for event in events if event.involved_object.name.startswith(self.name)]
-        messages = [event.message for event in own if _last_seen(event) >= self._created]
+        messages = [event.message for event in own if _get_last_time(event) >= self._created]
         return next((message for message in messages if "exceeded quota" in message), None)
 
     def delete(self) -> None:
@@ -220,7 +222,7 @@ class _TrainJob:
             return
         api = kubernetes_api.custom_api(kubernetes_api.LAST_RETRY)
         try:
-            with self._errors(f"TrainJob {self.name}"):
+            with self._translate_errors(f"TrainJob {self.name}"):
                 api.delete_namespaced_custom_object(name=self.name, propagation_policy="Background", **self._place)
         except kubernetes_api.MissingError:
             pass
@@ -228,11 +230,11 @@ class _TrainJob:
             remedy = f"kubectl delete trainjob {self.name} -n {self._namespace}"
             print(f"warning: it may still run: {error}; delete it by '{remedy}'", file=sys.stderr, flush=True)
 
-    def _errors(self, what: str) -> contextlib.AbstractContextManager[None]:
+    def _translate_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
         return kubernetes_api.errors(what, self._namespace)
 
 
-def _own_pod() -> Any:
+def _read_own_pod() -> Any:
     """Return the pod that this task runs in."""
     name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     namespace = os.environ.get("MINITRON_NAMESPACE") or (_NAMESPACE.is_file() and _NAMESPACE.read_text().strip())
@@ -244,7 +246,7 @@ def _own_pod() -> Any:
         return kubernetes_api.core_api().read_namespaced_pod(name, namespace)
 
 
-def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:
+def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:
     """Return the TrainJob: its nodes are like the pod's main container, with GPUs."""
     main = next(container for container in pod.spec.containers if container.name == "main")
     volumes = [volume for volume in pod.spec.volumes or [] if _is_shared(volume)]
@@ -267,7 +269,8 @@ def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) ->
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
         # With the workflow they go, too, whatever becomes of this task.
-        "metadata": metadata | {"ownerReferences": [_owner(owner) for owner in pod.metadata.owner_references or []]},
+        "metadata": metadata
+        | {"ownerReferences": [_make_owner_reference(owner) for owner in pod.metadata.owner_references or []]},
         "spec": {
             "runtimeRef": {"name": RUNTIME, "kind": "ClusterTrainingRuntime", "apiGroup": _API["group"]},
             "trainer": {
@@ -278,19 +281,19 @@ def _manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) ->
                 "numProcPerNode": gpus,
                 "resourcesPerNode": {"requests": resources, "limits": resources},
             },
-            "runtimePatches": [{"manager": "minitron.io/task", "trainingRuntimeSpec": _on_nodes(patch)}],
+            "runtimePatches": [{"manager": "minitron.io/task", "trainingRuntimeSpec": _patch_nodes(patch)}],
         },
     }
 
 
-def _on_nodes(patch: dict[str, Any]) -> dict[str, Any]:
+def _patch_nodes(patch: dict[str, Any]) -> dict[str, Any]:
     """Wrap what is changed in the pods of the replicated job `node`; empty values are left out."""
     spec = {name: value for name, value in patch.items() if value}
     node = {"name": "node", "template": {"spec": {"template": {"spec": spec}}}}
     return {"template": {"spec": {"replicatedJobs": [node]}}}
 
 
-def _owner(owner: Any) -> dict[str, Any]:
+def _make_owner_reference(owner: Any) -> dict[str, Any]:
     return {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid}
 
 
@@ -305,7 +308,7 @@ def _is_copied(variable: Any) -> bool:
     return (source is not None and source.secret_key_ref is not None) or variable.name.startswith(_COPIED)
 
 
-def _ended(train_job: dict[str, Any]) -> str | None:
+def _read_end_state(train_job: dict[str, Any]) -> str | None:
     for condition in (train_job.get("status") or {}).get("conditions") or []:
         if condition["status"] == "True" and condition["type"] == "Complete":
             return "Complete"
@@ -314,7 +317,7 @@ def _ended(train_job: dict[str, Any]) -> str | None:
     return None
 
 
-def _last_seen(event: Any) -> datetime:
+def _get_last_time(event: Any) -> datetime:
     return event.last_timestamp or event.event_time or event.metadata.creation_timestamp
 
 
@@ -322,14 +325,14 @@ def _is_first(pod: Any) -> bool:
     return (pod.metadata.labels or {}).get("batch.kubernetes.io/job-completion-index") == "0"
 
 
-def _stuck(pod: Any) -> Iterator[str]:
+def _find_stuck_reasons(pod: Any) -> Iterator[str]:
     for status in pod.status.container_statuses or []:
         waiting = status.state and status.state.waiting
         if waiting and waiting.reason in _STUCK:
             yield f"{waiting.reason} in pod {pod.metadata.name}: {waiting.message or status.image}"
 
 
-def _age(timestamp: str) -> int:
+def _compute_age(timestamp: str) -> int:
     """Return the seconds since a line's timestamp, some more for clocks that differ."""
     age = datetime.now(UTC) - datetime.fromisoformat(timestamp[:19]).replace(tzinfo=UTC)
     return max(1, int(age.total_seconds()) + 30)

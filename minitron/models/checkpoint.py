@@ -101,21 +101,21 @@ def _write_for_both_transformers(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def parameter_count(model: "PreTrainedModel") -> int:
+def count_model_parameters(model: "PreTrainedModel") -> int:
     """Count the parameters; tied embeddings count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_parameters(config: Any) -> int:
+def count_config_parameters(config: Any) -> int:
     """Count the parameters of the model that a transformers config describes, without its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return parameter_count(AutoModelForCausalLM.from_config(config))
+        return count_model_parameters(AutoModelForCausalLM.from_config(config))
 
 
-def stored_parameters(directory: Path) -> int:
+def count_stored_parameters(directory: Path) -> int:
     """Count the parameters in the headers of a model's weight files, without torch; tied embeddings count once.
 
     Raises:
@@ -123,7 +123,7 @@ def stored_parameters(directory: Path) -> int:
     """
     config = check_architecture(directory)
     try:
-        shapes = _stored_shapes(directory)
+        shapes = _read_stored_shapes(directory)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
@@ -136,7 +136,7 @@ def stored_parameters(directory: Path) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _stored_shapes(directory: Path) -> dict[str, list[int]]:
+def _read_stored_shapes(directory: Path) -> dict[str, list[int]]:
     """Return the shape of every tensor in a model's safetensors files, whose sizes safe_open checks."""
     index = directory / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}

@@ -41,7 +41,7 @@ _Request = tuple[Any, list[int], list[int]]
 
 
 @contextmanager
-def loaded_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
+def load_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
     """Give the tasks with their questions, or None; what the datasets library keeps of local files is deleted then.
 
     Args:
@@ -55,19 +55,19 @@ def loaded_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
     if not config.tasks:
         yield None
     elif config.task_directory is None:
-        yield _load(config, TaskManager(), Path())
+        yield _load_tasks(config, TaskManager(), Path())
     else:
         manager = TaskManager(include_path=str(config.task_directory.absolute()), include_defaults=False)
         with (
             TemporaryDirectory(dir=directory.absolute()) as cache,
-            _set(datasets.config, HF_DATASETS_CACHE=Path(cache), HF_HUB_OFFLINE=True),
-            _set(hub, HF_HUB_OFFLINE=True),
+            _override_settings(datasets.config, HF_DATASETS_CACHE=Path(cache), HF_HUB_OFFLINE=True),
+            _override_settings(hub, HF_HUB_OFFLINE=True),
         ):
-            yield _load(config, manager, config.task_directory)
+            yield _load_tasks(config, manager, config.task_directory)
 
 
 @contextmanager
-def _set(module: Any, **values: Any) -> Iterator[None]:
+def _override_settings(module: Any, **values: Any) -> Iterator[None]:
     """Change a library's settings for a while: it has read their environment variables already."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)
@@ -77,11 +77,11 @@ def _set(module: Any, **values: Any) -> Iterator[None]:
         vars(module).update(before)
 
 
-def _load(config: EvaluateConfig, manager: TaskManager, directory: Path) -> Any:
+def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -> Any:
     """Load the tasks in `directory`, which the file names in them are relative to."""
     if unknown := [name for name in config.tasks if name not in manager.all_tasks]:
-        raise ConfigError(_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
-    _quieten()
+        raise ConfigError(_explain_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
+    _silence_lm_eval()
     try:
         with chdir(directory), redirect_stderr(io.StringIO()):
             tasks = manager.load(config.tasks)
@@ -100,7 +100,7 @@ def _load(config: EvaluateConfig, manager: TaskManager, directory: Path) -> Any:
     return tasks
 
 
-def _unknown_task(name: str, known: list[str], directory: Path | None) -> str:
+def _explain_unknown_task(name: str, known: list[str], directory: Path | None) -> str:
     if directory is None:
         close = " or ".join(difflib.get_close_matches(name, known, n=3)) or "a name that 'lm-eval ls tasks' lists"
         return f"evaluate.tasks: {name} is not a task of lm-eval; give {close}, or a task_directory of your own"
@@ -109,18 +109,18 @@ def _unknown_task(name: str, known: list[str], directory: Path | None) -> str:
     return f"evaluate.task_directory: {directory} holds no task; give a directory with lm-eval's .yaml files"
 
 
-def _quieten() -> None:
+def _silence_lm_eval() -> None:
     """Silence what lm-eval says of things that are done here on purpose, such as giving it a model in memory."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def ask(
+def score_tasks(
     tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None, description: str
 ) -> dict[str, dict[str, float]]:
     """Put the questions to a model.
 
     Args:
-        tasks: what `loaded_tasks` gave.
+        tasks: what `load_tasks` gave.
         model: the model, in eval mode, on the device to compute on.
         tokenizer: its tokenizer.
         limit: questions per task; None: all of them.
@@ -131,18 +131,18 @@ def ask(
     """
     if tasks is None:
         return {}
-    _quieten()
+    _silence_lm_eval()
     with tqdm(desc=description, unit="answer", file=sys.stderr) as bar, redirect_stderr(io.StringIO()):
         # lm-eval draws bars of its own for every task and step, most of them nameless.
         answerer = SharedContextLM(bar, pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
         found = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
     assert found is not None  # only a process that is not the first of several gets nothing
     parts = {part for group in found.get("groups", {}) for part in found["group_subtasks"][group]}
-    numbers = {task: _numbers(row) for task, row in found["results"].items() if task not in parts}
+    numbers = {task: _rename_metrics(row) for task, row in found["results"].items() if task not in parts}
     return {task: metrics for task, metrics in numbers.items() if metrics}
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
+def _rename_metrics(row: dict[str, Any]) -> dict[str, float]:
     """Turn lm-eval's keys into names: acc,none is acc; exact_match_stderr,strict is exact_match_strict_stderr."""
     numbers = {}
     for key, value in row.items():
@@ -197,15 +197,15 @@ class SharedContextLM(HFLM):
             beyond = super()._loglikelihood_tokens([requests[index] for index in long], disable_tqdm, override_bs)
             answers = dict(zip(long, beyond, strict=True))
             self._bar.update(len(long))
-        for groups in _batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)):
-            answers |= self._forward(requests, groups)
+        for groups in _iterate_batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)):
+            answers |= self._score_groups(requests, groups)
             self._bar.update(sum(map(len, groups)))
         return [answers[index] for index in range(len(requests))]
 
-    def _forward(self, requests: list[_Request], groups: list[list[int]]) -> dict[int, tuple[float, bool]]:
+    def _score_groups(self, requests: list[_Request], groups: list[list[int]]) -> dict[int, tuple[float, bool]]:
         """Score the answers to a few questions in one pass; a group is the requests with one context."""
         layout = _Layout(requests, groups)
-        tokens_T, mask_TT, positions_T = (part.to(self.device) for part in layout.inputs(self.model.dtype))
+        tokens_T, mask_TT, positions_T = (part.to(self.device) for part in layout.build_inputs(self.model.dtype))
         states = self.model.model(
             input_ids=tokens_T[None],
             attention_mask=mask_TT[None, None],
@@ -241,21 +241,21 @@ class _Layout:
         self._places: list[tuple[int, int, int]] = []  # question, answer (0: the question itself), position
         for question, group in enumerate(groups):
             context = requests[group[0]][1]
-            self._add(context, question, 0, 0)
+            self._append_tokens(context, question, 0, 0)
             last = len(self._tokens) - 1
             for answer, index in enumerate(group, 1):
                 continuation = requests[index][2]
                 start = len(self._tokens)
-                self._add(continuation[:-1], question, answer, len(context))
+                self._append_tokens(continuation[:-1], question, answer, len(context))
                 self.rows += [last, *range(start, len(self._tokens))]
                 self.targets += continuation
                 self.owners += [index] * len(continuation)
 
-    def _add(self, tokens: list[int], question: int, answer: int, start: int) -> None:
+    def _append_tokens(self, tokens: list[int], question: int, answer: int, start: int) -> None:
         self._tokens += tokens
         self._places += [(question, answer, start + offset) for offset in range(len(tokens))]
 
-    def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def build_inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return token ids [T], what is added to the attention scores [T, T], and position ids [T]."""
         question, answer, position = torch.tensor(self._places).unbind(1)
         sees = (question[:, None] == question) & (position[:, None] >= position)
@@ -264,7 +264,7 @@ class _Layout:
         return torch.tensor(self._tokens), mask, position
 
 
-def _batches(
+def _iterate_batches(
     requests: list[_Request], by_context: dict[tuple[int, ...], list[int]], most: int
 ) -> Iterator[list[list[int]]]:
     """Yield groups of requests that together have at most `most` tokens, or one request that has more.

@@ -15,9 +15,9 @@ def continue_prompts(
     end = model.generation_config.eos_token_id  # type: ignore[union-attr]
     # A new configuration: the model's own may ask for sampling, beams or penalties.
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.eos_token_id)
-    _generate(model, tokenizer, config.prompts[0], 1)  # what a GPU does only once is not timed
+    _generate_tokens(model, tokenizer, config.prompts[0], 1)  # what a GPU does only once is not timed
     started = time.perf_counter()
-    continuations = [_generate(model, tokenizer, prompt, config.generation_tokens) for prompt in config.prompts]
+    continuations = [_generate_tokens(model, tokenizer, prompt, config.generation_tokens) for prompt in config.prompts]
     seconds = time.perf_counter() - started
     return {
         "generation_tokens_per_second": sum(map(len, continuations)) / seconds,
@@ -25,7 +25,7 @@ def continue_prompts(
     }
 
 
-def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> list[int]:
+def _generate_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> list[int]:
     """Return the ids of at most `count` new tokens."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     generate: Any = model.generate

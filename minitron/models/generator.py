@@ -28,10 +28,10 @@ class Generator:
         """
         texts = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
         length = int((params or {}).get("max_new_tokens", 64))
-        return [self._continue(str(text), length) for text in texts]
+        return [self._continue_text(str(text), length) for text in texts]
 
     @torch.inference_mode()
-    def _continue(self, text: str, length: int) -> str:
+    def _continue_text(self, text: str, length: int) -> str:
         tokens = self._tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(self._model.device)
         generated = self._model.generate(
             **tokens, max_new_tokens=length, do_sample=False, pad_token_id=self._tokenizer.eos_token_id

@@ -42,7 +42,7 @@ class Importance:
     key_value: Tensor
 
     @classmethod
-    def equal(cls, config: Any) -> "Importance":
+    def zeros(cls, config: Any) -> "Importance":
         """Return the scores that prefer nothing, for a cut that needs none."""
         layers = config.num_hidden_layers
         return cls(
@@ -54,7 +54,7 @@ class Importance:
         )
 
     @classmethod
-    def of_squares(
+    def from_squares(
         cls, config: Any, influence: Tensor, norms: Tensor, intermediate: Tensor, attention: Tensor
     ) -> "Importance":
         """Turn sums of squares over the calibration into scores.
@@ -93,7 +93,9 @@ class Importance:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Importance:
+def measure_importance(
+    model: PreTrainedModel, dataset: PackedDataset, sequences: int, micro_batch_size: int
+) -> Importance:
     """Read the importance of every axis in one forward pass; logits are never computed.
 
     Args:
@@ -109,11 +111,11 @@ def measure(model: PreTrainedModel, dataset: PackedDataset, sequences: int, micr
     sums = _Sums(model)
     with ExitStack() as hooks:
         for index, layer in enumerate(model.model.layers):
-            for handle in sums.watch(index, layer):
+            for handle in sums.add_hooks(index, layer):
                 hooks.callback(handle.remove)
-        for input_ids in _batches(dataset, sequences, micro_batch_size):
+        for input_ids in _iterate_batches(dataset, sequences, micro_batch_size):
             model.model(input_ids=input_ids.to(model.device), use_cache=False)
-    return sums.importance(model.config).check_finite()
+    return sums.to_importance(model.config).check_finite()
 
 
 class _Sums:
@@ -128,7 +130,7 @@ class _Sums:
             self._intermediate = torch.zeros(len(layers), config.intermediate_size)
             self._attention = torch.zeros(len(layers), channels)
 
-    def watch(self, index: int, layer: Any) -> list[Any]:
+    def add_hooks(self, index: int, layer: Any) -> list[Any]:
         """Hook one layer and return the hooks' handles."""
         return [
             layer.register_forward_hook(_add_influence(self._influence[index])),
@@ -138,9 +140,9 @@ class _Sums:
             layer.self_attn.o_proj.register_forward_pre_hook(_add_input(self._attention[index])),
         ]
 
-    def importance(self, config: Any) -> Importance:
+    def to_importance(self, config: Any) -> Importance:
         """Turn the sums of squares into scores."""
-        return Importance.of_squares(
+        return Importance.from_squares(
             config, self._influence, self._norms.flatten(0, 1), self._intermediate, self._attention
         )
 
@@ -171,7 +173,7 @@ def _add_influence(total: Tensor) -> Callable[..., None]:
     return hook
 
 
-def _batches(dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Iterator[Tensor]:
+def _iterate_batches(dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Iterator[Tensor]:
     """Yield token ids [B, S] in order, under a progress bar in tokens."""
     count = min(sequences, len(dataset))
     total = count * len(dataset[0]["input_ids"])

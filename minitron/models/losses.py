@@ -85,12 +85,12 @@ class _LinearLoss(torch.autograd.Function):
             teacher_CV = None
             if teacher_hidden is not None and teacher_head is not None:
                 teacher_CV = (teacher_hidden[chunk] @ teacher_head.T).float()
-            terms, grad_CV = _chunk_loss(logits_CV, labels[chunk], teacher_CV, weights, wants_gradient)
+            terms, grad_CV = _compute_chunk_loss(logits_CV, labels[chunk], teacher_CV, weights, wants_gradient)
             sums += terms
             if grad_hidden is not None and grad_CV is not None:
                 grad_CV = grad_CV.to(hidden.dtype)
                 torch.mm(grad_CV, w_head, out=grad_hidden[chunk])
-                _accumulate(grad_head, grad_CV, hidden[chunk])
+                _accumulate_head_gradient(grad_head, grad_CV, hidden[chunk])
         ctx.save_for_backward(grad_hidden, grad_head)
         loss, *others = sums.unbind()
         ctx.mark_non_differentiable(*others)
@@ -107,7 +107,7 @@ class _LinearLoss(torch.autograd.Function):
         )
 
 
-def _accumulate(grad_head: Tensor | None, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+def _accumulate_head_gradient(grad_head: Tensor | None, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     """Add the chunk's gradient of the head, in the head's own precision."""
     if grad_head is None:
         return
@@ -117,7 +117,7 @@ def _accumulate(grad_head: Tensor | None, grad_CV: Tensor, hidden_CH: Tensor) ->
         grad_head.add_(grad_CV.T @ hidden_CH)
 
 
-def _chunk_loss(
+def _compute_chunk_loss(
     logits_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None, weights: LossWeights, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the five sums of a chunk and the loss's gradient with respect to its logits; buffers are reused."""
@@ -128,7 +128,9 @@ def _chunk_loss(
     if teacher_CV is not None:
         agreements = (logits_CV.argmax(-1) == teacher_CV.argmax(-1)).sum().float()
         teacher_cross_entropy = F.cross_entropy(teacher_CV, labels_C, reduction="sum")
-        kl, grad_CV = _forward_kl(logits_CV, teacher_CV, weights.temperature, wants_gradient and weights.kl != 0)
+        kl, grad_CV = _compute_forward_kl(
+            logits_CV, teacher_CV, weights.temperature, wants_gradient and weights.kl != 0
+        )
     if grad_CV is not None:
         grad_CV *= weights.kl * weights.temperature
     if wants_gradient and weights.cross_entropy:
@@ -140,7 +142,7 @@ def _chunk_loss(
     return torch.stack([loss, kl, cross_entropy, teacher_cross_entropy, agreements]), grad_CV
 
 
-def _forward_kl(
+def _compute_forward_kl(
     logits_CV: Tensor, teacher_CV: Tensor, temperature: float, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of KL(p‖q) over the chunk and q - p, for p, q = softmax of teacher's, student's logits / T."""

@@ -13,19 +13,19 @@ from minitron.data.packed import PackedDataset
 from minitron.models.losses import LossWeights, linear_loss
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def compute_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return the last hidden states of [B, S] token ids as [B · S, H], without computing logits."""
     states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
     return states.flatten(0, 1)
 
 
-def output_head(model: PreTrainedModel) -> Tensor:
+def get_output_head(model: PreTrainedModel) -> Tensor:
     """Return the output embedding [V, H]."""
     return model.get_output_embeddings().weight
 
 
 @torch.no_grad()
-def score(
+def score_models(
     models: dict[str, PreTrainedModel],
     dataset: PackedDataset,
     sequences: int,
@@ -53,38 +53,38 @@ def score(
     for model in models.values():
         model.eval()
     device = next(iter(models.values())).device
-    for input_ids, labels in _batches(dataset, sequences, micro_batch_size, device, description):
-        states = {id(model): hidden_states(model, input_ids) for model in models.values()}
+    for input_ids, labels in _iterate_batches(dataset, sequences, micro_batch_size, device, description):
+        states = {id(model): compute_hidden_states(model, input_ids) for model in models.values()}
         guide = None if reference is None else states.get(id(reference))
         if reference is not None and guide is None:
-            guide = hidden_states(reference, input_ids)
-        guide_head = None if reference is None else output_head(reference)
+            guide = compute_hidden_states(reference, input_ids)
+        guide_head = None if reference is None else get_output_head(reference)
         for name, model in models.items():
-            terms = linear_loss(states[id(model)], output_head(model), labels, weights, guide, guide_head)
+            terms = linear_loss(states[id(model)], get_output_head(model), labels, weights, guide, guide_head)
             sums[name] += torch.stack([terms.cross_entropy, terms.kl, terms.agreements]).double().cpu()
         tokens += labels.numel()
     for name, model in models.items():
         model.train(modes[name])
-    return {name: _means(total / tokens, reference is not None) for name, total in sums.items()}
+    return {name: _make_scores(total / tokens, reference is not None) for name, total in sums.items()}
 
 
-def teacher_metrics(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:
+def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:
     """Return the loss of the teacher where a student is validated: what distillation can reach."""
     validation = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
-    scores = score(
+    scores = score_models(
         {"teacher": teacher}, validation, config.validation_sequences, config.micro_batch_size, None,
         "teacher validation",
     )  # fmt: skip
     return {"teacher_validation_loss": scores["teacher"]["loss"]}
 
 
-def _means(means: Tensor, referred: bool) -> dict[str, float]:
+def _make_scores(means: Tensor, referred: bool) -> dict[str, float]:
     loss, kl, agreement = means.tolist()
     scores = {"loss": loss, "perplexity": math.exp(loss)}
     return scores | {"kl": kl, "top1_agreement": agreement} if referred else scores
 
 
-def _batches(
+def _iterate_batches(
     dataset: PackedDataset, sequences: int, micro_batch_size: int, device: torch.device, description: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield input ids [B, S] and labels [B · S]; the progress bar counts tokens."""

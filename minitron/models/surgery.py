@@ -46,7 +46,7 @@ class Shape:
     num_hidden_layers: int
 
     @classmethod
-    def of(cls, config: Any) -> "Shape":
+    def from_config(cls, config: Any) -> "Shape":
         """Read the sizes of a transformers config."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
@@ -70,7 +70,7 @@ class Plan:
     key_value: list[list[int]]
 
 
-def choose(importance: Importance, shape: Shape, layers: list[int] | None = None) -> Plan:
+def choose_plan(importance: Importance, shape: Shape, layers: list[int] | None = None) -> Plan:
     """Keep the best of every axis. Query heads are ranked within their group, so that each group keeps equally many.
 
     Args:
@@ -79,33 +79,35 @@ def choose(importance: Importance, shape: Shape, layers: list[int] | None = None
         layers: the layers to keep, counted from 0; none: those of the highest block influence.
     """
     if layers is None:
-        layers = _best(importance.layers, shape.num_hidden_layers)
-    groups = [_best(importance.key_value[layer], shape.num_key_value_heads) for layer in layers]
+        layers = _select_best(importance.layers, shape.num_hidden_layers)
+    groups = [_select_best(importance.key_value[layer], shape.num_key_value_heads) for layer in layers]
     per_group = shape.num_attention_heads // shape.num_key_value_heads
     by_group = importance.heads.unflatten(1, (importance.key_value.shape[1], -1))
     return Plan(
         layers=layers,
-        hidden=_best(importance.hidden, shape.hidden_size),
-        intermediate=[_best(importance.intermediate[layer], shape.intermediate_size) for layer in layers],
-        heads=[_best_heads(by_group[layer], kept, per_group) for layer, kept in zip(layers, groups, strict=True)],
+        hidden=_select_best(importance.hidden, shape.hidden_size),
+        intermediate=[_select_best(importance.intermediate[layer], shape.intermediate_size) for layer in layers],
+        heads=[
+            _select_best_heads(by_group[layer], kept, per_group) for layer, kept in zip(layers, groups, strict=True)
+        ],
         key_value=groups,
     )
 
 
-def _best(scores: Tensor, count: int) -> list[int]:
+def _select_best(scores: Tensor, count: int) -> list[int]:
     """Return the indices of the highest scores, ascending; of equal ones the first are kept."""
     return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
 
 
-def _best_heads(scores: Tensor, groups: list[int], count: int) -> list[int]:
+def _select_best_heads(scores: Tensor, groups: list[int], count: int) -> list[int]:
     """Return the `count` best query heads of each kept group; scores are [G, A / G]."""
-    return [group * scores.shape[1] + head for group in groups for head in _best(scores[group], count)]
+    return [group * scores.shape[1] + head for group in groups for head in _select_best(scores[group], count)]
 
 
-def student_config(config: Any, plan: Plan) -> Any:
+def make_student_config(config: Any, plan: Plan) -> Any:
     """Return the teacher's config with the plan's sizes and an explicit head_dim, which no cut changes."""
     student = copy.deepcopy(config)
-    student.head_dim = head_dim(config)
+    student.head_dim = get_head_dim(config)
     student.hidden_size = len(plan.hidden)
     student.intermediate_size = len(plan.intermediate[0])
     student.num_attention_heads = len(plan.heads[0])
@@ -118,32 +120,32 @@ def student_config(config: Any, plan: Plan) -> Any:
     return student
 
 
-def head_dim(config: Any) -> int:
+def get_head_dim(config: Any) -> int:
     """Return the channels per attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @torch.no_grad()
-def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+def cut_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Build the student that a plan describes, in eval mode, with the teacher's dtype and device.
 
     The teacher is not changed and shares no memory with the student. RMSNorm weights are sliced and not rescaled, as
     in Model-Optimizer.
     """
-    config = student_config(model.config, plan)
+    config = make_student_config(model.config, plan)
     with torch.device("meta"):  # no memory, and no random weights, for what is assigned next
         student = type(model)(config)
-    student.load_state_dict(dict(_kept_weights(model, plan)), strict=False, assign=True)
+    student.load_state_dict(dict(_cut_weights(model, plan)), strict=False, assign=True)
     student.tie_weights()
     student.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.eval()
 
 
-def _kept_weights(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+def _cut_weights(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Yield the student's parameters by name; tied ones once."""
     places = {layer: place for place, layer in enumerate(plan.layers)}
-    size = head_dim(model.config)
+    size = get_head_dim(model.config)
     for name, weight in model.named_parameters():
         path = name.split(".")
         axes = DIMENSIONS[path[-2]][: weight.dim()]
@@ -153,10 +155,10 @@ def _kept_weights(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Ten
             if place is None:
                 continue
             path[2] = str(place)
-        yield ".".join(path), _select(weight, axes, plan, place, size)
+        yield ".".join(path), _cut_weight(weight, axes, plan, place, size)
 
 
-def _select(weight: Tensor, axes: tuple[str | None, ...], plan: Plan, place: int | None, size: int) -> Tensor:
+def _cut_weight(weight: Tensor, axes: tuple[str | None, ...], plan: Plan, place: int | None, size: int) -> Tensor:
     """Copy the kept rows and columns of one weight; `place` is its layer in the student, `size` the head_dim."""
     kept = weight.detach()
     for dimension, axis in enumerate(axes):

@@ -15,7 +15,7 @@ from minitron.config.parse import parse, read_yaml
 from minitron.config.stages import STAGES, StageConfig
 from minitron.errors import ConfigError, MinitronError
 from minitron.fast_imports import many_imports
-from minitron.runtime.record import failure_content, failure_note, noted_failure
+from minitron.runtime.record import failure_note_path, make_failure_note, read_failure_note
 from minitron.runtime.stage import LATE, run
 from minitron.storage.files import write_atomically
 
@@ -29,25 +29,27 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
         settings: the stage's section of a settings document, as Kubeflow has it.
         **values: the rest of its configuration: inputs, output, where it reports and keeps results.
     """
-    _terminate_by_exception()
+    _exit_on_sigterm()
     values["workspace"] = workspace = os.environ.get("MINITRON_WORKSPACE") or values.get("workspace")
-    if noted_failure(workspace).get("stage") == stage:
+    if read_failure_note(workspace).get("stage") == stage:
         with suppress(OSError):  # of an earlier attempt
-            failure_note(workspace).unlink()
+            failure_note_path(workspace).unlink()
     try:
-        record = _start(stage, parse(stage, _joined(stage, settings or {}, values)))
+        record = _run_stage(stage, parse(stage, _join_settings(stage, settings or {}, values)))
     except MinitronError as error:
         if workspace:
             with suppress(OSError):  # the failure may be that the disk is full
-                write_atomically(failure_note(workspace), failure_content(stage, error, values.get("pipeline_run_id")))
-        sys.exit(_complain(error))
+                write_atomically(
+                    failure_note_path(workspace), make_failure_note(stage, error, values.get("pipeline_run_id"))
+                )
+        sys.exit(_print_error(error))
     for name, value in record["metrics"].items():
         if metrics is not None and isinstance(value, int | float):
             metrics.log_metric(name, value)
     return record
 
 
-def _joined(stage: str, settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _join_settings(stage: str, settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Join a stage's settings and the rest of its configuration, which are apart in a component's parameters."""
     if both := settings.keys() & values.keys():
         raise ConfigError(
@@ -62,34 +64,34 @@ def main(stage: str) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the stage's configuration")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
-    _terminate_by_exception()
+    _exit_on_sigterm()
     try:
         values = read_yaml(arguments.config)
-        _start(stage, parse(stage, values))
+        _run_stage(stage, parse(stage, values))
     except MinitronError as error:
         if arguments.debug:
             traceback.print_exc()
-        sys.exit(_complain(error))
+        sys.exit(_print_error(error))
 
 
-def _start(stage: str, config: StageConfig) -> dict[str, Any]:
+def _run_stage(stage: str, config: StageConfig) -> dict[str, Any]:
     if stage in LATE:
-        return run(config, lambda *arguments: _module(stage).work(*arguments))
-    return _module(stage).run(config)
+        return run(config, lambda *arguments: _import_stage(stage).work(*arguments))
+    return _import_stage(stage).run(config)
 
 
-def _module(stage: str) -> Any:
+def _import_stage(stage: str) -> Any:
     with many_imports():
         return importlib.import_module(f"minitron.stages.{stage}")
 
 
-def _terminate_by_exception() -> None:
+def _exit_on_sigterm() -> None:
     """Let SIGTERM, by which Kubernetes ends a task, unwind the stage, so that MLflow learns that it was killed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _complain(error: MinitronError) -> int:
+def _print_error(error: MinitronError) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_status

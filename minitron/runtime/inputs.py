@@ -36,7 +36,7 @@ class Input:
         return {"address": self.address, "sha256": self.sha256} | pinned
 
 
-def find(config: StageConfig) -> dict[str, Input]:
+def find_inputs(config: StageConfig) -> dict[str, Input]:
     """Find every input that is given, and check it against the record of the stage that wrote it.
 
     Raises:
@@ -44,7 +44,7 @@ def find(config: StageConfig) -> dict[str, Input]:
         RunError: one is damaged, or cannot be reached.
     """
     names = find_marked_fields(type(config), INPUT)
-    return {name: _find(config, name) for name in names if getattr(config, name) is not None}
+    return {name: _find_input(config, name) for name in names if getattr(config, name) is not None}
 
 
 def with_local_paths(config: Config, found: dict[str, Input]) -> Config:
@@ -55,23 +55,23 @@ def with_local_paths(config: Config, found: dict[str, Input]) -> Config:
     return config.model_copy(update=values)
 
 
-def _find(config: StageConfig, name: str) -> Input:
+def _find_input(config: StageConfig, name: str) -> Input:
     place = format_address(getattr(config, name))
     if name in find_marked_fields(type(config), HUB_DATASET):
         if dataset := resolve_hub_dataset(place):
             return Input(place, dataset.identity, None, dataset.pinned)
         if bucket.is_bucket(place):
             return Input(place, bucket.pin_objects(place)[0].rpartition("#")[2], None)
-    elif (reference := _reference(place)) and bucket.is_bucket(reference.address):
+    elif (reference := _read_reference(place)) and bucket.is_bucket(reference.address):
         return Input(place, reference.sha256, lambda: references.locate_result(reference, place))
     path, pinned = model_sources.pinned_local_model(place, config)
     if config.output.absolute().is_relative_to(path.absolute()):
         raise ConfigError(f"output {config.output}: lies inside {name} {place} and would change it; move it out")
     found = verified_hash(path)
-    model_sources.check(path, found)
+    model_sources.check_unchanged(path, found)
     # A bucket's snapshot is a digest, which proves what was read but is no address.
     return Input(place, found, lambda: path, None if bucket.is_bucket(place) else pinned)
 
 
-def _reference(place: str) -> references.Reference | None:
+def _read_reference(place: str) -> references.Reference | None:
     return None if bucket.is_bucket(place) else references.read_reference(Path(place))

@@ -30,7 +30,7 @@ from minitron.storage.references import follow_reference
 from minitron.storage.staging import download_then_publish
 from minitron.tracking.client import default_retries
 
-__all__ = ["check", "corpus", "local_model", "pinned_local_model"]
+__all__ = ["check_unchanged", "fetch_corpus", "local_model", "pinned_local_model"]
 
 
 def local_model(address: str | Path, config: StageConfig) -> Path:
@@ -54,15 +54,15 @@ def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, 
     if not separator or scheme == "file":
         found = resolve_local_path(address)
     elif scheme == "hf":
-        pinned = _resolved_once(pinned, pin_hub_model, config)
+        pinned = _resolve_once(pinned, pin_hub_model, config)
         found = resolve_local_path(pinned)
     else:
-        found, pinned = _fetched(pinned, config)
+        found, pinned = _fetch_model(pinned, config)
     found = follow_reference(found)
-    return _exported(found, config) if _is_nemo(found) else found, pinned
+    return _export_nemo(found, config) if _is_nemo(found) else found, pinned
 
 
-def corpus(address: str, config: StageConfig) -> str:
+def fetch_corpus(address: str, config: StageConfig) -> str:
     """Return the address of a corpus, or of its copy in the workspace where it lies in a bucket.
 
     Raises:
@@ -71,16 +71,16 @@ def corpus(address: str, config: StageConfig) -> str:
     """
     if not bucket.is_bucket(address):
         return address
-    return str(_kept(bucket.pin_objects(address)[0], _fetch_objects, config))
+    return str(_fetch_once(bucket.pin_objects(address)[0], _fetch_objects, config))
 
 
-def check(path: Path, sha256: str) -> None:
+def check_unchanged(path: Path, sha256: str) -> None:
     """Compare a model's content hash with the one it had when it was fetched.
 
     Raises:
         RunError: it changed.
     """
-    record = _record(path)
+    record = _record_path(path)
     if record.is_file() and (expected := json.loads(record.read_text())["sha256"]) != sha256:
         raise RunError(
             f"{path}: content hash {sha256[:12]} is not the {expected[:12]} that was fetched: a file is damaged or was "
@@ -88,12 +88,12 @@ def check(path: Path, sha256: str) -> None:
         )
 
 
-def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
+def _fetch_model(address: str, config: StageConfig) -> tuple[Path, str]:
     find: Callable[[str], str]
     fetch: Callable[[str, Path], None]
     match address.partition(":/")[0]:
         case "gs":
-            find, fetch = _complete_snapshot, _fetch_objects
+            find, fetch = _find_complete_snapshot, _fetch_objects
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
@@ -106,13 +106,13 @@ def _fetched(address: str, config: StageConfig) -> tuple[Path, str]:
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
     with default_retries():  # no stage can do without it
-        identity = _resolved_once(address, find, config)
-        return _kept(identity, fetch, config), identity
+        identity = _resolve_once(address, find, config)
+        return _fetch_once(identity, fetch, config), identity
 
 
-def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
+def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
     """Return what a movable address names; within one pipeline run, what it named first."""
-    note = _home(config) / "resolved" / f"{_digest(f'{config.pipeline_run_id} {address}')}.json"
+    note = _models_directory(config) / "resolved" / f"{_hash_text(f'{config.pipeline_run_id} {address}')}.json"
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
         place = format_address(config.workspace or "")
         name = f"resolved/{note.name}"
@@ -126,21 +126,21 @@ def _resolved_once(address: str, find: Callable[[str], str], config: StageConfig
     return identity
 
 
-def _kept(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
+def _fetch_once(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
     """Return the directory that holds an identity's files; they come to be there in one rename."""
-    home = _home(config) / _digest(identity)
+    home = _models_directory(config) / _hash_text(identity)
     if _is_complete(home):
         return home
     download_then_publish(home, identity, partial(fetch, identity))
-    write_atomically(_record(home), {"identity": identity, "sha256": content_hash(home)})
+    write_atomically(_record_path(home), {"identity": identity, "sha256": content_hash(home)})
     return home
 
 
 def _is_complete(home: Path) -> bool:
-    return home.is_dir() and _record(home).is_file()
+    return home.is_dir() and _record_path(home).is_file()
 
 
-def _complete_snapshot(address: str) -> str:
+def _find_complete_snapshot(address: str) -> str:
     """Return the snapshot of what lies in a bucket, unless it is a result whose upload did not end."""
     from minitron.storage import bucket_results
 
@@ -159,7 +159,7 @@ def _is_nemo(path: Path) -> bool:
     return (path / "context").is_dir() and (path / "weights").is_dir()
 
 
-def _exported(checkpoint: Path, config: StageConfig) -> Path:
+def _export_nemo(checkpoint: Path, config: StageConfig) -> Path:
     """Return a NeMo 2 checkpoint as a Hugging Face directory, exported by engine nemo.
 
     The image of resolve has no engine. It does not need one: what was never exported, nothing is made from yet.
@@ -173,18 +173,18 @@ def _exported(checkpoint: Path, config: StageConfig) -> Path:
         nemo.export_checkpoint(checkpoint, target)
 
     identity = f"nemo {content_hash(checkpoint)}"
-    if find_spec("torch") is None and not _is_complete(_home(config) / _digest(identity)):
+    if find_spec("torch") is None and not _is_complete(_models_directory(config) / _hash_text(identity)):
         return checkpoint
-    return _kept(identity, export, config)
+    return _fetch_once(identity, export, config)
 
 
-def _home(config: StageConfig) -> Path:
+def _models_directory(config: StageConfig) -> Path:
     return persistent_directory(config.workspace) / "models"
 
 
-def _record(home: Path) -> Path:
+def _record_path(home: Path) -> Path:
     return home.with_name(f"{home.name}.json")
 
 
-def _digest(text: str) -> str:
+def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

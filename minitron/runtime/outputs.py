@@ -23,25 +23,25 @@ from minitron.storage.staging import find_finished, publish_copy, publish_links
 
 
 @dataclass(frozen=True)
-class Place:
+class ResultLocation:
     """Where a result comes to lie: on this machine, and in a bucket where the workspace or else the output is one."""
 
     home: Path
     remote: str | None
 
 
-def result_location(stage: str, config: StageConfig, key: str) -> Place:
+def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation:
     """Return where the result of this key belongs."""
     inner = f"{stage}/{key[:16]}"
     if is_bucket(config.workspace):
-        return Place(cache.cache_directory() / inner, f"{format_address(config.workspace or '')}/{inner}")
+        return ResultLocation(cache.cache_directory() / inner, f"{format_address(config.workspace or '')}/{inner}")
     remote = format_address(config.output) if is_bucket(config.output) else None
     if config.workspace:
-        return Place(config.workspace.absolute() / inner, remote)
-    return Place(cache.cache_directory() / inner if remote else config.output, remote)
+        return ResultLocation(config.workspace.absolute() / inner, remote)
+    return ResultLocation(cache.cache_directory() / inner if remote else config.output, remote)
 
 
-def find_result(place: Place, key: str) -> dict[str, Any] | None:
+def find_result(place: ResultLocation, key: str) -> dict[str, Any] | None:
     """Return the record of the finished result of a key, wherever it lies; it is committed to its bucket if need be."""
     if place.remote is None:
         return find_finished(place.home, key)
@@ -50,10 +50,10 @@ def find_result(place: Place, key: str) -> dict[str, Any] | None:
     record = bucket_results.read_record_at(place.remote)
     if record and record["key"] == key:
         return record
-    return commit(place, replace=False) if find_finished(place.home, key) else None
+    return commit_result(place, replace=False) if find_finished(place.home, key) else None
 
 
-def commit(place: Place, replace: bool) -> dict[str, Any]:
+def commit_result(place: ResultLocation, replace: bool) -> dict[str, Any]:
     """Upload the result on this machine to its bucket, and keep it where references to it find it."""
     from minitron.storage import bucket_results
 
@@ -64,7 +64,7 @@ def commit(place: Place, replace: bool) -> dict[str, Any]:
     return record
 
 
-def publish_output(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+def publish_output(stage: str, config: StageConfig, place: ResultLocation, record: dict[str, Any]) -> None:
     """Make `output` the result, or refer to it."""
     if is_bucket(config.output):
         if format_address(config.output) != place.remote:
@@ -79,14 +79,14 @@ def publish_output(stage: str, config: StageConfig, place: Place, record: dict[s
         _publish_from_volume(stage, config, place, record)
 
 
-def _publish_from_volume(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+def _publish_from_volume(stage: str, config: StageConfig, place: ResultLocation, record: dict[str, Any]) -> None:
     if stage not in LARGE:
         publish_copy(place.home, config.output, record["key"])
     elif not publish_links(place.home, config.output, record["key"]):
         references.write_reference(config.output, references.make_reference(place.home, record), record)
 
 
-def _publish_to_bucket(stage: str, config: StageConfig, place: Place, record: dict[str, Any]) -> None:
+def _publish_to_bucket(stage: str, config: StageConfig, place: ResultLocation, record: dict[str, Any]) -> None:
     """Commit a reference, or a small result, to an output in a bucket; the result lies in the workspace's."""
     from minitron.storage import bucket_results
 
@@ -110,7 +110,7 @@ def refuse_foreign(stage: str, config: StageConfig) -> None:
         ConfigError: it does.
     """
     output = format_address(config.output)
-    record, is_result = _bucket_content(output) if is_bucket(output) else _content(config.output)
+    record, is_result = _read_bucket_content(output) if is_bucket(output) else _read_content(config.output)
     if record and record["stage"] != stage:
         raise ConfigError(
             f"output {output}: holds a result of {record['stage']}, not of {stage}; give another directory"
@@ -119,12 +119,12 @@ def refuse_foreign(stage: str, config: StageConfig) -> None:
         raise ConfigError(f"output {output}: exists and is not a stage's result; give a new directory or delete it")
 
 
-def _content(output: Path) -> tuple[dict[str, Any] | None, bool]:
+def _read_content(output: Path) -> tuple[dict[str, Any] | None, bool]:
     record = read_record(output) if output.is_dir() else None
     return record, not output.exists() or record is not None or (output.is_dir() and not any(output.iterdir()))
 
 
-def _bucket_content(output: str) -> tuple[dict[str, Any] | None, bool]:
+def _read_bucket_content(output: str) -> tuple[dict[str, Any] | None, bool]:
     from minitron.storage import bucket_results
 
     return bucket_results.inspect_output(output)

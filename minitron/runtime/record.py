@@ -19,15 +19,15 @@ from minitron.storage.layout import FAILURE
 from minitron.tracking import stage_run
 
 
-def failure_note(workspace: str | Path | None) -> Path:
+def failure_note_path(workspace: str | Path | None) -> Path:
     """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
     return persistent_directory(workspace) / FAILURE
 
 
-def noted_failure(workspace: str | Path | None) -> dict[str, Any]:
+def read_failure_note(workspace: str | Path | None) -> dict[str, Any]:
     """Return what that file says: stage, exit_status, message, pipeline_run_id; nothing if it is not there."""
     try:
-        return json.loads(failure_note(workspace).read_text())
+        return json.loads(failure_note_path(workspace).read_text())
     except (OSError, ValueError):
         return {}
 
@@ -37,19 +37,19 @@ def run_facts(config: StageConfig, tracker: stage_run.Tracker, started: float) -
     return {
         "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
         "seed": config.seed,
-        "versions": _versions(),
+        "versions": _list_versions(),
         "image": os.environ.get("MINITRON_IMAGE"),
         "pipeline_run_id": config.pipeline_run_id,
         "mlflow_run_id": tracker.run_id,
-        "gpus": gpus.paid(config),
+        "gpus": gpus.count_gpus(config),
         "started": started,
         "seconds": round(time.time() - started, 3),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "peak_gpu_mb": _peak_gpu_mb(),
+        "peak_gpu_mb": _read_peak_gpu_mb(),
     }
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     versions = {"minitron": __version__, "method": METHOD_VERSION, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "numpy", "mlflow-skinny", "nemo_toolkit", "megatron-core"):
         try:
@@ -59,13 +59,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _peak_gpu_mb() -> float | None:
+def _read_peak_gpu_mb() -> float | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
     return round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
 
-def failure_content(stage: str, error: MinitronError, run_id: str | None) -> dict[str, Any]:
+def make_failure_note(stage: str, error: MinitronError, run_id: str | None) -> dict[str, Any]:
     """Return what the note of a failure says."""
     return {"stage": stage, "exit_status": error.exit_status, "message": str(error), "pipeline_run_id": run_id}

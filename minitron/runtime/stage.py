@@ -50,11 +50,11 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
         RunError: the run failed: fewer GPUs than asked for, disk full, damaged input, unreachable server.
     """
     stage = stage_name(config)
-    gpus.check(config.gpus)
+    gpus.check_gpus(config.gpus)
     outputs.refuse_foreign(stage, config)
     with disk_errors(config.output):  # an input may not be readable
-        found = inputs.find(config)
-    key = _key(stage, config, found)
+        found = inputs.find_inputs(config)
+    key = _compute_key(stage, config, found)
     place = outputs.result_location(stage, config, key)
     with disk_errors(place.home):
         record = outputs.find_result(place, key) if config.caching else None
@@ -62,9 +62,9 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
             identity = {"stage": stage, "key": key, "inputs": {name: entry.record() for name, entry in found.items()}}
             local = inputs.with_local_paths(config, found)
             check(local)
-            record = _produce(local, config, work, place.home, identity)
+            record = _make_result(local, config, work, place.home, identity)
             if place.remote:
-                record = outputs.commit(place, replace=not config.caching)
+                record = outputs.commit_result(place, replace=not config.caching)
         else:
             print(f"{stage}: result {key[:12]} is already in {place.remote or place.home}", flush=True)
     with disk_errors(config.output):
@@ -77,7 +77,7 @@ def stage_name(config: StageConfig) -> str:
     return next(name for name, model in STAGES.items() if type(config) is model)
 
 
-def _produce(
+def _make_result(
     local: StageConfig, config: StageConfig, work: Work, home: Path, identity: dict[str, Any]
 ) -> dict[str, Any]:
     """Do the work: with `local`, whose inputs are here; the record says what was asked for, `config`."""
@@ -97,7 +97,7 @@ def _produce(
     return record
 
 
-def _key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
+def _compute_key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
     settings = config.model_dump(mode="json", exclude=set(find_marked_fields(type(config), EXECUTION)) | set(found))
     hashes = {name: entry.sha256 for name, entry in found.items()}
     return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
 from minitron.report import TEMPLATES
-from minitron.runtime.record import noted_failure
+from minitron.runtime.record import read_failure_note
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
 from minitron.tracking import pipeline_run as runs
@@ -52,7 +52,7 @@ def _ending(config: ConcludeConfig) -> dict[str, Any]:
 
 def _noted(config: ConcludeConfig) -> str | None:
     """Return what the last task of this run that failed left in the workspace: not all have a run in MLflow."""
-    note = noted_failure(config.workspace)
+    note = read_failure_note(config.workspace)
     return f"{note['stage']}: {note['message']}" if note.get("pipeline_run_id") == config.pipeline_run_id else None
 
 

@@ -33,7 +33,7 @@ def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, 
     for model in (config.teacher, config.student):
         check_tokenizer(config.dataset, model)
     weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)
-    return engines.get(config.engine).train(config, config.student, weights, directory, tracker, config.teacher)
+    return engines.get_engine(config.engine).train(config, config.student, weights, directory, tracker, config.teacher)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,16 @@ from minitron.data.text import write_first
 from minitron.data.tokenizer import load_tokenizer
 from minitron.engines import hf
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, load_model, parameter_count
-from minitron.models.downstream_tasks import ask, loaded_tasks
+from minitron.models.checkpoint import check_architecture, count_model_parameters, load_model
+from minitron.models.downstream_tasks import load_tasks, score_tasks
 from minitron.models.generation import continue_prompts
-from minitron.models.scoring import score
+from minitron.models.scoring import score_models
 from minitron.registry import gates, lineage
 from minitron.report.page import write_report
 from minitron.report.tensorboard import write_events
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.model_sources import corpus, local_model
+from minitron.runtime.model_sources import fetch_corpus, local_model
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import EVALUATION, LINEAGE
@@ -64,7 +64,7 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
     _check(config, {name: path for name, path in paths.items() if name != CHAMPION})
     if CHAMPION in paths and not _is_comparable(config, paths[CHAMPION]):
         del paths[CHAMPION]
-    with _splits(config, directory, paths["teacher"]) as splits, loaded_tasks(config, directory) as tasks:
+    with _splits(config, directory, paths["teacher"]) as splits, load_tasks(config, directory) as tasks:
         evaluation = _measure(config, paths, splits, tasks, tracker)
     evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
     write_atomically(directory / EVALUATION, evaluation)
@@ -152,7 +152,9 @@ def _splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[
     with TemporaryDirectory(dir=directory) as other:
         if config.out_of_domain:
             prefixes["out_of_domain"] = Path(other) / "out_of_domain"
-            documents = Corpus(corpus(config.out_of_domain, config), PrepareConfig.model_fields["text_field"].default)
+            documents = Corpus(
+                fetch_corpus(config.out_of_domain, config), PrepareConfig.model_fields["text_field"].default
+            )
             tokens = config.evaluation_sequences * config.sequence_length + 1
             write_first(documents, load_tokenizer(teacher), prefixes["out_of_domain"], tokens)
         yield {name: PackedDataset(prefix, config.sequence_length, config.seed) for name, prefix in prefixes.items()}
@@ -172,7 +174,7 @@ def _measure(
     tokenizer = load_tokenizer(paths["teacher"])
     for name in list(models):
         model = models.pop(name)
-        found[name] |= {"tasks": ask(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
+        found[name] |= {"tasks": score_tasks(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
         found[name] |= continue_prompts(config, model, tokenizer)
         del model
         gc.collect()  # a model has reference cycles: its memory is given back before the next one is asked
@@ -195,8 +197,8 @@ def _weights(path: Path) -> tuple[str, ...]:
 
 
 def _load(path: Path) -> PreTrainedModel:
-    model = load_model(path, hf.compute_dtype())
-    return model.to(hf.device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    model = load_model(path, hf.get_compute_dtype())
+    return model.to(hf.get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
 
 
 def _score(
@@ -207,7 +209,7 @@ def _score(
 ) -> dict[str, dict[str, Any]]:
     """Score the models, one pass per split; against the teacher on validation only, which is what is reported."""
     scores = {
-        split: score(
+        split: score_models(
             models,
             dataset,
             config.evaluation_sequences,
@@ -219,7 +221,7 @@ def _score(
     }
     return {
         name: {
-            "parameters": parameter_count(model),
+            "parameters": count_model_parameters(model),
             "weights_mb": model.get_memory_footprint() / 2**20,
             "validation_loss": scores["validation"][name]["loss"],
             **{

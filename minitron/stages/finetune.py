@@ -36,7 +36,9 @@ def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str,
     check_tokenizer(config.dataset, base)
     found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:
-        found = engines.get(config.engine).train(config, base, LossWeights(cross_entropy=1.0), directory, tracker)
+        found = engines.get_engine(config.engine).train(
+            config, base, LossWeights(cross_entropy=1.0), directory, tracker
+        )
         found["metrics"]["corrected"] = int(found["metrics"]["best_step"] > 0)
     else:
         copy_model(base, directory)

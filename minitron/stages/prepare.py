@@ -30,7 +30,7 @@ from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
 from minitron.fast_imports import many_imports
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.model_sources import corpus, local_model
+from minitron.runtime.model_sources import fetch_corpus, local_model
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
@@ -63,7 +63,7 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     teacher = local_model(config.teacher, config)
     with many_imports():  # those of transformers
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
-    selection = Selection(Corpus(corpus(config.corpus, config), config.text_field), config)
+    selection = Selection(Corpus(fetch_corpus(config.corpus, config), config.text_field), config)
     started = time.monotonic()
     tokens = write(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)

@@ -17,9 +17,9 @@ from minitron.data.packed import PackedDataset
 from minitron.engines import hf
 from minitron.engines.nemo import engine as nemo
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, count_parameters, load_model, read_config, save_model
-from minitron.models.importance import Importance, measure
-from minitron.models.surgery import Plan, Shape, choose, cut
+from minitron.models.checkpoint import check_architecture, count_config_parameters, load_model, read_config, save_model
+from minitron.models.importance import Importance, measure_importance
+from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.storage.layout import PRUNING
@@ -48,11 +48,11 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     layers = _layers_kept_by_hand(config, teacher_config.num_hidden_layers)
     if config.engine == "nemo":
         importance, sequences = nemo.prune(config, _sizes(shape, teacher_config), directory)
-        plan = choose(importance, shape, layers)
+        plan = choose_plan(importance, shape, layers)
     else:
         importance, sequences = _importance(config, teacher_config, shape)
-        plan = choose(importance, shape, layers)
-        save_model(cut(load_model(config.teacher), plan), directory, tokenizer_from=config.teacher)
+        plan = choose_plan(importance, shape, layers)
+        save_model(cut_model(load_model(config.teacher), plan), directory, tokenizer_from=config.teacher)
     calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
     student_config = read_config(directory)
     account = _account(teacher_config, student_config, plan, importance if sequences else None, calibration)
@@ -69,7 +69,7 @@ def target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
     Raises:
         ConfigError: a size does not fit the teacher or another size.
     """
-    teacher = Shape.of(teacher_config)
+    teacher = Shape.from_config(teacher_config)
     given = {name: size for name in asdict(teacher) if (size := getattr(config, name)) is not None}
     for name, size in given.items():
         if size > (most := getattr(teacher, name)):
@@ -138,7 +138,7 @@ def _layers_kept_by_hand(config: PruneConfig, total: int) -> list[int] | None:
 
 def _sizes(shape: Shape, teacher_config: Any) -> dict[str, int]:
     """Return the sizes to cut; heads and groups belong together."""
-    sizes, teacher = asdict(shape), asdict(Shape.of(teacher_config))
+    sizes, teacher = asdict(shape), asdict(Shape.from_config(teacher_config))
     heads = ("num_attention_heads", "num_key_value_heads")
     wanted = {name for name in sizes if sizes[name] != teacher[name]}
     return {name: size for name, size in sizes.items() if name in wanted or (name in heads and wanted & {*heads})}
@@ -146,16 +146,16 @@ def _sizes(shape: Shape, teacher_config: Any) -> dict[str, int]:
 
 def _importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance, int]:
     """Return the scores and the sequences they were read on: none when no axis is chosen by its scores."""
-    teacher = Shape.of(teacher_config)
+    teacher = Shape.from_config(teacher_config)
     if config.drop_layers:
         teacher = replace(teacher, num_hidden_layers=shape.num_hidden_layers)
     if shape == teacher:
-        return Importance.equal(teacher_config), 0
+        return Importance.zeros(teacher_config), 0
     calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
-    model = load_model(config.teacher, hf.compute_dtype())
-    model.to(hf.device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    importance = measure(model, calibration, config.calibration_sequences, config.micro_batch_size)
+    model = load_model(config.teacher, hf.get_compute_dtype())
+    model.to(hf.get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    importance = measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
     return importance, min(config.calibration_sequences, len(calibration))
 
 
@@ -174,8 +174,8 @@ def _account(
     kept = set(plan.layers)
     scores = importance and {axis: _rounded(values.tolist()) for axis, values in vars(importance).items()}
     return {
-        "teacher": asdict(Shape.of(teacher)) | {"parameters": count_parameters(teacher)},
-        "student": asdict(Shape.of(student)) | {"parameters": count_parameters(student)},
+        "teacher": asdict(Shape.from_config(teacher)) | {"parameters": count_config_parameters(teacher)},
+        "student": asdict(Shape.from_config(student)) | {"parameters": count_config_parameters(student)},
         "calibration": calibration,
         "dropped_layers": [layer + 1 for layer in range(teacher.num_hidden_layers) if layer not in kept],
         "kept": asdict(plan),

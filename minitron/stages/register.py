@@ -14,7 +14,7 @@ from typing import Any
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, stored_parameters
+from minitron.models.checkpoint import check_architecture, count_stored_parameters
 from minitron.registry import fingerprint, lineage
 from minitron.registry import versions as registry_versions
 from minitron.report.card import write_card
@@ -134,7 +134,7 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker
 
 def _counted_parameters(config: RegisterConfig) -> int:
     """Count the student's parameters; evaluate, which loaded them all, must have found as many."""
-    stored = stored_parameters(config.student)
+    stored = count_stored_parameters(config.student)
     counted = json.loads((config.evaluation / EVALUATION).read_text()).get("student", {}).get("parameters")
     if stored != counted:
         raise ConfigError(

@@ -33,7 +33,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         corpus=wanted.corpus, teacher=wanted.teacher, output=config.output, workspace=config.workspace,
         tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
     )  # fmt: skip
-    found = inputs.find(prepare)
+    found = inputs.find_inputs(prepare)
     made_from = fingerprint.fingerprint_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
     with one_line_errors(config.tracking_uri), fail_fast():
         decision = _decide(config, name, made_from) | {"model_name": name}

@@ -24,5 +24,5 @@ def test_fewer_gpus_than_asked_for_are_refused_before_any_work(tmp_path: Path) -
 
 def test_a_stage_pays_for_its_own_gpus_or_for_those_of_its_nodes(tmp_path: Path) -> None:
     common = {"output": tmp_path, "dataset": tmp_path, "teacher": "x", "engine": "nemo", "workspace": tmp_path}
-    assert gpus.paid(parse("finetune", common | {"gpus": 2})) == 2
-    assert gpus.paid(parse("finetune", common | {"num_nodes": 3, "gpus_per_node": 4})) == 12
+    assert gpus.count_gpus(parse("finetune", common | {"gpus": 2})) == 2
+    assert gpus.count_gpus(parse("finetune", common | {"num_nodes": 3, "gpus_per_node": 4})) == 12

@@ -16,7 +16,7 @@ from minitron.engines.nemo import engine as nemo
 from minitron.engines.nemo.progress import Progress
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import check_architecture, read_config
-from minitron.models.importance import measure
+from minitron.models.importance import measure_importance
 from minitron.stages import finetune, prune
 from minitron.tracking.stage_run import Tracker
 
@@ -52,7 +52,7 @@ def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> Non
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "context_parallel_size": 2}
     settings = config(dataset, **sizes, sequence_parallel=True)
     checks.check_parallelism(settings, check_architecture(teacher), teacher, 8)
-    assert checks.gpus(settings) == (torch.cuda.device_count() or 8)
+    assert checks.count_workers(settings) == (torch.cuda.device_count() or 8)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teache
     text = (other / "config.json").read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM")
     (other / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="converts LlamaForCausalLM, found Qwen2ForCausalLM; use engine hf"):
-        checks.check_architecture_is_supported(check_architecture(other), other)
+        checks.check_convertible(check_architecture(other), other)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dat
     from minitron.models.importance import _Sums
 
     model = load_model(teacher)
-    expected = measure(model, PackedDataset(dataset / "train", 32, 1), 4, 2)
+    expected = measure_importance(model, PackedDataset(dataset / "train", 32, 1), 4, 2)
     sums = _Sums(model)
     sums._influence, sums._norms = torch.rand(4) + 0.1, torch.rand(4, 2, 64)
     sums._intermediate, sums._attention = torch.rand(4, 128), torch.rand(4, 64)
@@ -124,8 +124,8 @@ def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dat
         activations[f"decoder.layers.{layer}.self_attention"] = sums._attention[layer]
     layers = {layer + 1: float(score) for layer, score in enumerate(sums._influence)}
     torch.save({"activations": [activations], "layers": layers}, tmp_path / "scores.pt")
-    found = nemo._importance(tmp_path / "scores.pt", read_config(teacher))
-    for axis, scores in vars(sums.importance(model.config)).items():
+    found = nemo._read_importance(tmp_path / "scores.pt", read_config(teacher))
+    for axis, scores in vars(sums.to_importance(model.config)).items():
         torch.testing.assert_close(getattr(found, axis), scores)
         assert scores.shape == getattr(expected, axis).shape
 
@@ -136,7 +136,7 @@ def test_the_history_that_a_kill_left_is_cut_at_the_last_whole_checkpoint(tmp_pa
     history.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
     for name in ("step-3", "step-10.saving", "best"):
         (tmp_path / name).mkdir()
-    assert files.last_checkpoint(tmp_path) == tmp_path / "step-3"
+    assert files.find_last_checkpoint(tmp_path) == tmp_path / "step-3"
     files.forget_lost_steps(tmp_path)
     assert [json.loads(row)["step"] for row in history.read_text().splitlines()] == [1, 2, 3]
     assert not (tmp_path / "step-10.saving").exists()

@@ -28,13 +28,13 @@ def test_both_engines_read_the_same_tokens_and_labels(teacher: Path, dataset: Pa
     """The end of a document included, whose id is the padding's: Megatron's own dataset masks it."""
     from nemo.lightning.data import MegatronPretrainingSampler
 
-    from minitron.engines.nemo.training import Batches, data_module
+    from minitron.engines.nemo.training import Batches, make_data_module
 
     config = FinetuneConfig(teacher=str(teacher), dataset=dataset, output=Path("unused"), engine="nemo", **TRAINING)
     tokenizer = load_tokenizer(teacher)
     assert json.loads((teacher / "config.json").read_text())["pad_token_id"] == tokenizer.eos_token_id
     train_set, validation_set = training_data(config)
-    module = data_module(config, Batches(train_set), Batches(validation_set, 12, 16), config.global_batch_size)
+    module = make_data_module(config, Batches(train_set), Batches(validation_set, 12, 16), config.global_batch_size)
     sampler = MegatronPretrainingSampler(len(module._train_ds), 0, 4, 0, 1, global_batch_size=8)
     ends = 0
     for place, indices in enumerate(islice(sampler, 6)):

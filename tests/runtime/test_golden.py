@@ -23,4 +23,4 @@ def test_the_key_of_a_stage_is_that_of_version_0_1_0(name: str) -> None:
     where = {"output": "/output", "tracking_uri": "http://mlflow:5000"}
     config = parse(name, golden["config"] | where)
     inputs = {field: Input(field, sha256, None) for field, sha256 in golden["inputs"].items()}
-    assert stage._key(name, config, inputs) == golden["key"]
+    assert stage._compute_key(name, config, inputs) == golden["key"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.errors import ConfigError, RunError
-from minitron.models.checkpoint import stored_parameters
+from minitron.models.checkpoint import count_stored_parameters
 from minitron.runtime import inputs, model_sources
 from minitron.stages import finetune, register
 from minitron.storage.hashing import content_hash
@@ -194,7 +194,9 @@ def registry(mlflow_file: str, teacher: Path, dataset: Path, tmp_path: Path) -> 
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
     (evaluation / "report.html").write_text("report")
-    (evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": stored_parameters(teacher)}}))
+    (evaluation / "evaluation.json").write_text(
+        json.dumps({"student": {"parameters": count_stored_parameters(teacher)}})
+    )
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     weights = load_file(other / "model.safetensors")
@@ -234,7 +236,7 @@ def test_an_alias_that_moves_means_one_version_within_a_pipeline_run(
     assert content_hash(model_sources.local_model(address, first)) == content_hash(teacher)
     second = changed(first, pipeline_run_id="run-2")
     assert content_hash(model_sources.local_model(address, second)) == content_hash(registry["other"])
-    found = [inputs.find(changed(config, teacher=address))["teacher"].record() for config in (first, second)]
+    found = [inputs.find_inputs(changed(config, teacher=address))["teacher"].record() for config in (first, second)]
     assert [entry["pinned"] for entry in found] == [f"models:/{registry['name']}/1", f"models:/{registry['name']}/2"]
 
 
@@ -291,5 +293,7 @@ def test_without_an_engine_a_checkpoint_that_was_never_exported_is_itself(
     config = FinetuneConfig(output=tmp_path / "out", dataset=tmp_path, teacher="x", workspace=tmp_path / "workspace")
     assert model_sources.local_model(tmp_path / "nemo", config) == tmp_path / "nemo"
     identity = f"nemo {content_hash(tmp_path / 'nemo')}"
-    kept = model_sources._kept(identity, lambda _, target: (target / "config.json").write_text("{}") and None, config)
+    kept = model_sources._fetch_once(
+        identity, lambda _, target: (target / "config.json").write_text("{}") and None, config
+    )
     assert model_sources.local_model(tmp_path / "nemo", config) == kept

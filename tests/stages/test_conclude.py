@@ -76,5 +76,5 @@ def test_a_task_without_a_run_is_quoted_from_the_workspace(
     mlflow_file: str, tmp_path: Path, run_id: str, reason: str
 ) -> None:
     note = {"stage": "promote", "message": "no version 1", "exit_status": 1, "pipeline_run_id": run_id}
-    write_atomically(record.failure_note(tmp_path), note)
+    write_atomically(record.failure_note_path(tmp_path), note)
     assert ended(mlflow_file, tmp_path, message="node lost", workspace=tmp_path)["reason"] == reason

@@ -486,7 +486,7 @@ class TestRefusedBeforeAModelIsLoaded:
 
 def test_an_unknown_task_of_the_catalogue_is_answered_with_the_closest() -> None:
     """The catalogue itself, which takes ten seconds to read, is left out."""
-    message = downstream_tasks._unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
+    message = downstream_tasks._explain_unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
     assert message == (
         "evaluate.tasks: helaswag is not a task of lm-eval; give hellaswag, or a task_directory of your own"
     )

@@ -27,9 +27,9 @@ from transformers import (
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
-from minitron.models.checkpoint import load_model, parameter_count, save_model
-from minitron.models.importance import Importance, measure
-from minitron.models.surgery import Plan, Shape, choose, cut
+from minitron.models.checkpoint import count_model_parameters, load_model, save_model
+from minitron.models.importance import Importance, measure_importance
+from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.stages import prune
 from minitron.storage.hashing import content_hash
 from tests.servers import forks
@@ -141,7 +141,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_importance_is_what_a_computation_without_hooks_gives(architecture: str, dataset: Path) -> None:
     model = make_model(architecture)
     packed = PackedDataset(dataset / "train", SEQUENCE, seed=1)
-    found = measure(model, packed, sequences=5, micro_batch_size=2)
+    found = measure_importance(model, packed, sequences=5, micro_batch_size=2)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     model.set_attn_implementation("eager")
     sequences = torch.stack([packed[index]["input_ids"] for index in range(5)])
@@ -155,8 +155,8 @@ def test_importance_never_computes_logits_and_reads_what_there_is(dataset: Path)
     model = make_model("llama")
     del model.lm_head
     packed = PackedDataset(dataset / "validation", SEQUENCE, seed=1)
-    all_of_them = measure(model, packed, len(packed), 16)
-    more_than_there_are = measure(model, packed, len(packed) + 1000, 16)
+    all_of_them = measure_importance(model, packed, len(packed), 16)
+    more_than_there_are = measure_importance(model, packed, len(packed) + 1000, 16)
     assert torch.equal(all_of_them.hidden, more_than_there_are.hidden)
 
 
@@ -167,9 +167,9 @@ def test_importance_never_computes_logits_and_reads_what_there_is(dataset: Path)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cutting_nothing_gives_back_the_teacher_bit_for_bit(architecture: str, tied: bool) -> None:
     teacher = make_model(architecture, tied)
-    student = cut(teacher, choose(random_importance(), FULL))
+    student = cut_model(teacher, choose_plan(random_importance(), FULL))
     assert student.config.to_dict() == teacher.config.to_dict()
-    assert parameter_count(student) == parameter_count(teacher)
+    assert count_model_parameters(student) == count_model_parameters(teacher)
     expected = teacher.state_dict()
     assert student.state_dict().keys() == expected.keys()
     for name, weight in student.state_dict().items():
@@ -186,14 +186,14 @@ def test_the_student_computes_what_the_teacher_does_with_the_cut_parts_silenced(
 ) -> None:
     teacher = make_model(architecture, tied)
     untouched = copy.deepcopy(teacher.state_dict())
-    plan = choose(random_importance(), shape(**CUTS[axis]))
-    student = cut(teacher, plan)
+    plan = choose_plan(random_importance(), shape(**CUTS[axis]))
+    student = cut_model(teacher, plan)
     assert all(torch.equal(weight, untouched[name]) for name, weight in teacher.state_dict().items())
     with torch.no_grad():
         found, expected = student(token_ids()).logits, silenced(teacher, plan)(token_ids()).logits
         assert (teacher(token_ids()).logits - expected).abs().max() > 0.1, "the silenced parts did not matter"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    assert Shape.of(student.config) == shape(**CUTS[axis])
+    assert Shape.from_config(student.config) == shape(**CUTS[axis])
     assert student.lm_head.weight.data_ptr() == student.model.embed_tokens.weight.data_ptr() or not tied
 
 
@@ -223,8 +223,8 @@ def silenced(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 def test_kept_weights_are_slices_of_the_teachers() -> None:
     teacher = make_model("qwen3")
-    plan = choose(random_importance(), shape(**CUTS["all"]))
-    student = cut(teacher, plan)
+    plan = choose_plan(random_importance(), shape(**CUTS["all"]))
+    student = cut_model(teacher, plan)
     for place, layer in enumerate(plan.layers):
         new, old = student.model.layers[place], teacher.model.layers[layer]
         queries, groups = head_channels(plan.heads[place]), head_channels(plan.key_value[place])
@@ -245,7 +245,7 @@ def test_the_best_are_kept_in_their_order_and_heads_are_ranked_within_their_grou
         heads=torch.tensor([[9.0, 8.0, 1.0, 2.0, 6.0, 7.0], [0.0] * 6, [1.0, 2.0, 9.0, 8.0, 3.0, 2.0]]),
         key_value=torch.tensor([[12.0, 2.2, 9.2], [0.0] * 3, [2.2, 12.0, 3.6]]),
     )
-    plan = choose(importance, Shape(2, 2, 2, 2, 2))
+    plan = choose_plan(importance, Shape(2, 2, 2, 2, 2))
     assert plan == Plan(
         layers=[0, 2],
         hidden=[1, 3],
@@ -254,11 +254,11 @@ def test_the_best_are_kept_in_their_order_and_heads_are_ranked_within_their_grou
         key_value=[[0, 2], [1, 2]],
     )
     # without a cut of groups each keeps its best head, though group 1's are the lowest of layer 0
-    assert choose(importance, Shape(4, 3, 3, 3, 3)).heads[0] == [0, 3, 5]
+    assert choose_plan(importance, Shape(4, 3, 3, 3, 3)).heads[0] == [0, 3, 5]
 
 
 def test_attention_windows_go_with_their_layers() -> None:
-    student = cut(make_model("qwen2"), choose(random_importance(), FULL, layers=[1, 3]))
+    student = cut_model(make_model("qwen2"), choose_plan(random_importance(), FULL, layers=[1, 3]))
     assert student.config.layer_types == ["full_attention", "sliding_attention"]
     assert student.config.max_window_layers == 1
 
@@ -296,18 +296,18 @@ def test_every_axis_at_once_reloads_with_transformers_alone(
     record = prune.run(PruneConfig(**settings, **CUTS["all"]))
     student, report = AutoModelForCausalLM.from_pretrained(settings["output"], output_loading_info=True)
     assert not any(report.values()), report
-    assert Shape.of(student.config) == shape(**CUTS["all"])
+    assert Shape.from_config(student.config) == shape(**CUTS["all"])
     assert json.loads((settings["output"] / "config.json").read_text())["head_dim"] == 8
     assert student.model.layers[0].self_attn.q_proj.weight.shape == (48, 48)
     assert student.config.tie_word_embeddings is tied
-    importance = measure(model, PackedDataset(dataset / "train", SEQUENCE, 1234), 8, 4)
-    expected = cut(model, choose(importance, shape(**CUTS["all"])))
+    importance = measure_importance(model, PackedDataset(dataset / "train", SEQUENCE, 1234), 8, 4)
+    expected = cut_model(model, choose_plan(importance, shape(**CUTS["all"])))
     with torch.no_grad():
         assert torch.equal(student.eval()(token_ids()).logits, expected(token_ids()).logits)
     assert record["metrics"] == {
-        "parameters_before": parameter_count(model),
-        "parameters": parameter_count(student),
-        "parameters_ratio": round(parameter_count(student) / parameter_count(model), 4),
+        "parameters_before": count_model_parameters(model),
+        "parameters": count_model_parameters(student),
+        "parameters_ratio": round(count_model_parameters(student) / count_model_parameters(model), 4),
         "calibration_tokens": 8 * SEQUENCE,
     }
     assert content_hash(settings["teacher"]) == before
@@ -317,7 +317,7 @@ def test_every_axis_at_once_reloads_with_transformers_alone(
 def test_pruning_json_says_what_was_kept_and_why(settings: dict, teacher: Path, dataset: Path) -> None:
     prune.run(PruneConfig(**settings, num_hidden_layers=2, intermediate_size=96))
     found = json.loads((settings["output"] / "pruning.json").read_text())
-    importance = measure(load_model(teacher), PackedDataset(dataset / "train", SEQUENCE, 1234), 8, 4)
+    importance = measure_importance(load_model(teacher), PackedDataset(dataset / "train", SEQUENCE, 1234), 8, 4)
     lowest = sorted(importance.layers.argsort()[:2].tolist())
     assert found["dropped_layers"] == [layer + 1 for layer in lowest]
     assert found["kept"]["layers"] == [layer for layer in range(4) if layer not in lowest]
@@ -362,7 +362,7 @@ def test_a_cut_keeps_the_stored_dtype_and_is_ranked_in_fp32_on_a_cpu(
     prune.run(PruneConfig(**settings, intermediate_size=40))
     assert {weight.dtype for weight in load_file(settings["output"] / "model.safetensors").values()} == {torch.bfloat16}
     calibration = PackedDataset(dataset / "train", SEQUENCE, 1234)
-    expected = measure(load_model(settings["teacher"], torch.float32), calibration, 8, 4).hidden
+    expected = measure_importance(load_model(settings["teacher"], torch.float32), calibration, 8, 4).hidden
     found = torch.tensor(json.loads((settings["output"] / "pruning.json").read_text())["scores"]["hidden"])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 

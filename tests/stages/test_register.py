@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
 from minitron.errors import ConfigError, RunError
-from minitron.models.checkpoint import parameter_count, stored_parameters
+from minitron.models.checkpoint import count_model_parameters, count_stored_parameters
 from minitron.registry import versions
 from minitron.stages import distill, register
 from minitron.storage.hashing import content_hash
@@ -237,7 +237,7 @@ def test_the_parameters_are_counted_in_every_shard_without_loading_them(
     model.tie_weights()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert stored_parameters(tmp_path) == parameter_count(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert count_stored_parameters(tmp_path) == count_model_parameters(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
@@ -247,7 +247,7 @@ def test_a_student_that_lacks_weights_is_refused(teacher: Path, tmp_path: Path, 
     del weights[name]
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(RunError, match=f"1 weights are missing \\({name} …\\); get the model again"):
-        stored_parameters(tmp_path)
+        count_stored_parameters(tmp_path)
 
 
 def test_the_student_s_environment_is_the_one_that_trained_it(

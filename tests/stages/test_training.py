@@ -18,7 +18,7 @@ from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
-from minitron.models.scoring import score
+from minitron.models.scoring import score_models
 from minitron.stages import distill, finetune
 from minitron.storage.hashing import content_hash
 from tests.servers import forks
@@ -162,7 +162,7 @@ def test_the_best_state_is_kept_not_the_last(job: dict[str, Any]) -> None:
     assert record["metrics"]["validation_loss"] == min(validations.values())
     assert record["metrics"]["best_step"] == min(validations, key=lambda step: validations[step])
     dataset = PackedDataset(job["dataset"] / "validation", 32, record["seed"])
-    saved = score({"saved": load_model(job["output"])}, dataset, 16, 4)["saved"]["loss"]
+    saved = score_models({"saved": load_model(job["output"])}, dataset, 16, 4)["saved"]["loss"]
     assert saved == pytest.approx(min(validations.values()), abs=1e-6)
 
 

@@ -48,14 +48,14 @@ def check_installed() -> None:
         )
 
 
-def gpus(config: TrainingConfig) -> int:
+def count_workers(config: TrainingConfig) -> int:
     """Return the number of workers: one per GPU, or on a CPU as many as one copy of the model takes."""
     if config.num_nodes > 1:
         return config.num_nodes * config.gpus_per_node
     return torch.cuda.device_count() or config.model_parallel_size
 
 
-def check_architecture_is_supported(architecture: dict[str, Any], model: Path) -> None:
+def check_convertible(architecture: dict[str, Any], model: Path) -> None:
     """Refuse a model that this engine would not convert back to the last bit."""
     if (found := architecture["architectures"][0]) not in SUPPORTED:
         raise ConfigError(f"{model}: engine nemo converts {', '.join(SUPPORTED)}, found {found}; use engine hf")
@@ -73,7 +73,7 @@ def check_parallelism(config: TrainingConfig, architecture: dict[str, Any], mode
     Raises:
         ConfigError: one does not divide; the message names the sizes that do.
     """
-    check_architecture_is_supported(architecture, model)
+    check_convertible(architecture, model)
     for name, key in (
         ("tensor_parallel_size", "num_attention_heads"),
         ("tensor_parallel_size", "num_key_value_heads"),

@@ -17,8 +17,8 @@ from nemo.utils.model_utils import unwrap_model
 from torch import Tensor
 
 from minitron.config.stages import DistillConfig
-from minitron.engines.hf import device
-from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, step_of
+from minitron.engines.hf import get_device
+from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, parse_step
 from minitron.models.losses import LossWeights
 
 LOSS_TERMS = ("kl", "cross_entropy", "intermediate")
@@ -50,18 +50,18 @@ class Balancer(DistillationLossBalancer):
         self._count += 1
         return {"kd_loss": loss, "logits_loss": kl, "intermediate_loss": intermediate}
 
-    def means(self) -> dict[str, float]:
+    def reduce_means(self) -> dict[str, float]:
         """Return the mean of the terms since the last call, over all copies of the model."""
-        means = (self._sums / max(self._count, 1)).to(device())  # where a stage without a loss has its zeros, too
+        means = (self._sums / max(self._count, 1)).to(get_device())  # where a stage without a loss has its zeros, too
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(means, group=group)
         means /= torch.distributed.get_world_size(group)
-        _from_last_stage(means)
+        _share_last_stage(means)
         self._sums, self._count = torch.zeros_like(self._sums), 0
         return dict(zip(LOSS_TERMS, means.tolist(), strict=True))
 
 
-def _from_last_stage(value: Tensor) -> None:
+def _share_last_stage(value: Tensor) -> None:
     """Give every pipeline stage what the last one knows; the others have zeros."""
     torch.distributed.all_reduce(value, group=parallel_state.get_pipeline_model_parallel_group())
 
@@ -109,34 +109,34 @@ class Course(pl.Callback):
         """Validate the untrained model."""
         trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: False  # at the last step Lightning would, too
         if not self._first_step:
-            self._validate(trainer, 0)
+            self._validate_model(trainer, 0)
         self._started, self._validating = time.perf_counter(), 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Report the step; validate and save where it is time."""
         step, config = trainer.global_step, self._config
-        self._write(trainer, self._row(trainer, step))
+        self._write_row(trainer, self._make_row(trainer, step))
         if step % config.validation_interval == 0 or step == config.max_steps:
             started = time.perf_counter()
-            self._validate(trainer, step)
+            self._validate_model(trainer, step)
             self._validating += time.perf_counter() - started
         if step % config.checkpoint_interval == 0 and step < config.max_steps:
-            self._save(trainer, self._work / f"step-{step}", weights_only=False)
+            self._save_checkpoint(trainer, self._work / f"step-{step}", weights_only=False)
             if trainer.is_global_zero:
                 _delete_all_but(self._work, step)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Tensor, *_: Any) -> None:
         """Add up the losses, each weighted by its sequences: the last batch may be filled up."""
         loss = outputs.detach().float().reshape(()).clone()
-        _from_last_stage(loss)
+        _share_last_stage(loss)
         size = min(self._config.global_batch_size, self._sequences - self._validated)
         self._sum += loss.item() * size
         self._validated += size
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how long it took, and what the largest worker needed."""
-        peaks = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _peak_gpu_mb()])
-        peaks = peaks.to(device())
+        peaks = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _read_peak_gpu_mb()])
+        peaks = peaks.to(get_device())
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         rss, gpu = (round(peak, 1) for peak in peaks.tolist())
         end = {
@@ -148,23 +148,23 @@ class Course(pl.Callback):
         if trainer.is_global_zero:
             (self._work / FINISHED).write_text(json.dumps(end))
 
-    def _row(self, trainer: Any, step: int) -> dict[str, float]:
+    def _make_row(self, trainer: Any, step: int) -> dict[str, float]:
         found = trainer.callback_metrics
         row = {"step": step, "loss": found["reduced_train_loss"].item()}
         if isinstance(self._config, DistillConfig):
-            terms = self._balancer.means()
+            terms = self._balancer.reduce_means()
             row |= {name: value for name, value in terms.items() if value or name == "kl"}
         else:
             row["cross_entropy"] = row["loss"]
         row["learning_rate"] = float(found["lr"])  # of this step: the schedule has moved on already
         return row | ({"grad_norm": found["grad_norm"].item()} if "grad_norm" in found else {})
 
-    def _write(self, trainer: Any, row: dict[str, float]) -> None:
+    def _write_row(self, trainer: Any, row: dict[str, float]) -> None:
         if trainer.is_global_zero:
             with (self._work / HISTORY).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
 
-    def _validate(self, trainer: Any, step: int) -> None:
+    def _validate_model(self, trainer: Any, step: int) -> None:
         """Run Lightning's validation loop, as it does itself between two steps; keep the state if it is the best."""
         self._sum, self._validated = 0.0, 0
         first = trainer._logger_connector._first_loop_iter
@@ -173,12 +173,14 @@ class Course(pl.Callback):
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first
         loss = self._sum / self._sequences
-        self._write(trainer, {"step": step, "validation_loss": loss, "validation_perplexity": math.exp(loss)})
+        self._write_row(trainer, {"step": step, "validation_loss": loss, "validation_perplexity": math.exp(loss)})
         if loss < self._best:
             self._best = loss
-            self._save(trainer, self._work / BEST, weights_only=True, note={"step": step, "loss": loss})
+            self._save_checkpoint(trainer, self._work / BEST, weights_only=True, note={"step": step, "loss": loss})
 
-    def _save(self, trainer: Any, path: Path, weights_only: bool, note: dict[str, float] | None = None) -> None:
+    def _save_checkpoint(
+        self, trainer: Any, path: Path, weights_only: bool, note: dict[str, float] | None = None
+    ) -> None:
         """Write a checkpoint under another name and rename it when complete; the untrained state is not copied."""
         saving = path.with_name(f"{path.name}.saving")
         if note is None or note["step"]:
@@ -197,9 +199,9 @@ class Course(pl.Callback):
 
 def _delete_all_but(work: Path, step: int) -> None:
     for path in work.glob("step-*[0-9]"):
-        if step_of(path) != step:
+        if parse_step(path) != step:
             shutil.rmtree(path)
 
 
-def _peak_gpu_mb() -> float:
+def _read_peak_gpu_mb() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0

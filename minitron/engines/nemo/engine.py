@@ -17,19 +17,19 @@ from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.launcher import launch
 from minitron.engines.nemo.checks import (
-    check_architecture_is_supported,
+    check_convertible,
     check_installed,
     check_parallelism,
     check_shared,
     check_sizes,
-    gpus,
+    count_workers,
 )
 from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, SCORES, TEACHER, forget_lost_steps
 from minitron.engines.nemo.progress import Progress
 from minitron.models.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
 from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
-from minitron.models.scoring import teacher_metrics
+from minitron.models.scoring import validate_teacher
 from minitron.storage.staging import CHECKPOINTS, KEY
 from minitron.tracking.stage_run import Tracker
 
@@ -55,31 +55,31 @@ def train(
     check_installed()
     models = [initial] if teacher is None else [initial, teacher]
     for model in models:
-        check_parallelism(config, check_architecture(model), model, gpus(config))
+        check_parallelism(config, check_architecture(model), model, count_workers(config))
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
     if config.num_nodes > 1:
         check_shared(config, [config.dataset, *models])
-    metrics: dict[str, Any] = {} if teacher is None else _teacher_metrics(config, teacher, work)
-    _import(dict(zip(("student", "teacher"), models, strict=False)), work)
+    metrics: dict[str, Any] = {} if teacher is None else _score_teacher_near_gpus(config, teacher, work)
+    _import_models(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
     if not (work / FINISHED).is_file():  # else it was killed while it exported
         forget_lost_steps(work)
         with Progress(config, work, tracker) as progress:
             if config.num_nodes == 1:
-                _launch(job, work, gpus(config), progress)
+                _run_job(job, work, count_workers(config), progress)
             else:
-                _launch_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
+                _run_job_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
     best = json.loads((work / BEST / "best.json").read_text())
     if best["step"]:
-        _export(work / BEST, initial, directory)
+        _export_model(work / BEST, initial, directory)
     else:
         copy_model(initial, directory)
-    return _found(config, work, best, metrics)
+    return _read_result(config, work, best, metrics)
 
 
-def _found(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def _read_result(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     """Return what the stage's record gets, of what the workers left."""
     history = [json.loads(row) for row in (work / HISTORY).read_text().splitlines()]
     end = json.loads((work / FINISHED).read_text())
@@ -92,7 +92,7 @@ def _found(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: di
         "best_step": best["step"],
     }
     peaks = {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
-    return {"metrics": metrics, "history": history, "gpus": gpus(config)} | peaks
+    return {"metrics": metrics, "history": history, "gpus": count_workers(config)} | peaks
 
 
 def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[Importance, int]:
@@ -111,23 +111,23 @@ def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[
         RunError: the worker failed, or the scores are not finite.
     """
     check_installed()
-    check_architecture_is_supported(check_architecture(config.teacher), config.teacher)
+    check_convertible(check_architecture(config.teacher), config.teacher)
     check_sizes(config, sizes)
     teacher_config = read_config(config.teacher)
     if not sizes:
         copy_model(config.teacher, directory)
-        return Importance.equal(teacher_config), 0
+        return Importance.zeros(teacher_config), 0
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
-    _import({"teacher": config.teacher}, work)
-    _launch({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
-    _export(work / "pruned", config.teacher, directory)
+    _import_models({"teacher": config.teacher}, work)
+    _run_job({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
+    _export_model(work / "pruned", config.teacher, directory)
     if config.drop_layers:
-        return Importance.equal(teacher_config), 0
-    return _importance(work / SCORES, teacher_config), calibration_sequences(config)
+        return Importance.zeros(teacher_config), 0
+    return _read_importance(work / SCORES, teacher_config), count_calibration_sequences(config)
 
 
-def _importance(scores: Path, config: Any) -> Importance:
+def _read_importance(scores: Path, config: Any) -> Importance:
     """Read the sums that Model-Optimizer collected, by the names of its modules; layers are counted from 1 there."""
     found = torch.load(scores, weights_only=True)
     (activations,) = found["activations"]  # of one process
@@ -139,7 +139,7 @@ def _importance(scores: Path, config: Any) -> Importance:
         )
 
     norms = next(value for value in activations.values() if isinstance(value, dict))
-    return Importance.of_squares(
+    return Importance.from_squares(
         config,
         torch.tensor([found["layers"][layer + 1] for layer in layers]),
         torch.stack(list(norms.values())),
@@ -157,7 +157,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     output = target / "exported"
     shutil.rmtree(output, ignore_errors=True)
     exports = [{"checkpoint": str(checkpoint), "like": None, "output": str(output)}]
-    _launch({"job": "export", "exports": exports}, target)
+    _run_job({"job": "export", "exports": exports}, target)
     finish_model(output, tokenizer_from=output)
     for path in list(output.iterdir()):
         path.rename(target / path.name)
@@ -166,51 +166,51 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         (target / name).unlink()
 
 
-def calibration_sequences(config: PruneConfig) -> int:
+def count_calibration_sequences(config: PruneConfig) -> int:
     """Return how many sequences importance is read on: whole micro-batches, which is what NeMo takes."""
     train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     batches = max(1, min(config.calibration_sequences, len(train)) // config.micro_batch_size)
     return batches * config.micro_batch_size
 
 
-def _launch(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = lambda: None) -> None:
+def _run_job(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = lambda: None) -> None:
     print(f"engine nemo: {job['job']}, {processes} process{'es' if processes > 1 else ''}", flush=True)
     launch(WORKER, job | {"work": str(work)}, work, processes, follow)
 
 
-def _launch_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, follow: Any = lambda: None) -> None:
+def _run_job_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, follow: Any = lambda: None) -> None:
     """Run a job's workers in a TrainJob, named after the key of the stage whose work in progress this is."""
     from minitron.engines import trainjob
 
     trainjob.launch(WORKER, job | {"work": str(work)}, work, nodes, gpus, (work.parent / KEY).read_text(), follow)
 
 
-def _import(models: dict[str, Path], work: Path) -> None:
+def _import_models(models: dict[str, Path], work: Path) -> None:
     """Convert Hugging Face directories to NeMo checkpoints in `work`, by name; those that are there are whole."""
     missing = {name: str(path) for name, path in models.items() if not (work / name).exists()}
     if missing:
-        _launch({"job": "import", "models": missing}, work)
+        _run_job({"job": "import", "models": missing}, work)
 
 
-def _export(checkpoint: Path, like: Path, directory: Path) -> None:
+def _export_model(checkpoint: Path, like: Path, directory: Path) -> None:
     """Write a NeMo checkpoint as a Hugging Face directory with the settings and tokenizer of the model `like`."""
     work = directory / CHECKPOINTS
     exported = work / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     exports = [{"checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}]
-    _launch({"job": "export", "exports": exports}, work)
+    _run_job({"job": "export", "exports": exports}, work)
     finish_model(exported, tokenizer_from=like)
     copy_model(exported, directory)
 
 
-def _teacher_metrics(config: TrainingConfig, teacher: Path, work: Path) -> dict[str, float]:
+def _score_teacher_near_gpus(config: TrainingConfig, teacher: Path, work: Path) -> dict[str, float]:
     """Score the teacher: here, or where the GPUs are."""
     if config.num_nodes == 1:
         return score_teacher(config, teacher)
     scores = work / TEACHER
     if not scores.is_file():
         job = {"job": "score", "config": config.model_dump(mode="json"), "teacher": str(teacher)}
-        _launch_on_nodes(job, work, 1, 1)
+        _run_job_on_nodes(job, work, 1, 1)
     return json.loads(scores.read_text())
 
 
@@ -218,8 +218,8 @@ def score_teacher(config: TrainingConfig, teacher: Path) -> dict[str, float]:
     """Score the teacher, and give its memory back before the workers start."""
     from minitron.engines import hf
 
-    model: Any = load_model(teacher, hf.compute_dtype())
-    metrics = teacher_metrics(config, model.to(hf.device()))
+    model: Any = load_model(teacher, hf.get_compute_dtype())
+    metrics = validate_teacher(config, model.to(hf.get_device()))
     del model
     gc.collect()
     torch.cuda.empty_cache()

@@ -9,12 +9,12 @@ HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.js
 teacher's scores."""
 
 
-def last_checkpoint(work: Path) -> Path | None:
+def find_last_checkpoint(work: Path) -> Path | None:
     """Return the newest complete checkpoint to resume from; one that a kill left half-written has another name."""
-    return max(work.glob("step-*[0-9]"), key=step_of, default=None)
+    return max(work.glob("step-*[0-9]"), key=parse_step, default=None)
 
 
-def step_of(checkpoint: Path) -> int:
+def parse_step(checkpoint: Path) -> int:
     """Return the step at which a checkpoint was saved."""
     return int(checkpoint.name.partition("-")[2])
 
@@ -23,9 +23,9 @@ def forget_lost_steps(work: Path) -> None:
     """Drop half-written checkpoints, and the history after the last whole one: those steps are done again."""
     for path in work.glob("*.saving"):
         shutil.rmtree(path)
-    last, history = last_checkpoint(work), work / HISTORY
+    last, history = find_last_checkpoint(work), work / HISTORY
     if last and history.is_file():
         rows = [row for row in history.read_text().splitlines(keepends=True) if row.endswith("\n")]
-        history.write_text("".join(row for row in rows if json.loads(row)["step"] <= step_of(last)))
+        history.write_text("".join(row for row in rows if json.loads(row)["step"] <= parse_step(last)))
     else:
         history.unlink(missing_ok=True)

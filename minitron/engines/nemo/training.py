@@ -22,10 +22,10 @@ from transformers import get_scheduler
 
 from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
 from minitron.data.packed import training_data
-from minitron.engines.hf import compute_dtype, device
-from minitron.engines.nemo.checks import gpus
+from minitron.engines.hf import get_compute_dtype, get_device
+from minitron.engines.nemo.checks import count_workers
 from minitron.engines.nemo.course import Balancer, Course
-from minitron.engines.nemo.files import last_checkpoint, step_of
+from minitron.engines.nemo.files import find_last_checkpoint, parse_step
 from minitron.models.losses import LossWeights
 
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -36,24 +36,24 @@ def train(config: Any, weights: LossWeights, work: Path) -> None:
     train_set, validation_set = training_data(config)
     sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
     validations = math.ceil(sequences / batch)
-    data = data_module(config, Batches(train_set), Batches(validation_set, sequences, validations * batch), batch)
-    trainer = _trainer(config, validations)
+    data = make_data_module(config, Batches(train_set), Batches(validation_set, sequences, validations * batch), batch)
+    trainer = _make_trainer(config, validations)
     balancer = Balancer(weights)
-    last = last_checkpoint(work)
-    trainer.callbacks.append(Course(config, work, sequences, balancer, 0 if last is None else step_of(last)))
+    last = find_last_checkpoint(work)
+    trainer.callbacks.append(Course(config, work, sequences, balancer, 0 if last is None else parse_step(last)))
     if last:
         trainer.ckpt_path = last / "weights"
     common: dict[str, Any] = {
         "data": data,
         "trainer": trainer,
-        "optim": _optimizer(config),
+        "optim": _make_optimizer(config),
         "log": nl.NeMoLogger(explicit_log_dir=str(work / "logs"), use_datetime_version=False),
         "resume": nl.AutoResume(restore_config=nl.RestoreConfig(path=str(work / "student"))),
         "tokenizer": "model",
     }
     if isinstance(config, DistillConfig):
         settings = work / "distillation.yaml"
-        settings.write_text(yaml.safe_dump(_distillation_settings(config)))
+        settings.write_text(yaml.safe_dump(_make_distillation_settings(config)))
         llm.distill(work / "student", work / "teacher", distillation_config_path=settings, **common)
     else:
         llm.finetune(load_context(work / "student" / "context", subpath="model"), **common)
@@ -97,10 +97,10 @@ class _DataModule(llm.PreTrainingDataModule):
     """
 
     def build(self, *_: Any, **__: Any) -> None:
-        """Megatron's datasets are not built; `data_module` gave ours."""
+        """Megatron's datasets are not built; `make_data_module` gave ours."""
 
 
-def data_module(config: SequenceConfig, training: Batches, validation: Batches | None, batch: int) -> _DataModule:
+def make_data_module(config: SequenceConfig, training: Batches, validation: Batches | None, batch: int) -> _DataModule:
     """Return a data module that gives `batch` sequences per step."""
     prefix = str(config.dataset / "train")
     module = _DataModule(
@@ -110,14 +110,14 @@ def data_module(config: SequenceConfig, training: Batches, validation: Batches |
         micro_batch_size=config.micro_batch_size,
         global_batch_size=batch,
         num_workers=0,
-        pin_memory=device().type == "cuda",
+        pin_memory=get_device().type == "cuda",
     )
     module._train_ds, module._validation_ds = training, validation
     return module
 
 
-def _trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
-    on_gpu, dtype = device().type == "cuda", compute_dtype()
+def _make_trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
+    on_gpu, dtype = get_device().type == "cuda", get_compute_dtype()
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
@@ -136,7 +136,7 @@ def _trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
     )
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=gpus(config) // config.num_nodes,
+        devices=count_workers(config) // config.num_nodes,
         num_nodes=config.num_nodes,
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if on_gpu else "32", params_dtype=dtype),
@@ -172,8 +172,8 @@ class _Schedule(LRSchedulerModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _optimizer(config: TrainingConfig) -> nl.MegatronOptimizerModule:
-    dtype = compute_dtype()
+def _make_optimizer(config: TrainingConfig) -> nl.MegatronOptimizerModule:
+    dtype = get_compute_dtype()
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.learning_rate,
@@ -189,6 +189,6 @@ def _optimizer(config: TrainingConfig) -> nl.MegatronOptimizerModule:
     return nl.MegatronOptimizerModule(settings, schedule)
 
 
-def _distillation_settings(config: DistillConfig) -> dict[str, Any]:
+def _make_distillation_settings(config: DistillConfig) -> dict[str, Any]:
     pairs = [[f"decoder.layers.{layer - 1}" for layer in pair] for pair in config.intermediate_layers]
     return {"skip_lm_loss": config.cross_entropy_weight == 0, "intermediate_layer_pairs": pairs}

@@ -87,9 +87,9 @@ def prune(job: dict[str, Any], work: Path) -> None:
 
     from minitron.config.parse import parse
     from minitron.data.packed import PackedDataset
-    from minitron.engines.nemo.engine import calibration_sequences
+    from minitron.engines.nemo.engine import count_calibration_sequences
     from minitron.engines.nemo.files import SCORES
-    from minitron.engines.nemo.training import Batches, data_module
+    from minitron.engines.nemo.training import Batches, make_data_module
 
     config: Any = parse("prune", job["config"])
     run_search, scores = MCoreMinitronSearcher.run_search, (work / SCORES).absolute()
@@ -101,13 +101,13 @@ def prune(job: dict[str, Any], work: Path) -> None:
     MCoreMinitronSearcher.run_search = recorded
     _rank_groups_by_their_own_heads()
     shutil.rmtree(work / "pruned", ignore_errors=True)
-    sequences = calibration_sequences(config)
+    sequences = count_calibration_sequences(config)
     if config.drop_layers:
         target, data = PruningConfig(drop_layers=config.drop_layers), None
     else:
         target = PruningConfig(**{SIZES[name]: size for name, size in job["sizes"].items()})
         train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-        data = data_module(config, Batches(train, sequences), None, config.micro_batch_size)
+        data = make_data_module(config, Batches(train, sequences), None, config.micro_batch_size)
     teacher, pruned = (str((work / name).absolute()) for name in ("teacher", "pruned"))
     os.chdir(work)  # llm.prune logs into the working directory
     llm.prune(teacher, pruned, target, num_train_samples=sequences, data=data)
@@ -137,7 +137,7 @@ def train(job: dict[str, Any], work: Path) -> None:
     training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
 
 
-def score(job: dict[str, Any], work: Path) -> None:
+def score_teacher_job(job: dict[str, Any], work: Path) -> None:
     """Score the teacher of a distillation."""
     from minitron.config.parse import parse
     from minitron.engines.nemo.engine import score_teacher
@@ -148,7 +148,7 @@ def score(job: dict[str, Any], work: Path) -> None:
     write_atomically(work / TEACHER, score_teacher(config, Path(job["teacher"])))
 
 
-JOBS = {"score": score, "import": import_models, "train": train, "prune": prune, "export": export_models}
+JOBS = {"score": score_teacher_job, "import": import_models, "train": train, "prune": prune, "export": export_models}
 
 if __name__ == "__main__":
     main()
