@@ -1,12 +1,81 @@
-"""Who trains: hf (transformers) or nemo (NeMo, Megatron). Same configuration, same data, same directories."""
+"""Who trains and prunes: hf (transformers) or nemo (NeMo, Megatron). Same settings, same data, same directories.
 
-import importlib
-from typing import Any
+An engine is a module with the functions of `Engine`. The room imports config, cluster, storage, data, tracking and
+models.
+"""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.fast_imports import many_imports
 
+if TYPE_CHECKING:  # register's image has no torch
+    from minitron.models.importance import Importance
+    from minitron.models.losses import LossWeights
+    from minitron.models.surgery import Plan, Shape
+    from minitron.tracking.stage_run import Tracker
 
-def get_engine(name: str) -> Any:
-    """Return an engine's module, which has `train`; only the one that is used is imported."""
+
+class Engine(Protocol):
+    """What stages ask of an engine."""
+
+    def train(
+        self,
+        config: TrainingConfig,
+        initial: Path,
+        weights: "LossWeights",
+        directory: Path,
+        tracker: "Tracker",
+        teacher: Path | None = None,
+    ) -> dict[str, Any]:
+        """Train the model in `initial`; write its best state by validation loss, the untrained one included.
+
+        Args:
+            config: steps, batch sizes, optimizer, validation and checkpoint intervals.
+            initial: model directory to start from; it is not changed.
+            weights: weights of the loss's terms.
+            directory: the stage's directory of work in progress, which becomes a Hugging Face model directory;
+                checkpoints lie in its CHECKPOINTS subdirectory.
+            tracker: gets the metrics while the training runs.
+            teacher: model directory whose logits are learnt; None: cross-entropy alone.
+
+        Returns:
+            What the stage's record gets: `metrics`, `history`, and the numbers that the engine knows better.
+
+        Raises:
+            ConfigError: the engine is not installed, or a setting does not fit the model.
+            RunError: the training failed.
+        """
+
+    def prune(
+        self, config: PruneConfig, shape: "Shape", layers: list[int] | None, directory: Path
+    ) -> "tuple[Plan, Importance | None, int]":
+        """Cut the student out of `config.teacher` and write it to `directory`, a Hugging Face model directory.
+
+        Args:
+            config: the stage's settings; its inputs are local directories.
+            shape: the student's sizes.
+            layers: the layers to keep, counted from 0; None: those of the highest block influence.
+            directory: the stage's directory of work in progress.
+
+        Returns:
+            What was kept, the scores it was chosen by (None: nothing was chosen by scores), and the number of
+            calibration sequences that the scores were read on.
+
+        Raises:
+            ConfigError: the engine is not installed, or cannot cut to these sizes.
+            RunError: the weights cannot be read, or the scores are not finite.
+        """
+
+
+def get_engine(name: str) -> Engine:
+    """Return the engine of a name, hf or nemo; only that one is imported."""
     with many_imports():
-        return importlib.import_module("minitron.engines.nemo.engine" if name == "nemo" else f"minitron.engines.{name}")
+        if name == "nemo":
+            from minitron.engines.nemo import engine as nemo
+
+            return nemo
+        from minitron.engines import hf
+
+        return hf

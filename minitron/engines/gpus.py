@@ -5,10 +5,10 @@ from minitron.errors import RunError
 
 
 def check_gpus(wanted: int) -> None:
-    """Refuse to start on fewer GPUs than were asked for: the work would crawl on what is paid for.
+    """Refuse to start on fewer GPUs than the settings ask for: the work would crawl while you pay.
 
     Raises:
-        RunError: this process sees fewer.
+        RunError: this process sees fewer GPUs.
     """
     if not wanted:
         return
@@ -22,7 +22,7 @@ def check_gpus(wanted: int) -> None:
 
 
 def count_gpus(config: StageConfig) -> int:
-    """Return the GPUs that a stage holds while it runs: its own, or those of its nodes."""
+    """Count the GPUs that a stage holds while it runs: its own, or those of its nodes."""
     if isinstance(config, TrainingConfig) and config.num_nodes > 1:
         return config.num_nodes * config.gpus_per_node
     return config.gpus

@@ -7,6 +7,7 @@ killed training resumes from its last complete checkpoint.
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,25 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from minitron.config.stages import TrainingConfig
-from minitron.data.packed import training_data
+from minitron.config.stages import PruneConfig, TrainingConfig
+from minitron.data.packed import PackedDataset, training_data
 from minitron.models.checkpoint import copy_model, load_model, read_config, save_model
+from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
+from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.storage.staging import CHECKPOINTS
 from minitron.tracking.stage_run import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
-"""The loss terms that are logged apart, as linear_loss returns them; without a teacher only the cross-entropy."""
+"""The loss terms that are logged, in the order of LossTerms; without a teacher only the cross-entropy."""
 
 LOGGED = ("loss", *TERMS, "learning_rate", "grad_norm", "validation_loss", "validation_perplexity")
-"""What of the Trainer's logs is history; the rest is its bookkeeping."""
+"""The keys of the Trainer's logs that are history; the others are its bookkeeping."""
 
 
 def get_device() -> torch.device:
-    """Return the GPU, or the CPU where there is none."""
+    """Return the GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -54,27 +57,18 @@ def train(
     tracker: Tracker,
     teacher: Path | None = None,
 ) -> dict[str, Any]:
-    """Train the model in `initial`; write its best state by validation loss, the untrained one included.
-
-    Args:
-        config: steps, batch sizes, optimizer, validation and checkpoint intervals.
-        initial: model directory to start from; it is not changed.
-        weights: of the loss's terms.
-        directory: the stage's directory of work in progress, which becomes a Hugging Face model directory; checkpoints
-            lie in its CHECKPOINTS subdirectory.
-        tracker: gets the metrics while the training runs.
-        teacher: model directory whose logits are learnt; none: cross-entropy alone.
-
-    Returns:
-        `{"metrics", "history"}` for the stage's record.
-    """
+    """Train the model in `initial`; write its best state by validation loss: see `engines.Engine.train`."""
     set_seed(config.seed)
-    guide: Any = None if teacher is None else load_model(teacher, get_compute_dtype()).requires_grad_(False)
-    metrics = {} if guide is None else validate_teacher(config, guide.to(get_device()))
+    teacher_model: Any = None
+    if teacher is not None:
+        teacher_model = load_model(teacher, get_compute_dtype()).requires_grad_(False)
+    metrics = {} if teacher_model is None else validate_teacher(config, teacher_model.to(get_device()))
     checkpoints = directory / CHECKPOINTS
     last = _find_last_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
-    trainer = _LinearLossTrainer(config, load_model(initial, torch.float32), weights, guide, checkpoints, last is None)
+    trainer = _LinearLossTrainer(
+        config, load_model(initial, torch.float32), weights, teacher_model, checkpoints, last is None
+    )
     trainer.add_callback(_Report(config, tracker, best))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -93,16 +87,42 @@ def train(
     return {"metrics": metrics, "history": history}
 
 
+def prune(
+    config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path
+) -> tuple[Plan, Importance | None, int]:
+    """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`."""
+    teacher_config = read_config(config.teacher)
+    importance, sequences = _measure_importance(config, teacher_config, shape)
+    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
+    save_model(cut_model(load_model(config.teacher), plan), directory, tokenizer_from=config.teacher)
+    return plan, importance, sequences
+
+
+def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance | None, int]:
+    """Return the scores and the number of sequences they were read on; None and 0 if no axis is chosen by scores."""
+    teacher = Shape.from_config(teacher_config)
+    if config.drop_layers:
+        teacher = replace(teacher, num_hidden_layers=shape.num_hidden_layers)
+    if shape == teacher:
+        return None, 0
+    calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+    # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
+    model = load_model(config.teacher, get_compute_dtype())
+    model.to(get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    importance = measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
+    return importance, min(config.calibration_sequences, len(calibration))
+
+
 class BestModel:
     """The state of lowest validation loss: `initial` until a training step beats it. It survives a kill."""
 
     def __init__(self, directory: Path, initial: Path) -> None:
-        """Read what an earlier attempt left in `directory`."""
+        """Read the state that an earlier attempt left in `directory`."""
         self._directory, self._initial = directory, initial
         self.step, self.loss = 0, float("inf")
         if (directory / "best.json").is_file():
-            found = json.loads((directory / "best.json").read_text())
-            self.step, self.loss = found["step"], found["loss"]
+            best = json.loads((directory / "best.json").read_text())
+            self.step, self.loss = best["step"], best["loss"]
 
     def keep_if_better(self, model: PreTrainedModel, step: int, loss: float) -> None:
         """Keep the model if its loss is the lowest so far; the old best is replaced in one rename."""
@@ -140,7 +160,7 @@ class _LinearLossTrainer(Trainer):
         validate_first: bool,
     ) -> None:
         model.config.use_cache = False
-        # where padding and end of document are one token, it would keep the embedding it has: nothing here is padded
+        # nothing is padded here; a padding index would freeze the embedding of a token that also ends documents
         model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -149,42 +169,42 @@ class _LinearLossTrainer(Trainer):
         super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
         self._validation_set = validation_set
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # the loss is normalised here, by the tokens of the whole step
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._config, self._teacher, self._weights = config, teacher, weights
         self._sums, self._tokens = torch.zeros(len(TERMS), device=self.args.device), 0
         self.validation_seconds = 0.0
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        """Read in the order of TrainingSequences."""
+        """Read the sequences in the order of TrainingSequences."""
         dataset: Any = self.train_dataset
         return SequentialSampler(dataset)
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list, Any]:
-        """Count every label of the step: they are already shifted and none is masked."""
+        """Return the step's batches and their labels' count: labels are shifted already, and none is masked."""
         batches, _ = super().get_batch_samples(*arguments, **keywords)
         return batches, sum(batch["labels"].numel() for batch in batches)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], *_: Any, num_items_in_batch: Any = None, **__: Any
     ) -> Any:
-        """Return the micro-batch's share of the step's loss; its terms are summed without a GPU synchronisation."""
+        """Return the micro-batch's share of the step's loss; its terms are summed without waiting for the GPU."""
         student, labels = self.accelerator.unwrap_model(model), inputs["labels"].flatten()
         with _autocast_on_gpu():
             hidden = compute_hidden_states(student, inputs["input_ids"]).to(get_compute_dtype())
-        guide = guide_head = None
+        teacher_hidden = teacher_head = None
         if self._teacher is not None:
             with torch.no_grad():
-                guide, guide_head = (
+                teacher_hidden, teacher_head = (
                     compute_hidden_states(self._teacher, inputs["input_ids"]),
                     get_output_head(self._teacher),
                 )
-        terms = linear_loss(hidden, get_output_head(student), labels, self._weights, guide, guide_head)
+        terms = linear_loss(hidden, get_output_head(student), labels, self._weights, teacher_hidden, teacher_head)
         self._sums += torch.stack(list(terms[1:])).detach()
         self._tokens += labels.numel()
         return terms.loss / num_items_in_batch
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """Add the loss terms, averaged since they were last logged."""
+        """Log the numbers, and the means of the loss terms since the last log."""
         if "loss" in logs and self._tokens:
             means = dict(zip(TERMS, (self._sums / self._tokens).tolist(), strict=True))
             logs |= means if self._teacher is not None else {"cross_entropy": means["cross_entropy"]}
@@ -271,14 +291,23 @@ def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: b
 
 
 def _find_last_checkpoint(directory: Path) -> Path | None:
-    """Return the newest checkpoint that has its last file, trainer_state.json; incomplete ones are deleted."""
+    """Return the newest complete checkpoint, None without one; delete incomplete ones."""
     if not directory.is_dir():
         return None
     for path in directory.glob("checkpoint-*"):
-        if not (path / "trainer_state.json").is_file():
+        if not _is_complete(path):
             shutil.rmtree(path)
-    found = get_last_checkpoint(str(directory))
-    return Path(found) if found else None
+    last = get_last_checkpoint(str(directory))
+    return Path(last) if last else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Say whether a checkpoint has its last file, trainer_state.json, and the whole of it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _extract_history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

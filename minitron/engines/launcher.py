@@ -1,6 +1,7 @@
 """Start an engine's workers, one process per GPU, by torchrun; follow them, and end them with this process.
 
-A job is JSON: `{"job": name, ...}`. Its worker is a module with `main()`, guarded, so that it is safe under spawn.
+A job is JSON: `{"job": name, ...}`. Its worker is a module with a guarded `main()`, so that spawned processes can
+import it.
 """
 
 import ctypes
@@ -26,13 +27,13 @@ def launch(
 
     Args:
         worker: module that torchrun runs in every process; its argument is the job's file.
-        job: what to do; `<directory>/<job>.log` gets the workers' output.
-        directory: where job, log and a failure's explanation lie.
-        processes: workers on this machine.
+        job: the job; `<directory>/<job>.log` gets the workers' output.
+        directory: gets the job, the log and, if a worker fails, its explanation.
+        processes: number of workers on this machine.
         follow: called while they run, and once after their end.
 
     Raises:
-        MinitronError: a worker failed, with its own message, or one that names the log.
+        MinitronError: a worker failed. The message is the worker's own, or names the log.
     """
     name = job["job"]
     path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
@@ -55,7 +56,7 @@ def launch(
 
 
 def report_failure(job: Path, error: BaseException) -> None:
-    """Leave in a worker what `launch` raises: the first worker that fails is the one that explains it."""
+    """Write the error that `launch` raises, from within a worker; the first worker that fails wins."""
     kind = type(error).__name__
     entry = {"message": str(error) if isinstance(error, MinitronError) else f"{kind}: {error}", "kind": kind}
     try:
@@ -66,12 +67,12 @@ def report_failure(job: Path, error: BaseException) -> None:
 
 
 def end_with_parent() -> None:
-    """Let the kernel send SIGTERM to this process when its parent is gone, even if that was killed."""
+    """Let the kernel send SIGTERM to this process when its parent is gone, even if the parent was killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_group() -> None:
-    """Leave the workers' group together: one that loses the others while it ends is aborted."""
+    """Leave the workers' group together: a worker that loses the others while it ends is aborted."""
     import torch.distributed
 
     if torch.distributed.is_initialized():
@@ -80,7 +81,7 @@ def leave_group() -> None:
 
 
 def _stop_process(process: subprocess.Popen) -> None:
-    """End torchrun, which ends its workers."""
+    """Stop torchrun, which stops its workers."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -91,16 +92,16 @@ def _stop_process(process: subprocess.Popen) -> None:
 
 
 def explain_failure(job: str, log: Path, failure: Path) -> MinitronError:
-    """Return the error of a job that failed: what its first failing worker left, or that there is nothing."""
+    """Return the error of a failed job: the one that its first failing worker wrote, or that none did."""
     if not failure.is_file():
         return RunError(
-            f"{job}: a worker was ended from outside; the log {log} may say more. If the machine ran out of memory, "
+            f"{job}: a worker was killed from outside; see the log {log}. If the machine ran out of memory, "
             "give the task more, or lower micro_batch_size"
         )
-    found = json.loads(failure.read_text())
-    if found["kind"] == ConfigError.__name__:
-        return ConfigError(found["message"])
-    message = " ".join(found["message"].split())[:500]
-    if "OutOfMemory" in found["kind"]:
+    entry = json.loads(failure.read_text())
+    if entry["kind"] == ConfigError.__name__:
+        return ConfigError(entry["message"])
+    message = " ".join(entry["message"].split())[:500]
+    if "OutOfMemory" in entry["kind"]:
         message += "; lower micro_batch_size, raise tensor_parallel_size, or set gradient_checkpointing"
-    return RunError(message if found["kind"] == RunError.__name__ else f"{job}: {message}; the whole log is {log}")
+    return RunError(message if entry["kind"] == RunError.__name__ else f"{job}: {message}; the whole log is {log}")

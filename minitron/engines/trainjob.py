@@ -1,7 +1,7 @@
 """Train on several nodes: a Kubeflow TrainJob, started and followed by the task.
 
-The job's pods are made like the task's own: image, volumes, credentials, tolerations, account. A job is named after its
-stage's key, so that a restarted task finds the one that is running; it ends with the task that waits for it.
+The job's pods are like the task's own: image, volumes, credentials, tolerations, account. A job is named after its
+stage's key, so that a restarted task finds the running job; the job ends with the task that waits for it.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from minitron.engines.launcher import explain_failure
 from minitron.errors import ConfigError, MinitronError, RunError
 
 RUNTIME, GPU = "torch-distributed", "nvidia.com/gpu"
-"""The runtime that Kubeflow Trainer brings, and the resource."""
+"""The runtime that Kubeflow Trainer installs, and the resource that is a GPU."""
 
 POLL_SECONDS = 5
 
 STUCK_SECONDS = 120
-"""How long a pod may wait for an image or a secret, before the job is given up."""
+"""Seconds that a pod may wait for an image or a secret before the job fails."""
 
 _STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError")
 _API = {"group": "trainer.kubeflow.org", "version": "v1alpha1"}
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TAIL = 20
 _COPIED = ("MINITRON_", "HF_", "NCCL_", "TORCH_", "CUDA_", "OMP_")
-"""Variables of the task that its job gets, besides those from secrets."""
+"""Prefixes of the task's variables that its job gets, besides those from secrets."""
 
 
 def launch(
@@ -47,31 +47,31 @@ def launch(
 
     Args:
         worker: module that torchrun runs in every process; its argument is the job's file.
-        job: what to do; `<directory>/<job>.log` gets the output of the first node.
+        job: the job; `<directory>/<job>.log` gets the output of the first node.
         directory: on the volume that this task and the nodes share, under the same path.
-        nodes: how many.
-        gpus: of each node, with one process per GPU.
-        key: names the work: a TrainJob of the same job and key is taken up.
+        nodes: number of nodes.
+        gpus: GPUs of each node, with one process per GPU.
+        key: names the work: a running TrainJob of the same job and key is taken up.
         follow: called while they run, and once after their end.
 
     Raises:
-        MinitronError: a worker failed, with its own message; or the job could not be started, or was deleted.
+        MinitronError: a worker failed (the message is the worker's own), or the job could not start, or was deleted.
     """
     name = job["job"]
     path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
     pod = _read_own_pod()
     train_job = _TrainJob(f"minitron-{name}-{key[:12]}", pod.metadata.namespace, log)
 
-    def make() -> dict[str, Any]:
-        for left in (failure, log):
-            left.unlink(missing_ok=True)
+    def make_manifest() -> dict[str, Any]:
+        for leftover in (failure, log):
+            leftover.unlink(missing_ok=True)
         path.write_text(json.dumps(job))
         command = ["python", "-m", "torch.distributed.run", "-m", worker, str(path)]
         return _make_manifest(train_job.name, pod, command, nodes, gpus)
 
     try:
-        train_job.start(make)
-        # A worker that failed says so: waiting for the others, or for the pod's restarts, would cost GPUs.
+        train_job.start(make_manifest)
+        # A failed worker has written why: waiting for the others, or for restarts of the pod, would cost GPUs.
         while (state := train_job.get_state()) is None and not failure.is_file():
             follow()
             train_job.forward_log()
@@ -88,7 +88,7 @@ def launch(
 
 
 def get_runtime() -> Any:
-    """Return the runtime that trains."""
+    """Return Kubeflow Trainer's runtime for torchrun, as the cluster has it."""
     return kubernetes_api.custom_api(kubernetes_api.LAST_RETRY).get_cluster_custom_object(
         **_API, plural="clustertrainingruntimes", name=RUNTIME
     )
@@ -99,33 +99,33 @@ class _TrainJob:
 
     def __init__(self, name: str, namespace: str, log: Path) -> None:
         self.name, self._namespace, self._log = name, namespace, log
-        self._place: dict[str, Any] = {**_API, "namespace": namespace, "plural": "trainjobs"}
+        self._resource: dict[str, Any] = {**_API, "namespace": namespace, "plural": "trainjobs"}
         self._jobs, self._core = kubernetes_api.custom_api(kubernetes_api.RETRY), kubernetes_api.core_api()
         self._created = datetime.min.replace(tzinfo=UTC)
         self._last_line = ""
         self._stuck_since, self._refused = 0.0, False
         self._tail: list[str] = []
 
-    def start(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Create the job that `make` returns, or take up the one that a lost task left."""
+    def start(self, make_manifest: Callable[[], dict[str, Any]]) -> None:
+        """Create the job that `make_manifest` returns, or take up the job that a lost task left."""
         while True:
-            found = self._find_job()
-            if found is None:
-                if self._create_job(make()):
+            train_job = self._find_job()
+            if train_job is None:
+                if self._create_job(make_manifest()):
                     return
-            elif "deletionTimestamp" in found["metadata"]:
+            elif "deletionTimestamp" in train_job["metadata"]:
                 time.sleep(POLL_SECONDS)
-            elif _read_end_state(found) in (None, "Complete"):
+            elif _read_end_state(train_job) in (None, "Complete"):
                 print(f"TrainJob {self.name}: taken up", flush=True)
                 return
-            else:  # an earlier attempt's
+            else:  # an earlier attempt's failed
                 self.delete()
 
     def _create_job(self, manifest: dict[str, Any]) -> bool:
-        """Say whether it is there now; another that came first is looked at again."""
+        """Create the job; return False if another task was faster."""
         try:
             with self._translate_errors(f"TrainJob {self.name}"):
-                self._jobs.create_namespaced_custom_object(body=manifest, **self._place)
+                self._jobs.create_namespaced_custom_object(body=manifest, **self._resource)
         except kubernetes_api.ConflictError:
             return False
         except kubernetes_api.RefusedError:
@@ -138,20 +138,20 @@ class _TrainJob:
     def _find_job(self) -> dict[str, Any] | None:
         try:
             with self._translate_errors(f"TrainJob {self.name}"):
-                return self._jobs.get_namespaced_custom_object(name=self.name, **self._place)
+                return self._jobs.get_namespaced_custom_object(name=self.name, **self._resource)
         except kubernetes_api.MissingError:
             return None
 
     def get_state(self) -> str | None:
-        """Return how the job ended: Complete, or why it failed; None while it is at work.
+        """Return how the job ended: Complete, or why it failed; None while it runs.
 
         Raises:
-            RunError: it was deleted.
+            RunError: the job was deleted.
         """
-        if (found := self._find_job()) is None:
-            raise RunError(f"TrainJob {self.name}: somebody deleted it; run it again, and it resumes")
-        self._created = datetime.fromisoformat(found["metadata"]["creationTimestamp"])
-        return _read_end_state(found)
+        if (train_job := self._find_job()) is None:
+            raise RunError(f"TrainJob {self.name}: it was deleted; run the stage again, and it resumes")
+        self._created = datetime.fromisoformat(train_job["metadata"]["creationTimestamp"])
+        return _read_end_state(train_job)
 
     def make_error(self, job: str, reason: str) -> RunError:
         """Return the error of a job whose workers left no explanation."""
@@ -159,7 +159,7 @@ class _TrainJob:
         return RunError(f"{job}: TrainJob {self.name} failed ({reason}); its last lines: {lines}; see {self._log}")
 
     def forward_log(self) -> None:
-        """Print what the first node said since the last time, and append it to the log."""
+        """Print the first node's new lines, and append them to the log."""
         firsts = [pod for pod in self._list_pods() if _is_first(pod)]
         pod = max(
             firsts, key=lambda pod: str(pod.metadata.creation_timestamp), default=None
@@ -187,7 +187,7 @@ class _TrainJob:
         print("\n".join(texts), flush=True)
 
     def check_pods(self) -> None:
-        """Give a job up that cannot start.
+        """Fail if the job cannot start.
 
         Raises:
             RunError: an image cannot be pulled, a secret is missing, or a quota is exceeded.
@@ -209,7 +209,7 @@ class _TrainJob:
             ).items
 
     def _find_quota_refusal(self) -> str | None:
-        """Return why no pod could be created, if the quota forbids it; what an earlier job met does not count."""
+        """Return why no pod could be created, if a quota forbids it; events of an earlier job do not count."""
         with self._translate_errors(f"events of TrainJob {self.name}"):
             events = self._core.list_namespaced_event(self._namespace, field_selector="reason=FailedCreate").items
         own = [event for event in events if event.involved_object.name.startswith(self.name)]
@@ -217,13 +217,13 @@ class _TrainJob:
         return next((message for message in messages if "exceeded quota" in message), None)
 
     def delete(self) -> None:
-        """Delete the job and its pods; what cannot be deleted is named."""
+        """Delete the job and its pods; warn if that fails."""
         if self._refused:
             return
         api = kubernetes_api.custom_api(kubernetes_api.LAST_RETRY)
         try:
             with self._translate_errors(f"TrainJob {self.name}"):
-                api.delete_namespaced_custom_object(name=self.name, propagation_policy="Background", **self._place)
+                api.delete_namespaced_custom_object(name=self.name, propagation_policy="Background", **self._resource)
         except kubernetes_api.MissingError:
             pass
         except MinitronError as error:
@@ -235,7 +235,11 @@ class _TrainJob:
 
 
 def _read_own_pod() -> Any:
-    """Return the pod that this task runs in."""
+    """Return the pod of this task.
+
+    Raises:
+        ConfigError: this process is not in a pod.
+    """
     name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     namespace = os.environ.get("MINITRON_NAMESPACE") or (_NAMESPACE.is_file() and _NAMESPACE.read_text().strip())
     if not namespace:
@@ -268,7 +272,7 @@ def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: in
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
-        # With the workflow they go, too, whatever becomes of this task.
+        # The workflow owns the job, so that it goes with it even if this task is killed.
         "metadata": metadata
         | {"ownerReferences": [_make_owner_reference(owner) for owner in pod.metadata.owner_references or []]},
         "spec": {
@@ -287,7 +291,7 @@ def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: in
 
 
 def _patch_nodes(patch: dict[str, Any]) -> dict[str, Any]:
-    """Wrap what is changed in the pods of the replicated job `node`; empty values are left out."""
+    """Return the patch for the pods of the replicated job `node`, without empty values."""
     spec = {name: value for name, value in patch.items() if value}
     node = {"name": "node", "template": {"spec": {"template": {"spec": spec}}}}
     return {"template": {"spec": {"replicatedJobs": [node]}}}
@@ -298,7 +302,7 @@ def _make_owner_reference(owner: Any) -> dict[str, Any]:
 
 
 def _is_shared(volume: Any) -> bool:
-    """Say whether the nodes need a volume: claims, /dev/shm and secrets, not what Kubeflow and Argo put there."""
+    """Say whether the nodes need a volume: claims, /dev/shm and secrets, not those of Kubeflow and Argo."""
     in_memory = volume.empty_dir is not None and volume.empty_dir.medium == "Memory"
     return volume.persistent_volume_claim is not None or volume.secret is not None or in_memory
 
@@ -333,6 +337,6 @@ def _find_stuck_reasons(pod: Any) -> Iterator[str]:
 
 
 def _compute_age(timestamp: str) -> int:
-    """Return the seconds since a line's timestamp, some more for clocks that differ."""
+    """Return the seconds since a line's timestamp, plus 30 because clocks differ."""
     age = datetime.now(UTC) - datetime.fromisoformat(timestamp[:19]).replace(tzinfo=UTC)
     return max(1, int(age.total_seconds()) + 30)

@@ -1,4 +1,4 @@
 """Models on disk and in memory: checkpoints, importance, surgery, losses, scores, generated text.
 
-What computes on a model lives here, whichever stage or engine asks for it. It imports config, storage and data.
+Code that computes on a model lives here; stages and engines call it. The room imports config, storage and data.
 """

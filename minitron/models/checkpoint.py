@@ -1,6 +1,6 @@
 """A model on disk: a plain Hugging Face directory, loaded, checked and saved.
 
-Any directory written here loads with `AutoModelForCausalLM.from_pretrained(directory)` and gives the same logits in
+Every directory written here loads with `AutoModelForCausalLM.from_pretrained(directory)` and gives the same logits in
 transformers 4.57 (the NeMo image) and 5.x (a laptop).
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # register's image has neither torch nor transformers
     from transformers import PreTrainedModel
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures that prune knows how to cut."""
+"""Architectures that prune can cut."""
 
 _OUTER = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
@@ -51,7 +51,7 @@ def load_model(directory: Path, dtype: "torch.dtype | str" = "auto") -> "PreTrai
 
 
 def check_architecture(directory: Path) -> dict[str, Any]:
-    """Return a model directory's config.json.
+    """Return the content of a model directory's config.json.
 
     Raises:
         ConfigError: not a model directory, or not one of the SUPPORTED architectures.
@@ -84,7 +84,7 @@ def finish_model(directory: Path, tokenizer_from: Path) -> None:
 
 
 def copy_model(source: Path, directory: Path) -> None:
-    """Put a model directory's files into another one, by hard links where the file system allows."""
+    """Put the files of a model directory into another one, by hard links if the file system allows them."""
     ignore = shutil.ignore_patterns(RECORD, ".*")
     shutil.copytree(source, directory, copy_function=link_or_copy, ignore=ignore, dirs_exist_ok=True)
 
@@ -119,7 +119,7 @@ def count_stored_parameters(directory: Path) -> int:
     """Count the parameters in the headers of a model's weight files, without torch; tied embeddings count once.
 
     Raises:
-        RunError: a file is damaged or missing, or lacks weights.
+        RunError: a weight file is damaged or missing, or lacks weights.
     """
     config = check_architecture(directory)
     try:

@@ -1,4 +1,4 @@
-"""Downstream tasks, asked through lm-eval: from its own catalogue or from local task files, without a network.
+"""Downstream tasks, run by lm-eval: from its catalogue, or from local task files without a network.
 
 Used by `python -m minitron.evaluate --config FILE`.
 
@@ -32,25 +32,27 @@ FORWARD_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens per forward pass: enough for efficient matrix products, few enough for attention over all of them."""
 
 BATCH_SIZE = 8
-"""Texts per forward pass where a task has the model generate, or has texts longer than its window of attention."""
+"""Texts per forward pass if the model generates, or if a text is longer than its window of attention."""
 
 BOOTSTRAP_ITERATIONS = 100
-"""For the standard error of metrics that are not means; a mean's has a formula, but 0 would leave that out too."""
+"""For the standard error of metrics that are not means. A mean's has a formula, but lm-eval leaves it out at 0."""
 
 _Request = tuple[Any, list[int], list[int]]
 
 
 @contextmanager
 def load_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
-    """Give the tasks with their questions, or None; what the datasets library keeps of local files is deleted then.
+    """Load the tasks with their questions for the block; None if there are none.
+
+    The datasets library's copies of local files are deleted after it.
 
     Args:
         config: names the tasks and the directory of their files.
         directory: gets the temporary files.
 
     Raises:
-        ConfigError: a task is not known, or the files of a local one cannot be used.
-        RunError: the data of a task of lm-eval's catalogue cannot be fetched.
+        ConfigError: a task is unknown, or the files of a local task cannot be used.
+        RunError: the data of a task in lm-eval's catalogue cannot be fetched.
     """
     if not config.tasks:
         yield None
@@ -68,7 +70,7 @@ def load_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
 
 @contextmanager
 def _override_settings(module: Any, **values: Any) -> Iterator[None]:
-    """Change a library's settings for a while: it has read their environment variables already."""
+    """Change a library's settings for the block: it read their environment variables when it was imported."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)
     try:
@@ -78,7 +80,7 @@ def _override_settings(module: Any, **values: Any) -> Iterator[None]:
 
 
 def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -> Any:
-    """Load the tasks in `directory`, which the file names in them are relative to."""
+    """Load the tasks; file names in them are relative to `directory`."""
     if unknown := [name for name in config.tasks if name not in manager.all_tasks]:
         raise ConfigError(_explain_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
     _silence_lm_eval()
@@ -93,7 +95,7 @@ def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        reason = f"evaluate.tasks: {', '.join(config.tasks)} cannot be asked ({reason}); "
+        reason = f"evaluate.tasks: {', '.join(config.tasks)} cannot be loaded ({reason}); "
         if config.task_directory is None:
             raise RunError(f"{reason}check the network and HF_TOKEN, or give a task_directory") from error
         raise ConfigError(f"{reason}correct the files in {config.task_directory}") from error
@@ -110,35 +112,35 @@ def _explain_unknown_task(name: str, known: list[str], directory: Path | None) -
 
 
 def _silence_lm_eval() -> None:
-    """Silence what lm-eval says of things that are done here on purpose, such as giving it a model in memory."""
+    """Silence lm-eval's warnings: they are about choices made on purpose, such as a model in memory."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def score_tasks(
     tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None, description: str
 ) -> dict[str, dict[str, float]]:
-    """Put the questions to a model.
+    """Score a model on the tasks.
 
     Args:
-        tasks: what `load_tasks` gave.
-        model: the model, in eval mode, on the device to compute on.
+        tasks: the tasks that `load_tasks` gives.
+        model: the model in eval mode, on the device to compute on.
         tokenizer: its tokenizer.
         limit: questions per task; None: all of them.
         description: label of the progress bar.
 
     Returns:
-        Per task, metrics by name, each with its `_stderr` where it has one; a group stands in place of its tasks.
+        Per task, metrics by name, each with its `_stderr` if it has one; a group replaces its tasks.
     """
     if tasks is None:
         return {}
     _silence_lm_eval()
     with tqdm(desc=description, unit="answer", file=sys.stderr) as bar, redirect_stderr(io.StringIO()):
-        # lm-eval draws bars of its own for every task and step, most of them nameless.
+        # lm-eval would draw a bar for every task and step, most of them nameless.
         answerer = SharedContextLM(bar, pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
-        found = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
-    assert found is not None  # only a process that is not the first of several gets nothing
-    parts = {part for group in found.get("groups", {}) for part in found["group_subtasks"][group]}
-    numbers = {task: _rename_metrics(row) for task, row in found["results"].items() if task not in parts}
+        results = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
+    assert results is not None  # it is None on ranks above 0 only
+    parts = {part for group in results.get("groups", {}) for part in results["group_subtasks"][group]}
+    numbers = {task: _rename_metrics(row) for task, row in results["results"].items() if task not in parts}
     return {task: metrics for task, metrics in numbers.items() if metrics}
 
 
@@ -154,7 +156,7 @@ def _rename_metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 class SharedContextLM(HFLM):
-    """lm-eval's transformers model, except that answers to the same question share one pass over it.
+    """lm-eval's transformers model, but answers to one question share one forward pass over it.
 
     Tokens are laid out as question, answer, answer, …, question, answer, …; an answer sees its question and itself,
     at the positions it would have alone, and logits are computed for answers only. One progress bar counts answers.
@@ -225,12 +227,12 @@ class SharedContextLM(HFLM):
 
 
 class _Layout:
-    """Where the tokens of questions and answers lie in one sequence.
+    """The positions of questions' and answers' tokens in one sequence.
 
     Attributes:
-        rows: positions in the sequence whose logits predict an answer's token.
+        rows: positions whose logits predict a token of an answer.
         targets: those tokens.
-        owners: the requests they belong to.
+        owners: indices of the requests they belong to.
     """
 
     def __init__(self, requests: list[_Request], groups: list[list[int]]) -> None:
@@ -238,7 +240,7 @@ class _Layout:
         self.targets: list[int] = []
         self.owners: list[int] = []
         self._tokens: list[int] = []
-        self._places: list[tuple[int, int, int]] = []  # question, answer (0: the question itself), position
+        self._slots: list[tuple[int, int, int]] = []  # question, answer (0: the question itself), position
         for question, group in enumerate(groups):
             context = requests[group[0]][1]
             self._append_tokens(context, question, 0, 0)
@@ -253,11 +255,11 @@ class _Layout:
 
     def _append_tokens(self, tokens: list[int], question: int, answer: int, start: int) -> None:
         self._tokens += tokens
-        self._places += [(question, answer, start + offset) for offset in range(len(tokens))]
+        self._slots += [(question, answer, start + offset) for offset in range(len(tokens))]
 
     def build_inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return token ids [T], what is added to the attention scores [T, T], and position ids [T]."""
-        question, answer, position = torch.tensor(self._places).unbind(1)
+        """Return token ids [T], the additive attention mask [T, T], and position ids [T]."""
+        question, answer, position = torch.tensor(self._slots).unbind(1)
         sees = (question[:, None] == question) & (position[:, None] >= position)
         sees &= (answer == 0) | (answer[:, None] == answer)
         mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
@@ -274,7 +276,7 @@ def _iterate_batches(
     batch: list[list[int]] = []
     total = 0
     for context, group in by_context.items():
-        start = True  # of a group: its context has to be laid out
+        start = True  # of a group: lay out its context
         for index in group:
             size = len(requests[index][2]) - 1
             if batch and total + size + start * len(context) > most:

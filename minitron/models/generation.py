@@ -1,4 +1,4 @@
-"""Text that a model writes: prompts continued greedily, and timed."""
+"""Text generation: prompts continued greedily, and timed."""
 
 import time
 from typing import Any
@@ -11,11 +11,15 @@ from minitron.config.stages import EvaluateConfig
 def continue_prompts(
     config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Continue every prompt greedily, one by one, and time it."""
+    """Continue every prompt greedily, one by one.
+
+    Returns:
+        `generation_tokens_per_second` over all prompts, and `samples`, the new text of each.
+    """
     end = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    # A new configuration: the model's own may ask for sampling, beams or penalties.
+    # A new one: the model's own may ask for sampling, beams or penalties.
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.eos_token_id)
-    _generate_tokens(model, tokenizer, config.prompts[0], 1)  # what a GPU does only once is not timed
+    _generate_tokens(model, tokenizer, config.prompts[0], 1)  # untimed: a GPU's first pass is slow
     started = time.perf_counter()
     continuations = [_generate_tokens(model, tokenizer, prompt, config.generation_tokens) for prompt in config.prompts]
     seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ class Generator:
     """A causal language model that continues texts greedily."""
 
     def __init__(self, directory: str) -> None:
-        """Load model and tokenizer, onto the GPU where there is one."""
+        """Load model and tokenizer, onto the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
@@ -23,7 +23,7 @@ class Generator:
         """Return the continuation of every text.
 
         Args:
-            model_input: texts: a list, or the one-column DataFrame that MLflow makes of it.
+            model_input: a list of texts, or the one-column DataFrame that MLflow makes of it.
             params: `max_new_tokens` (64).
         """
         texts = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input

@@ -1,4 +1,4 @@
-"""Minitron importance: what each layer, channel and head contributes, read from one forward pass.
+"""Minitron importance: the contribution of each layer, channel and head, read from one forward pass.
 
 Used by `python -m minitron.prune --config FILE`. The statistics are those of NVIDIA Model-Optimizer
 (`modelopt/torch/prune/plugins/mcore_minitron.py`), after arXiv 2407.14679, section 2.2, and arXiv 2403.03853 (layers).
@@ -43,7 +43,7 @@ class Importance:
 
     @classmethod
     def zeros(cls, config: Any) -> "Importance":
-        """Return the scores that prefer nothing, for a cut that needs none."""
+        """Return equal scores, for a cut that does not choose by scores."""
         layers = config.num_hidden_layers
         return cls(
             layers=torch.zeros(layers),
@@ -78,7 +78,7 @@ class Importance:
         )
 
     def check_finite(self) -> "Importance":
-        """Return it.
+        """Return the scores.
 
         Raises:
             RunError: a score is infinite or not a number.
@@ -96,13 +96,13 @@ class Importance:
 def measure_importance(
     model: PreTrainedModel, dataset: PackedDataset, sequences: int, micro_batch_size: int
 ) -> Importance:
-    """Read the importance of every axis in one forward pass; logits are never computed.
+    """Measure the importance of every axis in one forward pass; logits are never computed.
 
     Args:
         model: the teacher, on the device to compute on; it is put in eval mode.
         dataset: packed calibration sequences.
-        sequences: how many to read, from the first; all of them when there are fewer.
-        micro_batch_size: sequences per batch. It has a part in the layers' scores, which are summed over batches.
+        sequences: number of sequences to read, from the first; all of them if there are fewer.
+        micro_batch_size: sequences per batch. The layers' scores depend on it: they are summed over batches.
 
     Raises:
         RunError: an activation is infinite or not a number.
@@ -119,7 +119,7 @@ def measure_importance(
 
 
 class _Sums:
-    """What the hooks add up over the batches, in fp32 on the model's device."""
+    """The sums that hooks collect over the batches, in fp32 on the model's device."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config, layers = model.config, model.model.layers

@@ -17,7 +17,7 @@ CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 
 
 class LossWeights(NamedTuple):
-    """What the loss is made of: kl_weight · T² · KL(teacher‖student) + cross_entropy_weight · CE(labels, student)."""
+    """The weights in kl · T² · KL(teacher‖student) + cross_entropy · CE(labels, student), and the temperature T."""
 
     kl: float = 0.0
     cross_entropy: float = 1.0
@@ -51,8 +51,8 @@ def linear_loss(
         hidden: last hidden states of the student, [N, H].
         head: its output embedding, [V, H].
         labels: next tokens, int64 [N].
-        weights: of the terms of the loss, and the temperature.
-        teacher_hidden: last hidden states of the teacher, [N, H']; none: no teacher terms.
+        weights: the weights of the loss's terms, and the temperature.
+        teacher_hidden: last hidden states of the teacher, [N, H']; None: no teacher terms.
         teacher_head: its output embedding, [V, H'].
 
     Returns:

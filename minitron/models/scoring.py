@@ -1,4 +1,4 @@
-"""How good models are on packed sequences: validation loss, perplexity, and closeness to a reference model."""
+"""Scores of models on packed sequences: loss, perplexity, and closeness to a reference model."""
 
 import math
 from collections.abc import Iterator
@@ -33,18 +33,19 @@ def score_models(
     reference: PreTrainedModel | None = None,
     description: str = "validation",
 ) -> dict[str, dict[str, float]]:
-    """Score models on the first sequences of a split, in one pass: each is run once per batch.
+    """Score models on the first sequences of a split, in one pass: each model runs once per batch.
 
     Args:
         models: models by name, on one device; they are scored in eval mode and left in the mode they had.
         dataset: packed sequences.
-        sequences: how many to score; all of them when the split has fewer.
+        sequences: number of sequences to score; all of them if the split has fewer.
         micro_batch_size: sequences per forward pass.
-        reference: the teacher; with it `kl` (forward KL to the model, nats per token) and `top1_agreement` are given.
+        reference: the teacher. With it the scores have `kl` (forward KL to the model, nats per token) and
+            `top1_agreement`.
         description: label of the progress bar.
 
     Returns:
-        Per model `loss` (mean cross-entropy of the next token, nats) and `perplexity`, and the reference's terms.
+        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity`, and the terms of the reference.
     """
     weights = LossWeights(cross_entropy=1.0)
     modes = {name: model.training for name, model in models.items()}
@@ -55,12 +56,14 @@ def score_models(
     device = next(iter(models.values())).device
     for input_ids, labels in _iterate_batches(dataset, sequences, micro_batch_size, device, description):
         states = {id(model): compute_hidden_states(model, input_ids) for model in models.values()}
-        guide = None if reference is None else states.get(id(reference))
-        if reference is not None and guide is None:
-            guide = compute_hidden_states(reference, input_ids)
-        guide_head = None if reference is None else get_output_head(reference)
+        reference_states = None if reference is None else states.get(id(reference))
+        if reference is not None and reference_states is None:
+            reference_states = compute_hidden_states(reference, input_ids)
+        reference_head = None if reference is None else get_output_head(reference)
         for name, model in models.items():
-            terms = linear_loss(states[id(model)], get_output_head(model), labels, weights, guide, guide_head)
+            terms = linear_loss(
+                states[id(model)], get_output_head(model), labels, weights, reference_states, reference_head
+            )
             sums[name] += torch.stack([terms.cross_entropy, terms.kl, terms.agreements]).double().cpu()
         tokens += labels.numel()
     for name, model in models.items():
@@ -69,7 +72,7 @@ def score_models(
 
 
 def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:
-    """Return the loss of the teacher where a student is validated: what distillation can reach."""
+    """Return the teacher's loss on the sequences that validate a student: the goal of distillation."""
     validation = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
     scores = score_models(
         {"teacher": teacher}, validation, config.validation_sequences, config.micro_batch_size, None,
@@ -78,10 +81,10 @@ def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[s
     return {"teacher_validation_loss": scores["teacher"]["loss"]}
 
 
-def _make_scores(means: Tensor, referred: bool) -> dict[str, float]:
+def _make_scores(means: Tensor, with_reference: bool) -> dict[str, float]:
     loss, kl, agreement = means.tolist()
     scores = {"loss": loss, "perplexity": math.exp(loss)}
-    return scores | {"kl": kl, "top1_agreement": agreement} if referred else scores
+    return scores | {"kl": kl, "top1_agreement": agreement} if with_reference else scores
 
 
 def _iterate_batches(

@@ -32,7 +32,7 @@ DIMENSIONS = {
     "q_norm": (None,),
     "k_norm": (None,),
 }
-"""The axis that each dimension of a module's weight lies on, none for one that is never cut; a bias has the first."""
+"""The axis of each dimension of a module's weight, None if it is never cut; a bias has the first."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep: indices into the teacher, counted from 0, ascending so that order is preserved.
+    """The indices to keep of the teacher, counted from 0; they ascend, so that order is preserved.
 
     Attributes:
         layers: kept layers.
@@ -71,12 +71,12 @@ class Plan:
 
 
 def choose_plan(importance: Importance, shape: Shape, layers: list[int] | None = None) -> Plan:
-    """Keep the best of every axis. Query heads are ranked within their group, so that each group keeps equally many.
+    """Choose the best of every axis. Query heads are ranked within their group, so that each group keeps equally many.
 
     Args:
         importance: the teacher's scores.
         shape: the student's sizes; its query heads per group are at most the teacher's.
-        layers: the layers to keep, counted from 0; none: those of the highest block influence.
+        layers: the layers to keep, counted from 0; None: those of the highest block influence.
     """
     if layers is None:
         layers = _select_best(importance.layers, shape.num_hidden_layers)
@@ -95,7 +95,7 @@ def choose_plan(importance: Importance, shape: Shape, layers: list[int] | None =
 
 
 def _select_best(scores: Tensor, count: int) -> list[int]:
-    """Return the indices of the highest scores, ascending; of equal ones the first are kept."""
+    """Return the indices of the highest scores, ascending; of equal scores the first win."""
     return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
 
 
@@ -115,7 +115,7 @@ def make_student_config(config: Any, plan: Plan) -> Any:
     student.num_hidden_layers = len(plan.layers)
     if getattr(config, "layer_types", None):
         student.layer_types = [config.layer_types[layer] for layer in plan.layers]
-    if getattr(config, "max_window_layers", None) is not None:  # the layers before it have full attention
+    if getattr(config, "max_window_layers", None) is not None:  # layers before it have full attention
         student.max_window_layers = sum(layer < config.max_window_layers for layer in plan.layers)
     return student
 
@@ -133,7 +133,7 @@ def cut_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     in Model-Optimizer.
     """
     config = make_student_config(model.config, plan)
-    with torch.device("meta"):  # no memory, and no random weights, for what is assigned next
+    with torch.device("meta"):  # the weights are assigned next: no memory for random ones
         student = type(model)(config)
     student.load_state_dict(dict(_cut_weights(model, plan)), strict=False, assign=True)
     student.tie_weights()
@@ -144,27 +144,29 @@ def cut_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 def _cut_weights(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Yield the student's parameters by name; tied ones once."""
-    places = {layer: place for place, layer in enumerate(plan.layers)}
+    positions = {layer: position for position, layer in enumerate(plan.layers)}
     size = get_head_dim(model.config)
     for name, weight in model.named_parameters():
         path = name.split(".")
         axes = DIMENSIONS[path[-2]][: weight.dim()]
-        place = None
+        position = None
         if path[1] == "layers":
-            place = places.get(int(path[2]))
-            if place is None:
+            position = positions.get(int(path[2]))
+            if position is None:
                 continue
-            path[2] = str(place)
-        yield ".".join(path), _cut_weight(weight, axes, plan, place, size)
+            path[2] = str(position)
+        yield ".".join(path), _cut_weight(weight, axes, plan, position, size)
 
 
-def _cut_weight(weight: Tensor, axes: tuple[str | None, ...], plan: Plan, place: int | None, size: int) -> Tensor:
-    """Copy the kept rows and columns of one weight; `place` is its layer in the student, `size` the head_dim."""
-    kept = weight.detach()
+def _cut_weight(weight: Tensor, axes: tuple[str | None, ...], plan: Plan, position: int | None, size: int) -> Tensor:
+    """Copy the kept rows and columns of one weight; `position` is its layer in the student, `size` head_dim."""
+    selected = weight.detach()
     for dimension, axis in enumerate(axes):
         if axis is not None:
-            index = torch.tensor(plan.hidden if axis == "hidden" else getattr(plan, axis)[place], device=weight.device)
+            index = torch.tensor(
+                plan.hidden if axis == "hidden" else getattr(plan, axis)[position], device=weight.device
+            )
             if axis in ("heads", "key_value"):
                 index = (index[:, None] * size + torch.arange(size, device=weight.device)).flatten()
-            kept = kept.index_select(dimension, index)
-    return kept.clone() if kept.data_ptr() == weight.data_ptr() else kept
+            selected = selected.index_select(dimension, index)
+    return selected.clone() if selected.data_ptr() == weight.data_ptr() else selected

@@ -37,7 +37,7 @@ from minitron.report.page import write_report
 from minitron.report.tensorboard import write_events
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.model_sources import fetch_corpus, local_model
+from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import EVALUATION, LINEAGE
@@ -60,7 +60,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Measure, judge, report."""
     names = [*MODELS, *([CHAMPION] if config.champion else [])]
-    paths = {name: local_model(getattr(config, name), config) for name in names}
+    paths = {name: Path(getattr(config, name)) for name in names}
     _check(config, {name: path for name, path in paths.items() if name != CHAMPION})
     if CHAMPION in paths and not _is_comparable(config, paths[CHAMPION]):
         del paths[CHAMPION]

@@ -13,7 +13,6 @@ from minitron.models.checkpoint import copy_model
 from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.model_sources import local_model
 from minitron.tracking.stage_run import Tracker
 
 
@@ -32,7 +31,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Train, or copy the base model."""
-    base = local_model(config.teacher, config)
+    base = Path(config.teacher)
     check_tokenizer(config.dataset, base)
     found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:

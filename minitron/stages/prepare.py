@@ -30,7 +30,7 @@ from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
 from minitron.fast_imports import many_imports
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.runtime.model_sources import fetch_corpus, local_model
+from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
@@ -60,7 +60,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
 def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Write the dataset."""
-    teacher = local_model(config.teacher, config)
+    teacher = Path(config.teacher)
     with many_imports():  # those of transformers
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(Corpus(fetch_corpus(config.corpus, config), config.text_field), config)

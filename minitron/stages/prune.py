@@ -13,13 +13,11 @@ from typing import Any
 
 from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
-from minitron.data.packed import PackedDataset
-from minitron.engines import hf
-from minitron.engines.nemo import engine as nemo
+from minitron.engines import get_engine
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, count_config_parameters, load_model, read_config, save_model
-from minitron.models.importance import Importance, measure_importance
-from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
+from minitron.models.checkpoint import check_architecture, count_config_parameters, read_config
+from minitron.models.importance import Importance
+from minitron.models.surgery import Plan, Shape
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.storage.layout import PRUNING
@@ -46,16 +44,10 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     teacher_config = read_config(config.teacher)
     shape = target_shape(config, teacher_config)
     layers = _layers_kept_by_hand(config, teacher_config.num_hidden_layers)
-    if config.engine == "nemo":
-        importance, sequences = nemo.prune(config, _sizes(shape, teacher_config), directory)
-        plan = choose_plan(importance, shape, layers)
-    else:
-        importance, sequences = _importance(config, teacher_config, shape)
-        plan = choose_plan(importance, shape, layers)
-        save_model(cut_model(load_model(config.teacher), plan), directory, tokenizer_from=config.teacher)
+    plan, importance, sequences = get_engine(config.engine).prune(config, shape, layers, directory)
     calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
     student_config = read_config(directory)
-    account = _account(teacher_config, student_config, plan, importance if sequences else None, calibration)
+    account = _account(teacher_config, student_config, plan, importance, calibration)
     _write_lines(directory / PRUNING, account)
     return {"metrics": _metrics(account)}
 
@@ -134,29 +126,6 @@ def _layers_kept_by_hand(config: PruneConfig, total: int) -> list[int] | None:
     if len(dropped) == total:
         raise ConfigError(f"prune.drop_layers: all {total} layers of the teacher; leave at least one")
     return [layer for layer in range(total) if layer + 1 not in dropped]
-
-
-def _sizes(shape: Shape, teacher_config: Any) -> dict[str, int]:
-    """Return the sizes to cut; heads and groups belong together."""
-    sizes, teacher = asdict(shape), asdict(Shape.from_config(teacher_config))
-    heads = ("num_attention_heads", "num_key_value_heads")
-    wanted = {name for name in sizes if sizes[name] != teacher[name]}
-    return {name: size for name, size in sizes.items() if name in wanted or (name in heads and wanted & {*heads})}
-
-
-def _importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance, int]:
-    """Return the scores and the sequences they were read on: none when no axis is chosen by its scores."""
-    teacher = Shape.from_config(teacher_config)
-    if config.drop_layers:
-        teacher = replace(teacher, num_hidden_layers=shape.num_hidden_layers)
-    if shape == teacher:
-        return Importance.zeros(teacher_config), 0
-    calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-    # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
-    model = load_model(config.teacher, hf.get_compute_dtype())
-    model.to(hf.get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    importance = measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
-    return importance, min(config.calibration_sequences, len(calibration))
 
 
 def _account(

@@ -215,7 +215,7 @@ def test_a_job_that_failed_before_is_made_again_once_it_is_gone(server: Kubernet
 
 def test_a_job_that_somebody_deletes_is_an_error(server: KubernetesServer, tmp_path: Path) -> None:
     later(server, lambda: server.objects["trainjobs"].clear())
-    with pytest.raises(RunError, match=f"^TrainJob {JOB}: somebody deleted it; run it again, and it resumes$"):
+    with pytest.raises(RunError, match=f"^TrainJob {JOB}: it was deleted; run the stage again, and it resumes$"):
         launch(tmp_path)
 
 

@@ -427,7 +427,7 @@ class TestRefusedBeforeAModelIsLoaded:
         tasks = write_task(tmp_path / "tasks", ROW)
         (tasks / "own.jsonl").unlink()
         message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
-        assert message.startswith("evaluate.tasks: own cannot be asked (FileNotFoundError: ")
+        assert message.startswith("evaluate.tasks: own cannot be loaded (FileNotFoundError: ")
         assert "own.jsonl" in message and message.endswith(f"correct the files in {tasks}")
 
     @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ class TestRefusedBeforeAModelIsLoaded:
     ) -> None:
         tasks = write_task(tmp_path / "tasks", rows, **changes)
         message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
-        assert message.startswith("evaluate.tasks: own cannot be asked (") and named in message
+        assert message.startswith("evaluate.tasks: own cannot be loaded (") and named in message
 
     def test_a_local_task_with_data_on_a_hub_is_not_fetched(self, job: dict[str, Any], tmp_path: Path) -> None:
         tasks = write_task(tmp_path / "tasks", ROW, dataset_path="org/name", dataset_kwargs={})

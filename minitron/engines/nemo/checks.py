@@ -1,4 +1,4 @@
-"""What engine nemo refuses before it starts: models, sizes and parallelism that NeMo cannot do."""
+"""Checks before engine nemo starts: models, sizes and parallelism that NeMo cannot do are refused."""
 
 import importlib.metadata
 from pathlib import Path
@@ -15,11 +15,15 @@ WIDTH_MULTIPLE = 64
 """Model-Optimizer's step of the hidden and intermediate sizes."""
 
 SUPPORTED = ("LlamaForCausalLM",)
-"""Architectures whose conversion in both directions is tested to the last bit."""
+"""Architectures whose conversion is tested in both directions, to the last bit."""
 
 
 def check_sizes(config: PruneConfig, sizes: dict[str, int]) -> None:
-    """Refuse sizes that Model-Optimizer cannot cut to."""
+    """Refuse sizes that Model-Optimizer cannot cut to.
+
+    Raises:
+        ConfigError: a size is not a multiple of WIDTH_MULTIPLE, or layers are dropped by hand beside another cut.
+    """
     for name in ("hidden_size", "intermediate_size"):
         if (size := sizes.get(name, 0)) % WIDTH_MULTIPLE:
             raise ConfigError(
@@ -49,29 +53,33 @@ def check_installed() -> None:
 
 
 def count_workers(config: TrainingConfig) -> int:
-    """Return the number of workers: one per GPU, or on a CPU as many as one copy of the model takes."""
+    """Count the workers: one per GPU, or on a CPU as many as one copy of the model takes."""
     if config.num_nodes > 1:
         return config.num_nodes * config.gpus_per_node
     return torch.cuda.device_count() or config.model_parallel_size
 
 
 def check_convertible(architecture: dict[str, Any], model: Path) -> None:
-    """Refuse a model that this engine would not convert back to the last bit."""
-    if (found := architecture["architectures"][0]) not in SUPPORTED:
-        raise ConfigError(f"{model}: engine nemo converts {', '.join(SUPPORTED)}, found {found}; use engine hf")
+    """Refuse a model whose conversion and back is not tested.
+
+    Raises:
+        ConfigError: the architecture is not SUPPORTED.
+    """
+    if (name := architecture["architectures"][0]) not in SUPPORTED:
+        raise ConfigError(f"{model}: engine nemo converts {', '.join(SUPPORTED)}, found {name}; use engine hf")
 
 
 def check_parallelism(config: TrainingConfig, architecture: dict[str, Any], model: Path, gpus: int) -> None:
-    """Refuse sizes that do not divide what they split, before anything is loaded.
+    """Refuse parallel sizes that do not divide what they split, before anything is loaded.
 
     Args:
         config: the parallel and batch sizes.
         architecture: the model's config.json.
         model: its directory, for the message.
-        gpus: workers.
+        gpus: number of workers.
 
     Raises:
-        ConfigError: one does not divide; the message names the sizes that do.
+        ConfigError: a size does not divide; the message names the sizes that do.
     """
     check_convertible(architecture, model)
     for name, key in (
@@ -105,7 +113,11 @@ def _check_divides(name: str, size: int, what: str, total: int) -> None:
 
 
 def check_shared(config: TrainingConfig, paths: list[Path]) -> None:
-    """Refuse inputs that the other nodes would not see."""
+    """Refuse inputs that the other nodes would not see.
+
+    Raises:
+        ConfigError: a path lies outside the workspace.
+    """
     volume = (cache_directory() if is_bucket(config.workspace) else Path(config.workspace or "")).resolve()
     for path in paths:
         if not path.resolve().is_relative_to(volume):

@@ -52,7 +52,9 @@ class Balancer(DistillationLossBalancer):
 
     def reduce_means(self) -> dict[str, float]:
         """Return the mean of the terms since the last call, over all copies of the model."""
-        means = (self._sums / max(self._count, 1)).to(get_device())  # where a stage without a loss has its zeros, too
+        means = (self._sums / max(self._count, 1)).to(
+            get_device()
+        )  # the device of the zeros that stages without a loss have
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(means, group=group)
         means /= torch.distributed.get_world_size(group)
@@ -62,19 +64,19 @@ class Balancer(DistillationLossBalancer):
 
 
 def _share_last_stage(value: Tensor) -> None:
-    """Give every pipeline stage what the last one knows; the others have zeros."""
+    """Give every pipeline stage the value of the last one, in place; the others have zeros."""
     torch.distributed.all_reduce(value, group=parallel_state.get_pipeline_model_parallel_group())
 
 
 class Course(pl.Callback):
-    """Validates before step 1, at every interval and at the end; keeps the best state; saves what a kill resumes from.
+    """Validates before step 1, at every interval and at the end; keeps the best state; saves checkpoints.
 
     NeMo's ModelCheckpoint would write the optimizer with every best state, and nothing at all where the validation and
     checkpoint intervals both equal the number of steps.
     """
 
     def __init__(self, config: Any, work: Path, sequences: int, balancer: Balancer, step: int) -> None:
-        """Go on after `step`; `sequences` are validated on."""
+        """Go on after `step`; validate on `sequences` sequences."""
         self._config, self._work, self._balancer = config, work, balancer
         self._sequences, self._first_step = sequences, step
         self._best = float("inf")
@@ -83,7 +85,7 @@ class Course(pl.Callback):
             self._best = json.loads((work / BEST / "best.json").read_text())["loss"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Say which activations are recomputed, before the model is built."""
+        """Set the activations to recompute, before the model is built."""
         if self._config.gradient_checkpointing:
             settings = pl_module.config
             settings.recompute_granularity, settings.recompute_method = "full", "uniform"
@@ -113,7 +115,7 @@ class Course(pl.Callback):
         self._started, self._validating = time.perf_counter(), 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Report the step; validate and save where it is time."""
+        """Report the step; validate and save at their intervals."""
         step, config = trainer.global_step, self._config
         self._write_row(trainer, self._make_row(trainer, step))
         if step % config.validation_interval == 0 or step == config.max_steps:
@@ -134,7 +136,7 @@ class Course(pl.Callback):
         self._validated += size
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say how long it took, and what the largest worker needed."""
+        """Write the seconds that training took, and the memory of the largest worker."""
         peaks = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _read_peak_gpu_mb()])
         peaks = peaks.to(get_device())
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
@@ -149,15 +151,15 @@ class Course(pl.Callback):
             (self._work / FINISHED).write_text(json.dumps(end))
 
     def _make_row(self, trainer: Any, step: int) -> dict[str, float]:
-        found = trainer.callback_metrics
-        row = {"step": step, "loss": found["reduced_train_loss"].item()}
+        metrics = trainer.callback_metrics
+        row = {"step": step, "loss": metrics["reduced_train_loss"].item()}
         if isinstance(self._config, DistillConfig):
             terms = self._balancer.reduce_means()
             row |= {name: value for name, value in terms.items() if value or name == "kl"}
         else:
             row["cross_entropy"] = row["loss"]
-        row["learning_rate"] = float(found["lr"])  # of this step: the schedule has moved on already
-        return row | ({"grad_norm": found["grad_norm"].item()} if "grad_norm" in found else {})
+        row["learning_rate"] = float(metrics["lr"])  # of this step: the schedule has moved on already
+        return row | ({"grad_norm": metrics["grad_norm"].item()} if "grad_norm" in metrics else {})
 
     def _write_row(self, trainer: Any, row: dict[str, float]) -> None:
         if trainer.is_global_zero:
@@ -165,7 +167,7 @@ class Course(pl.Callback):
                 stream.write(json.dumps(row) + "\n")
 
     def _validate_model(self, trainer: Any, step: int) -> None:
-        """Run Lightning's validation loop, as it does itself between two steps; keep the state if it is the best."""
+        """Run Lightning's validation loop, as Lightning does between two steps; keep the state if it is the best."""
         self._sum, self._validated = 0.0, 0
         first = trainer._logger_connector._first_loop_iter
         trainer.validating = True

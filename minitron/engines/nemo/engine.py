@@ -1,13 +1,14 @@
 """The NeMo engine: NeMo 2's own import, fine-tuning, pruning, distillation and export, on Megatron's parallelism.
 
 This module checks, launches and follows; NeMo itself runs in the workers (engines/nemo/worker.py), one process per GPU.
-Models come and go as Hugging Face directories. Everything in between lies in the work in progress, CHECKPOINTS, so that
-a killed stage finds it again.
+Models come and go as Hugging Face directories. NeMo's own files lie in the work in progress, CHECKPOINTS, where a
+killed stage finds them again.
 """
 
 import gc
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from minitron.models.checkpoint import check_architecture, copy_model, finish_mo
 from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
 from minitron.models.scoring import validate_teacher
+from minitron.models.surgery import Plan, Shape, choose_plan
 from minitron.storage.staging import CHECKPOINTS, KEY
 from minitron.tracking.stage_run import Tracker
 
@@ -46,7 +48,7 @@ def train(
 ) -> dict[str, Any]:
     """Train the model in `initial`; write its best state by validation loss, the untrained one included.
 
-    Arguments and result are those of `minitron.engines.hf.train`.
+    Arguments and result: see `engines.Engine.train`.
 
     Raises:
         ConfigError: NeMo is not installed, or a parallel size does not divide what it splits.
@@ -64,7 +66,7 @@ def train(
     _import_models(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
-    if not (work / FINISHED).is_file():  # else it was killed while it exported
+    if not (work / FINISHED).is_file():  # else an earlier attempt was killed while it exported
         forget_lost_steps(work)
         with Progress(config, work, tracker) as progress:
             if config.num_nodes == 1:
@@ -80,7 +82,7 @@ def train(
 
 
 def _read_result(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return what the stage's record gets, of what the workers left."""
+    """Read the files that the workers left; return what the stage's record gets."""
     history = [json.loads(row) for row in (work / HISTORY).read_text().splitlines()]
     end = json.loads((work / FINISHED).read_text())
     step_tokens = config.global_batch_size * config.sequence_length
@@ -95,16 +97,12 @@ def _read_result(config: TrainingConfig, work: Path, best: dict[str, Any], metri
     return {"metrics": metrics, "history": history, "gpus": count_workers(config)} | peaks
 
 
-def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[Importance, int]:
-    """Prune the teacher by Model-Optimizer and write the student.
+def prune(
+    config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path
+) -> tuple[Plan, Importance | None, int]:
+    """Prune the teacher by Model-Optimizer and write the student: see `engines.Engine.prune`.
 
-    Args:
-        config: the stage's settings.
-        sizes: the student's sizes that differ from the teacher's, under the names of config.json.
-        directory: the stage's directory of work in progress.
-
-    Returns:
-        The scores that Model-Optimizer found, and the sequences it read: none where nothing is chosen by scores.
+    Model-Optimizer keeps the same channels and heads as engine hf, the most important first.
 
     Raises:
         ConfigError: NeMo is not installed, or Model-Optimizer cannot cut to such a size.
@@ -112,28 +110,41 @@ def prune(config: PruneConfig, sizes: dict[str, int], directory: Path) -> tuple[
     """
     check_installed()
     check_convertible(check_architecture(config.teacher), config.teacher)
-    check_sizes(config, sizes)
     teacher_config = read_config(config.teacher)
+    sizes = _list_sizes(shape, Shape.from_config(teacher_config))
+    check_sizes(config, sizes)
+    importance = _prune_to(config, sizes, teacher_config, directory)
+    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
+    return plan, importance, 0 if importance is None else count_calibration_sequences(config)
+
+
+def _list_sizes(shape: Shape, teacher: Shape) -> dict[str, int]:
+    """Return the sizes to cut, under the names of config.json; heads and groups belong together."""
+    sizes, heads = asdict(shape), {"num_attention_heads", "num_key_value_heads"}
+    changed = {name for name, size in sizes.items() if size != getattr(teacher, name)}
+    return {name: size for name, size in sizes.items() if name in changed or (name in heads and changed & heads)}
+
+
+def _prune_to(config: PruneConfig, sizes: dict[str, int], teacher_config: Any, directory: Path) -> Importance | None:
+    """Write the student of these sizes; return Model-Optimizer's scores, or None if it did not choose by scores."""
     if not sizes:
         copy_model(config.teacher, directory)
-        return Importance.zeros(teacher_config), 0
+        return None
     work = directory / CHECKPOINTS
     work.mkdir(exist_ok=True)
     _import_models({"teacher": config.teacher}, work)
     _run_job({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
     _export_model(work / "pruned", config.teacher, directory)
-    if config.drop_layers:
-        return Importance.zeros(teacher_config), 0
-    return _read_importance(work / SCORES, teacher_config), count_calibration_sequences(config)
+    return None if config.drop_layers else _read_importance(work / SCORES, teacher_config)
 
 
 def _read_importance(scores: Path, config: Any) -> Importance:
-    """Read the sums that Model-Optimizer collected, by the names of its modules; layers are counted from 1 there."""
-    found = torch.load(scores, weights_only=True)
-    (activations,) = found["activations"]  # of one process
+    """Read the sums that Model-Optimizer collected by the names of its modules; it counts layers from 1."""
+    sums = torch.load(scores, weights_only=True)
+    (activations,) = sums["activations"]  # of one process
     layers = range(config.num_hidden_layers)
 
-    def stack(name: str) -> torch.Tensor:
+    def stack_layers(name: str) -> torch.Tensor:
         return torch.stack(
             [next(v for k, v in activations.items() if k.endswith(f"layers.{i}.{name}")) for i in layers]
         )
@@ -141,10 +152,10 @@ def _read_importance(scores: Path, config: Any) -> Importance:
     norms = next(value for value in activations.values() if isinstance(value, dict))
     return Importance.from_squares(
         config,
-        torch.tensor([found["layers"][layer + 1] for layer in layers]),
+        torch.tensor([sums["layers"][layer + 1] for layer in layers]),
         torch.stack(list(norms.values())),
-        stack("mlp"),
-        stack("self_attention"),
+        stack_layers("mlp"),
+        stack_layers("self_attention"),
     ).check_finite()
 
 
@@ -152,7 +163,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     """Write a NeMo 2 checkpoint as a Hugging Face directory.
 
     Raises:
-        RunError: it is damaged, or no language model that NeMo can export.
+        RunError: the checkpoint is damaged, or NeMo cannot export such a model.
     """
     output = target / "exported"
     shutil.rmtree(output, ignore_errors=True)
@@ -167,7 +178,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
 
 
 def count_calibration_sequences(config: PruneConfig) -> int:
-    """Return how many sequences importance is read on: whole micro-batches, which is what NeMo takes."""
+    """Count the sequences that importance is read on: NeMo takes whole micro-batches."""
     train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     batches = max(1, min(config.calibration_sequences, len(train)) // config.micro_batch_size)
     return batches * config.micro_batch_size
@@ -186,7 +197,7 @@ def _run_job_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, fo
 
 
 def _import_models(models: dict[str, Path], work: Path) -> None:
-    """Convert Hugging Face directories to NeMo checkpoints in `work`, by name; those that are there are whole."""
+    """Convert Hugging Face directories to NeMo checkpoints in `work`, by name, unless they are there already."""
     missing = {name: str(path) for name, path in models.items() if not (work / name).exists()}
     if missing:
         _run_job({"job": "import", "models": missing}, work)
@@ -204,7 +215,7 @@ def _export_model(checkpoint: Path, like: Path, directory: Path) -> None:
 
 
 def _score_teacher_near_gpus(config: TrainingConfig, teacher: Path, work: Path) -> dict[str, float]:
-    """Score the teacher: here, or where the GPUs are."""
+    """Score the teacher: here, or on a node if the GPUs are there."""
     if config.num_nodes == 1:
         return score_teacher(config, teacher)
     scores = work / TEACHER
@@ -215,7 +226,7 @@ def _score_teacher_near_gpus(config: TrainingConfig, teacher: Path, work: Path) 
 
 
 def score_teacher(config: TrainingConfig, teacher: Path) -> dict[str, float]:
-    """Score the teacher, and give its memory back before the workers start."""
+    """Score the teacher, and free its memory before the workers start."""
     from minitron.engines import hf
 
     model: Any = load_model(teacher, hf.get_compute_dtype())

@@ -1,21 +1,20 @@
-"""The files that engine nemo's workers leave in the work in progress, and what a killed one leaves there."""
+"""The files that engine nemo's workers write to the work in progress, and the leftovers of a killed one."""
 
 import json
 import shutil
 from pathlib import Path
 
 HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"
-"""What the workers leave in CHECKPOINTS: a row per step and validation, the best state, the end, the importance, the
-teacher's scores."""
+"""In CHECKPOINTS: a row per step and validation, the best state, the end, the importance, the teacher's scores."""
 
 
 def find_last_checkpoint(work: Path) -> Path | None:
-    """Return the newest complete checkpoint to resume from; one that a kill left half-written has another name."""
+    """Return the newest complete checkpoint to resume from; half-written ones have another name."""
     return max(work.glob("step-*[0-9]"), key=parse_step, default=None)
 
 
 def parse_step(checkpoint: Path) -> int:
-    """Return the step at which a checkpoint was saved."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.partition("-")[2])
 
 

@@ -14,7 +14,7 @@ class Progress:
     """Follows the history that the workers write: rows to the tracker, tokens to a progress bar with ETA."""
 
     def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
-        """Follow the history that the workers write in `work`."""
+        """Follow the history in `work`."""
         self._path, self._tracker = work / HISTORY, tracker
         self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
         self._seen = self._size = 0
@@ -30,7 +30,7 @@ class Progress:
             self._bar.close()
 
     def __call__(self) -> None:
-        """Read the rows that are new."""
+        """Pass the new rows on."""
         size = self._path.stat().st_size if self._path.is_file() else 0
         if size == self._size:
             return
@@ -39,7 +39,7 @@ class Progress:
         new, self._seen = rows[self._seen :], len(rows)
         for row in new:
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-            if self._bar is None:  # not before: starting NeMo is no part of the training's speed
+            if self._bar is None:  # not earlier: starting NeMo does not count in the training's speed
                 done, total = row["step"] * self._step_tokens, self._max_steps * self._step_tokens
                 self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
             if "loss" in row:

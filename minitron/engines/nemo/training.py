@@ -60,10 +60,10 @@ def train(config: Any, weights: LossWeights, work: Path) -> None:
 
 
 class Batches(Dataset):
-    """A dataset of ours in the form of Megatron's; items beyond `count`, which fill the last batch, have no loss."""
+    """Our dataset in Megatron's form; items beyond `count` fill the last batch and have no loss."""
 
     def __init__(self, dataset: Any, count: int | None = None, length: int | None = None) -> None:
-        """Take the first `count` items, and repeat the first one up to `length`."""
+        """Take the first `count` items, and repeat the first item up to `length`."""
         self._dataset = dataset
         self._count = len(dataset) if count is None else count
         self._length = self._count if length is None else length
@@ -90,14 +90,14 @@ class Batches(Dataset):
 
 
 class _DataModule(llm.PreTrainingDataModule):
-    """NeMo's data module, its sampler and its place in the data, on our datasets instead of Megatron's.
+    """NeMo's data module, with its sampler and its position in the data, on our datasets instead of Megatron's.
 
     Megatron's dataset turns every token whose id is the padding's, which in many models is the end of a document, into
     token 0 without loss: the end of a document would never be learnt.
     """
 
     def build(self, *_: Any, **__: Any) -> None:
-        """Megatron's datasets are not built; `make_data_module` gave ours."""
+        """Build nothing: `make_data_module` sets our datasets."""
 
 
 def make_data_module(config: SequenceConfig, training: Batches, validation: Batches | None, batch: int) -> _DataModule:
@@ -105,7 +105,7 @@ def make_data_module(config: SequenceConfig, training: Batches, validation: Batc
     prefix = str(config.dataset / "train")
     module = _DataModule(
         paths={"train": [prefix], "validation": [prefix], "test": [prefix]},
-        tokenizer=object(),  # NeMo puts the model's in its place
+        tokenizer=object(),  # NeMo replaces it by the model's
         seq_length=config.sequence_length,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=batch,
@@ -147,7 +147,7 @@ def _make_trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         enable_checkpointing=False,  # Course saves
-        enable_progress_bar=False,  # NeMo's gathers timers on rank 0 alone, and the others then wait for ever
+        enable_progress_bar=False,  # NeMo's gathers timers on rank 0 alone, and the other ranks wait for ever
         enable_model_summary=False,
         logger=False,
     )
@@ -161,7 +161,7 @@ class _Schedule(LRSchedulerModule):
         self._warmup_steps, self._max_steps, self._floor = warmup_steps, max_steps, floor
 
     def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
-        """Return what Lightning steps after every optimizer step."""
+        """Return the schedule, which Lightning steps after every optimizer step."""
         schedule = get_scheduler(
             "cosine_warmup_with_min_lr",
             optimizer,

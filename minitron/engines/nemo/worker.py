@@ -1,4 +1,4 @@
-"""What torchrun starts for engine nemo, in every process: `python -m minitron.engines.nemo.worker JOB.json`.
+"""The worker of engine nemo, which torchrun starts per process: `python -m minitron.engines.nemo.worker JOB.json`.
 
 Jobs: score (the teacher), import (Hugging Face → NeMo checkpoint), train (llm.finetune or llm.distill), prune
 (llm.prune), export (→ Hugging Face). Megatron saves checkpoints with the help of a spawned process, which imports this
@@ -19,7 +19,7 @@ SIZES = {
     "num_key_value_heads": "target_num_query_groups",
     "num_hidden_layers": "target_num_layers",
 }
-"""The names of config.json, and NeMo's."""
+"""NeMo's names of the sizes in config.json."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def import_models(job: dict[str, Any], work: Path) -> None:
-    """Convert Hugging Face directories to NeMo checkpoints, which get their names when they are whole."""
+    """Convert Hugging Face directories to NeMo checkpoints; a checkpoint gets its name when it is complete."""
     from nemo.collections import llm
 
     for name, source in job["models"].items():
@@ -54,7 +54,7 @@ def import_models(job: dict[str, Any], work: Path) -> None:
 
 
 def export_models(job: dict[str, Any], work: Path) -> None:
-    """Convert NeMo checkpoints to Hugging Face directories, with the settings of the model they came from if given."""
+    """Convert NeMo checkpoints to Hugging Face directories, with the settings of the model `like`, if given."""
     from nemo.collections import llm
     from nemo.collections.llm.api import load_connector_from_trainer_ckpt
     from nemo.lightning.io import load_context
@@ -63,7 +63,7 @@ def export_models(job: dict[str, Any], work: Path) -> None:
 
     for export in job["exports"]:
 
-        def connect(path: Path, target: str, like: str | None = export["like"]) -> Any:
+        def make_exporter(path: Path, target: str, like: str | None = export["like"]) -> Any:
             connector = load_connector_from_trainer_ckpt(path, target)
             sizes = connector.config
             if like is None:  # NeMo would cut the embedding to the tokenizer's size
@@ -75,11 +75,11 @@ def export_models(job: dict[str, Any], work: Path) -> None:
                 setattr(config, size, getattr(sizes, size))
             return type("Exporter", (type(connector),), {"config": config, "tokenizer": None})(path)
 
-        llm.export_ckpt(Path(export["checkpoint"]), "hf", Path(export["output"]), load_connector=connect)
+        llm.export_ckpt(Path(export["checkpoint"]), "hf", Path(export["output"]), load_connector=make_exporter)
 
 
 def prune(job: dict[str, Any], work: Path) -> None:
-    """Prune the teacher; keep the importance that Model-Optimizer found."""
+    """Prune the teacher; save the importance that Model-Optimizer measured."""
     import torch
     from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronSearcher
     from nemo.collections import llm
@@ -94,11 +94,11 @@ def prune(job: dict[str, Any], work: Path) -> None:
     config: Any = parse("prune", job["config"])
     run_search, scores = MCoreMinitronSearcher.run_search, (work / SCORES).absolute()
 
-    def recorded(searcher: Any) -> None:
+    def search_and_save(searcher: Any) -> None:
         run_search(searcher)
         torch.save({"activations": searcher.activations_per_rank, "layers": searcher.layer_scores}, scores)
 
-    MCoreMinitronSearcher.run_search = recorded
+    MCoreMinitronSearcher.run_search = search_and_save
     _rank_groups_by_their_own_heads()
     shutil.rmtree(work / "pruned", ignore_errors=True)
     sequences = count_calibration_sequences(config)
@@ -114,18 +114,18 @@ def prune(job: dict[str, Any], work: Path) -> None:
 
 
 def _rank_groups_by_their_own_heads() -> None:
-    """Mend a group's score in Model-Optimizer 0.37, which reads the channels as [heads per group, groups, D].
+    """Correct a group's score in Model-Optimizer 0.37, which reads the channels as [heads per group, groups, D].
 
-    They lie group by group, as it reads them itself when it ranks heads: its score mixes heads of different groups.
+    They lie group by group, and Model-Optimizer reads them so when it ranks heads: its score mixes different groups.
     """
     import torch
     from modelopt.torch.nas.plugins.megatron import _DynamicSelfAttention
 
-    def importance(attention: Any) -> torch.Tensor:
+    def estimate_importance(attention: Any) -> torch.Tensor:
         groups = attention.get_hparam("num_query_groups").max
         return torch.linalg.vector_norm(attention._activations.sqrt().view(groups, -1), dim=1)
 
-    _DynamicSelfAttention._estimate_query_group_importance = importance
+    _DynamicSelfAttention._estimate_query_group_importance = estimate_importance
 
 
 def train(job: dict[str, Any], work: Path) -> None:
