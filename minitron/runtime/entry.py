@@ -25,14 +25,14 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
 
     Args:
         stage: the stage's name.
-        metrics: a KFP Metrics artifact that gets the stage's numbers.
+        metrics: a KFP Metrics artifact that gets the stage's numbers; None: nobody does.
         settings: the stage's section of a settings document, as Kubeflow has it.
         **values: the rest of its configuration: inputs, output, where it reports and keeps results.
     """
     _exit_on_sigterm()
     values["workspace"] = workspace = os.environ.get("MINITRON_WORKSPACE") or values.get("workspace")
     if read_failure_note(workspace).get("stage") == stage:
-        with suppress(OSError):  # of an earlier attempt
+        with suppress(OSError):  # an earlier attempt's
             failure_note_path(workspace).unlink()
     try:
         record = _run_stage(stage, parse(stage, _join_settings(stage, settings or {}, values)))
@@ -50,7 +50,11 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
 
 
 def _join_settings(stage: str, settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Join a stage's settings and the rest of its configuration, which are apart in a component's parameters."""
+    """Join a stage's settings and the rest of its configuration, which a component gets apart.
+
+    Raises:
+        ConfigError: a key is in both.
+    """
     if both := settings.keys() & values.keys():
         raise ConfigError(
             f"{stage}: {', '.join(sorted(both))} are no settings; give them as the component's parameters"
@@ -86,7 +90,7 @@ def _import_stage(stage: str) -> Any:
 
 
 def _exit_on_sigterm() -> None:
-    """Let SIGTERM, by which Kubernetes ends a task, unwind the stage, so that MLflow learns that it was killed."""
+    """Let SIGTERM, by which Kubernetes ends a task, raise SystemExit: then MLflow learns that the run was killed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))

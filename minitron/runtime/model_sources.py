@@ -1,4 +1,4 @@
-"""Where a model comes from: an address becomes a verified local Hugging Face directory, fetched once.
+"""The sources of models: an address becomes a verified local Hugging Face directory, fetched once.
 
     /models/llama                     a directory, of Hugging Face or a NeMo 2 checkpoint
     hf://org/name[@revision]          Hugging Face's hub
@@ -6,8 +6,8 @@
     models:/NAME@alias, models:/NAME/VERSION        MLflow's registry
     ngc://org/team/model:version      NVIDIA's catalogue (its key in NGC_API_KEY)
 
-What is fetched lies in `models` of the workspace (of the cache, if that is a bucket), so that a killed download goes on
-and all stages of a run share one; a movable address (alias, branch, prefix) is resolved once per pipeline run.
+Fetched models lie in `models` of the workspace (of the cache, if that is a bucket): a killed download goes on, and all
+stages of a run share one copy. A movable address (alias, branch, prefix) is resolved once per pipeline run.
 """
 
 import hashlib
@@ -34,40 +34,43 @@ __all__ = ["check_unchanged", "fetch_corpus", "local_model", "pinned_local_model
 
 
 def local_model(address: str | Path, config: StageConfig) -> Path:
-    """Return the local directory of a model or another input, fetching and converting what is not there.
+    """Return the local directory of a model or another input; fetch and convert it if need be.
 
     Args:
         address: one of the forms above; a reference to a result is followed.
-        config: its workspace keeps what is fetched, its tracking_uri is the registry of models:/.
+        config: its workspace keeps fetched models, its tracking_uri is the registry of models:/.
 
     Raises:
-        ConfigError: nothing is there, the scheme is unknown, or a key or server that it needs is not given.
-        RunError: it cannot be reached, or what came is damaged.
+        ConfigError: nothing is there, the scheme is unknown, or a key or server is not given.
+        RunError: the source cannot be reached, or the model arrives damaged.
     """
     return pinned_local_model(address, config)[0]
 
 
 def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, str]:
-    """Return what `local_model` does, and the address of just this content: a commit, a version or a snapshot."""
+    """Return the local directory, and the fixed address of its content: a commit, a version or a snapshot.
+
+    Arguments and errors are those of `local_model`.
+    """
     scheme, separator, _ = str(address).partition(":/")
     pinned = str(address)
     if not separator or scheme == "file":
-        found = resolve_local_path(address)
+        path = resolve_local_path(address)
     elif scheme == "hf":
         pinned = _resolve_once(pinned, pin_hub_model, config)
-        found = resolve_local_path(pinned)
+        path = resolve_local_path(pinned)
     else:
-        found, pinned = _fetch_model(pinned, config)
-    found = follow_reference(found)
-    return _export_nemo(found, config) if _is_nemo(found) else found, pinned
+        path, pinned = _fetch_model(pinned, config)
+    path = follow_reference(path)
+    return _export_nemo(path, config) if _is_nemo(path) else path, pinned
 
 
 def fetch_corpus(address: str, config: StageConfig) -> str:
-    """Return the address of a corpus, or of its copy in the workspace where it lies in a bucket.
+    """Return the address of a corpus; if it lies in a bucket, fetch it and return the path of the copy.
 
     Raises:
-        ConfigError: there are no objects.
-        RunError: it cannot be fetched.
+        ConfigError: there are no objects at the address.
+        RunError: the corpus cannot be fetched.
     """
     if not bucket.is_bucket(address):
         return address
@@ -75,10 +78,10 @@ def fetch_corpus(address: str, config: StageConfig) -> str:
 
 
 def check_unchanged(path: Path, sha256: str) -> None:
-    """Compare a model's content hash with the one it had when it was fetched.
+    """Compare a model's content hash with that of the fetched files.
 
     Raises:
-        RunError: it changed.
+        RunError: the hash differs.
     """
     record = _record_path(path)
     if record.is_file() and (expected := json.loads(record.read_text())["sha256"]) != sha256:
@@ -105,18 +108,18 @@ def _fetch_model(address: str, config: StageConfig) -> tuple[Path, str]:
                 f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
-    with default_retries():  # no stage can do without it
+    with default_retries():  # no stage can go on without its inputs
         identity = _resolve_once(address, find, config)
         return _fetch_once(identity, fetch, config), identity
 
 
 def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
-    """Return what a movable address names; within one pipeline run, what it named first."""
+    """Return the fixed address of a movable one; within one pipeline run the first answer stays."""
     note = _models_directory(config) / "resolved" / f"{_hash_text(f'{config.pipeline_run_id} {address}')}.json"
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
-        place = format_address(config.workspace or "")
+        workspace = format_address(config.workspace or "")
         name = f"resolved/{note.name}"
-        content = bucket.get_or_create_json(place, name, lambda: {"address": address, "identity": find(address)})
+        content = bucket.get_or_create_json(workspace, name, lambda: {"address": address, "identity": find(address)})
         return content["identity"]
     if config.pipeline_run_id and note.is_file():
         return json.loads(note.read_text())["identity"]
@@ -127,26 +130,26 @@ def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig)
 
 
 def _fetch_once(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
-    """Return the directory that holds an identity's files; they come to be there in one rename."""
-    home = _models_directory(config) / _hash_text(identity)
-    if _is_complete(home):
-        return home
-    download_then_publish(home, identity, partial(fetch, identity))
-    write_atomically(_record_path(home), {"identity": identity, "sha256": content_hash(home)})
-    return home
+    """Return the directory of an identity's files; fetch them, published in one rename, if they are not there."""
+    directory = _models_directory(config) / _hash_text(identity)
+    if _is_complete(directory):
+        return directory
+    download_then_publish(directory, identity, partial(fetch, identity))
+    write_atomically(_record_path(directory), {"identity": identity, "sha256": content_hash(directory)})
+    return directory
 
 
-def _is_complete(home: Path) -> bool:
-    return home.is_dir() and _record_path(home).is_file()
+def _is_complete(directory: Path) -> bool:
+    return directory.is_dir() and _record_path(directory).is_file()
 
 
 def _find_complete_snapshot(address: str) -> str:
-    """Return the snapshot of what lies in a bucket, unless it is a result whose upload did not end."""
+    """Return the snapshot of the objects in a bucket; refuse a result whose upload did not end."""
     from minitron.storage import bucket_results
 
-    found = bucket.require_objects(address)
-    bucket_results.check_complete(address, set(found))
-    return bucket.format_snapshot(address, found)
+    objects = bucket.require_objects(address)
+    bucket_results.check_complete(address, set(objects))
+    return bucket.format_snapshot(address, objects)
 
 
 def _fetch_objects(identity: str, target: Path) -> None:
@@ -162,10 +165,10 @@ def _is_nemo(path: Path) -> bool:
 def _export_nemo(checkpoint: Path, config: StageConfig) -> Path:
     """Return a NeMo 2 checkpoint as a Hugging Face directory, exported by engine nemo.
 
-    The image of resolve has no engine. It does not need one: what was never exported, nothing is made from yet.
+    The image of resolve has no engine and needs none: no version is made from a checkpoint that was never exported.
     """
 
-    def export(identity: str, target: Path) -> None:
+    def export_checkpoint(identity: str, target: Path) -> None:
         from minitron.engines.nemo import checks
         from minitron.engines.nemo import engine as nemo
 
@@ -175,15 +178,15 @@ def _export_nemo(checkpoint: Path, config: StageConfig) -> Path:
     identity = f"nemo {content_hash(checkpoint)}"
     if find_spec("torch") is None and not _is_complete(_models_directory(config) / _hash_text(identity)):
         return checkpoint
-    return _fetch_once(identity, export, config)
+    return _fetch_once(identity, export_checkpoint, config)
 
 
 def _models_directory(config: StageConfig) -> Path:
     return persistent_directory(config.workspace) / "models"
 
 
-def _record_path(home: Path) -> Path:
-    return home.with_name(f"{home.name}.json")
+def _record_path(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.json")
 
 
 def _hash_text(text: str) -> str:

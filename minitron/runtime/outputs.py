@@ -1,6 +1,6 @@
-"""Where a stage's result lies, and how it gets to `output`.
+"""The location of a stage's result, and its publication to `output`.
 
-    workspace                 the result lies in                         output, where it cannot be linked
+    workspace                 the result lies in                         output, if it cannot be linked
     none                      output                                     -
     /volume                   /volume/STAGE/KEY                          refers there; small ones are copied
     gs://bucket/path          gs://bucket/path/STAGE/KEY and the cache   refers there; small ones are copied
@@ -24,14 +24,14 @@ from minitron.storage.staging import find_finished, publish_copy, publish_links
 
 @dataclass(frozen=True)
 class ResultLocation:
-    """Where a result comes to lie: on this machine, and in a bucket where the workspace or else the output is one."""
+    """The location of a result: on this machine and, if the workspace or else the output is in one, in a bucket."""
 
-    home: Path
+    directory: Path
     remote: str | None
 
 
 def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation:
-    """Return where the result of this key belongs."""
+    """Return the location of the result of a key."""
     inner = f"{stage}/{key[:16]}"
     if is_bucket(config.workspace):
         return ResultLocation(cache.cache_directory() / inner, f"{format_address(config.workspace or '')}/{inner}")
@@ -41,60 +41,60 @@ def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation
     return ResultLocation(cache.cache_directory() / inner if remote else config.output, remote)
 
 
-def find_result(place: ResultLocation, key: str) -> dict[str, Any] | None:
-    """Return the record of the finished result of a key, wherever it lies; it is committed to its bucket if need be."""
-    if place.remote is None:
-        return find_finished(place.home, key)
+def find_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
+    """Return the record of the finished result of a key, or None; commit it to its bucket if that is missing."""
+    if location.remote is None:
+        return find_finished(location.directory, key)
     from minitron.storage import bucket_results
 
-    record = bucket_results.read_record_at(place.remote)
+    record = bucket_results.read_record_at(location.remote)
     if record and record["key"] == key:
         return record
-    return commit_result(place, replace=False) if find_finished(place.home, key) else None
+    return commit_result(location, replace=False) if find_finished(location.directory, key) else None
 
 
-def commit_result(place: ResultLocation, replace: bool) -> dict[str, Any]:
-    """Upload the result on this machine to its bucket, and keep it where references to it find it."""
+def commit_result(location: ResultLocation, replace: bool) -> dict[str, Any]:
+    """Upload the result on this machine to its bucket, and move it to the cache, where references find it."""
     from minitron.storage import bucket_results
 
-    assert place.remote is not None
-    record = bucket_results.commit_result(place.home, place.remote, replace)
-    if place.home.is_relative_to(cache.cache_directory()):
-        cache.move_to_cache(place.home)
+    assert location.remote is not None
+    record = bucket_results.commit_result(location.directory, location.remote, replace)
+    if location.directory.is_relative_to(cache.cache_directory()):
+        cache.move_to_cache(location.directory)
     return record
 
 
-def publish_output(stage: str, config: StageConfig, place: ResultLocation, record: dict[str, Any]) -> None:
-    """Make `output` the result, or refer to it."""
+def publish_output(stage: str, config: StageConfig, location: ResultLocation, record: dict[str, Any]) -> None:
+    """Make `output` the result or, if that is large and cannot be linked, a reference to it."""
     if is_bucket(config.output):
-        if format_address(config.output) != place.remote:
-            _publish_to_bucket(stage, config, place, record)
-    elif place.remote:
-        reference = references.make_reference(place.remote, record)
+        if format_address(config.output) != location.remote:
+            _publish_to_bucket(stage, config, location, record)
+    elif location.remote:
+        reference = references.make_reference(location.remote, record)
         if stage in LARGE:
             references.write_reference(config.output, reference, record)
         else:
-            publish_copy(references.locate_result(reference, place.remote), config.output, record["key"])
-    elif place.home != config.output:
-        _publish_from_volume(stage, config, place, record)
+            publish_copy(references.locate_result(reference, location.remote), config.output, record["key"])
+    elif location.directory != config.output:
+        _publish_from_volume(stage, config, location, record)
 
 
-def _publish_from_volume(stage: str, config: StageConfig, place: ResultLocation, record: dict[str, Any]) -> None:
+def _publish_from_volume(stage: str, config: StageConfig, location: ResultLocation, record: dict[str, Any]) -> None:
     if stage not in LARGE:
-        publish_copy(place.home, config.output, record["key"])
-    elif not publish_links(place.home, config.output, record["key"]):
-        references.write_reference(config.output, references.make_reference(place.home, record), record)
+        publish_copy(location.directory, config.output, record["key"])
+    elif not publish_links(location.directory, config.output, record["key"]):
+        references.write_reference(config.output, references.make_reference(location.directory, record), record)
 
 
-def _publish_to_bucket(stage: str, config: StageConfig, place: ResultLocation, record: dict[str, Any]) -> None:
+def _publish_to_bucket(stage: str, config: StageConfig, location: ResultLocation, record: dict[str, Any]) -> None:
     """Commit a reference, or a small result, to an output in a bucket; the result lies in the workspace's."""
     from minitron.storage import bucket_results
 
-    assert place.remote is not None
-    reference = references.make_reference(place.remote, record)
+    assert location.remote is not None
+    reference = references.make_reference(location.remote, record)
     if stage not in LARGE:
         bucket_results.commit_result(
-            references.locate_result(reference, place.remote), format_address(config.output), replace=False
+            references.locate_result(reference, location.remote), format_address(config.output), replace=False
         )
         return
     with tempfile.TemporaryDirectory() as name:
@@ -107,7 +107,7 @@ def refuse_foreign(stage: str, config: StageConfig) -> None:
     """Refuse an output that holds anything but an earlier result of the same stage: it would be deleted.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the output holds something else.
     """
     output = format_address(config.output)
     record, is_result = _read_bucket_content(output) if is_bucket(output) else _read_content(config.output)

@@ -1,4 +1,4 @@
-"""What a run says of itself: settings, versions, image, cost; or, where it failed, a note that conclude reads."""
+"""The record of a run: settings, versions, image, cost; and the note of a failure, which conclude reads."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from minitron.tracking import stage_run
 
 
 def failure_note_path(workspace: str | Path | None) -> Path:
-    """Return the file that says why the last task failed: in the workspace, or this machine's cache for a bucket."""
+    """Return the path of the note of the last failure: in the workspace, or in this machine's cache for a bucket."""
     return persistent_directory(workspace) / FAILURE
 
 
 def read_failure_note(workspace: str | Path | None) -> dict[str, Any]:
-    """Return what that file says: stage, exit_status, message, pipeline_run_id; nothing if it is not there."""
+    """Return the note of the last failure: stage, exit_status, message, pipeline_run_id; empty without one."""
     try:
         return json.loads(failure_note_path(workspace).read_text())
     except (OSError, ValueError):
@@ -33,9 +33,9 @@ def read_failure_note(workspace: str | Path | None) -> dict[str, Any]:
 
 
 def run_facts(config: StageConfig, tracker: stage_run.Tracker, started: float) -> dict[str, Any]:
-    """Return what a record says of how, where and at what cost its stage ran, up to now."""
+    """Return a record's entries on how, where and at what cost its stage ran, up to now."""
     return {
-        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
+        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # its URI may hold a password
         "seed": config.seed,
         "versions": _list_versions(),
         "image": os.environ.get("MINITRON_IMAGE"),
@@ -67,5 +67,5 @@ def _read_peak_gpu_mb() -> float | None:
 
 
 def make_failure_note(stage: str, error: MinitronError, run_id: str | None) -> dict[str, Any]:
-    """Return what the note of a failure says."""
+    """Return the content of the note of a failure."""
     return {"stage": stage, "exit_status": error.exit_status, "message": str(error), "pipeline_run_id": run_id}

@@ -1,6 +1,6 @@
-"""What all stages share: input hashes, reuse, resume, and a record that is written last.
+"""The run of any stage: input hashes, reuse, resume, and a record that is written last.
 
-A stage is a function `work(config, directory, tracker) -> dict` that fills `directory`. `run` gives it a place that
+A stage is a function `work(config, directory, tracker) -> dict` that fills `directory`. `run` gives it a directory that
 survives a kill, publishes the finished directory in one rename, and writes `stage.json`: inputs' content hashes,
 configuration, versions, image, runs, seconds, peak memory, metrics. `main` makes it
 `python -m minitron.STAGE --config FILE`.
@@ -27,7 +27,7 @@ from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publis
 from minitron.tracking import stage_run
 
 LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
-"""Stages whose modules import torch and transformers: that waits until it is known that there is something to do."""
+"""Stages whose modules import torch and transformers: they are imported if there is something to do."""
 
 __all__ = ["LATE", "run", "stage_name"]
 
@@ -35,40 +35,44 @@ Work = Callable[[Any, Path, stage_run.Tracker], dict[str, Any]]
 
 
 def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda config: None) -> dict[str, Any]:
-    """Run a stage once: return the record at once when its result is there, resume it when it was killed.
+    """Run a stage once: return its record at once if the result is there, resume it if it was killed.
 
     Args:
-        config: what to do; `config.output` is the directory that appears when the stage is complete.
-        work: fills the given directory and returns what it adds to the record: `metrics`, and anything else it found.
-        check: looks at the inputs before a run is opened in MLflow. Both get the configuration with local paths.
+        config: the stage's configuration; `config.output` is the directory that appears when the stage is complete.
+        work: fills the given directory and returns its entries in the record: `metrics`, and others.
+        check: checks the inputs before a run is opened in MLflow. `work` and `check` get local paths as inputs.
 
     Returns:
         The content of `<output>/stage.json`.
 
     Raises:
         ConfigError: an input is missing or does not fit, or `output` holds something that is not a stage's result.
-        RunError: the run failed: fewer GPUs than asked for, disk full, damaged input, unreachable server.
+        RunError: the run failed: too few GPUs, disk full, damaged input, unreachable server.
     """
     stage = stage_name(config)
     gpus.check_gpus(config.gpus)
     outputs.refuse_foreign(stage, config)
     with disk_errors(config.output):  # an input may not be readable
-        found = inputs.find_inputs(config)
-    key = _compute_key(stage, config, found)
-    place = outputs.result_location(stage, config, key)
-    with disk_errors(place.home):
-        record = outputs.find_result(place, key) if config.caching else None
+        stage_inputs = inputs.find_inputs(config)
+    key = _compute_key(stage, config, stage_inputs)
+    location = outputs.result_location(stage, config, key)
+    with disk_errors(location.directory):
+        record = outputs.find_result(location, key) if config.caching else None
         if record is None:
-            identity = {"stage": stage, "key": key, "inputs": {name: entry.record() for name, entry in found.items()}}
-            local = inputs.with_local_paths(config, found)
+            identity = {
+                "stage": stage,
+                "key": key,
+                "inputs": {name: entry.record() for name, entry in stage_inputs.items()},
+            }
+            local = inputs.with_local_paths(config, stage_inputs)
             check(local)
-            record = _make_result(local, config, work, place.home, identity)
-            if place.remote:
-                record = outputs.commit_result(place, replace=not config.caching)
+            record = _make_result(local, config, work, location.directory, identity)
+            if location.remote:
+                record = outputs.commit_result(location, replace=not config.caching)
         else:
-            print(f"{stage}: result {key[:12]} is already in {place.remote or place.home}", flush=True)
+            print(f"{stage}: result {key[:12]} is already in {location.remote or location.directory}", flush=True)
     with disk_errors(config.output):
-        outputs.publish_output(stage, config, place, record)
+        outputs.publish_output(stage, config, location, record)
     return record
 
 
@@ -78,26 +82,28 @@ def stage_name(config: StageConfig) -> str:
 
 
 def _make_result(
-    local: StageConfig, config: StageConfig, work: Work, home: Path, identity: dict[str, Any]
+    local: StageConfig, config: StageConfig, work: Work, result: Path, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """Do the work: with `local`, whose inputs are here; the record says what was asked for, `config`."""
+    """Do the work with `local`, whose inputs are local paths; the record has the addresses of `config`."""
     started = time.time()
     with (
-        partial_directory(home, identity["key"]) as directory,
+        partial_directory(result, identity["key"]) as directory,
         stage_run.stage_run(config, identity) as tracker,
-        disk_errors(home),
+        disk_errors(result),
     ):
-        found = work(local, directory, tracker)
-        record = identity | run_facts(config, tracker, started) | found
+        results = work(local, directory, tracker)
+        record = identity | run_facts(config, tracker, started) | results
         record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
         write_atomically(directory / RECORD, record)
-        publish_result(directory, home)
-        record = read_record(home) or record
+        publish_result(directory, result)
+        record = read_record(result) or record
         tracker.finish(record)
     return record
 
 
-def _compute_key(stage: str, config: StageConfig, found: dict[str, inputs.Input]) -> str:
-    settings = config.model_dump(mode="json", exclude=set(find_marked_fields(type(config), EXECUTION)) | set(found))
-    hashes = {name: entry.sha256 for name, entry in found.items()}
+def _compute_key(stage: str, config: StageConfig, stage_inputs: dict[str, inputs.Input]) -> str:
+    settings = config.model_dump(
+        mode="json", exclude=set(find_marked_fields(type(config), EXECUTION)) | set(stage_inputs)
+    )
+    hashes = {name: entry.sha256 for name, entry in stage_inputs.items()}
     return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()
