@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +16,10 @@ from minitron.cluster import kubernetes_api
 from minitron.engines import trainjob
 from minitron.errors import ConfigError, RunError
 from tests.constants import REPOSITORY
+from tests.servers import forks
 from tests.servers.http_server import CUT, HALF, Refused
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
+from tests.servers.processes import until
 
 KEY = "0123456789abcdef"
 JOB = "minitron-add-0123456789ab"
@@ -296,22 +296,19 @@ def test_a_pod_that_is_not_ready_has_no_log_yet(server: KubernetesServer, tmp_pa
 
 
 def test_a_cancelled_step_deletes_its_job(server: KubernetesServer, tmp_path: Path) -> None:
-    """SIGTERM to the real process of a stage: the handler that entry.launch sets unwinds it."""
+    """SIGTERM to the process of a stage: the handler that entry.launch sets unwinds it."""
     program = (
         "from pathlib import Path\nfrom minitron.runtime.entry import _exit_on_sigterm\n"
         "from minitron.engines import trainjob\n"
         "_exit_on_sigterm()\ntrainjob.POLL_SECONDS = 0.1\n"
         f"trainjob.launch('{WORKER}', {{'job': 'add'}}, Path({str(tmp_path)!r}), 2, 1, '{KEY}')\n"
     )
-    task = subprocess.Popen([sys.executable, "-c", program])
-    for _ in range(600):
-        if server.objects["trainjobs"]:
-            break
-        time.sleep(0.05)
-    assert JOB in server.objects["trainjobs"]
+    task = forks.start(["-c", program], tmp_path / "log", tmp_path / "log")
+    until(lambda: JOB in server.objects["trainjobs"] or task.exitcode)
     time.sleep(0.3)
-    task.send_signal(signal.SIGTERM)
-    assert task.wait(20) == 128 + signal.SIGTERM
+    task.terminate()
+    task.join(20)
+    assert task.exitcode == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
     assert not server.objects["trainjobs"] and not [pod for pod in server.objects["pods"] if pod.startswith(JOB)]
 
 

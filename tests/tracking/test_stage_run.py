@@ -220,13 +220,14 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     values |= {"checkpoint_interval": 10, "validation_interval": 200, "validation_sequences": 2, "experiment": name}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
     at_once = (
-        "from minitron.tracking import outbox; from minitron.runtime import stage; "
-        "outbox._INTERVAL_SECONDS = 0.05; stage.main('finetune')"
+        "from minitron.tracking import outbox; from minitron.runtime import entry; "
+        "outbox._INTERVAL_SECONDS = 0.05; entry.main('finetune')"
     )
     command = ["-c", at_once, "--config", str(tmp_path / "finetune.yaml")]
     (tmp_path / "cwd").mkdir()
     process = forks.start(command, tmp_path / "log", tmp_path / "log", directory=tmp_path / "cwd")
-    run = until(partial(_run_with_points, uri, name, "cross_entropy", 12), 120)
+    run = until(lambda: _run_with_points(uri, name, "cross_entropy", 12) or process.exitcode, 120)
+    assert process.exitcode is None, (tmp_path / "log").read_text()
     assert run.info.status == "RUNNING"
     process.terminate()
     process.join(120)
