@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from minitron.errors import RunError
-from minitron.tracking.client import existing_run, experiment_id, is_missing
+from minitron.tracking.client import find_active_run, find_or_create_experiment, is_missing
 from minitron.tracking.write_once import write_once
 
 if TYPE_CHECKING:
@@ -126,11 +126,11 @@ class PromotionLog:
         """Make a run, and return the one that all agree upon: it is written into the run of the first version."""
         versions = self._client.search_model_versions(f"name = '{self._name}'")
         numbered = sorted(versions, key=lambda version: int(version.version))
-        runs = (existing_run(self._client, version.run_id) for version in numbered if version.run_id)
+        runs = (find_active_run(self._client, version.run_id) for version in numbered if version.run_id)
         first = next(filter(None, runs), None)
         if first is None:
             raise RunError(f"{self._name}: no version has an MLflow run; register one with the pipeline")
-        experiment = experiment_id(self._client, EXPERIMENT)
+        experiment = find_or_create_experiment(self._client, EXPERIMENT)
         tags, title = {_TAG: self._name}, f"promotions of {self._name}"
         made = self._client.create_run(experiment, tags=tags, run_name=title).info.run_id
         self._client.set_terminated(made)  # nothing runs in it

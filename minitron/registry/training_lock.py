@@ -10,8 +10,8 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from minitron.tracking.client import existing_run, search
-from minitron.tracking.pipeline_run import ALIVE_TAG, OUTCOME_TAG, stage_runs
+from minitron.tracking.client import find_active_run, search_runs
+from minitron.tracking.pipeline_run import ALIVE_TAG, OUTCOME_TAG, list_stage_runs
 from minitron.tracking.write_once import write_once
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def _find_or_create_claims_run(client: "MlflowClient", experiment_id: str) -> st
     maker died before is deleted; a maker that was only slow finds it so, and fails.
     """
     while True:
-        if adopted := search(client, experiment_id, _ADOPTED, "yes"):
+        if adopted := search_runs(client, experiment_id, _ADOPTED, "yes"):
             return adopted[0].info.run_id
         made = client.create_run(experiment_id, run_name="claims", tags={_CANDIDATE: "yes"}).info.run_id
-        others = [run for run in search(client, experiment_id, _CANDIDATE, "yes") if run.info.run_id != made]
+        others = [run for run in search_runs(client, experiment_id, _CANDIDATE, "yes") if run.info.run_id != made]
         if not others:
             client.set_tag(made, _ADOPTED, "yes")
             client.set_terminated(made)  # nothing runs in it
@@ -80,7 +80,7 @@ def _find_or_create_claims_run(client: "MlflowClient", experiment_id: str) -> st
 
 def _describe_active_run(client: "MlflowClient", run_id: str) -> str | None:
     """Return in words that a run is at work; None if it has ended, or nothing is heard of it."""
-    if (run := existing_run(client, run_id)) is None:
+    if (run := find_active_run(client, run_id)) is None:
         return None
     seconds = time.time() - _read_last_sign_of_life(client, run)
     if OUTCOME_TAG in run.data.tags or seconds > SILENCE_SECONDS:
@@ -89,7 +89,7 @@ def _describe_active_run(client: "MlflowClient", run_id: str) -> str | None:
 
 
 def _read_last_sign_of_life(client: "MlflowClient", run: "Run") -> float:
-    runs = [run, *stage_runs(client, run)]
+    runs = [run, *list_stage_runs(client, run)]
     moments = [moment for entry in runs for moment in (entry.info.start_time, entry.info.end_time) if moment]
     signs = [float(entry.data.tags[ALIVE_TAG]) for entry in runs if ALIVE_TAG in entry.data.tags]
     return max([*(moment / 1000 for moment in moments), *signs])

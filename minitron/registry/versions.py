@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
-from minitron.tracking.client import connect, defer_sigterm, environment, is_missing, one_line_errors
+from minitron.tracking.client import connect, defer_sigterm, is_missing, one_line_errors, set_environment
 from minitron.tracking.stage_run import MlflowTracker
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def download_version(uri: str, identity: str, target: Path) -> None:
 
         connect(uri)
         # it asks both stores; one that is not named would be a new database in the working directory
-        with environment(MLFLOW_TRACKING_URI=uri, MLFLOW_REGISTRY_URI=uri):
+        with set_environment(MLFLOW_TRACKING_URI=uri, MLFLOW_REGISTRY_URI=uri):
             download_artifacts(artifact_uri=identity, dst_path=str(target), tracking_uri=uri)
     for name in _ADDED_BY_MLFLOW:
         path = target / name
@@ -177,7 +177,7 @@ def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[st
     client, run_id = tracker.client, tracker.pipeline_run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     # A registry in a database looks the model up where the environment says, not where it is itself.
-    with environment(MLFLOW_TRACKING_URI=client.tracking_uri):
+    with set_environment(MLFLOW_TRACKING_URI=client.tracking_uri):
         return int(
             client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
         )

@@ -88,7 +88,7 @@ def _make_result(
     started = time.time()
     with (
         partial_directory(result, identity["key"]) as directory,
-        stage_run.stage_run(config, identity) as tracker,
+        stage_run.track_stage(config, identity) as tracker,
         disk_errors(result),
     ):
         results = work(local, directory, tracker)

@@ -15,7 +15,7 @@ from minitron.runtime.record import read_failure_note
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
 from minitron.tracking import pipeline_run as runs
-from minitron.tracking.client import connect, fail_fast, one_line_errors, reason, without_password
+from minitron.tracking.client import connect, error_reason, fail_fast, one_line_errors, without_password
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:
@@ -38,13 +38,13 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
 def _ending(config: ConcludeConfig) -> dict[str, Any]:
     """Return outcome and reason; a run that nobody concluded has failed, whatever Kubeflow takes it for."""
     client = connect(config.tracking_uri)
-    run = runs.pipeline_run(client, config)
+    run = runs.join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     run_id, tags = run.info.run_id, run.data.tags
     if runs.OUTCOME_TAG in tags:
         outcome, reason = tags[runs.OUTCOME_TAG], tags[runs.REASON_TAG]
     else:
-        reasons = (runs.failure(client, run), _noted(config), config.message, "see the log of its tasks")
+        reasons = (runs.find_failure(client, run), _noted(config), config.message, "see the log of its tasks")
         outcome, reason = "failed", next(filter(None, reasons))
         runs.record_outcome(client, run_id, outcome, reason)
     return {"outcome": outcome, "reason": reason, "run_id": run_id}
@@ -62,7 +62,11 @@ def _log(config: ConcludeConfig, run_id: str) -> None:
         with fail_fast():
             connect(config.tracking_uri).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
     except Exception as error:
-        print(f"warning: conclude: MLflow has not got {CONCLUSION_PAGE}: {reason(error)}", file=sys.stderr, flush=True)
+        print(
+            f"warning: conclude: MLflow has not got {CONCLUSION_PAGE}: {error_reason(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _page(found: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from minitron.registry.versions import GATE_OUTCOME_TAG
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import PROMOTED
 from minitron.tracking.client import connect, one_line_errors
-from minitron.tracking.pipeline_run import pipeline_run, record_outcome
+from minitron.tracking.pipeline_run import join_pipeline_run, record_outcome
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     with one_line_errors(uri):
         if decision:
             client.set_model_version_tag(name, str(version), GATE_OUTCOME_TAG, decision)
-        if (parent := pipeline_run(client, config)) is not None:
+        if (parent := join_pipeline_run(client, config)) is not None:
             record_outcome(client, parent.info.run_id, outcome, reason)
     print(f"promote: {outcome}: {reason}", flush=True)
     found = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}

@@ -17,7 +17,7 @@ from minitron.runtime import inputs
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import DECISION
 from minitron.tracking.client import connect, fail_fast, one_line_errors
-from minitron.tracking.pipeline_run import pipeline_run, record_outcome
+from minitron.tracking.pipeline_run import join_pipeline_run, record_outcome
 
 
 def run(config: ResolveConfig) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
 
 def _decide(config: ResolveConfig, name: str, made_from: Fingerprint) -> dict[str, Any]:
     client = connect(config.tracking_uri)
-    run = pipeline_run(client, config)
+    run = join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     versions, aliases = list_versions(client, name)
     champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)

@@ -1,6 +1,6 @@
-"""Access to MLflow: clients, patience, errors in one line, what is found by tag or name.
+"""Access MLflow: make clients, set retries, report errors in one line, find runs and experiments.
 
-Its global state is never used, and mlflow is imported where a URI is given, not before.
+MLflow's global state is never used. mlflow is imported only when a tracking URI is given.
 """
 
 import json
@@ -26,16 +26,16 @@ __all__ = [
     "connect",
     "default_retries",
     "defer_sigterm",
-    "environment",
-    "existing_run",
-    "experiment_id",
+    "error_reason",
     "fail_fast",
+    "find_active_run",
+    "find_or_create_experiment",
     "is_missing",
     "is_refusal",
     "one_line_errors",
     "read_artifact",
-    "reason",
-    "search",
+    "search_runs",
+    "set_environment",
     "without_password",
 ]
 
@@ -46,16 +46,16 @@ _QUIET = {
 }
 _FAIL_FAST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _set_by_fail_fast: set[str] = set()
-"""What `fail_fast` has set."""
+"""The variables that `fail_fast` has set."""
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def connect(uri: str) -> "MlflowClient":
-    """Return a silent client of a tracking server or database, with its registry.
+    """Return a silent client of a tracking server or database, and of its registry.
 
     Raises:
-        ConfigError: MLflow does not write to such a URI, or a package for it is missing.
+        ConfigError: MLflow cannot write to this URI, or a package for it is missing.
     """
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "path"
     if scheme not in ("http", "https", *_DATABASES):
@@ -64,9 +64,9 @@ def connect(uri: str) -> "MlflowClient":
         )
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-    mlflow = _mlflow()
+    mlflow = _import_mlflow()
     try:
-        with many_imports():  # those of a database
+        with many_imports():  # the imports of a database
             return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ImportError as error:
         remedy = "pip install mlflow, or give a server's http(s)://HOST"
@@ -78,19 +78,21 @@ def one_line_errors(uri: str | None) -> Iterator[None]:
     """Turn the errors of MLflow, of its database and of its connections into one line.
 
     Raises:
-        RunError: MLflow cannot be reached or refuses.
+        RunError: MLflow cannot be reached, or refuses the request.
     """
-    refusal = _mlflow().exceptions.MlflowException
+    refusal = _import_mlflow().exceptions.MlflowException
     try:
         yield
     except Exception as error:
         of_database = type(error).__module__.startswith("sqlalchemy")
         if not of_database and not isinstance(error, (refusal, OSError)):  # requests' errors are OSErrors
             raise
-        raise RunError(f"MLflow at {without_password(uri or '')}: {reason(error)}; {_remedy(error)}") from error
+        raise RunError(
+            f"MLflow at {without_password(uri or '')}: {error_reason(error)}; {_suggest_remedy(error)}"
+        ) from error
 
 
-def _remedy(error: BaseException) -> str:
+def _suggest_remedy(error: BaseException) -> str:
     match getattr(error, "error_code", ""):
         case "UNAUTHENTICATED" | "CUSTOMER_UNAUTHORIZED":
             return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user whom the server knows"
@@ -105,17 +107,17 @@ def _remedy(error: BaseException) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Say whether MLflow itself turned a request down, and always will: no proxy, no lost connection, no password."""
+    """Say whether MLflow refused a request for good; a proxy, a lost connection or a wrong password do not count."""
     return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
 
 def is_missing(error: BaseException) -> bool:
-    """Say whether MLflow has not got what was asked for."""
+    """Say whether the requested object does not exist in MLflow."""
     return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
 
 
-def reason(error: BaseException) -> str:
-    """Return the innermost cause of an error, in one line."""
+def error_reason(error: BaseException) -> str:
+    """Return the innermost cause of an error in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "Caused by" in text:
         text = text.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')(")
@@ -123,13 +125,13 @@ def reason(error: BaseException) -> str:
 
 
 def without_password(uri: str) -> str:
-    """Return a URI without its user and password, which may have any character in it."""
+    """Return a URI without its user and password; the password may contain any character."""
     return re.sub(r"//(?:[^/:@]*:.*|[^/@]*)@", "//", uri)
 
 
 @contextmanager
 def defer_sigterm() -> Iterator[None]:
-    """Let SIGTERM wait for the end of a call: its exception, raised inside one, can leave the database locked."""
+    """Defer SIGTERM to the end of the block: an exception inside a call of MLflow can leave the database locked."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -143,13 +145,13 @@ def defer_sigterm() -> Iterator[None]:
             signal.raise_signal(signal.SIGTERM)
 
 
-def search(client: "MlflowClient", experiment: str, tag: str, value: str) -> list["Run"]:
-    """Return the runs of an experiment that have a tag with this value."""
+def search_runs(client: "MlflowClient", experiment: str, tag: str, value: str) -> list["Run"]:
+    """Return the runs of an experiment whose tag has this value."""
     return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'"))
 
 
-def existing_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """Return a run; None if it was deleted."""
+def find_active_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """Return a run; None if it is missing or deleted."""
     try:
         run = client.get_run(run_id)
     except Exception as error:
@@ -163,30 +165,30 @@ def read_artifact(client: "MlflowClient", run_id: str, path: str) -> dict[str, A
     """Return the content of a JSON file that a stage logged to a run.
 
     Raises:
-        RunError: it is something else.
+        RunError: the file does not hold a JSON object.
     """
-    with tempfile.TemporaryDirectory() as directory, environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
+    with tempfile.TemporaryDirectory() as directory, set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
         text = Path(client.download_artifacts(run_id, path, directory)).read_text(errors="replace")
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise RunError(
             f"runs:/{run_id}/{path}: not what minitron writes (found {text[:40]!r}); register the model again"
         )
-    return found
+    return content
 
 
-def experiment_id(client: "MlflowClient", name: str) -> str:
-    """Return the id of an experiment, which is made where it is not there."""
+def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
+    """Return the id of an experiment; create it if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id
     database = _sqlite_file(client.tracking_uri)
-    # MLflow's default is ./mlruns, wherever the stage was started.
+    # MLflow's default is ./mlruns in the working directory of the stage.
     location = str(database.absolute().parent / "mlartifacts") if database else None
     try:
         return client.create_experiment(name, artifact_location=location)
@@ -202,8 +204,8 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 @cache
-def _mlflow() -> Any:
-    """Import mlflow once, kept from logging and telephoning: it reads that when it is imported."""
+def _import_mlflow() -> Any:
+    """Import mlflow once, with logging and telemetry off: it reads these settings during its import."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     with many_imports():
@@ -213,11 +215,11 @@ def _mlflow() -> Any:
 
 @contextmanager
 def fail_fast() -> Iterator[None]:
-    """Make one try of ten seconds per request, unless the environment says otherwise: mlflow's own are minutes."""
+    """Make one attempt of ten seconds per request unless the environment sets other limits; mlflow's are minutes."""
     added = {name: value for name, value in _FAIL_FAST.items() if name not in os.environ}
     _set_by_fail_fast.update(added)
     try:
-        with environment(**added):
+        with set_environment(**added):
             yield
     finally:
         _set_by_fail_fast.difference_update(added)
@@ -225,26 +227,26 @@ def fail_fast() -> Iterator[None]:
 
 @contextmanager
 def default_retries() -> Iterator[None]:
-    """Within `fail_fast`, give mlflow its own patience back: for what a stage cannot do without."""
-    with environment(**dict.fromkeys(_set_by_fail_fast)):
+    """Within `fail_fast`, restore mlflow's own retries, for requests that a stage depends on."""
+    with set_environment(**dict.fromkeys(_set_by_fail_fast)):
         yield
 
 
 @contextmanager
-def environment(**values: str | None) -> Iterator[None]:
-    """Set variables, or with None unset them, until the block ends; no other is touched, for other threads read them.
+def set_environment(**values: str | None) -> Iterator[None]:
+    """Set environment variables until the block ends; None unsets one. No other variable changes.
 
-    Only the main thread may: code that goes through the environment fails where another thread adds to it.
+    Only the main thread may call this: code that iterates over the environment fails when another thread adds to it.
     """
     before = {name: os.environ.get(name) for name in values}
-    _set(values)
+    _set_variables(values)
     try:
         yield
     finally:
-        _set(before)
+        _set_variables(before)
 
 
-def _set(values: dict[str, str | None]) -> None:
+def _set_variables(values: dict[str, str | None]) -> None:
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)

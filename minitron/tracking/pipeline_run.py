@@ -1,10 +1,10 @@
-"""The MLflow run that the stages of a pipeline run share: found or made, asked for them, ended with an outcome."""
+"""The MLflow run that the stages of a pipeline run share: join it, list its stages, record its outcome."""
 
 import os
 from typing import TYPE_CHECKING
 
 from minitron.config.stages import StageConfig
-from minitron.tracking.client import experiment_id, search
+from minitron.tracking.client import find_or_create_experiment, search_runs
 from minitron.tracking.write_once import PARENT_TAG, find_or_create_run
 
 if TYPE_CHECKING:
@@ -17,47 +17,47 @@ __all__ = [
     "OUTCOME_TAG",
     "REASON_TAG",
     "RUN_TAG",
-    "failure",
-    "pipeline_run",
+    "find_failure",
+    "join_pipeline_run",
+    "list_stage_runs",
     "record_outcome",
-    "stage_runs",
 ]
 
 RUN_TAG = "kfp.run_id"
 
 ERROR_TAG, ALIVE_TAG = "minitron.error", "minitron.alive"
-"""Tags of a stage's run: what it failed with, and when it last logged, in seconds since 1970."""
+"""Tags of a stage's run: its error, and the time it last logged, in seconds since 1970."""
 
 OUTCOME_TAG, REASON_TAG = "minitron.outcome", "minitron.reason"
-"""Tags of a pipeline run: what came of it, and why, in words."""
+"""Tags of a pipeline run: its outcome, and the reason in words."""
 
 
-def pipeline_run(client: "MlflowClient", config: StageConfig) -> "Run | None":
-    """Join the run in MLFLOW_RUN_ID, or find or create the one with this pipeline run's tag."""
+def join_pipeline_run(client: "MlflowClient", config: StageConfig) -> "Run | None":
+    """Return the run in MLFLOW_RUN_ID, or find or create the run with this pipeline run's tag; None without either."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         return client.get_run(run_id)
     if config.pipeline_run_id is None:
         return None
-    experiment = experiment_id(client, config.experiment)
+    experiment = find_or_create_experiment(client, config.experiment)
     return find_or_create_run(client, experiment, RUN_TAG, config.pipeline_run_id, config.pipeline_run_id)
 
 
-def stage_runs(client: "MlflowClient", run: "Run") -> list["Run"]:
+def list_stage_runs(client: "MlflowClient", run: "Run") -> list["Run"]:
     """Return the runs of the stages of a pipeline run."""
-    return search(client, run.info.experiment_id, PARENT_TAG, run.info.run_id)
+    return search_runs(client, run.info.experiment_id, PARENT_TAG, run.info.run_id)
 
 
-def failure(client: "MlflowClient", run: "Run") -> str | None:
-    """Return what the latest of the stages that failed says of it; None if none did, or they ended well later."""
-    runs = stage_runs(client, run)
+def find_failure(client: "MlflowClient", run: "Run") -> str | None:
+    """Return the name and error of the stage that failed last; None if no stage failed, or all succeeded later."""
+    runs = list_stage_runs(client, run)
     failed = [entry for entry in runs if ERROR_TAG in entry.data.tags and entry.info.status != "FINISHED"]
     latest = max(failed, key=lambda entry: entry.info.end_time or 0, default=None)
     return f"{latest.info.run_name}: {latest.data.tags[ERROR_TAG]}" if latest else None
 
 
 def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: str) -> None:
-    """Record what came of a pipeline run, and end it; what it has claimed is free then."""
+    """Tag a pipeline run with its outcome and the reason, and end it: this releases its training lock."""
     client.set_tag(run_id, REASON_TAG, reason)
     client.set_tag(run_id, OUTCOME_TAG, outcome)
-    if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened it and ends it
+    if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened the run, and ends it
         client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")

@@ -1,8 +1,8 @@
-"""Metrics on their way to MLflow, while a stage runs.
+"""Log metrics to MLflow while a stage runs.
 
 Without a tracking URI nothing is logged and mlflow is not imported. Every stage is a run; the stages of one pipeline
-run are nested in one parent run. A server that cannot be reached when a stage starts is an error; one that goes away
-later costs the training nothing: what it is to be told waits until it answers again, for a later stage if need be.
+run are nested in one parent run. If the server cannot be reached when a stage starts, the stage fails. If it goes away
+later, the training goes on: messages wait until the server answers again, if need be for a later stage.
 
 Watch a local run:
 
@@ -27,16 +27,16 @@ from minitron.tracking.client import (
     connect,
     default_retries,
     defer_sigterm,
-    experiment_id,
+    error_reason,
     fail_fast,
+    find_or_create_experiment,
     is_refusal,
     one_line_errors,
-    reason,
-    search,
+    search_runs,
     without_password,
 )
-from minitron.tracking.outbox import Message, Outbox, deliver
-from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, pipeline_run
+from minitron.tracking.outbox import Message, Outbox, deliver_messages
+from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, join_pipeline_run
 from minitron.tracking.write_once import PARENT_TAG
 
 if TYPE_CHECKING:
@@ -44,28 +44,28 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KEY_TAG, ATTEMPT_TAG = "minitron.key", "minitron.attempt"
-"""Tags of a stage's run: its key, and when the latest process opened it: a status that reaches MLflow late, from an
-earlier one, says nothing of it."""
+"""Tags of a stage's run: its key, and the time when the latest process opened it. A status that arrives late from an
+earlier process is ignored."""
 
 # MLflow's limits: characters of a parameter and of a tag, parameters per request.
 _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL = 6000, 5000, 100
 
 
 class Tracker:
-    """Where a stage reports: this one, used without a tracking URI, keeps nothing.
+    """The tracker of a stage without a tracking URI: it logs nothing.
 
     Attributes:
         identity: the stage's name, key and inputs, as its record has them.
     """
 
     def __init__(self, identity: dict[str, Any]) -> None:
-        """Remember whose tracker it is."""
+        """Set the stage's identity."""
         self.identity = identity
 
     run_id: str | None = None
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Log metrics at a step; they were measured now."""
+        """Log metrics at a step, with the current time."""
 
     def finish(self, record: dict[str, Any]) -> None:
         """Log the finished stage's record: its metrics and stage.json."""
@@ -75,10 +75,10 @@ class MlflowTracker(Tracker):
     """A stage's run in MLflow.
 
     Attributes:
-        client: what every call goes through; mlflow's global state is never used.
+        client: makes all calls; mlflow's global state is never used.
         experiment_id: experiment of both runs.
         run_id: the stage's own run.
-        pipeline_run_id: the parent run, where the whole pipeline's results go; the stage's own when it has no parent.
+        pipeline_run_id: the parent run, which gets the results of the whole pipeline; the stage's own without a parent.
     """
 
     run_id: str
@@ -87,24 +87,26 @@ class MlflowTracker(Tracker):
         """Join or open the runs, and log the configuration."""
         super().__init__(identity)
         self.client = client
-        self._attempt, self._last_step = str(_now()), 0
-        parent = pipeline_run(client, config)
+        self._attempt, self._last_step = str(_now_milliseconds()), 0
+        parent = join_pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
-        self.experiment_id = parent.info.experiment_id if parent else experiment_id(client, config.experiment)
-        self.run_id = self._open(config, parent.info.run_id if parent else None)
+        self.experiment_id = (
+            parent.info.experiment_id if parent else find_or_create_experiment(client, config.experiment)
+        )
+        self.run_id = self._open_run(config, parent.info.run_id if parent else None)
         self.pipeline_run_id = parent.info.run_id if parent else self.run_id
-        self._unsent = _unsent(config) / f"{self._attempt}-{self.run_id}.jsonl"
-        self._outbox = Outbox(self._unsent, self._send, self._complain)
+        self._unsent = _unsent_directory(config) / f"{self._attempt}-{self.run_id}.jsonl"
+        self._outbox = Outbox(self._unsent, self._send_message, self._report_outage)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Have metrics sent within two seconds; while the server is away they are kept."""
-        now = _now()
+        """Queue metrics; they are sent within two seconds, or kept while the server is away."""
+        now = _now_milliseconds()
         points = [[name, float(value), now, step] for name, value in metrics.items() if isinstance(value, int | float)]
         self._outbox.put({"run": self.run_id, "points": points})
         self._last_step = max(self._last_step, step)
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Send the record; with mlflow's own patience (MLFLOW_HTTP_REQUEST_MAX_RETRIES), once it is safe in a file."""
+        """Send the record; if that fails, store it and retry as often as MLFLOW_HTTP_REQUEST_MAX_RETRIES allows."""
         self.log(record["metrics"], self._last_step)
         self._outbox.put({"run": self.run_id, "file": RECORD, "text": json.dumps(record, indent=2)})
         with defer_sigterm():
@@ -118,7 +120,7 @@ class MlflowTracker(Tracker):
         The status goes first: the server may take no more than one call before Kubernetes ends the task.
         """
         runs = [self.run_id, *([self.pipeline_run_id] if self._owns_parent else [])]
-        last = [{"run": run, "status": status, "end": _now(), "attempt": self._attempt} for run in runs]
+        last = [{"run": run, "status": status, "end": _now_milliseconds(), "attempt": self._attempt} for run in runs]
         if error:
             tag = [ERROR_TAG, f"{type(error).__name__}: {error}"[:_TAG_LENGTH]]
             last.append({"run": self.run_id, "tag": tag})
@@ -126,12 +128,12 @@ class MlflowTracker(Tracker):
             if not self._outbox.close(last):
                 self._warn(f"not all arrived; {self._unsent} has it, and the next stage that reaches MLflow sends it")
 
-    def _open(self, config: StageConfig, parent_id: str | None) -> str:
-        """Continue the run that a killed attempt left, or create one; return its id."""
+    def _open_run(self, config: StageConfig, parent_id: str | None) -> str:
+        """Continue the run of a killed attempt, or create one; return its id."""
         tags = {f"input.{name}": entry["sha256"] for name, entry in self.identity["inputs"].items()}
         tags |= {KEY_TAG: self.identity["key"], "minitron.runtime.stage": self.identity["stage"]}
         tags |= {PARENT_TAG: parent_id} if parent_id else {}
-        earlier = search(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
+        earlier = search_runs(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
         unfinished = [r for r in earlier if r.data.tags.get(PARENT_TAG) == parent_id and r.info.status != "FINISHED"]
         if unfinished:
             run = unfinished[0]
@@ -144,7 +146,7 @@ class MlflowTracker(Tracker):
         return run.info.run_id
 
     def _log_parameters(self, config: StageConfig, run: "Run") -> None:
-        """Log the resolved configuration; the URI may hold a password, and a logged parameter cannot change."""
+        """Log the resolved configuration, without the URI, which may hold a password; MLflow refuses changed values."""
         from mlflow.entities import Param
 
         settings = config.model_dump(mode="json", exclude={"tracking_uri"})
@@ -156,35 +158,35 @@ class MlflowTracker(Tracker):
         for start in range(0, len(parameters), _PARAMETERS_PER_CALL):
             self.client.log_batch(run.info.run_id, params=parameters[start : start + _PARAMETERS_PER_CALL])
 
-    def _send(self, message: Message) -> None:
-        _tell(self.client, message, self._attempt)
+    def _send_message(self, message: Message) -> None:
+        _send_or_drop(self.client, message, self._attempt)
 
-    def _complain(self, error: Exception) -> None:
-        self._warn(f"{reason(error)}; what it misses is sent when it answers again")
+    def _report_outage(self, error: Exception) -> None:
+        self._warn(f"{error_reason(error)}; what it misses is sent when it answers again")
 
     def _warn(self, text: str) -> None:
         print(f"warning: {self.identity['stage']}: MLflow: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker]:
-    """Open the tracker of one stage, and end its run with the status the stage ends with.
+def track_stage(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker]:
+    """Open the tracker of a stage, and end its run with the status of the stage.
 
     Args:
         config: `tracking_uri`, `experiment` and `pipeline_run_id` say where; MLFLOW_RUN_ID overrides the parent run.
-        identity: the stage's name, key and inputs: the same key continues the run of a killed attempt.
+        identity: the stage's name, key and inputs; the same key continues the run of a killed attempt.
 
     Raises:
-        ConfigError: MLflow does not write to such a URI.
-        RunError: MLflow cannot be reached or refuses.
+        ConfigError: MLflow cannot write to this URI.
+        RunError: MLflow cannot be reached, or refuses the request.
     """
     if config.tracking_uri is None:
         yield Tracker(identity)
         return
-    with fail_fast():  # for the whole stage: the environment must not change under the threads of a training
+    with fail_fast():  # for the whole stage: the environment must not change while training threads run
         with one_line_errors(config.tracking_uri), defer_sigterm():
             client = connect(config.tracking_uri)
-            _deliver_left(client, config)
+            _deliver_unsent(client, config)
             tracker = MlflowTracker(client, config, identity)
         print(
             f"{identity['stage']}: MLflow run {tracker.run_id} at {without_password(config.tracking_uri)}", flush=True
@@ -197,40 +199,43 @@ def stage_run(config: StageConfig, identity: dict[str, Any]) -> Iterator[Tracker
         tracker.close("FINISHED")
 
 
-def _unsent(config: StageConfig) -> Path:
-    """Return the directory of what a server missed: beside the results, so that the next stage finds it."""
+def _unsent_directory(config: StageConfig) -> Path:
+    """Return the directory of unsent messages for a server, beside the results, where the next stage finds it."""
     server = hashlib.sha256(without_password(config.tracking_uri or "").encode()).hexdigest()[:16]
     return persistent_directory(config.workspace) / "unsent" / server
 
 
-def _deliver_left(client: "MlflowClient", config: StageConfig) -> None:
-    """Send what earlier stages could not; whatever goes wrong, this one begins."""
+def _deliver_unsent(client: "MlflowClient", config: StageConfig) -> None:
+    """Send the messages that earlier stages could not send; on an error, warn and go on."""
     try:
-        deliver(_unsent(config), partial(_tell, client))
+        deliver_messages(_unsent_directory(config), partial(_send_or_drop, client))
     except Exception as error:
-        print(f"warning: MLflow: {reason(error)}; what {_unsent(config)} holds is sent later", file=sys.stderr)
+        print(
+            f"warning: MLflow: {error_reason(error)}; what {_unsent_directory(config)} holds is sent later",
+            file=sys.stderr,
+        )
 
 
-def _tell(client: "MlflowClient", message: Message, attempt: str | None = None) -> None:
-    """Make the request that a message stands for; one that MLflow refuses is dropped with a warning.
+def _send_or_drop(client: "MlflowClient", message: Message, attempt: str | None = None) -> None:
+    """Send a message; drop it with a warning if MLflow refuses it.
 
     Args:
-        client: makes it.
-        message: of this process or an earlier one.
-        attempt: this process's.
+        client: sends it.
+        message: a message of this process or of an earlier one.
+        attempt: the attempt of this process.
     """
     try:
-        _request(client, message, attempt)
+        _make_request(client, message, attempt)
     except Exception as error:
         if "text" in message:
-            client.get_run(message["run"])  # the server is there: it is the place of its files that fails
+            client.get_run(message["run"])  # the server answers: its artifact store fails
         elif not is_refusal(error):
             raise
         kind = next(name for name in message if name != "run")
-        print(f"warning: MLflow: run {message['run']}: {kind} dropped: {reason(error)}", file=sys.stderr)
+        print(f"warning: MLflow: run {message['run']}: {kind} dropped: {error_reason(error)}", file=sys.stderr)
 
 
-def _request(client: "MlflowClient", message: Message, attempt: str | None) -> None:
+def _make_request(client: "MlflowClient", message: Message, attempt: str | None) -> None:
     from mlflow.entities import Metric, RunTag
 
     run = message["run"]
@@ -248,5 +253,5 @@ def _request(client: "MlflowClient", message: Message, attempt: str | None) -> N
                 client.set_terminated(run, status, end)
 
 
-def _now() -> int:
+def _now_milliseconds() -> int:
     return int(time.time() * 1000)

@@ -1,8 +1,8 @@
-"""What several processes agree on through MLflow: a run that they share, a value that only one of them can write."""
+"""Let several processes agree through MLflow: on a run that they share, on a value that only one of them writes."""
 
 from typing import TYPE_CHECKING
 
-from minitron.tracking.client import is_refusal, search
+from minitron.tracking.client import is_refusal, search_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -12,21 +12,21 @@ PARENT_TAG = "mlflow.parentRunId"
 
 
 def find_or_create_run(client: "MlflowClient", experiment_id: str, tag: str, value: str, name: str) -> "Run":
-    """Return the run with this tag that is nobody's child, made if it is not there: the earliest, by its maker's clock.
+    """Return the earliest run with this tag that has no parent, by its creator's clock; create one if there is none.
 
-    Processes that ask within the same moment can differ; what must be exclusive needs `write_once`.
+    Processes that call this at the same moment can get different runs; use `write_once` for anything exclusive.
     """
-    if found := _earliest(client, experiment_id, tag, value):
-        return found
+    if existing := _find_earliest_run(client, experiment_id, tag, value):
+        return existing
     created = client.create_run(experiment_id, tags={tag: value}, run_name=name)
-    first = _earliest(client, experiment_id, tag, value) or created
+    first = _find_earliest_run(client, experiment_id, tag, value) or created
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)  # another process was faster
     return first
 
 
 def write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> str:
-    """Write a parameter of a run, which no store of MLflow ever changes; return what it holds: another may be first."""
+    """Write a parameter of a run, and return its value: MLflow never changes one, so another process's may stand."""
     try:
         client.log_param(run_id, name, value)
     except Exception as error:
@@ -36,6 +36,6 @@ def write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> st
     return value
 
 
-def _earliest(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> "Run | None":
-    runs = [run for run in search(client, experiment_id, tag, value) if PARENT_TAG not in run.data.tags]
+def _find_earliest_run(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> "Run | None":
+    runs = [run for run in search_runs(client, experiment_id, tag, value) if PARENT_TAG not in run.data.tags]
     return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)

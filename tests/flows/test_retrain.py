@@ -14,7 +14,7 @@ from minitron.cli.demo_inputs import tiny_sentences
 from minitron.registry import fingerprint, training_lock
 from minitron.storage.hashing import content_hash
 from minitron.tracking import pipeline_run
-from minitron.tracking.client import connect, experiment_id
+from minitron.tracking.client import connect, find_or_create_experiment
 from tests.flows.commands import BIN, RETRAIN
 from tests.flows.test_flow import execute, forked
 from tests.servers import forks
@@ -144,7 +144,7 @@ def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) 
     third.mkdir()
     (third / "third.txt").write_text("\n\n".join(tiny_sentences(600, seed=3)))
     client = connect(uri(directory))
-    other = client.create_run(experiment_id(client, "minitron"), run_name="the nightly run")
+    other = client.create_run(find_or_create_experiment(client, "minitron"), run_name="the nightly run")
     made_from = json.loads(tags(directory, 1)[fingerprint.TAG]) | {"corpus": content_hash(third), "name": NAME}
     assert training_lock.claim_training(client, other, made_from) is None
     run = retrain(directory, f"corpus={third}")
@@ -159,7 +159,7 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
     assert "Retraining: failed" in page and "raise validation_fraction" in page
     client = connect(uri(directory))
     ended = [
-        entry for entry in client.search_runs([experiment_id(client, "minitron")])
+        entry for entry in client.search_runs([find_or_create_experiment(client, "minitron")])
         if entry.data.tags.get(pipeline_run.OUTCOME_TAG) == "failed"
     ]  # fmt: skip
     assert len(ended) == 1 and ended[0].info.status == "FAILED"

@@ -21,7 +21,7 @@ from minitron.registry.promotion_log import PromotionLog
 from minitron.stages import promote as promotion
 from minitron.stages import register
 from minitron.tracking import pipeline_run
-from minitron.tracking.client import connect, experiment_id
+from minitron.tracking.client import connect, find_or_create_experiment
 from tests.registry.promotions import aliases_of, evaluation_of, race, registered
 from tests.servers import forks
 from tests.servers.mlflow_server import new_version
@@ -56,7 +56,7 @@ def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: s
     assert rollback(uri, name).version == 2 and _moves(uri, name)[2:] == [(2, 1), (1, 2)]
     client = connect(uri)
     (run,) = client.search_runs(
-        [experiment_id(client, promotion_log.EXPERIMENT)], f"tags.`minitron.promotions` = '{name}'"
+        [find_or_create_experiment(client, promotion_log.EXPERIMENT)], f"tags.`minitron.promotions` = '{name}'"
     )
     assert run.info.run_name == f"promotions of {name}" and run.info.status == "FINISHED"
     assert json.loads(run.data.params["move.0003"])["why"] == "too slow" and run.data.params["done.0004"] == "applied"
@@ -295,7 +295,7 @@ def test_what_could_not_be_judged_is_not_decided(mlflow_file: str, name: str, tm
     client = connect(mlflow_file)
     tags = [client.get_model_version(name, str(version)).tags.get("decision", "") for version in (1, 2, 3, 4)]
     assert tags[:3] == ["it met its gates", "", ""] and "Validation loss" in tags[3]
-    runs = client.search_runs([experiment_id(client, name)], f"tags.`{pipeline_run.RUN_TAG}` LIKE 'run-%'")
+    runs = client.search_runs([find_or_create_experiment(client, name)], f"tags.`{pipeline_run.RUN_TAG}` LIKE 'run-%'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 4
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from minitron.registry import training_lock
 from minitron.tracking import pipeline_run, write_once
-from minitron.tracking.client import connect, experiment_id
+from minitron.tracking.client import connect, find_or_create_experiment
 from tests.servers import forks
 
 ORIGIN = {"corpus": "c", "teacher": "t", "settings": "s", "minitron": "1"}
@@ -23,7 +23,7 @@ def client(uri: str) -> Any:
 @pytest.fixture
 def start(client: Any, tmp_path: Path) -> Any:
     """Return a function that opens the MLflow run of a pipeline run, in this test's own experiment."""
-    experiment = experiment_id(client, tmp_path.name)
+    experiment = find_or_create_experiment(client, tmp_path.name)
     return lambda name: client.create_run(experiment, run_name=name, tags={pipeline_run.RUN_TAG: name})
 
 
@@ -54,7 +54,7 @@ def test_a_run_that_is_tried_again_is_at_work_again(client: Any, start: Any) -> 
 
 def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) -> None:
     experiment, long_ago = (
-        experiment_id(client, tmp_path.name),
+        find_or_create_experiment(client, tmp_path.name),
         int((time.time() - 2 * training_lock.SILENCE_SECONDS) * 1000),
     )
     lost = client.create_run(experiment, run_name="lost", start_time=long_ago)
@@ -73,7 +73,7 @@ def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, tmp_path: Path) ->
 
 def test_a_run_that_is_gone_for_good_has_no_claim(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
-    first, second = (client.create_run(experiment_id(client, tmp_path.name)) for _ in range(2))
+    first, second = (client.create_run(find_or_create_experiment(client, tmp_path.name)) for _ in range(2))
     assert training_lock.claim_training(client, first, ORIGIN) is None
     client.delete_run(first.info.run_id)
     command = ["-m", "mlflow", "gc", "--backend-store-uri", mlflow_file, "--run-ids", first.info.run_id]
@@ -125,7 +125,7 @@ for number, experiment in enumerate(experiments):
 
 
 def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client: Any, tmp_path: Path) -> None:
-    experiments = [experiment_id(client, f"{tmp_path.name}-{number}") for number in range(4)]
+    experiments = [find_or_create_experiment(client, f"{tmp_path.name}-{number}") for number in range(4)]
     command = ["-c", CLAIMS_RUN, uri, str(tmp_path)]
     ended = forks.together(*([*command, str(me), *experiments] for me in range(3)))
     answers = [done.stdout.split() for done in ended]
@@ -133,7 +133,7 @@ def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client
 
 
 def test_a_claims_run_whose_maker_died_is_replaced(client: Any, tmp_path: Path) -> None:
-    experiment, long_ago = experiment_id(client, tmp_path.name), int((time.time() - 600) * 1000)
+    experiment, long_ago = find_or_create_experiment(client, tmp_path.name), int((time.time() - 600) * 1000)
     left = client.create_run(experiment, tags={training_lock._CANDIDATE: "yes"}, start_time=long_ago).info.run_id
     made = training_lock._find_or_create_claims_run(client, experiment)
     assert made != left and training_lock._find_or_create_claims_run(client, experiment) == made

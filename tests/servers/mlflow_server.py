@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitron.tracking.client import connect, experiment_id
+from minitron.tracking.client import connect, find_or_create_experiment
 from tests.servers import forks
 from tests.servers.processes import wait_until_healthy
 
@@ -48,7 +48,7 @@ def new_version(uri: str, name: str, alias: str | None, tags: dict[str, str], **
     client = connect(uri)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    run = client.create_run(experiment_id(client, name))
+    run = client.create_run(find_or_create_experiment(client, name))
     client.log_text(run.info.run_id, "{}", "model/MLmodel")
     for stem, text in files.items():
         client.log_text(run.info.run_id, text, f"{stem}.json")

@@ -13,7 +13,7 @@ from minitron.stages import conclude
 from minitron.storage import layout
 from minitron.storage.files import write_atomically
 from minitron.tracking import pipeline_run, write_once
-from minitron.tracking.client import connect, experiment_id
+from minitron.tracking.client import connect, find_or_create_experiment
 
 
 def ended(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def ended(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
 
 def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
-    experiment = experiment_id(client, tmp_path.name)
+    experiment = find_or_create_experiment(client, tmp_path.name)
     parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: "run-1"})
     tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
     client.create_run(experiment, tags=tags, run_name="distill")
@@ -52,7 +52,7 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
     (warning,) = capsys.readouterr().err.splitlines()
     assert "Not a directory" in warning
     assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
-    (run,) = client.search_runs([experiment_id(client, tmp_path.name)])
+    (run,) = client.search_runs([find_or_create_experiment(client, tmp_path.name)])
     assert (run.data.tags[pipeline_run.OUTCOME_TAG], run.info.status) == ("failed", "FAILED")
 
 
@@ -64,7 +64,7 @@ def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> No
 
 def test_a_failure_that_was_overcome_is_not_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
-    parent = client.create_run(experiment_id(client, tmp_path.name), tags={pipeline_run.RUN_TAG: "run-1"})
+    parent = client.create_run(find_or_create_experiment(client, tmp_path.name), tags={pipeline_run.RUN_TAG: "run-1"})
     tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
     child = client.create_run(parent.info.experiment_id, tags=tags, run_name="distill")
     client.set_terminated(child.info.run_id)

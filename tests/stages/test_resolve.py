@@ -15,7 +15,7 @@ from minitron.registry.promotion import promote, rollback
 from minitron.registry.versions import GATE_OUTCOME_TAG
 from minitron.stages import resolve
 from minitron.tracking import pipeline_run
-from minitron.tracking.client import connect, experiment_id, search
+from minitron.tracking.client import connect, find_or_create_experiment, search_runs
 from tests.servers.mlflow_server import new_version
 
 Ask = Callable[..., dict[str, Any]]
@@ -61,7 +61,7 @@ def test_a_challenger_whose_gates_nobody_asked_about_is_made(ask: Ask, mlflow_fi
     assert not ask(pipeline_run_id="another")["train"]
     assert ask(pipeline_run_id="killed")["train"]
     client = connect(mlflow_file)
-    (run,) = search(client, experiment_id(client, tmp_path.name), pipeline_run.RUN_TAG, "killed")
+    (run,) = search_runs(client, find_or_create_experiment(client, tmp_path.name), pipeline_run.RUN_TAG, "killed")
     pipeline_run.record_outcome(client, run.info.run_id, "failed", "killed")
     assert ask(pipeline_run_id="another")["train"]
 

@@ -120,7 +120,7 @@ def test_a_stage_logs_to_postgresql_and_points_that_come_twice_are_there_once(
 ) -> None:
     def work(config: Any, directory: Path, tracker: Any) -> dict[str, Any]:
         found = _work(config, directory, tracker)
-        sent = list(tracker._outbox._waiting)
+        sent = list(tracker._outbox._queued)
         assert len(sent) == 1500 and tracker._outbox.flush()
         for message in sent:  # as if the answers had been lost
             tracker._outbox.put(message)

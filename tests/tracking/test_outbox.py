@@ -19,7 +19,7 @@ from minitron.config.stages import StageConfig
 from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
-from minitron.tracking.outbox import Message, Outbox, deliver
+from minitron.tracking.outbox import Message, Outbox, deliver_messages
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
 from tests.servers.processes import until
@@ -157,7 +157,7 @@ outbox._INTERVAL_SECONDS = 0.1
 def send(message):
     raise ConnectionError("away")
 box = outbox.Outbox(Path({str(path)!r}), send, print)
-with box._turn:  # so that all go together
+with box._sending:  # so that all go together
     for step in range(2500):
         box.put({{"run": "r", "points": [["loss", 1.0, step, step]]}})
 box.put({{"run": "r", "tag": ["a", "b"]}})
@@ -170,13 +170,13 @@ time.sleep(60)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout and [process.stdout.readline() for _ in range(2)] == ["away\n", "kept\n"]
-            deliver(tmp_path, got.append)
+            deliver_messages(tmp_path, got.append)
             assert not got and path.exists()
         finally:
             process.kill()
     with path.open("a") as stream:
         stream.write('{"run": "r", "po')
-    deliver(tmp_path, got.append)
+    deliver_messages(tmp_path, got.append)
     assert [len(message["points"]) for message in got[:-1]] == [1000, 1000, 500] and "tag" in got[-1]
     assert [point[3] for message in got[:-1] for point in message["points"]] == list(range(2500))
     assert not list(tmp_path.iterdir())
