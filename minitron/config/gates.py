@@ -1,6 +1,6 @@
 """Gates as a preset declares them: bounds on the student's numbers. registry/gates.py judges them."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -12,9 +12,6 @@ from pydantic import (
 )
 
 from minitron.config.metrics import NUMBERS
-
-if TYPE_CHECKING:
-    from minitron.config.settings import EvaluateSettings
 
 
 class Gate(BaseModel):
@@ -54,18 +51,23 @@ class Gate(BaseModel):
         return "at_least" if self.at_most is None else "at_most"
 
 
-def check_gates(config: "EvaluateSettings") -> None:
+def check_gates(gates: list[Gate], tasks: list[str], has_other_text: bool) -> None:
     """Refuse gates on metrics that evaluate does not measure.
+
+    Args:
+        gates: gates of the student.
+        tasks: lm-eval tasks that are measured; their metrics begin with the task's name.
+        has_other_text: True if `evaluate.out_of_domain` is set.
 
     Raises:
         ValueError: a gate names such a metric.
     """
-    for number, gate in enumerate(config.gates):
-        is_task = any(gate.metric.startswith(f"{task}_") for task in config.tasks)
+    for number, gate in enumerate(gates):
+        is_task = any(gate.metric.startswith(f"{task}_") for task in tasks)
         if gate.metric not in NUMBERS and not is_task:
             raise ValueError(
                 f"gates.{number}.metric: {gate.metric} is not measured; give one of {', '.join(NUMBERS)}, or "
-                f"TASK_acc of a task in evaluate.tasks ({', '.join(config.tasks) or 'none'})"
+                f"TASK_acc of a task in evaluate.tasks ({', '.join(tasks) or 'none'})"
             )
-        if gate.metric == "out_of_domain_loss" and config.out_of_domain is None:
+        if gate.metric == "out_of_domain_loss" and not has_other_text:
             raise ValueError(f"gates.{number}.metric: out_of_domain_loss needs evaluate.out_of_domain; give a text")

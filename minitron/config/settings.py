@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from minitron.config import gates
 from minitron.config.fields import (
     EXECUTION,
     HUB_DATASET,
@@ -23,7 +22,7 @@ from minitron.config.fields import (
     Positive,
     RegisteredName,
 )
-from minitron.config.gates import Gate
+from minitron.config.gates import Gate, check_gates
 
 
 class Settings(BaseModel):
@@ -218,7 +217,7 @@ class EvaluateSettings(SequenceSettings):
 
     @model_validator(mode="after")
     def _check_gates(self) -> "EvaluateSettings":
-        gates.check_gates(self)
+        check_gates(self.gates, self.tasks, self.out_of_domain is not None)
         return self
 
 
