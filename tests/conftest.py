@@ -51,7 +51,7 @@ def dataset(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     ]
     for split, part in (("train", documents[:340]), ("validation", documents[340:370]), ("test", documents[370:])):
         writer = IndexedWriter(directory / split, len(tokenizer))
-        writer.add(part)
+        writer.add_documents(part)
         writer.close()
     manifest = {"tokenizer_sha256": tokenizer_hash(inputs["teacher"]), "licence": "none"}
     (directory / MANIFEST).write_text(json.dumps(manifest))

@@ -1,5 +1,5 @@
-"""From text to tokens to packed batches.
+"""Turn text into tokens and tokens into packed batches.
 
-Corpora are read here, documents selected, and tokens written and read as Megatron's .bin/.idx. It imports config and
+This room reads corpora, selects documents, and writes and reads tokens as Megatron's .bin/.idx. It imports config and
 storage.
 """

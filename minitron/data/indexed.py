@@ -1,4 +1,4 @@
-"""Megatron's .bin/.idx: a writer, and a reader by memory map."""
+"""Write Megatron's .bin/.idx, and read them by memory map."""
 
 import struct
 from array import array
@@ -21,19 +21,19 @@ class IndexedWriter:
     """Write documents to `<prefix>.bin` as they come and `<prefix>.idx` at the end."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
-        """Open the file; tokens take two bytes where the vocabulary allows, as Megatron's do."""
+        """Open the file. A token takes two bytes if the vocabulary allows it, as in Megatron."""
         self._prefix = prefix
         self._code = 8 if vocab_size < 65500 else 4
         self._bin = prefix.with_suffix(".bin").open("wb")
         self._lengths = array("i")
 
-    def add(self, documents: list[list[int]]) -> None:
+    def add_documents(self, documents: list[list[int]]) -> None:
         """Append documents, each a list of token ids with its EOS."""
         self._lengths.extend(map(len, documents))
         self._bin.write(np.fromiter(chain.from_iterable(documents), _DTYPES[self._code]).tobytes())
 
     def close(self) -> None:
-        """Write the index."""
+        """Close the .bin file and write the index."""
         self._bin.close()
         lengths = np.array(self._lengths, np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
@@ -67,11 +67,11 @@ class IndexedDataset:
             raise RunError(f"{idx_path}: {len(idx)} bytes do not hold {count} documents; run prepare again")
         self.lengths = np.frombuffer(idx, np.int32, count, offset).astype(np.int64)
         dtype: Any = _DTYPES[code]
-        expected, found = int(self.lengths.sum()) * dtype.itemsize, bin_path.stat().st_size
-        if found != expected:
-            raise RunError(f"{bin_path}: {found} bytes, but its index lists {expected}: truncated; run prepare again")
+        expected, actual = int(self.lengths.sum()) * dtype.itemsize, bin_path.stat().st_size
+        if actual != expected:
+            raise RunError(f"{bin_path}: {actual} bytes, but its index lists {expected}: truncated; run prepare again")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) if count else self.lengths
-        self.tokens: Any = np.memmap(bin_path, dtype=dtype, mode="r") if found else np.empty(0, dtype)
+        self.tokens: Any = np.memmap(bin_path, dtype=dtype, mode="r") if actual else np.empty(0, dtype)
 
     def __len__(self) -> int:
         """Return the number of documents."""

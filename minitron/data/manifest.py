@@ -1,4 +1,4 @@
-"""What prepare says of a dataset in `manifest.json`, read without torch: register's image has none."""
+"""Read the manifest of a dataset, `manifest.json`, without torch: register's image has none."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def read_manifest(dataset: Path) -> dict[str, Any]:
     """Return the manifest of a prepared dataset.
 
     Raises:
-        ConfigError: the directory was not written by prepare.
+        ConfigError: the directory has no manifest.
     """
     path = dataset / MANIFEST
     if not path.is_file():
@@ -22,14 +22,14 @@ def read_manifest(dataset: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(dataset: Path, model: Path) -> None:
-    """Refuse a model whose tokenizer is not the one the dataset was made with.
+    """Check that a model has the tokenizer that the dataset was made with.
 
     Raises:
-        ConfigError: the two differ.
+        ConfigError: the tokenizers differ.
     """
-    expected, found = read_manifest(dataset)["tokenizer_sha256"], tokenizer_hash(model)
-    if found != expected:
+    expected, actual = read_manifest(dataset)["tokenizer_sha256"], tokenizer_hash(model)
+    if actual != expected:
         raise ConfigError(
-            f"{model}: tokenizer {found[:12]} is not the {expected[:12]} that {dataset} was tokenised with; "
+            f"{model}: tokenizer {actual[:12]} is not the {expected[:12]} that {dataset} was tokenised with; "
             "prepare the corpus again with this model as teacher"
         )

@@ -1,8 +1,8 @@
-"""Tokens on disk and in batches: Megatron's .bin/.idx, read by memory map, packed into fixed-length sequences.
+"""Pack the tokens of Megatron's .bin/.idx, read by memory map, into fixed-length sequences.
 
-The format is megatron-core's `IndexedDataset` (one sequence per document); a test reads our files with megatron-core,
-and its files with this module. It is written here because megatron-core declares numpy < 2, which cannot be installed
-beside the numpy of this environment without overriding it.
+The format is megatron-core's `IndexedDataset` (one sequence per document). A test reads our files with megatron-core,
+and its files with this module. We do not use megatron-core's code because it requires numpy < 2, which cannot be
+installed beside the numpy of this environment.
 
 S = sequence length, T = tokens of a split, D = documents of a split.
 """
@@ -21,8 +21,8 @@ from minitron.errors import ConfigError
 class PackedDataset(Dataset):
     """The documents of a split in one seeded order, laid end to end and cut every S tokens.
 
-    Item i is `{"input_ids": int64 [S], "labels": int64 [S]}`, labels being the next tokens: nothing is padded or
-    masked, the end of a document included.
+    Item i is `{"input_ids": int64 [S], "labels": int64 [S]}`; the labels are the next tokens. There is no padding
+    and no mask, not even at the end of a document.
     """
 
     def __init__(self, prefix: Path, sequence_length: int, seed: int) -> None:
@@ -48,10 +48,10 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return one packed sequence and its labels."""
-        tokens = torch.from_numpy(self._read(index * self.sequence_length, self.sequence_length + 1))
+        tokens = torch.from_numpy(self._read_tokens(index * self.sequence_length, self.sequence_length + 1))
         return {"input_ids": tokens[:-1], "labels": tokens[1:]}
 
-    def _read(self, start: int, count: int) -> np.ndarray:
+    def _read_tokens(self, start: int, count: int) -> np.ndarray:
         """Return `count` tokens from position `start` of the packed stream."""
         pieces = []
         document = int(np.searchsorted(self._ends, start, side="right"))
@@ -64,10 +64,10 @@ class PackedDataset(Dataset):
 
 
 class TrainingSequences(Dataset):
-    """The sequences of a whole training, in the order in which both engines read them.
+    """The sequences of a whole training, in the order that both engines use.
 
-    Every epoch has a seeded order of its own; a batch may hold the end of one and the beginning of the next, so that
-    all batches are full.
+    Every epoch has its own seeded order. All batches are full: a batch may span the end of one epoch and the beginning
+    of the next.
     """
 
     def __init__(self, dataset: PackedDataset, count: int, seed: int) -> None:
@@ -76,20 +76,20 @@ class TrainingSequences(Dataset):
         self._epoch, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
-        """Return the number of sequences that the training reads."""
+        """Return the number of sequences in the training."""
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the sequence at a place of the training; items are those of PackedDataset."""
-        epoch, place = divmod(index, len(self._dataset))
+        """Return the sequence at a position of the training, as an item of PackedDataset."""
+        epoch, position = divmod(index, len(self._dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._seed + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._dataset), generator=generator)
-        return self._dataset[int(self._order[place])]
+        return self._dataset[int(self._order[position])]
 
 
-def training_data(config: TrainingConfig) -> tuple[TrainingSequences, PackedDataset]:
-    """Return what a training reads, and what it is validated on: the first sequences, in order."""
+def open_training_data(config: TrainingConfig) -> tuple[TrainingSequences, PackedDataset]:
+    """Return the training sequences, and the validation split in its order."""
     train, validation = (
         PackedDataset(config.dataset / split, config.sequence_length, config.seed) for split in ("train", "validation")
     )

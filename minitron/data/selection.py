@@ -1,4 +1,4 @@
-"""The documents that a dataset is made of: normalised, deduplicated, each with its split."""
+"""Select the documents of a dataset: normalise and deduplicate them, and assign each to a split."""
 
 import hashlib
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS
-from minitron.data.text import normalise
+from minitron.data.text import normalise_text
 from minitron.errors import ConfigError, RunError
 
 
@@ -17,9 +17,9 @@ class Selection:
     """Iterate over the distinct documents of a corpus, normalised, each with its split.
 
     Attributes:
-        digests: per split, the digests of the documents that went there.
-        empty: documents dropped because nothing was left of them.
-        duplicates: documents dropped because the same text had come before.
+        digests: per split, the digests of its documents.
+        empty: documents dropped because no text was left.
+        duplicates: documents dropped because an earlier one has the same text.
         characters: per split, characters of the documents.
         bytes: per split, their bytes in UTF-8.
     """
@@ -34,13 +34,13 @@ class Selection:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yield split and text of every document, in the order of the corpus."""
         for raw in self.corpus:
-            text = normalise(raw)
+            text = normalise_text(raw)
             if not text:
                 self.empty += 1
                 continue
             content = text.encode()
             digest = hashlib.blake2b(content, digest_size=16).digest()
-            split = split_of(digest, self._config)
+            split = assign_split(digest, self._config)
             if digest in self.digests[split]:
                 self.duplicates += 1
                 continue
@@ -49,8 +49,8 @@ class Selection:
             self.bytes[split] += len(content)
             yield split, text
 
-    def counts(self) -> dict[str, Any]:
-        """Return what was selected and dropped, for manifest and metrics."""
+    def summarize_counts(self) -> dict[str, Any]:
+        """Return the counts of selected and dropped documents, for the manifest and the metrics."""
         return {
             "documents": {split: len(digests) for split, digests in self.digests.items()},
             "characters": dict(self.characters),
@@ -59,8 +59,8 @@ class Selection:
             "empty": self.empty,
         }
 
-    def check(self) -> None:
-        """Prove that no document is in two splits, and that every split that was asked for has one.
+    def check_splits(self) -> None:
+        """Check that no document is in two splits, and that every split with a share has a document.
 
         Raises:
             ConfigError: a split has no document.
@@ -82,8 +82,8 @@ class Selection:
                 )
 
 
-def split_of(digest: bytes, config: PrepareConfig) -> str:
-    """Return the split of a document: a function of its text and the seed, whatever else is in the corpus."""
+def assign_split(digest: bytes, config: PrepareConfig) -> str:
+    """Return the split of a document. It depends on its text and the seed only, not on the rest of the corpus."""
     key = hashlib.sha256(str(config.seed).encode()).digest()
     position = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=key).digest()) / 2**64
     if position < config.validation_fraction:

@@ -1,6 +1,6 @@
-"""From text to tokens, for whoever reads a corpus: prepare all of it, evaluate the first of another one.
+"""Turn text into tokens: all documents for prepare, the first documents of another corpus for evaluate.
 
-A document is plain text and ends with one EOS; words that look like special tokens are text.
+A document is plain text and ends with one EOS; special tokens are not recognised in it.
 """
 
 import re
@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from minitron.data.indexed import IndexedWriter
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters except tab and line feed, and halves of surrogate pairs, which no encoding has."""
+"""Control characters except tab and line feed, and halves of surrogate pairs, which UTF-8 cannot encode."""
 
 
-def normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
     r"""Return text in NFC, with \n as line ending, no trailing whitespace, and no control characters."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -26,8 +26,8 @@ def normalise(text: str) -> str:
     return "\n".join([line.rstrip() for line in text.split("\n")]).strip("\n")
 
 
-def plain(tokenizer: Any) -> Tokenizer:
-    """Return the tokenizer's backend, set to neither cut, pad nor find special tokens in the text."""
+def configure_for_plain_text(tokenizer: Any) -> Tokenizer:
+    """Return the tokenizer's backend, set not to truncate, not to pad, and to read special tokens as text."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -35,13 +35,13 @@ def plain(tokenizer: Any) -> Tokenizer:
     return backend
 
 
-def write_first(texts: Iterable[str], tokenizer: Any, prefix: Path, count: int) -> None:
-    """Write the first documents of a corpus, at least `count` tokens if there are as many, to `.bin` and `.idx`."""
-    backend = plain(tokenizer)
+def write_first_documents(texts: Iterable[str], tokenizer: Any, prefix: Path, count: int) -> None:
+    """Write the first documents of a corpus, until they have `count` tokens, to `.bin` and `.idx`."""
+    backend = configure_for_plain_text(tokenizer)
     with closing(IndexedWriter(prefix, len(tokenizer))) as writer:
-        for text in filter(None, map(normalise, texts)):
+        for text in filter(None, map(normalise_text, texts)):
             ids = backend.encode(text, add_special_tokens=False).ids
-            writer.add([[*ids, tokenizer.eos_token_id]])
+            writer.add_documents([[*ids, tokenizer.eos_token_id]])
             count -= len(ids) + 1
             if count <= 0:
                 break

@@ -1,4 +1,4 @@
-"""A model's tokenizer: its files, loaded whole, and the hash that says that two are the same."""
+"""A model's tokenizer: its files, its loading, and the hash that identifies it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load a fast tokenizer that has an end-of-sequence token.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the directory has no such tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -42,7 +42,11 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """Return the sha256 of tokenizer.json: two models share a dataset only when it is equal."""
+    """Return the sha256 of tokenizer.json: two models can share a dataset only if it is equal.
+
+    Raises:
+        ConfigError: the directory has no tokenizer.json.
+    """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{directory}: no tokenizer.json; save the model's fast tokenizer there")

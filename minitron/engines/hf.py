@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.config.stages import PruneConfig, TrainingConfig
-from minitron.data.packed import PackedDataset, training_data
+from minitron.data.packed import PackedDataset, open_training_data
 from minitron.models.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
@@ -164,7 +164,7 @@ class _LinearLossTrainer(Trainer):
         model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        train_set, validation_set = training_data(config)
+        train_set, validation_set = open_training_data(config)
         arguments = _make_arguments(config, checkpoints, validate_first)
         super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
         self._validation_set = validation_set

@@ -24,7 +24,7 @@ from minitron.data.corpus import Corpus
 from minitron.data.indexed import IndexedDataset
 from minitron.data.manifest import check_tokenizer
 from minitron.data.packed import PackedDataset
-from minitron.data.text import write_first
+from minitron.data.text import write_first_documents
 from minitron.data.tokenizer import load_tokenizer
 from minitron.engines import hf
 from minitron.errors import ConfigError
@@ -156,7 +156,7 @@ def _splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[
                 fetch_corpus(config.out_of_domain, config), PrepareConfig.model_fields["text_field"].default
             )
             tokens = config.evaluation_sequences * config.sequence_length + 1
-            write_first(documents, load_tokenizer(teacher), prefixes["out_of_domain"], tokens)
+            write_first_documents(documents, load_tokenizer(teacher), prefixes["out_of_domain"], tokens)
         yield {name: PackedDataset(prefix, config.sequence_length, config.seed) for name, prefix in prefixes.items()}
 
 

@@ -25,7 +25,7 @@ from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS, IndexedWriter
 from minitron.data.selection import Selection
-from minitron.data.text import plain
+from minitron.data.text import configure_for_plain_text
 from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
 from minitron.fast_imports import many_imports
 from minitron.runtime import stage
@@ -67,8 +67,8 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     started = time.monotonic()
     tokens = write(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
-    selection.check()
-    counts = selection.counts() | {"tokens": tokens}
+    selection.check_splits()
+    counts = selection.summarize_counts() | {"tokens": tokens}
     manifest = counts | {
         "sha256": {split: content_hash(directory / f"{split}.bin") for split in SPLITS},
         **_corpus_identity(config.corpus),
@@ -93,7 +93,7 @@ def write(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracke
         bar = stack.enter_context(tqdm(total=corpus.size, desc="prepare", unit="B", unit_scale=True))
         for documents in _tokenised(tokenizer, _batches(selection)):
             for split, ids in documents.items():
-                writers[split].add(ids)
+                writers[split].add_documents(ids)
                 tokens[split] += sum(map(len, ids))
             speed = tokens.total() / (time.monotonic() - started)
             bar.set_postfix_str(f"{tqdm.format_sizeof(speed)}tok/s", refresh=False)
@@ -111,7 +111,7 @@ def _tokenised(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, l
     The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so that reading, cleaning and
     writing cost time only where they are slower than it.
     """
-    backend, eos = plain(tokenizer), tokenizer.eos_token_id
+    backend, eos = configure_for_plain_text(tokenizer), tokenizer.eos_token_id
     pending: deque[tuple[Batch, Future[Any]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:

@@ -33,7 +33,7 @@ def random_documents(vocab_size: int, count: int = 200, seed: int = 0) -> list[l
 def write(prefix: Path, documents: list[list[int]], vocab_size: int) -> Path:
     writer = IndexedWriter(prefix, vocab_size)
     for start in range(0, len(documents), 70):
-        writer.add(documents[start : start + 70])
+        writer.add_documents(documents[start : start + 70])
     writer.close()
     return prefix
 

@@ -10,7 +10,7 @@ import torch
 
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
-from minitron.data.packed import PackedDataset, training_data
+from minitron.data.packed import PackedDataset, open_training_data
 from minitron.engines.nemo import checks, files
 from minitron.engines.nemo import engine as nemo
 from minitron.engines.nemo.progress import Progress
@@ -167,7 +167,7 @@ def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path
 
 
 def test_training_reads_every_sequence_once_per_epoch_in_another_order(teacher: Path, dataset: Path) -> None:
-    train, validation = training_data(config(dataset, max_steps=200, engine="hf"))
+    train, validation = open_training_data(config(dataset, max_steps=200, engine="hf"))
     packed = PackedDataset(dataset / "train", 32, 1234)
     epoch = len(packed)
     assert len(train) == 200 * 8 > epoch

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
-from minitron.data.packed import training_data
+from minitron.data.packed import open_training_data
 from minitron.data.tokenizer import load_tokenizer
 from tests.nemo.nemo_support import TRAINING, curves, logits, run_distill, run_finetune, run_prune, weights
 
@@ -33,7 +33,7 @@ def test_both_engines_read_the_same_tokens_and_labels(teacher: Path, dataset: Pa
     config = FinetuneConfig(teacher=str(teacher), dataset=dataset, output=Path("unused"), engine="nemo", **TRAINING)
     tokenizer = load_tokenizer(teacher)
     assert json.loads((teacher / "config.json").read_text())["pad_token_id"] == tokenizer.eos_token_id
-    train_set, validation_set = training_data(config)
+    train_set, validation_set = open_training_data(config)
     module = make_data_module(config, Batches(train_set), Batches(validation_set, 12, 16), config.global_batch_size)
     sampler = MegatronPretrainingSampler(len(module._train_ds), 0, 4, 0, 1, global_batch_size=8)
     ends = 0

@@ -473,7 +473,7 @@ class TestRefusedBeforeAModelIsLoaded:
         for path in Path(job["dataset"]).iterdir():
             (data / path.name).write_bytes(path.read_bytes())
         writer = IndexedWriter(data / "test", 512)
-        writer.add([[5, 6, 1]])
+        writer.add_documents([[5, 6, 1]])
         writer.close()
         message = refused(job, tmp_path / "out", dataset=data)
         assert message.startswith(f"{data / 'test'}: 3 tokens are fewer than one sequence of 32 + 1")

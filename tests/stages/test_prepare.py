@@ -26,8 +26,8 @@ from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS, IndexedDataset
 from minitron.data.manifest import check_tokenizer
-from minitron.data.selection import Selection, split_of
-from minitron.data.text import normalise
+from minitron.data.selection import Selection, assign_split
+from minitron.data.text import normalise_text
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.stages import prepare
@@ -74,7 +74,7 @@ ARTICLES = [
 
 
 def documents_of(address: Path, field: str = "text") -> list[str]:
-    return [text for raw in Corpus(str(address), field) if (text := normalise(raw))]
+    return [text for raw in Corpus(str(address), field) if (text := normalise_text(raw))]
 
 
 def json_lines(texts: list[str]) -> str:
@@ -156,7 +156,7 @@ def test_a_directory_is_read_recursively_in_the_order_of_names(tmp_path: Path) -
 def test_articles_of_wikitext_in_a_text_file(tmp_path: Path) -> None:
     path = written(tmp_path / "wiki.train.txt", WIKITEXT)
     assert documents_of(path) == ARTICLES
-    assert all(map(normalise, Corpus(str(path), "text"))), "the blank line before the first title is no document"
+    assert all(map(normalise_text, Corpus(str(path), "text"))), "the blank line before the first title is no document"
 
 
 def test_articles_of_wikitext_whose_lines_are_records(tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_a_json_array_is_read_in_pieces(tmp_path: Path) -> None:
     ],
 )
 def test_normalise(raw: str, expected: str) -> None:
-    assert normalise(raw) == expected
-    assert normalise(expected) == expected
+    assert normalise_text(raw) == expected
+    assert normalise_text(expected) == expected
     assert unicodedata.is_normalized("NFC", expected)
 
 
@@ -347,12 +347,12 @@ def test_a_document_in_two_splits_is_caught(tmp_path: Path) -> None:
     selection.digests["train"] |= {b"1" * 16, b"2" * 16}
     selection.digests["validation"] |= {b"2" * 16}
     with pytest.raises(RunError, match="1 documents are both in train and in validation"):
-        selection.check()
+        selection.check_splits()
 
 
 def test_the_shares_of_the_splits() -> None:
     config = PrepareConfig(output=Path("x"), corpus="a", teacher="b", validation_fraction=0.2, test_fraction=0.1)
-    splits = [split_of(number.to_bytes(16, "big"), config) for number in range(20_000)]
+    splits = [assign_split(number.to_bytes(16, "big"), config) for number in range(20_000)]
     assert splits.count("validation") == pytest.approx(4000, abs=200)  # standard deviation 57
     assert splits.count("test") == pytest.approx(2000, abs=200)
 

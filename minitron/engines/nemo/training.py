@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
-from minitron.data.packed import training_data
+from minitron.data.packed import open_training_data
 from minitron.engines.hf import get_compute_dtype, get_device
 from minitron.engines.nemo.checks import count_workers
 from minitron.engines.nemo.course import Balancer, Course
@@ -33,7 +33,7 @@ _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not 
 
 def train(config: Any, weights: LossWeights, work: Path) -> None:
     """Fine-tune or distil the model in `<work>/student`, from the last checkpoint if there is one."""
-    train_set, validation_set = training_data(config)
+    train_set, validation_set = open_training_data(config)
     sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
     validations = math.ceil(sequences / batch)
     data = make_data_module(config, Batches(train_set), Batches(validation_set, sequences, validations * batch), batch)
