@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        paths = demo_inputs.build(arguments.sample, directory)
+        paths = demo_inputs.build_inputs(arguments.sample, directory)
         config = PrepareConfig(output=directory, corpus=str(paths["corpus"]), teacher=str(paths["teacher"]))
         sides = {"prepare": _prepare(config), "encode_batch": _bare(config, "encode_batch")}
         sides["encode_batch_fast"] = _bare(config, "encode_batch_fast")

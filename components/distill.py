@@ -21,7 +21,7 @@ def distill(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Distil the teacher into the pruned student. Settings: minitron.config.settings.DistillSettings."""
+    """Distil the teacher into the pruned student. Settings: minitron.config.DistillSettings."""
     from minitron.runtime.entry import launch
 
     # fmt: off

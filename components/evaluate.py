@@ -26,7 +26,7 @@ def evaluate(
 ):
     """Measure teacher, pruned model and student, and write the report.
 
-    Settings: minitron.config.settings.EvaluateSettings.
+    Settings: minitron.config.EvaluateSettings.
     """
     import shutil
 

@@ -22,7 +22,7 @@ def finetune(
 ):
     """Correct the teacher on the corpus, and keep the better of the two.
 
-    Settings: minitron.config.settings.FinetuneSettings.
+    Settings: minitron.config.FinetuneSettings.
     """
     from minitron.runtime.entry import launch
 

@@ -1,4 +1,4 @@
-"""The only place images are named; their tag is the package's version."""
+"""The only place that names images; their tag is the package's version."""
 
 from minitron import __version__
 
@@ -6,4 +6,4 @@ TRAINER = f"minitron-pipelines/trainer:{__version__}"
 """Built from images/trainer.Dockerfile: the NeMo image and this package. Push it where the cluster pulls from."""
 
 TOOLS = f"minitron-pipelines/tools:{__version__}"
-"""Built from images/tools.Dockerfile, without torch and CUDA: for the tasks that only move files and call servers."""
+"""Built from images/tools.Dockerfile, without torch and CUDA, for tasks that only move files and call servers."""

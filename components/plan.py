@@ -1,4 +1,4 @@
-"""Check what a run is going to do, before any GPU is paid for, and hand each stage its settings."""
+"""Check a run's settings before any GPU is paid for, and hand each stage its section."""
 
 from typing import NamedTuple, Optional
 
@@ -35,9 +35,9 @@ def plan(
         ("gpu_node_selector", dict),
     ],
 ):
-    """Check what a run is going to do, and hand each stage its settings.
+    """Check a run's settings before any GPU is paid for, and hand each stage its section.
 
-    Settings: minitron.config.stages.PipelineSettings.
+    Settings: minitron.config.document.PipelineSettings.
     """
     import shutil
     from collections import namedtuple

@@ -22,7 +22,7 @@ def prepare(
 ):
     """Turn a corpus into a deduplicated, split, tokenised dataset.
 
-    Settings: minitron.config.settings.PrepareSettings.
+    Settings: minitron.config.PrepareSettings.
     """
     from minitron.runtime.entry import launch
 

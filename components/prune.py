@@ -20,7 +20,7 @@ def prune(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Cut the teacher to a smaller student by Minitron importance. Settings: minitron.config.settings.PruneSettings."""
+    """Cut the teacher to a smaller student by Minitron importance. Settings: minitron.config.PruneSettings."""
     from minitron.runtime.entry import launch
 
     # fmt: off

@@ -23,7 +23,7 @@ def register(
 ) -> int:
     """Register the student in the MLflow registry; return its version.
 
-    Settings: minitron.config.settings.RegisterSettings.
+    Settings: minitron.config.RegisterSettings.
     """
     from minitron.runtime.entry import launch
 

@@ -1,4 +1,4 @@
-"""Find out whether there is anything to train."""
+"""Decide whether there is anything new to train."""
 
 from typing import NamedTuple, Optional
 
@@ -22,20 +22,20 @@ def resolve(
     workspace: Optional[str] = None,
     experiment: str = "minitron",
 ) -> NamedTuple("Decision", [("Output", bool), ("champion", str), ("model_name", str)]):  # type: ignore[valid-type]
-    """Find out whether there is anything to train. Settings: minitron.config.stages.PipelineSettings.
+    """Decide whether there is anything new to train. Settings: minitron.config.document.PipelineSettings.
 
-    `Output` says whether there is anything: kfp.local knows no other name in a condition.
+    `Output` is the answer: kfp.local finds an output in a condition by this name only.
     """
     from collections import namedtuple
 
     from minitron.runtime.entry import launch
 
     # fmt: off
-    found = launch(
+    record = launch(
         "resolve", metrics, output=resolved.path, teacher=teacher, corpus=corpus, model_name=model_name,
         preset=preset, document=settings, workspace=workspace, tracking_uri=tracking_uri, experiment=experiment,
         pipeline_run_id=pipeline_run_id,
     )
     # fmt: on
     decision = namedtuple("Decision", ["Output", "champion", "model_name"])
-    return decision(found["train"], found["champion"] or "", found["model_name"])
+    return decision(record["train"], record["champion"] or "", record["model_name"])

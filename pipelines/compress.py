@@ -77,11 +77,11 @@ def compress(
         **common,
     )  # fmt: skip
     set_resources(plan_task, TOOLS_CPU, TOOLS_MEMORY)
-    set_pod(plan_task, "plan", tools_image, *pod)  # without retries: what is wrong is said within the first minute
+    set_pod(plan_task, "plan", tools_image, *pod)  # no retries: a wrong setting must fail within the first minute
     planned = plan_task.outputs
     common |= {"tracking_uri": tracking_uri, "experiment": experiment}
-    base, text = planned["teacher"], planned["corpus"]
-    tasks = {"prepare": prepare(corpus=text, teacher=base, settings=planned["prepare"], **common)}
+    base = planned["teacher"]
+    tasks = {"prepare": prepare(corpus=planned["corpus"], teacher=base, settings=planned["prepare"], **common)}
     dataset = tasks["prepare"].outputs["dataset"]
     tasks["finetune"] = finetune(dataset=dataset, teacher=base, settings=planned["finetune"], **common)
     corrected = tasks["finetune"].outputs["corrected"]

@@ -1,4 +1,4 @@
-"""Make a version the champion, if it meets its gates: what `minitron promote` does, started from Kubeflow's page.
+"""Make a version the champion, if it meets its gates: `minitron promote`, started from Kubeflow's page.
 
 Rewrite the compiled pipeline beside this file: `python -m minitron.pipelines.promote`.
 """
@@ -47,8 +47,8 @@ def promote(
     Args:
         model_name: Registered model.
         tracking_uri: MLflow server whose registry has the version: http(s)://HOST.
-        version: Its number; none: the challenger's.
-        why: Reason, for the ledger.
+        version: Number of the version; none: the challenger's.
+        why: Reason, for the promotion log.
         experiment: MLflow experiment.
         workspace: Where results are kept: a directory of the claim, or gs://bucket/path.
         workspace_claim: Persistent volume claim of the tasks.

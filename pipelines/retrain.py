@@ -71,14 +71,14 @@ def retrain(
     tasks = {"conclude": conclude(**run)}
     with dsl.ExitHandler(tasks["conclude"]):
         tasks["resolve"] = resolve(model_name=model_name, **form, **run)
-        found = tasks["resolve"].outputs
-        with dsl.If(found["Output"] == True):  # noqa: E712  (KFP's condition)
+        decision = tasks["resolve"].outputs
+        with dsl.If(decision["Output"] == True):  # noqa: E712  (KFP's condition)
             compress_task = compress(
-                model_name=model_name, champion=found["champion"], **form, **common, workspace_claim=workspace_claim,
+                model_name=model_name, champion=decision["champion"], **form, **common, workspace_claim=workspace_claim,
                 trainer_image=trainer_image, tools_image=tools_image, image_pull_secret=image_pull_secret,
                 credentials_secret=credentials_secret,
             )  # fmt: skip
-            tasks["promote"] = promote(model_name=found["model_name"], version=compress_task.output, **run)
+            tasks["promote"] = promote(model_name=decision["model_name"], version=compress_task.output, **run)
     for name, task in tasks.items():
         set_resources(task, TOOLS_CPU, TOOLS_MEMORY)
         set_retries(task)

@@ -1,4 +1,4 @@
-"""What the tasks of a pipeline get on a cluster: resources, retries, image, volume, credentials, labels."""
+"""Set up the tasks of a pipeline for a cluster: resources, retries, image, volume, credentials, labels."""
 
 import tempfile
 from pathlib import Path
@@ -12,33 +12,33 @@ from minitron.config.settings import ClusterConfig
 CLUSTER = ClusterConfig()
 
 VOLUME = "/workspace"
-"""Where every task has the shared volume: results by key, fetched models, checkpoints of work in progress. It outlives
-the run, so that the next one finds them."""
+"""Mount point of the shared volume: results by key, fetched models, checkpoints of work in progress. The volume
+outlives the run, so that the next run finds them."""
 
 CACHE = f"{VOLUME}/cache"
-"""Where the tasks keep what they fetched from a workspace in a bucket, and their work in progress."""
+"""Directory of files fetched from a workspace in a bucket, and of work in progress."""
 
 RETRY_PERIOD = "2592000s"
-"""30 days. What Kubeflow calls the maximum back-off is Argo's maxDuration, counted from the start of the first attempt:
-with the default of an hour, a stage lost in its second hour is not tried again."""
+"""30 days. Kubeflow's maximum back-off is Argo's maxDuration, counted from the start of the first attempt: with the
+default of an hour, a stage lost in its second hour would not be tried again."""
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "NGC_API_KEY")
-"""Keys of the optional secret that the tasks get as environment variables."""
+"""Keys of the optional secret; the tasks get them as environment variables."""
 
 TOOLS_CPU, TOOLS_MEMORY = "2", "8Gi"
 """Limits of the tasks that only move files and call servers."""
 
 PULL_SECRET = "minitron-pull"
-"""Default name of the secret to pull private images with; Kubernetes passes over one that is not there."""
+"""Default name of the secret to pull private images with; Kubernetes ignores a missing one."""
 
 
 def set_resources(task: dsl.PipelineTask, cpu: Any, memory: Any) -> None:
-    """Limit a task; Kubernetes requests as much as the limit if nothing else is said."""
+    """Limit a task's CPU and memory; without a request Kubernetes requests the limit."""
     task.set_cpu_limit(cpu).set_memory_limit(memory)
 
 
 def set_gpus(task: dsl.PipelineTask, count: Any, tolerations: Any, node_selector: Any) -> None:
-    """Give a task GPUs and say on which nodes; the count is text: the backend drops one that is a number."""
+    """Set a task's GPUs and nodes; the count is text, since the backend drops a number."""
     task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(count)
     # /dev/shm, through which data loaders and NCCL pass tensors: the default of 64 MB ends in a bus error.
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=CLUSTER.shared_memory)
@@ -47,12 +47,12 @@ def set_gpus(task: dsl.PipelineTask, count: Any, tolerations: Any, node_selector
 
 
 def set_retries(task: dsl.PipelineTask) -> None:
-    """Say what happens to a task whose node is lost: it resumes from its checkpoint in the workspace."""
+    """Retry a task whose node is lost; it resumes from its checkpoint in the workspace."""
     task.set_retry(CLUSTER.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
 
 
 def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, secret: Any, claim: Any) -> None:
-    """Say what a task's pod is made of: its image, the volume that all share, its credentials, its labels."""
+    """Set a task's pod: image, shared volume, credentials, labels, deadline."""
     task.set_container_image(image)
     kubernetes.set_image_pull_secrets(task, [pull_secret])
     kubernetes.mount_pvc(task, claim, VOLUME)
@@ -67,7 +67,7 @@ def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, se
 
 
 def write_compiled(pipeline: Any, path: Path) -> None:
-    """Compile a pipeline, and write it as KFP does but with one line for what has no parts of its own: half as long."""
+    """Compile a pipeline, and write it as KFP does, but with leaf lists and mappings on one line: half as long."""
     with tempfile.TemporaryDirectory() as directory:
         compiled = Path(directory) / path.name
         compiler.Compiler().compile(pipeline, str(compiled))

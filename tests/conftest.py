@@ -28,7 +28,7 @@ collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["nemo", "i
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The inputs of the preset `tiny`: paths of teacher, corpus and evaluate.task_directory."""
-    return demo_inputs.build("tiny", tmp_path_factory.mktemp("inputs"))
+    return demo_inputs.build_inputs("tiny", tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import typer
 
 from minitron import __version__
 from minitron.cli import kubeflow, registry, run  # noqa: F401  # each adds its commands
-from minitron.cli.options import app
+from minitron.cli.options import app, example
 
 
 def main() -> None:
@@ -24,8 +24,8 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def options(
+@app.callback(epilog=example("minitron run compress --preset demo --work-dir runs/demo"))
+def global_options(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
 ) -> None:
     """Compress a large language model: prepare → finetune → prune → distill → evaluate → register."""

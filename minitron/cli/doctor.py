@@ -1,4 +1,4 @@
-"""Check a cluster before a run is paid for: what the pipelines need, what was found, what to do."""
+"""Check a cluster before a run is paid for: requirement, finding, remedy."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from minitron.storage import bucket
 
 
 class Check(NamedTuple):
-    """One line of the table; `ok` is None where something optional is missing or could not be seen."""
+    """One line of the table; `ok` is None if something optional is missing or not visible."""
 
     ok: bool | None
     name: str
@@ -23,125 +23,128 @@ class Check(NamedTuple):
 
     @property
     def mark(self) -> str:
-        """Return the sign in front of the line."""
+        """The sign in front of the line."""
         return {True: "✓", False: "✗", None: "–"}[self.ok]
 
 
-def examine(
+def run_checks(
     connect: Callable[[], Kubeflow], namespace: str, tracking_uri: str | None, address: str | None
 ) -> list[Check]:
-    """Return all checks.
+    """Run all checks and return their results.
 
     Args:
         connect: connects to Kubeflow Pipelines.
-        namespace: where the tasks run.
-        tracking_uri: MLflow server to look at, if any.
-        address: gs://bucket/path to write to, if any.
+        namespace: namespace of the tasks.
+        tracking_uri: MLflow server to check, if any.
+        address: gs://bucket/path to check, if any.
     """
-    checks = [_pipelines(connect)]
+    checks = [_check_pipelines(connect)]
     try:
         core = kubernetes_api.core_api()
     except MinitronError as error:
-        checks.append(Check(None, "Kubernetes", str(error), "run it where kubectl works, to check the rest"))
+        checks.append(
+            Check(None, "Kubernetes", str(error), "run minitron doctor where kubectl works, to check the rest")
+        )
     else:
-        checks += [check(core, namespace) for check in (_namespace, _gpus, _claim, _secret)] + [_runtime()]
+        checks += [check(core, namespace) for check in (_check_namespace, _check_gpus, _check_claim, _check_secret)]
+        checks.append(_check_runtime())
     if tracking_uri:
-        checks.append(_mlflow(tracking_uri))
+        checks.append(_check_mlflow(tracking_uri))
     if address:
-        checks.append(_bucket(address))
+        checks.append(_check_bucket(address))
     return checks
 
 
-def _pipelines(connect: Callable[[], Kubeflow]) -> Check:
+def _check_pipelines(connect: Callable[[], Kubeflow]) -> Check:
     try:
         kubeflow = connect()
     except MinitronError as error:
-        what, _, remedy = str(error).partition("; ")
-        return Check(False, "Kubeflow Pipelines", what, remedy)
+        fault, _, remedy = str(error).partition("; ")
+        return Check(False, "Kubeflow Pipelines", fault, remedy)
     users = "several users" if kubeflow.multi_user else "one user"
     return Check(True, "Kubeflow Pipelines", f"version {kubeflow.version}, {users}")
 
 
-def _namespace(core: Any, namespace: str) -> Check:
+def _check_namespace(core: Any, namespace: str) -> Check:
     name = f"namespace {namespace}"
-    found, problem = kubernetes_api.try_get(lambda: core.read_namespace(namespace))
-    if found:
-        return Check(True, name, found.status.phase or "there")
-    return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or give --namespace")
+    answer, problem = kubernetes_api.try_get(lambda: core.read_namespace(namespace))
+    if answer:
+        return Check(True, name, answer.status.phase or "there")
+    return _explain_missing(name, problem, "kubectl apply -k manifests/overlays/gke, or give --namespace")
 
 
-def _gpus(core: Any, namespace: str) -> Check:
+def _check_gpus(core: Any, namespace: str) -> Check:
     nodes, problem = kubernetes_api.try_get(lambda: core.list_node().items)
     if nodes is None:
-        return _missing("GPUs", problem, "")
+        return _explain_missing("GPUs", problem, "")
     counts = [int((node.status.allocatable or {}).get(trainjob.GPU, 0)) for node in nodes]
     with_gpus = [count for count in counts if count]
     if with_gpus:
         return Check(True, "GPUs", f"{sum(counts)} allocatable on {len(with_gpus)} of {len(counts)} nodes")
     return Check(
         None, "GPUs", f"none on {len(counts)} nodes",
-        "fine if the node pool starts nodes on demand; else add one, with NVIDIA's device plugin",
+        "fine if the node pool starts nodes on demand; else add GPU nodes with NVIDIA's device plugin",
     )  # fmt: skip
 
 
-def _claim(core: Any, namespace: str) -> Check:
-    wanted = _default("workspace_claim")
-    name = f"claim {wanted}"
-    claim, problem = kubernetes_api.try_get(lambda: core.read_namespaced_persistent_volume_claim(wanted, namespace))
+def _check_claim(core: Any, namespace: str) -> Check:
+    default = _default_argument("workspace_claim")
+    name = f"claim {default}"
+    claim, problem = kubernetes_api.try_get(lambda: core.read_namespaced_persistent_volume_claim(default, namespace))
     if claim is None:
-        return _missing(name, problem, "kubectl apply -k manifests/overlays/gke, or set workspace_claim")
-    found = f"{claim.status.phase}, {', '.join(claim.spec.access_modes)}, {claim.spec.resources.requests['storage']}"
+        return _explain_missing(name, problem, "kubectl apply -k manifests/overlays/gke, or set workspace_claim")
+    state = f"{claim.status.phase}, {', '.join(claim.spec.access_modes)}, {claim.spec.resources.requests['storage']}"
     if claim.status.phase == "Lost":
-        return Check(False, name, found, "its volume is gone: delete the claim and apply the manifests again")
-    return Check(True, name, found)
+        return Check(False, name, state, "its volume is gone: delete the claim and apply the manifests again")
+    return Check(True, name, state)
 
 
-def _secret(core: Any, namespace: str) -> Check:
-    wanted = _default("credentials_secret")
-    name = f"secret {wanted}"
-    secret, problem = kubernetes_api.try_get(lambda: core.read_namespaced_secret(wanted, namespace))
+def _check_secret(core: Any, namespace: str) -> Check:
+    default = _default_argument("credentials_secret")
+    name = f"secret {default}"
+    secret, problem = kubernetes_api.try_get(lambda: core.read_namespaced_secret(default, namespace))
     if secret is None:
-        check = _missing(name, problem, "only needed for gated models (HF_TOKEN) and an MLflow with a password")
+        check = _explain_missing(name, problem, "only needed for gated models (HF_TOKEN) and an MLflow with a password")
         return check._replace(ok=None)
     return Check(True, name, ", ".join(sorted(secret.data or {})) or "empty")
 
 
-def _default(parameter: str) -> str:
-    """Return what the pipeline takes where nothing else is said."""
+def _default_argument(parameter: str) -> str:
+    """Return the default of a parameter of the pipeline `compress`."""
     return compiled_pipeline("compress")[0]["root"]["inputDefinitions"]["parameters"][parameter]["defaultValue"]
 
 
-def _runtime() -> Check:
+def _check_runtime() -> Check:
     name = f"training runtime {trainjob.RUNTIME}"
-    found, problem = kubernetes_api.try_get(trainjob.get_runtime)
-    if found:
+    runtime, problem = kubernetes_api.try_get(trainjob.get_runtime)
+    if runtime:
         return Check(True, name, "there")
-    check = _missing(name, problem, "only needed for num_nodes above 1: install Kubeflow Trainer 2.3")
+    check = _explain_missing(name, problem, "only needed for num_nodes above 1: install Kubeflow Trainer 2.3")
     return check._replace(ok=None)
 
 
-def _mlflow(uri: str) -> Check:
+def _check_mlflow(uri: str) -> Check:
     try:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=10)
     except requests.RequestException as error:
-        return Check(False, "MLflow", f"{uri}: {type(error).__name__}", "check tracking_uri, and that it runs")
+        return Check(False, "MLflow", f"{uri}: {type(error).__name__}", "check tracking_uri, and that the server runs")
     if answer.ok and answer.text == "OK":
         return Check(True, "MLflow", uri)
     remedy = "start it with --allowed-hosts, or log in" if answer.status_code == 403 else "check tracking_uri"
     return Check(False, "MLflow", f"{uri}: {answer.status_code} {answer.reason}", remedy)
 
 
-def _bucket(address: str) -> Check:
+def _check_bucket(address: str) -> Check:
     try:
         bucket.check_writable(address)
     except MinitronError as error:
-        what, _, remedy = str(error).partition("; ")
-        return Check(False, "bucket", what, remedy)
+        fault, _, remedy = str(error).partition("; ")
+        return Check(False, "bucket", fault, remedy)
     return Check(True, "bucket", f"{address}: writable")
 
 
-def _missing(name: str, problem: str, remedy: str) -> Check:
-    """Return what is said of a thing that is not there, or that this user may not see."""
+def _explain_missing(name: str, problem: str, remedy: str) -> Check:
+    """Return the check of something that is missing, or that you may not see."""
     if problem == "forbidden":
-        return Check(None, name, "not visible to you", "ask somebody who may see it")
+        return Check(None, name, "not visible to you", "ask somebody with more rights")
     return Check(False, name, problem, remedy)

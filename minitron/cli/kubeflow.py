@@ -6,7 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from minitron.cli.options import Debug, Host, Namespace, Pipeline, Presets, Settings, Token, app, one_line_errors
+from minitron.cli.options import (
+    Debug,
+    Host,
+    Namespace,
+    Pipeline,
+    Presets,
+    Settings,
+    Token,
+    app,
+    example,
+    one_line_errors,
+)
 from minitron.cli.tables import print_table
 from minitron.config.pipelines import (
     apply_cluster_config,
@@ -20,30 +31,41 @@ from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
 
 
-@app.command(epilog=help_text())
+@app.command(
+    epilog=example(
+        "minitron submit compress --preset llama-3.1-minitron-4b-width --set corpus=gs://bucket/text \\\n"
+        "    --set tracking_uri=http://mlflow:5000 --host URL --wait"
+    )
+    + f"\n\n{help_text()}"
+)
 def submit(
     pipeline: Pipeline,
     presets: Presets = None,
     settings: Settings = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; fail when it fails.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; fail if the run fails.")] = False,
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline on a cluster."""
+    """Run a pipeline once on a cluster."""
     with one_line_errors(debug):
-        documents, arguments, account = _for_cluster(pipeline, presets or [], settings or [])
-        kubeflow = _connect(host, namespace, token)
-        version = kubeflow.upload(pipeline, documents)
-        run_id = kubeflow.submit(version, arguments, _experiment(arguments), account)
-        print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.link(run_id)}", flush=True)
+        documents, arguments, account = _read_run(pipeline, presets or [], settings or [])
+        kubeflow = _connect_kubeflow(host, namespace, token)
+        version = kubeflow.upload_pipeline(pipeline, documents)
+        run_id = kubeflow.submit(version, arguments, _experiment_name(arguments), account)
+        print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.run_url(run_id)}", flush=True)
         if wait:
-            kubeflow.wait(run_id)
+            kubeflow.follow_run(run_id)
             print(f"run {run_id}: succeeded")
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "minitron schedule retrain --preset llama-3.1-minitron-4b-width --set corpus=gs://bucket/text \\\n"
+        "    --set tracking_uri=http://mlflow:5000 --cron '0 0 2 * * *' --name nightly --host URL"
+    )
+)
 def schedule(
     pipeline: Pipeline,
     expression: Annotated[
@@ -57,23 +79,23 @@ def schedule(
     token: Token = None,
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline on a cluster again and again; the same command twice changes nothing, another one replaces it."""
+    """Run a pipeline on a cluster by a schedule. Idempotent; other settings replace the schedule of that name."""
     with one_line_errors(debug):
         from minitron.cluster import cron
 
-        first = cron.first_time(expression)
-        documents, arguments, account = _for_cluster(pipeline, presets or [], settings or [])
+        first = cron.first_run_time(expression)
+        documents, arguments, account = _read_run(pipeline, presets or [], settings or [])
         name = name or "-".join([pipeline, *(Path(preset).stem for preset in (presets or [])[:1])])
-        kubeflow = _connect(host, namespace, token)
-        version = kubeflow.upload(pipeline, documents)
-        changed = kubeflow.schedule(name, expression, version, arguments, _experiment(arguments), account)
+        kubeflow = _connect_kubeflow(host, namespace, token)
+        version = kubeflow.upload_pipeline(pipeline, documents)
+        changed = kubeflow.schedule(name, expression, version, arguments, _experiment_name(arguments), account)
         print(f"{'scheduled' if changed else 'unchanged'}: {name} runs {pipeline} {version.name} at {expression}")
         print(f"first: {first:%Y-%m-%d %H:%M:%S} UTC")
 
 
-@app.command()
-def runs(
-    count: Annotated[int, typer.Option(min=1, max=200, help="How many.")] = 20,
+@app.command("runs", epilog=example("minitron runs --count 5 --host URL"))
+def list_runs(
+    count: Annotated[int, typer.Option(min=1, max=200, help="Number of runs.")] = 20,
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
@@ -81,17 +103,17 @@ def runs(
 ) -> None:
     """List the newest runs and the schedules of a cluster."""
     with one_line_errors(debug):
-        kubeflow = _connect(host, namespace, token)
-        found, schedules = kubeflow.runs(count), kubeflow.schedules()
+        kubeflow = _connect_kubeflow(host, namespace, token)
+        newest, schedules = kubeflow.list_runs(count), kubeflow.list_schedules()
         rows = [
             [
                 entry.display_name,
                 (entry.state or "pending").lower(),
-                _when(entry.created_at),
-                _hours(entry),
+                _format_time(entry.created_at),
+                _format_hours(entry),
                 entry.run_id,
             ]
-            for entry in found
+            for entry in newest
         ]
         print_table(["run", "state", "started (UTC)", "hours", "id"], rows)
         if schedules:
@@ -99,7 +121,7 @@ def runs(
             print_table(["schedule", "cron (UTC)", "mode"], cells)
 
 
-@app.command()
+@app.command(epilog=example("minitron unschedule nightly --host URL"))
 def unschedule(
     name: Annotated[str, typer.Argument(help="Name of the schedule.")],
     host: Host = None,
@@ -107,13 +129,19 @@ def unschedule(
     token: Token = None,
     debug: Debug = False,
 ) -> None:
-    """Delete a schedule; runs that it started go on."""
+    """Delete a schedule; runs that it started continue."""
     with one_line_errors(debug):
-        _connect(host, namespace, token).unschedule(name)
+        _connect_kubeflow(host, namespace, token).unschedule(name)
         print(f"deleted: schedule {name}")
 
 
-@app.command("doctor")
+@app.command(
+    "doctor",
+    epilog=example(
+        "minitron doctor --host URL --namespace minitron --tracking-uri http://mlflow:5000 \\\n"
+        "    --bucket gs://bucket/results"
+    ),
+)
 def check_cluster(
     host: Host = None,
     namespace: Namespace = None,
@@ -122,27 +150,30 @@ def check_cluster(
     bucket: Annotated[str | None, typer.Option(help="gs://bucket[/prefix] that the tasks write to.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Check that a cluster has what the pipelines need, and say what to do where it has not."""
+    """Check that a cluster has what the pipelines need, and print a remedy for everything that is missing."""
     with one_line_errors(debug):
         from minitron.cli import doctor
 
-        checks = doctor.examine(lambda: _connect(host, namespace, token), namespace or "kubeflow", tracking_uri, bucket)
+        def connect() -> Any:
+            return _connect_kubeflow(host, namespace, token)
+
+        checks = doctor.run_checks(connect, namespace or "kubeflow", tracking_uri, bucket)
         print_table(["", "check", "found", "remedy"], [[check.mark, *check[1:]] for check in checks])
         if any(check.ok is False for check in checks):
             raise typer.Exit(1)
 
 
-def _connect(host: str | None, namespace: str | None, token: str | None) -> Any:
-    """Connect to Kubeflow Pipelines, with clients that the image of the tools does not have."""
+def _connect_kubeflow(host: str | None, namespace: str | None, token: str | None) -> Any:
+    """Connect to Kubeflow Pipelines; the image of the tools lacks its clients, hence the late import."""
     from minitron.cluster.pipelines_api import Kubeflow
 
     return Kubeflow(host, namespace, token)
 
 
-def _for_cluster(
+def _read_run(
     pipeline: str, presets: list[str], settings: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any], str | None]:
-    """Return the documents to upload, the arguments of the run and the account of its tasks, all checked."""
+    """Return the checked documents to upload, the arguments of the run and the service account of its tasks."""
     documents = compiled_pipeline(pipeline)
     parameters = get_parameters(documents)
     request = read_request(presets, settings, parameters)
@@ -152,7 +183,7 @@ def _for_cluster(
     for name in ("teacher", "corpus"):
         if not re.match(r"/|\w+:/", str(arguments.get(name, "/"))):
             raise ConfigError(
-                f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks do not see; give "
+                f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks cannot see; give "
                 "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
             )
     account = request.cluster.service_account
@@ -161,18 +192,18 @@ def _for_cluster(
 
 def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:
     if missing := [name for name in ("teacher", "corpus") if name not in arguments]:
-        wanted = " ".join(f"--set {name}=…" for name in missing)
-        raise ConfigError(f"samples: {sample} are made on this machine, by minitron run; for a cluster add {wanted}")
+        remedy = " ".join(f"--set {name}=…" for name in missing)
+        raise ConfigError(f"samples: only minitron run can make the inputs of {sample}; for a cluster add {remedy}")
 
 
-def _experiment(arguments: dict[str, Any]) -> str:
+def _experiment_name(arguments: dict[str, Any]) -> str:
     return arguments.get("experiment", StageConfig.model_fields["experiment"].default)
 
 
-def _when(moment: Any) -> str:
+def _format_time(moment: Any) -> str:
     return f"{moment:%Y-%m-%d %H:%M}" if moment else ""
 
 
-def _hours(entry: Any) -> str:
+def _format_hours(entry: Any) -> str:
     finished = entry.finished_at
     return f"{(finished - entry.created_at).total_seconds() / 3600:.1f}" if finished and finished.year > 1970 else ""

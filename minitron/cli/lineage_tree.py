@@ -1,4 +1,4 @@
-"""A lineage as `minitron lineage` prints it."""
+"""The tree that `minitron lineage` prints."""
 
 import json
 from collections.abc import Iterable
@@ -11,23 +11,23 @@ from minitron.config.metrics import format_count, format_duration, format_loss, 
 from minitron.registry.lineage import compute_gpu_hours, count_tokens, format_license
 
 
-def tree(found: dict[str, Any]) -> Tree:
-    """Return a lineage as `minitron lineage` prints it."""
-    root = Tree(Text(found["version"], "bold"))
-    licences = found["licences"]
-    root.add(_line("licenses", f"corpus {licences['data']}, teacher {format_license(licences['teacher'])}"))
-    for stage, record in found["stages"].items():
-        branch = root.add(Text.assemble((stage, "bold"), f"  {format_moment(record['started'])}, {_cost(record)}"))
-        for label, text in _facts(record):
-            branch.add(_line(label, text))
+def make_tree(lineage: dict[str, Any]) -> Tree:
+    """Return a lineage as a tree: version, stages, facts of each stage."""
+    root = Tree(Text(lineage["version"], "bold"))
+    licenses = lineage["licences"]
+    root.add(_make_line("licenses", f"corpus {licenses['data']}, teacher {format_license(licenses['teacher'])}"))
+    for stage, record in lineage["stages"].items():
+        branch = root.add(Text.assemble((stage, "bold"), f"  {format_moment(record['started'])}, {_format_cost(record)}"))
+        for label, text in _list_facts(record):
+            branch.add(_make_line(label, text))
     return root
 
 
-def _line(label: str, text: str) -> Text:
+def _make_line(label: str, text: str) -> Text:
     return Text.assemble((f"{label}: ", "dim"), text)
 
 
-def _cost(record: dict[str, Any]) -> str:
+def _format_cost(record: dict[str, Any]) -> str:
     parts = [format_duration(record["seconds"]), f"{format_megabytes(record['peak_rss_mb'])} peak memory"]
     if total := count_tokens(record):
         parts.append(f"{format_count(total)} tokens")
@@ -36,8 +36,8 @@ def _cost(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _facts(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield what a record says, by label."""
+def _list_facts(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield label and text of the facts in a record."""
     for name, entry in record["inputs"].items():
         yield name, f"{entry.get('pinned', entry['address'])} sha256 {entry['sha256']}"
     inputs = set(record["inputs"]) | {"output", "workspace", "pipeline_run_id"}

@@ -1,4 +1,4 @@
-"""Run a compiled pipeline on this machine, its tasks in subprocesses of this Python: what `minitron run` does."""
+"""Run a compiled pipeline on this machine, each task in a subprocess of this Python, for `minitron run`."""
 
 import contextlib
 import io
@@ -21,20 +21,20 @@ from minitron.storage.layout import CONCLUSION_PAGE, REPORT
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
-"""With it tqdm ends a nested bar, which would overwrite the line above."""
+"""tqdm ends a nested bar with it; it would overwrite the line above."""
 
 
 def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], work_dir: Path) -> Path:
     """Run the compiled pipeline in subprocesses of this Python; return the directory of the tasks' outputs.
 
     Raises:
-        MinitronError: a stage failed, with the stage's own message and exit status; the page of `conclude`, if the
-            pipeline has that task, is the report then.
+        MinitronError: a stage failed; message and exit status are the stage's. If the pipeline has the task `conclude`,
+            its page becomes the report.
     """
     import_kfp()
     from kfp import components, local
 
-    adapt(documents[0])
+    adapt_to_local(documents[0])
     workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
     os.environ.setdefault("MINITRON_CACHE", str(work_dir / "cache"))
     failure_note_path(workspace).unlink(missing_ok=True)
@@ -43,17 +43,17 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    unused = str(work_dir / "kfp")  # deleted in the end; else one is made in /tmp
+    unused = str(work_dir / "kfp")  # kfp deletes it at the end; without it kfp makes a directory in /tmp
     local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=unused)
     pipeline = components.load_component_from_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
     try:
-        with _only_the_stages_output():
+        with _filter_output():
             pipeline(**arguments)
     except RuntimeError as error:
         for page in results.glob(f"*/conclude/*/{CONCLUSION_PAGE}"):
             if page.parents[2] not in earlier:
                 shutil.copyfile(page, work_dir / REPORT)
-        raise _explain(workspace) from error
+        raise _read_failure(workspace) from error
     return next(path for path in results.glob("*") if path not in earlier)
 
 
@@ -64,26 +64,26 @@ def import_kfp() -> None:
         import kfp.local  # noqa: F401
 
 
-def adapt(specification: dict[str, Any]) -> None:
-    """Take out of the compiled pipeline what kfp.local does otherwise than a cluster."""
+def adapt_to_local(specification: dict[str, Any]) -> None:
+    """Remove the parts of a compiled pipeline that suit a cluster only, in place."""
     for dag in list_dags(specification):
         for task in dag["dag"]["tasks"].values():
-            task.pop("retryPolicy", None)  # for lost nodes: here the same failure would come again after each wait
+            task.pop("retryPolicy", None)  # meant for lost nodes; here the same failure would return after each wait
     for executor in specification["deploymentSpec"]["executors"].values():
-        executor["container"].pop("env", None)  # caches, in a volume of the cluster
+        executor["container"].pop("env", None)  # cache directories in a volume of the cluster
 
 
-def _explain(workspace: str) -> MinitronError:
-    if not (found := read_failure_note(workspace)):
+def _read_failure(workspace: str) -> MinitronError:
+    if not (note := read_failure_note(workspace)):
         return RunError("a stage ended without a message; see its output above, then run the command again to resume")
-    error = RunError(f"{found['stage']}: {found['message']}")
-    error.exit_status = found["exit_status"]
+    error = RunError(f"{note['stage']}: {note['message']}")
+    error.exit_status = note["exit_status"]
     return error
 
 
 @contextlib.contextmanager
-def _only_the_stages_output() -> Iterator[None]:
-    """Leave out what kfp.local and the KFP executor say of themselves: it would bury the progress bars."""
+def _filter_output() -> Iterator[None]:
+    """Hide the log of kfp.local and of the KFP executor, which would bury the progress bars."""
     logging.disable(logging.INFO)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(_StagesOutput(sys.stdout)):
@@ -94,7 +94,7 @@ def _only_the_stages_output() -> Iterator[None]:
 
 
 class _StagesOutput(io.TextIOBase):
-    """The lines that the stages print, from kfp.local's output: those it indents, the executor's own left out."""
+    """The stages' lines of kfp.local's output: kfp.local indents them; the executor's own lines are left out."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._line, self._skipping = stream, "", False
@@ -102,13 +102,13 @@ class _StagesOutput(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            self._pass_on(line)
+            self._write_line(line)
         return len(text)
 
     def flush(self) -> None:
         self._stream.flush()
 
-    def _pass_on(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         text = line.removeprefix(_INDENTATION)
         if "[KFP Executor" in line:
             self._skipping = line.endswith("Got executor_input:")  # JSON follows, over many lines

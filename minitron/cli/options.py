@@ -1,4 +1,4 @@
-"""The options that the commands share, and their errors in one line."""
+"""Options that the commands share, the example of a help text, and errors in one line."""
 
 import contextlib
 import sys
@@ -20,24 +20,30 @@ app = typer.Typer(
 Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
 Presets = Annotated[
     list[str] | None,
-    typer.Option("--preset", help="Preset that ships with the package, or a YAML file; later ones win."),
+    typer.Option("--preset", help="Shipped preset, or a YAML file; repeatable, later ones win."),
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value over the presets; repeatable.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value; wins over the presets; repeatable.")]
 Host = Annotated[
-    str | None, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines; none: in its cluster.")
+    str | None,
+    typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines; not needed in a pod of its cluster."),
 ]
-Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace in which the tasks run.")]
-Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server wants one.")]
+Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace of the tasks.")]
+Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server needs one.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias of MLflow's registry.")]
 RegisteredModel = Annotated[str, typer.Argument(help="Registered model.")]
-Why = Annotated[str | None, typer.Option(help="Reason, for whoever reads the ledger of promotions.")]
+Why = Annotated[str | None, typer.Option(help="Reason, for the promotion log.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server of the registry.")]
+
+
+def example(command: str) -> str:
+    """Return a command as the end of a help text, in a paragraph that click does not rewrap."""
+    return f"\b\nExample:\n  {command}"
 
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """End a failure with one line and its exit status."""
+    """End the command with one line and the error's exit status, if it fails."""
     try:
         yield
     except MinitronError as error:

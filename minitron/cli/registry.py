@@ -1,11 +1,11 @@
-"""The commands that ask and change the registry: lineage, reproduce, promote, rollback."""
+"""The commands that read and change the registry: lineage, reproduce, promote, rollback."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minitron.cli.options import Debug, RegisteredModel, TrackingUri, Version, Why, app, one_line_errors
+from minitron.cli.options import Debug, RegisteredModel, TrackingUri, Version, Why, app, example, one_line_errors
 from minitron.cli.tables import gates_table, make_console, print_table
 from minitron.errors import ConfigError
 
@@ -13,24 +13,26 @@ if TYPE_CHECKING:
     from minitron.registry.promotion import Promotion
 
 
-@app.command("lineage")
+@app.command("lineage", epilog=example("minitron lineage models:/minitron@champion --tracking-uri http://mlflow:5000"))
 def show_lineage(version: Version, tracking_uri: TrackingUri, debug: Debug = False) -> None:
-    """Show where a registered model comes from: data, models, settings, versions, cost, from MLflow alone."""
+    """Show the origin of a registered model, from MLflow alone: data, models, settings, versions, cost."""
     with one_line_errors(debug):
         from minitron.cli import lineage_tree
         from minitron.registry import lineage
 
-        make_console().print(lineage_tree.tree(lineage.read_lineage(tracking_uri, version)))
+        make_console().print(lineage_tree.make_tree(lineage.read_lineage(tracking_uri, version)))
 
 
-@app.command()
+@app.command(
+    epilog=example("minitron reproduce models:/minitron/3 --output again.yaml --tracking-uri http://mlflow:5000")
+)
 def reproduce(
     version: Version,
     tracking_uri: TrackingUri,
-    output: Annotated[Path | None, typer.Option(help="Preset to write; none: print it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Preset file to write; none: print the preset.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write the preset that runs a registered model's pipeline again, with all its settings."""
+    """Write a preset with all settings of a registered model's run, to run it again."""
     with one_line_errors(debug):
         from minitron.registry import lineage, reproduce
 
@@ -45,36 +47,40 @@ def reproduce(
         print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
 
 
-@app.command()
+@app.command(
+    epilog=example("minitron promote minitron --version 3 --why 'smaller, as good' --tracking-uri http://mlflow:5000")
+)
 def promote(
     name: RegisteredModel,
     tracking_uri: TrackingUri,
-    version: Annotated[int | None, typer.Option(min=1, help="Its number; none: the challenger's.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Number of the version; none: the challenger's.")] = None,
     why: Why = None,
     debug: Debug = False,
 ) -> None:
-    """Make a version the champion, if it meets its gates; the present champion becomes the previous one."""
+    """Make a version the champion, if it meets its gates; the old champion becomes `previous`."""
     with one_line_errors(debug):
         from minitron.registry import promotion
 
         _print_promotion(promotion.promote(tracking_uri, name, version, why))
 
 
-@app.command()
+@app.command(
+    epilog=example("minitron rollback minitron --why 'too slow in production' --tracking-uri http://mlflow:5000")
+)
 def rollback(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, debug: Debug = False) -> None:
-    """Make the previous version the champion again; the present champion becomes the previous one."""
+    """Swap champion and previous: the previous version becomes the champion again."""
     with one_line_errors(debug):
         from minitron.registry import promotion
 
         _print_promotion(promotion.rollback(tracking_uri, name, why))
 
 
-def _print_promotion(done: "Promotion") -> None:
-    if (move := done.move) is None:
-        print(f"nothing moved: version {done.version} of {done.name} is the champion already")
+def _print_promotion(promotion: "Promotion") -> None:
+    if (move := promotion.move) is None:
+        print(f"nothing moved: version {promotion.version} of {promotion.name} is the champion already")
         return
-    moved = [["champion", move.source or "none", move.to], ["previous", "", move.source or "none"]]
-    print_table([done.name, "from version", "to version"], moved)
+    rows = [["champion", move.source or "none", move.to], ["previous", "", move.source or "none"]]
+    print_table([promotion.name, "from version", "to version"], rows)
     print(f"by {move.who} at {move.when}" + (f": {move.why}" if move.why else ""))
-    if done.gates:
-        make_console().print(gates_table(done.gates))
+    if promotion.gates:
+        make_console().print(gates_table(promotion.gates))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from minitron.cli import demo_inputs, local, summary
-from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, one_line_errors
+from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, example, one_line_errors
 from minitron.config.pipelines import (
     SETTINGS_PARAMETER,
     check_arguments,
@@ -19,39 +19,46 @@ from minitron.config.reference import help_text
 from minitron.config.settings import RESOURCES, GpuResources
 
 
-@app.command(epilog=help_text())
+@app.command(
+    epilog=example("minitron run compress --preset tiny --set distill.max_steps=80 --work-dir runs/tiny")
+    + f"\n\n{help_text()}"
+)
 def run(
     pipeline: Pipeline,
     presets: Presets = None,
     settings: Settings = None,
-    work_dir: Annotated[Path, typer.Option(help="Inputs, results, tracking and summary of the run.")] = Path("runs"),
+    work_dir: Annotated[Path, typer.Option(help="Directory of the run: inputs, results, tracking, summary.")] = Path(
+        "runs"
+    ),
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline on this machine; run it again to resume it and to reuse what is finished."""
+    """Run a pipeline on this machine; run it again to resume it and to reuse finished stages."""
     with one_line_errors(debug):
-        _run(pipeline, presets or [], settings or [], work_dir.absolute())
+        _run_locally(pipeline, presets or [], settings or [], work_dir.absolute())
 
 
-def _run(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
+def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
     documents = compiled_pipeline(pipeline)
     parameters = get_parameters(documents)
-    request = read_request(presets, settings, parameters, _laptop(parameters, work_dir))
+    request = read_request(presets, settings, parameters, _local_defaults(parameters, work_dir))
     if request.samples:
-        paths = demo_inputs.paths(request.samples, work_dir / "inputs")
+        paths = demo_inputs.input_paths(request.samples, work_dir / "inputs")
         request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
     arguments = check_arguments(request, parameters)
     if request.samples:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        with demo_inputs.built_aside(request.samples, work_dir / "inputs"):
+        with demo_inputs.build_aside(request.samples, work_dir / "inputs"):
             local.import_kfp()
     results = local.run_pipeline(documents, arguments, work_dir)
-    summary.write(pipeline, results, work_dir, arguments["tracking_uri"])
+    summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
 
 
-def _laptop(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
-    """Return what this machine has instead of a cluster's: a file for MLflow, no NeMo and no GPUs."""
-    here: dict[str, Any] = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"}
+def _local_defaults(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
+    """Return the defaults of this machine: a file for MLflow, no NeMo and no GPUs."""
+    defaults: dict[str, Any] = {
+        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"
+    }
     if SETTINGS_PARAMETER in parameters:
-        here["engine"] = "hf"
-        here |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}
-    return here
+        defaults["engine"] = "hf"
+        defaults |= {f"{stage}.gpus": 0 for stage, entry in RESOURCES.items() if isinstance(entry, GpuResources)}
+    return defaults

@@ -1,4 +1,4 @@
-"""What a run ends with: summary.json, and its tables or, where nothing was trained, why not."""
+"""The end of a run: summary.json, and the tables or, if nothing was trained, the reason."""
 
 import json
 import shutil
@@ -24,56 +24,56 @@ from minitron.storage.layout import (
 from minitron.tracking.client import without_password
 
 
-def write(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:
+def write_summary(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:
     """Write `<work_dir>/summary.json` and `report.html`, and print the tables.
 
     Args:
         pipeline: the pipeline's name.
-        results: directory of the tasks' outputs; each stage's holds its stage.json.
+        results: directory of the tasks' outputs; each stage's directory has its stage.json.
         work_dir: the run's directory.
-        tracking_uri: where the run was logged.
+        tracking_uri: MLflow server of the run.
     """
-    found: dict[str, Any] = {"pipeline": pipeline}
+    summary: dict[str, Any] = {"pipeline": pipeline}
     console = make_console(120)
     pages = []
-    if (outputs := _outputs(results)).keys() == STAGES.keys():
-        evaluation = _read(outputs["evaluate"] / EVALUATION)
-        found |= summarise(outputs, evaluation)
-        _print_compression(console, found, evaluation)
+    if (outputs := _find_outputs(results)).keys() == STAGES.keys():
+        evaluation = _read_json(outputs["evaluate"] / EVALUATION)
+        summary |= summarise_compression(outputs, evaluation)
+        _print_compression(console, summary, evaluation)
         pages.append(outputs["evaluate"] / REPORT)
     decisions = [*results.glob(f"promote/*/{PROMOTED}"), *results.glob(f"conclude/*/{CONCLUSION}")]
     for path in decisions:
-        found |= {name: value for name, value in _read(path).items() if name in ("outcome", "reason")}
+        summary |= {name: value for name, value in _read_json(path).items() if name in ("outcome", "reason")}
         pages += [page for page in [path.with_name(CONCLUSION_PAGE)] if page.is_file()]
     if decisions:
-        console.print(f"{found['outcome']}: {found['reason']}", soft_wrap=True)
-    (work_dir / SUMMARY).write_text(json.dumps(found, indent=2) + "\n")
+        console.print(f"{summary['outcome']}: {summary['reason']}", soft_wrap=True)
+    (work_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     for page in pages[:1]:
         shutil.copyfile(page, work_dir / REPORT)
         console.print(f"report:     {work_dir / REPORT}", soft_wrap=True)
-    console.print(f"MLflow:     {_page(tracking_uri)}", soft_wrap=True)
+    console.print(f"MLflow:     {_tracking_page(tracking_uri)}", soft_wrap=True)
 
 
-def _outputs(results: Path) -> dict[str, Path]:
+def _find_outputs(results: Path) -> dict[str, Path]:
     """Return the output directories of the stages that ran."""
-    found = {stage: next(results.glob(f"{stage}/*/{RECORD}"), None) for stage in STAGES}
-    return {stage: path.parent for stage, path in found.items() if path}
+    records = {stage: next(results.glob(f"{stage}/*/{RECORD}"), None) for stage in STAGES}
+    return {stage: path.parent for stage, path in records.items() if path}
 
 
-def _print_compression(console: Console, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    registered = found["registered"]
+def _print_compression(console: Console, summary: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    registered = summary["registered"]
     console.print(models_table(evaluation))
     if evaluation["gates"]:
         console.print(gates_table(evaluation["gates"]))
-    console.print(stages_table(found["stages"]))
-    console.print(f"gap closed: {_closed(evaluation['gap_closed'])}")
+    console.print(stages_table(summary["stages"]))
+    console.print(f"gap closed: {_format_gap(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
 
 
-def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return what summary.json says of a compression, from the stages' output directories and the evaluation."""
-    records = {stage: _read(directory / RECORD) for stage, directory in outputs.items()}
-    registered = _read(outputs["register"] / REGISTERED)
+def summarise_compression(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of summary.json for a compression, from the stages' output directories and the evaluation."""
+    records = {stage: _read_json(directory / RECORD) for stage, directory in outputs.items()}
+    registered = _read_json(outputs["register"] / REGISTERED)
     keys = ("parameters", "validation_loss", "perplexity", "tasks")
     return {
         "stages": {
@@ -85,17 +85,17 @@ def summarise(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str,
     }
 
 
-def _page(tracking_uri: str) -> str:
-    """Return the address of the MLflow page, or the command that opens it, as it can be typed here."""
+def _tracking_page(tracking_uri: str) -> str:
+    """Return the URL of the MLflow page, or the command that opens it on this machine."""
     if tracking_uri.startswith("http"):
         return without_password(tracking_uri)
     program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
     return f"{program} ui --backend-store-uri {without_password(tracking_uri)}"
 
 
-def _closed(gap: float | None) -> str:
+def _format_gap(gap: float | None) -> str:
     return "none to close" if gap is None else f"{gap:.0%} of the validation loss between pruned and teacher"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())

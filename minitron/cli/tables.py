@@ -11,7 +11,7 @@ from minitron.report import tables
 
 
 def print_table(columns: list[str], rows: list[list[Any]]) -> None:
-    """Print rows under their columns, as wide as the terminal."""
+    """Print rows under their columns, at most as wide as the terminal."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -21,16 +21,16 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def make_console(width: int = 200) -> Console:
-    """Return what tables are printed on; brackets and colons of names and paths stay as they are.
+    """Return the console for tables; brackets and colons of names and paths stay as they are.
 
     Args:
-        width: columns, where the output is no terminal.
+        width: in columns, if the output is no terminal.
     """
     return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
 
 
 def models_table(evaluation: dict[str, Any]) -> Table:
-    """Return what was measured of the models as a table."""
+    """Return the models' metrics, as evaluation.json has them, as a table."""
     tasks = list(evaluation["student"]["tasks"])
     columns = ["parameters", "validation loss", "perplexity", *tasks, "generation tokens/s"]
     table = Table("model", title="Models")

@@ -1,4 +1,4 @@
-"""Schedules as Kubeflow takes them: cron with six fields, the first being seconds, in UTC."""
+"""Kubeflow's schedules: cron expressions with six fields, seconds first, in UTC."""
 
 import re
 from datetime import UTC, datetime
@@ -11,28 +11,28 @@ FIELDS = ("second", "minute", "hour", "day-of-month", "month", "day-of-week")
 _EXAMPLE = "for instance '0 0 2 * * *', every night at two"
 
 
-def first_time(expression: str) -> datetime:
-    """Check a schedule; return the first time, in UTC, at which it runs.
+def first_run_time(expression: str) -> datetime:
+    """Check a schedule, and return the time of its first run, in UTC.
 
     Raises:
-        ConfigError: it has not six fields, or one of them is wrong; the message names it.
+        ConfigError: the expression does not have six fields, or a field is wrong; the message names the field.
     """
     fields = [field.replace("?", "*").upper() for field in expression.split()]
     if len(fields) != len(FIELDS):
         raise ConfigError(
-            f"cron '{expression}': {len(fields)} fields, Kubeflow takes six ({' '.join(FIELDS)}); {_EXAMPLE}"
+            f"cron '{expression}': {len(fields)} fields, but Kubeflow takes six ({' '.join(FIELDS)}); {_EXAMPLE}"
         )
     for name, field in zip(FIELDS, fields, strict=True):
-        if not _is_valid(name, field):
+        if not _is_valid_field(name, field):
             raise ConfigError(f"cron '{expression}': {name} cannot be '{field}'; {_EXAMPLE}")
     try:
         return next(CronSim(" ".join(fields), datetime.now(UTC)))
     except (CronSimError, StopIteration):
-        raise ConfigError(f"cron '{expression}': there is no such day; {_EXAMPLE}") from None
+        raise ConfigError(f"cron '{expression}': no such day exists; {_EXAMPLE}") from None
 
 
-def _is_valid(name: str, field: str) -> bool:
-    """Check one field alone; of what CronSim knows, Kubeflow's parser knows neither '#', 'L' nor a Sunday that is 7."""
+def _is_valid_field(name: str, field: str) -> bool:
+    """Check one field alone; unlike CronSim, Kubeflow's parser knows neither '#', 'L' nor 7 for Sunday."""
     if re.search(r"#|^L|\dL", field) or (name == "day-of-week" and "7" in field):
         return False
     try:

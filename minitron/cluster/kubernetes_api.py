@@ -1,4 +1,4 @@
-"""The Kubernetes API: access, patience, and errors in one line. The only user of its client."""
+"""The Kubernetes API: access, retries, and errors in one line. The only user of its client."""
 
 import contextlib
 import json
@@ -15,22 +15,22 @@ from minitron.errors import ConfigError, RunError
 
 _AWAY = (429, 500, 502, 503, 504)
 RETRY = Retry(20, backoff_factor=1, backoff_max=60, status_forcelist=_AWAY, allowed_methods=None)
-"""An API server that is away for a quarter of an hour costs nothing: what runs in the cluster runs on."""
+"""Waits about a quarter of an hour for an API server that is away; meanwhile the cluster's pods run on."""
 
 LAST_RETRY = Retry(4, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
-"""For what is done at the end: Kubernetes kills a task 30 seconds after it asked it to end."""
+"""For requests at the end of a task: Kubernetes kills a task 30 seconds after it asked the task to end."""
 
 
 class RefusedError(RunError):
-    """Any 4xx: the API answered, and did not do it."""
+    """Any 4xx: the API refused the request."""
 
 
 class MissingError(RefusedError):
-    """404."""
+    """404: the object does not exist."""
 
 
 class ConflictError(RefusedError):
-    """409."""
+    """409: the object exists already."""
 
 
 class NotReadyError(RefusedError):
@@ -41,38 +41,38 @@ def core_api() -> client.CoreV1Api:
     """Return the API of pods, claims and the like.
 
     Raises:
-        ConfigError: this is no pod of a cluster, and there is no kubeconfig.
+        ConfigError: this process runs in no pod, and there is no kubeconfig.
     """
-    return client.CoreV1Api(_connection(RETRY))
+    return client.CoreV1Api(_connect_client(RETRY))
 
 
 def custom_api(retries: Retry) -> client.CustomObjectsApi:
     """Return the API of TrainJobs and their runtimes.
 
     Raises:
-        ConfigError: as above.
+        ConfigError: as for `core_api`.
     """
-    return client.CustomObjectsApi(_connection(retries))
+    return client.CustomObjectsApi(_connect_client(retries))
 
 
-def plain(value: Any) -> Any:
-    """Return objects of the client as a manifest has them."""
+def to_manifest(value: Any) -> Any:
+    """Return an object of the client in the form of a manifest."""
     return client.ApiClient().sanitize_for_serialization(value)
 
 
 def limit_waiting(api: Any, seconds: float = 60) -> Any:
-    """Let no request of a generated API client wait for ever, as it does when a connection is lost in silence."""
+    """Give every request of a generated API client a time limit; else a silently lost connection blocks for ever."""
     request = api.rest_client.request
 
-    def limited(*arguments: Any, **options: Any) -> Any:
+    def limited_request(*arguments: Any, **options: Any) -> Any:
         return request(*arguments, **options | {"_request_timeout": options.get("_request_timeout") or seconds})
 
-    api.rest_client.request = limited
+    api.rest_client.request = limited_request
     return api
 
 
 def try_get(call: Callable[[], Any]) -> tuple[Any, str]:
-    """Return what a call found and "", or None and what is wrong with it: missing, forbidden, or no answer."""
+    """Return a call's result and "", or None and the problem: missing, forbidden, or no answer."""
     try:
         return call(), ""
     except ApiException as error:
@@ -82,21 +82,23 @@ def try_get(call: Callable[[], Any]) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def errors(what: str, namespace: str) -> Iterator[None]:
-    """Turn what the client raises into one line.
+def one_line_errors(what: str, namespace: str) -> Iterator[None]:
+    """Turn errors of the client into one line.
 
     Raises:
-        RunError: of the classes above where it is one; the API did not answer, or failed.
+        RunError: the API failed or did not answer; RefusedError or a subclass: it refused the request.
     """
     try:
         yield
     except ApiException as error:
-        raise _explained(what, namespace, error) from error
+        raise _explain_error(what, namespace, error) from error
     except HTTPError as error:
-        raise RunError(f"{what}: the Kubernetes API does not answer ({type(error).__name__}); is it up?") from error
+        raise RunError(
+            f"{what}: the Kubernetes API does not answer ({type(error).__name__}); check that it is up"
+        ) from error
 
 
-def _explained(what: str, namespace: str, error: ApiException) -> RunError:
+def _explain_error(what: str, namespace: str, error: ApiException) -> RunError:
     try:
         message = json.loads(error.body)["message"]
     except (TypeError, ValueError, KeyError):
@@ -110,7 +112,7 @@ def _explained(what: str, namespace: str, error: ApiException) -> RunError:
     return kind(f"{what}: {error.status} {message}; 'kubectl get events -n {namespace}' may say more")
 
 
-def _connection(retries: Retry) -> client.ApiClient:
+def _connect_client(retries: Retry) -> client.ApiClient:
     settings = client.Configuration()
     try:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -118,6 +120,6 @@ def _connection(retries: Retry) -> client.ApiClient:
         else:
             config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     except config.ConfigException as error:
-        raise ConfigError(f"Kubernetes: no access ({error}); run it in a pod, or set KUBECONFIG") from error
+        raise ConfigError(f"Kubernetes: no access ({error}); run in a pod, or set KUBECONFIG") from error
     settings.retries = retries
     return limit_waiting(client.ApiClient(settings))

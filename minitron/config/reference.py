@@ -40,9 +40,17 @@ def help_text() -> str:
     parts = ["Settings, for --set and presets:"]
     for section, rows in collect_sections().items():
         prefix = f"{section}." if section else ""
-        lines = [f"  {prefix}{row.name}={row.default}  {row.meaning}" for row in rows]
+        lines = [_format_line(row, prefix) for row in rows]
         parts.append("\b\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def stage_help_text(stage: str) -> str:
+    """Return the keys of a stage's configuration file as the end of a help text."""
+    settings = SETTINGS[stage].model_fields
+    lines = ["settings in the configuration file:", *map(_format_line, _make_rows(SETTINGS[stage]))]
+    lines += ["", "inputs and outputs in it:", *map(_format_line, _make_rows(STAGES[stage], left_out=settings))]
+    return "\n".join(lines)
 
 
 def reference_page() -> str:
@@ -78,6 +86,10 @@ def _make_pipeline_rows(pipeline: str) -> Iterator[Row]:
     for name, entry in get_parameters(compiled_pipeline(pipeline)).items():
         default = str(entry["defaultValue"]) if "defaultValue" in entry else "none"
         yield Row(name, default if entry.get("isOptional") else "required", inspect.cleandoc(entry["description"]))
+
+
+def _format_line(row: Row, prefix: str = "") -> str:
+    return f"  {prefix}{row.name}={row.default}  {row.meaning}"
 
 
 def _format_table(title: str, rows: list[Row]) -> str:

@@ -231,7 +231,7 @@ class _TrainJob:
             print(f"warning: it may still run: {error}; delete it by '{remedy}'", file=sys.stderr, flush=True)
 
     def _translate_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return kubernetes_api.errors(what, self._namespace)
+        return kubernetes_api.one_line_errors(what, self._namespace)
 
 
 def _read_own_pod() -> Any:
@@ -246,7 +246,7 @@ def _read_own_pod() -> Any:
         raise ConfigError(
             "num_nodes: above 1 it needs a cluster, but this is no pod; run it on Kubeflow, or set it to 1"
         )
-    with kubernetes_api.errors(f"pod {name}", namespace):
+    with kubernetes_api.one_line_errors(f"pod {name}", namespace):
         return kubernetes_api.core_api().read_namespaced_pod(name, namespace)
 
 
@@ -258,14 +258,16 @@ def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: in
     resources = {**((main.resources and main.resources.limits) or {}), GPU: str(gpus)}
     node = {
         "name": "node",
-        "volumeMounts": kubernetes_api.plain([mount for mount in main.volume_mounts or [] if mount.name in names]),
+        "volumeMounts": kubernetes_api.to_manifest(
+            [mount for mount in main.volume_mounts or [] if mount.name in names]
+        ),
     }
     patch = {
         "serviceAccountName": pod.spec.service_account_name,
-        "imagePullSecrets": kubernetes_api.plain(pod.spec.image_pull_secrets),
+        "imagePullSecrets": kubernetes_api.to_manifest(pod.spec.image_pull_secrets),
         "nodeSelector": pod.spec.node_selector,
-        "tolerations": kubernetes_api.plain(pod.spec.tolerations),
-        "volumes": kubernetes_api.plain(volumes),
+        "tolerations": kubernetes_api.to_manifest(pod.spec.tolerations),
+        "volumes": kubernetes_api.to_manifest(volumes),
         "containers": [node],
     }
     metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "minitron"}}
@@ -280,7 +282,7 @@ def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: in
             "trainer": {
                 "image": main.image,
                 "command": command,
-                "env": kubernetes_api.plain([variable for variable in main.env or [] if _is_copied(variable)]),
+                "env": kubernetes_api.to_manifest([variable for variable in main.env or [] if _is_copied(variable)]),
                 "numNodes": nodes,
                 "numProcPerNode": gpus,
                 "resourcesPerNode": {"requests": resources, "limits": resources},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.parse import parse, read_yaml
+from minitron.config.reference import stage_help_text
 from minitron.config.stages import STAGES, StageConfig
 from minitron.errors import ConfigError, MinitronError
 from minitron.fast_imports import many_imports
@@ -64,7 +65,12 @@ def _join_settings(stage: str, settings: dict[str, Any], values: dict[str, Any])
 
 def main(stage: str) -> None:
     """Run a stage from the command line: `python -m minitron.STAGE --config FILE [--debug]`."""
-    parser = argparse.ArgumentParser(prog=f"python -m minitron.{stage}", description=STAGES[stage].__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m minitron.{stage}",
+        description=STAGES[stage].__doc__,
+        epilog=stage_help_text(stage),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the stage's configuration")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()

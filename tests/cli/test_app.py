@@ -6,6 +6,7 @@ The run itself is in test_flow.py.
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -112,7 +113,7 @@ def test_a_bad_preset_is_refused(
 
 
 def test_kfp_local_gets_no_retry_and_no_environment(specification: dict[str, Any]) -> None:
-    local.adapt(specification)
+    local.adapt_to_local(specification)
     assert all("retryPolicy" not in task for task in specification["root"]["dag"]["tasks"].values())
     executors = specification["deploymentSpec"]["executors"].values()
     assert executors and all("env" not in executor["container"] for executor in executors)
@@ -138,22 +139,27 @@ def test_of_the_output_only_the_stages_own_lines_remain() -> None:
 
 
 def test_a_stage_that_left_no_message_is_a_run_error(tmp_path: Path) -> None:
-    error = local._explain(str(tmp_path))
+    error = local._read_failure(str(tmp_path))
     assert error.exit_status == 1 and str(error).startswith("a stage ended without a message")
 
 
 def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"stage": "prune", "exit_status": 2, "message": "hidden_size: too large"}')
-    error = local._explain(str(tmp_path))
+    error = local._read_failure(str(tmp_path))
     assert (str(error), error.exit_status) == ("prune: hidden_size: too large", 2)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in sorted(GROUP.commands))])
-def test_help_names_every_option(command: list[str]) -> None:
+def test_help_names_every_option_and_shows_an_example(command: list[str]) -> None:
     done = CliRunner().invoke(app, [*command, "--help"])
     assert done.exit_code == 0, done.output
     shown = GROUP.commands[command[0]] if command else GROUP
     assert all(name in done.output for parameter in shown.params for name in parameter.opts if name.startswith("-"))
+    example, _, settings = done.output.partition("\n  Example:\n")[2].partition("\n\n")
+    assert not settings or settings.startswith("  Settings, for --set and presets:")
+    program, name, *arguments = shlex.split(example.replace("\\\n", " "))
+    assert program == "minitron" and name in GROUP.commands and (not command or command == [name])
+    GROUP.commands[name].make_context(name, arguments)
 
 
 def test_brackets_of_a_help_text_are_in_the_help() -> None:
@@ -208,12 +214,12 @@ def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with
 
 
 def test_the_last_line_can_be_typed_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert summary._page("https://user:secret@host/mlflow") == "https://host/mlflow"
+    assert summary._tracking_page("https://user:secret@host/mlflow") == "https://host/mlflow"
     monkeypatch.setenv("PATH", "/nowhere")
-    program, *arguments = summary._page("sqlite:////data/mlflow.db").split()
+    program, *arguments = summary._tracking_page("sqlite:////data/mlflow.db").split()
     assert Path(program).is_file() and arguments == ["ui", "--backend-store-uri", "sqlite:////data/mlflow.db"]
     monkeypatch.setenv("PATH", str(Path(program).parent))
-    assert summary._page("sqlite:////data/mlflow.db").startswith("mlflow ui ")
+    assert summary._tracking_page("sqlite:////data/mlflow.db").startswith("mlflow ui ")
 
 
 def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None:
@@ -227,7 +233,7 @@ def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None
         '{"name": "n", "version": 3, "alias": "challenger", "model_uri": "models:/n/3", "run_id": "r"}'
     )
     model = {"parameters": 10, "validation_loss": 2.0, "perplexity": 7.4, "tasks": {"t": {"acc": 0.5}}, "kl": 0.1}
-    found = summary.summarise(outputs, dict.fromkeys(metrics.MODELS, model))
+    found = summary.summarise_compression(outputs, dict.fromkeys(metrics.MODELS, model))
     del model["kl"]
     assert found == {
         "stages": {
@@ -246,9 +252,9 @@ def test_sample_inputs_are_built_in_another_process_whose_errors_arrive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)  # as in a process that has just started
-    with demo_inputs.built_aside("tiny", tmp_path):
+    with demo_inputs.build_aside("tiny", tmp_path):
         pass
     assert "torch" not in sys.modules
-    assert all(path.is_dir() for path in demo_inputs.paths("tiny", tmp_path).values())
-    with pytest.raises(ConfigError, match="'huge' is unknown"), demo_inputs.built_aside("huge", tmp_path):
+    assert all(path.is_dir() for path in demo_inputs.input_paths("tiny", tmp_path).values())
+    with pytest.raises(ConfigError, match="'huge' is unknown"), demo_inputs.build_aside("huge", tmp_path):
         pass

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from minitron import __version__
 from minitron.cli.app import app
 from minitron.cluster import pipelines_api
-from minitron.cluster.cron import first_time
+from minitron.cluster.cron import first_run_time
 from minitron.config.pipelines import apply_cluster_config, compiled_pipeline
 from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
@@ -181,7 +181,7 @@ def test_runs_and_schedules_are_listed_and_a_schedule_is_deleted(server: Kubeflo
     shown = ok("runs", "--host", server.url)
     for text in (run["run_id"], "succeeded", "2026-11-24 02:00", "3.5", "nightly", "0 0 2 * * *"):
         assert text in shown
-    assert error("unschedule", "nightlee", "--host", server.url) == "nightlee: no such schedule; there is nightly"
+    assert error("unschedule", "nightlee", "--host", server.url) == "nightlee: no such schedule; known: nightly"
     assert ok("unschedule", "nightly", "--host", server.url) == "deleted: schedule nightly\n"
     assert not server.schedules and "nightly" not in ok("runs", "--host", server.url)
 
@@ -276,7 +276,7 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (["--set", "cluster.ttl_hour=3"], "cluster.ttl_hour: unknown key; did you mean 'ttl_hours'?"),
         (["--set", "cluster.shared_memory=16"], "cluster.shared_memory: Input should be a valid string"),
         (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
-        (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks do not see"),
+        (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks cannot see"),
         (["--set", "distill.num_nodes=2"], "distill: gpus is 8, but with num_nodes 2 the task itself only waits"),
     ],
 )
@@ -290,7 +290,7 @@ def test_bad_input_is_refused_before_anything_is_sent(
 def test_the_samples_are_for_a_laptop(server: KubeflowServer) -> None:
     message = error("submit", "compress", "--preset", "tiny", "--host", server.url)
     assert message == (
-        "samples: tiny are made on this machine, by minitron run; for a cluster add --set teacher=… --set corpus=…"
+        "samples: only minitron run can make the inputs of tiny; for a cluster add --set teacher=… --set corpus=…"
     )
 
 
@@ -302,13 +302,13 @@ def test_what_the_server_refuses_is_one_line(server: KubeflowServer) -> None:
 
 @pytest.mark.parametrize("expression", ["0 0 2 * * *", "0 */15 8-18 * * MON-FRI", "0 0 0 1,15 * ?", "30 0 0 1 JAN *"])
 def test_a_schedule_as_kubeflow_takes_it(expression: str) -> None:
-    assert first_time(expression).year >= 2026
+    assert first_run_time(expression).year >= 2026
 
 
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("0 2 * * *", "5 fields, Kubeflow takes six (second minute hour"),
+        ("0 2 * * *", "5 fields, but Kubeflow takes six (second minute hour"),
         ("60 0 2 * * *", "second cannot be '60'"),
         ("0 61 2 * * *", "minute cannot be '61'"),
         ("0 0 25 * * *", "hour cannot be '25'"),
@@ -317,13 +317,13 @@ def test_a_schedule_as_kubeflow_takes_it(expression: str) -> None:
         ("0 0 2 * 13 *", "month cannot be '13'"),
         ("0 0 2 * * 7", "day-of-week cannot be '7'"),
         ("0 0 2 * * MON#1", "day-of-week cannot be 'MON#1'"),
-        ("0 0 2 30 2 *", "there is no such day"),
+        ("0 0 2 30 2 *", "no such day exists"),
         ("", "0 fields"),
     ],
 )
 def test_a_bad_schedule_names_its_field(expression: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        first_time(expression)
+        first_run_time(expression)
     assert message in str(caught.value)
 
 

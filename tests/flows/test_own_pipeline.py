@@ -8,7 +8,7 @@ import pytest
 from kfp import compiler, components, local
 from transformers import AutoModelForCausalLM
 
-from minitron.config.settings import PruneSettings
+from minitron.config import PruneSettings
 from tests.constants import REPOSITORY
 
 

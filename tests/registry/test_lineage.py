@@ -196,7 +196,7 @@ def test_what_other_tools_made_cannot_be_made_again(found: dict[str, Any]) -> No
 def test_the_tree_tells_cost_and_origin(found: dict[str, Any]) -> None:
     found["stages"]["distill"]["history"] = [{"step": step, "validation_loss": 5.0 - step} for step in (0, 1)]
     stream = io.StringIO()
-    Console(width=300, file=stream).print(lineage_tree.tree(found))
+    Console(width=300, file=stream).print(lineage_tree.make_tree(found))
     text = stream.getvalue()
     assert "licenses: corpus CC0, teacher unknown" in text
     assert "1,000 tokens, 4.00 GPU-hours on 8 GPUs" in text

@@ -1,0 +1,44 @@
+"""The reference of the settings: the names that users import, the help of a stage, docs/reference/parameters.md."""
+
+import subprocess
+import sys
+
+import pytest
+
+from minitron import config
+from minitron.config.reference import reference_page
+from minitron.config.settings import SETTINGS
+from minitron.config.stages import STAGES
+from minitron.runtime import entry
+from tests.constants import REPOSITORY
+
+
+def test_the_settings_are_exported_in_the_order_of_the_flow() -> None:
+    assert config.__all__ == [model.__name__ for model in SETTINGS.values()]
+    assert [getattr(config, name) for name in config.__all__] == [*SETTINGS.values()]
+
+
+def test_importing_them_is_light() -> None:
+    program = "import sys, minitron.config; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert not {"torch", "transformers", "nemo", "mlflow", "kfp", "kubernetes", "google"} & {*done.stdout.split()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_of_a_stage_lists_its_configuration(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [stage, "--help"])
+    with pytest.raises(SystemExit) as done:
+        entry.main(stage)
+    lines = capsys.readouterr().out.splitlines()
+    assert done.value.code == 0 and lines[0].startswith(f"usage: python -m minitron.{stage} ")
+    for name, field in STAGES[stage].model_fields.items():
+        default = "required" if field.is_required() else field.default
+        (line,) = [line for line in lines if line.startswith(f"  {name}=")]
+        assert line.startswith(f"  {name}={default}  ") and str(field.description) in line
+
+
+def test_the_parameter_reference_is_what_the_models_say() -> None:
+    page = REPOSITORY / "docs" / "reference" / "parameters.md"
+    assert page.read_text() == reference_page(), "run 'make docs'"
