@@ -148,7 +148,7 @@ def test_an_api_server_that_stays_away_is_named_and_the_job_may_run_on(
     server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later(server, lambda: setattr(server, "faults", [CUT] * 1000))
-    with pytest.raises(RunError, match=r"the Kubernetes API does not answer \(MaxRetryError\); is it up\?"):
+    with pytest.raises(RunError, match=r"the Kubernetes API does not answer \(MaxRetryError\); check that it is up"):
         launch(tmp_path)
     server.faults = []
     assert f"delete it by 'kubectl delete trainjob {JOB} -n team'" in capsys.readouterr().err
