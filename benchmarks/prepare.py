@@ -2,10 +2,9 @@
 
 Run it: `python benchmarks/prepare.py` (`make bench`).
 
-One side is `tokenizers`' encode_batch on the documents' text, which is already in memory and whose token ids nobody
-takes. The other is everything that prepare does between the corpus's files and the dataset's: reading, cleaning,
-deduplicating, splitting, tokenising, writing. Left out is what a start costs, whatever the corpus: loading the
-tokenizer (neither side does) and hashing the teacher. Both have all cores. They take turns.
+One side is `tokenizers`' encode_batch on the documents' text in memory; its token ids are dropped. The other side is
+prepare from the corpus's files to the dataset's: reading, cleaning, deduplicating, splitting, tokenising, writing.
+Fixed costs of a start, loading the tokenizer and hashing the teacher, are left out. Both sides use all cores, in turn.
 """
 
 import argparse
@@ -28,21 +27,21 @@ from minitron.tracking.stage_run import Tracker
 def main() -> None:
     """Measure both sides and print the ratio of their medians."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", choices=("tiny", "demo"), default="demo", help="whose corpus and tokenizer")
+    parser.add_argument("--sample", choices=("tiny", "demo"), default="demo", help="inputs: corpus and tokenizer")
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         paths = demo_inputs.build_inputs(arguments.sample, directory)
         config = PrepareConfig(output=directory, corpus=str(paths["corpus"]), teacher=str(paths["teacher"]))
-        sides = {"prepare": _prepare(config), "encode_batch": _bare(config, "encode_batch")}
-        sides["encode_batch_fast"] = _bare(config, "encode_batch_fast")
+        sides = {"prepare": _make_prepare_run(config), "encode_batch": _make_tokenizer_run(config, "encode_batch")}
+        sides["encode_batch_fast"] = _make_tokenizer_run(config, "encode_batch_fast")
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        tokens = {side: measure() for side, measure in sides.items()}  # the first turn warms up
+        tokens = {side: run() for side, run in sides.items()}  # the first turn warms up
         for _ in range(arguments.runs):
-            for side, measure in sides.items():
+            for side, run in sides.items():
                 started = time.perf_counter()
-                measure()
+                run()
                 seconds[side].append(time.perf_counter() - started)
     assert len(set(tokens.values())) == 1, f"the sides do not agree on the tokens: {tokens}"
     speeds = {side: tokens[side] / statistics.median(runs) for side, runs in seconds.items()}
@@ -52,21 +51,21 @@ def main() -> None:
     print(json.dumps(claim | figures))
 
 
-def _prepare(config: PrepareConfig) -> Callable[[], int]:
+def _make_prepare_run(config: PrepareConfig) -> Callable[[], int]:
     tokenizer = load_tokenizer(Path(config.teacher))
     tracker = Tracker({"stage": "prepare", "key": "key", "inputs": {}})
 
-    def measure() -> int:
+    def run_once() -> int:
         selection = Selection(Corpus(config.corpus, config.text_field), config)
         with tempfile.TemporaryDirectory() as directory:
             tokens = write(selection, tokenizer, Path(directory), tracker)
         return sum(tokens.values()) - sum(map(len, selection.digests.values()))
 
-    return measure
+    return run_once
 
 
-def _bare(config: PrepareConfig, method: str) -> Callable[[], int]:
-    """Return a call of the tokenizer on the documents that prepare keeps."""
+def _make_tokenizer_run(config: PrepareConfig, method: str) -> Callable[[], int]:
+    """Return a function that tokenises the documents that prepare keeps, and returns the number of tokens."""
     encode = getattr(load_tokenizer(Path(config.teacher)).backend_tokenizer, method)
     texts = [text for _, text in Selection(Corpus(config.corpus, config.text_field), config)]
     return lambda: sum(map(len, encode(texts, add_special_tokens=False)))

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for as long as a measurement takes."""
+"""Run a server in a process of its own while a measurement takes place."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 @contextmanager
-def running(command: list[str], url: str, log: Path, environment: Mapping[str, str]) -> Iterator[None]:
-    """Run a server until the block ends; it answers at the URL when the block begins."""
+def run_server(command: list[str], url: str, log: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Run a server until the block ends; the block begins when the URL answers."""
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
     try:

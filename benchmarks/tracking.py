@@ -1,10 +1,10 @@
-"""How long a training waits for MLflow when it logs ten thousand points, and how long until all of them are there.
+"""Measure how long a training waits for MLflow while it logs ten thousand points, and when all points have arrived.
 
     python benchmarks/tracking.py
 
-A real MLflow server on SQLite, a process of its own, gets one point at a time from `log`, as from a training. Measured
-is the time from the first point to the end of the run, which comes after the last batch's answer; and, for comparison,
-a request with one point, times the points.
+A real MLflow server on SQLite, a process of its own, gets one point at a time from `log`, as from a training. The time
+runs from the first point to the end of the run, which follows the last batch's answer. For comparison: a request with
+one point, times the points.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from servers import free_port, running
+from servers import free_port, run_server
 
 from minitron.config.parse import parse
 from minitron.tracking.client import connect
@@ -27,14 +27,14 @@ REQUESTS = 20
 
 
 def main() -> None:
-    """Log, wait for the end, count what arrived, and print one line."""
+    """Log, wait for the end, count the points that arrived, and print one line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=10_000)
     points = parser.parse_args().points
-    with tempfile.TemporaryDirectory() as name, server(Path(name)) as uri:
+    with tempfile.TemporaryDirectory() as name, run_mlflow(Path(name)) as uri:
         os.environ["MINITRON_CACHE"] = f"{name}/cache"
-        tracker = opened(uri)
-        request = seconds_per_request(tracker)
+        tracker = open_tracker(uri)
+        request = time_request(tracker)
         started = time.perf_counter()
         for step in range(points):
             tracker.log({"loss": float(step)}, step)
@@ -47,14 +47,14 @@ def main() -> None:
     print(json.dumps(claim | figures | {"seconds_one_by_one": round(request * points, 1)}))
 
 
-def opened(uri: str) -> MlflowTracker:
-    """Return the tracker of a stage that has a run."""
+def open_tracker(uri: str) -> MlflowTracker:
+    """Return the tracker of a stage with a run."""
     config = parse("prepare", {"output": "out", "corpus": "corpus", "teacher": "teacher", "tracking_uri": uri})
     return MlflowTracker(connect(uri), config, {"stage": "prepare", "key": "key", "inputs": {}})
 
 
-def seconds_per_request(tracker: MlflowTracker) -> float:
-    """Return how long one request with one point takes."""
+def time_request(tracker: MlflowTracker) -> float:
+    """Return the seconds that a request with one point takes."""
     started = time.perf_counter()
     for step in range(REQUESTS):
         tracker.client.log_metric(tracker.run_id, "other", 1.0, step=step)
@@ -62,14 +62,14 @@ def seconds_per_request(tracker: MlflowTracker) -> float:
 
 
 @contextmanager
-def server(directory: Path) -> Iterator[str]:
-    """Run MLflow on a new database; give its URI."""
+def run_mlflow(directory: Path) -> Iterator[str]:
+    """Run MLflow on a new database, and yield its URI."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory)]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with running(command, f"{uri}/health", directory / "log", os.environ | quiet):
+    with run_server(command, f"{uri}/health", directory / "log", os.environ | quiet):
         yield uri
 
 

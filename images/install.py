@@ -1,8 +1,8 @@
-"""Install this package and what it needs into a base image without changing any package that is there.
+"""Install this package and its dependencies into a base image without changing the image's packages.
 
-python3 images/install.py    (in the repository's root, or where a Dockerfile has copied it)
+    python3 images/install.py    # in the repository's root, or in a copy of it
 
-pip cannot do it alone: kfp pins requests, urllib3, protobuf and kubernetes in other versions than NVIDIA's image has.
+pip alone cannot: kfp pins requests, urllib3, protobuf and kubernetes to other versions than NVIDIA's image has.
 """
 
 import json
@@ -15,58 +15,58 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_DEPENDENCIES = ["kfp", "kfp-pipeline-spec"]
-"""Their executor runs with the base's protobuf and requests; the rest of what they pin is for kfp's client."""
+"""kfp's executor runs with the base's protobuf and requests; the other pins are for kfp's client."""
 
 EXECUTOR = ["docstring-parser"]
-"""What kfp's executor imports, and neither this package nor, perhaps, the base image needs."""
+"""Imports of kfp's executor that neither this package nor every base image has."""
 
 COMPILER = {"kfp-kubernetes"}
-"""For who compiles a pipeline: no task does."""
+"""Needed to compile a pipeline, which no task does."""
 
 PIP = [sys.executable, "-m", "pip"]
 
 
 def main() -> None:
-    """Install, and fail if a package of the base image has another version afterwards."""
-    before = installed()
-    # Of constraints.txt only what is named here: its google-api-core, say, excludes the base's protobuf, but others do.
-    versions = {name: pinned()[name] for name in map(canonical, [*requirements(), *EXECUTOR])} | before
+    """Install, and fail if a package of the base image changed its version."""
+    before = list_installed()
+    # Only these of constraints.txt: its google-api-core, for one, excludes the base's protobuf; other versions do not.
+    versions = {name: read_pins()[name] for name in map(canonical_name, [*list_requirements(), *EXECUTOR])} | before
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.writelines(f"{name}=={version}\n" for name, version in versions.items())
         constraints.flush()
-        install("--constraint", constraints.name, *requirements(), *EXECUTOR)
-    install("--no-deps", *(f"{name}=={pinned()[name]}" for name in WITHOUT_DEPENDENCIES), str(ROOT))
-    after = installed()
+        pip_install("--constraint", constraints.name, *list_requirements(), *EXECUTOR)
+    pip_install("--no-deps", *(f"{name}=={read_pins()[name]}" for name in WITHOUT_DEPENDENCIES), str(ROOT))
+    after = list_installed()
     if changed := [f"{name} {before[name]} → {after.get(name)}" for name in before if before[name] != after.get(name)]:
         sys.exit(f"install.py: the base image's packages were changed: {', '.join(changed)}")
 
 
-def requirements() -> list[str]:
+def list_requirements() -> list[str]:
     """Return the package's dependencies that pip can resolve beside the base image's packages."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [line for line in project["dependencies"] if canonical(line) not in COMPILER | {*WITHOUT_DEPENDENCIES}]
+    return [line for line in project["dependencies"] if canonical_name(line) not in COMPILER | {*WITHOUT_DEPENDENCIES}]
 
 
-def pinned() -> dict[str, str]:
+def read_pins() -> dict[str, str]:
     """Return the versions in constraints.txt by canonical name."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return {canonical(line): line.partition("==")[2] for line in lines if "==" in line}
+    return {canonical_name(line): line.partition("==")[2] for line in lines if "==" in line}
 
 
-def installed() -> dict[str, str]:
+def list_installed() -> dict[str, str]:
     """Return the versions of the installed packages by canonical name."""
     listed = subprocess.run([*PIP, "list", "--format", "json"], check=True, stdout=subprocess.PIPE).stdout
-    return {canonical(entry["name"]): entry["version"] for entry in json.loads(listed)}
+    return {canonical_name(entry["name"]): entry["version"] for entry in json.loads(listed)}
 
 
-def install(*arguments: str) -> None:
-    """Run pip install; a failure is pip's own message and exit status."""
+def pip_install(*arguments: str) -> None:
+    """Run pip install; a failure ends with pip's message and exit status."""
     if status := subprocess.run([*PIP, "install", "--no-cache-dir", *arguments]).returncode:
         sys.exit(status)
 
 
-def canonical(requirement: str) -> str:
-    """Return the name at the beginning of a requirement as indexes spell it."""
+def canonical_name(requirement: str) -> str:
+    """Return the name of a requirement in the canonical spelling of package indexes."""
     name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
     return re.sub(r"[-_.]+", "-", name).lower()
 

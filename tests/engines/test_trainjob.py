@@ -317,7 +317,7 @@ def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"num_nodes: above 1 it needs a cluster, but this is no pod"):
         launch(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run it in a pod, or set KUBECONFIG"):
+    with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run in a pod, or set KUBECONFIG"):
         kubernetes_api.core_api()
 
 
