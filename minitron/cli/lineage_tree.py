@@ -17,7 +17,9 @@ def make_tree(lineage: dict[str, Any]) -> Tree:
     licenses = lineage["licences"]
     root.add(_make_line("licenses", f"corpus {licenses['data']}, teacher {format_license(licenses['teacher'])}"))
     for stage, record in lineage["stages"].items():
-        branch = root.add(Text.assemble((stage, "bold"), f"  {format_moment(record['started'])}, {_format_cost(record)}"))
+        branch = root.add(
+            Text.assemble((stage, "bold"), f"  {format_moment(record['started'])}, {_format_cost(record)}")
+        )
         for label, text in _list_facts(record):
             branch.add(_make_line(label, text))
     return root
