@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 from minitron.cli import demo_inputs, local, summary, tables
 from minitron.cli.app import app
 from minitron.config import metrics
-from minitron.config.document import make_plan, merge
-from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
+from minitron.config.pipelines import compiled_pipeline
 from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
 from tests.servers import forks
@@ -37,79 +36,10 @@ def specification() -> dict[str, Any]:
     return compiled_pipeline("compress")[0]
 
 
-@pytest.fixture
-def parameters(specification: dict[str, Any]) -> dict[str, Any]:
-    return get_parameters([specification])
-
-
 def preset(directory: Path, **values: Any) -> str:
     path = directory / "mine.yaml"
     path.write_text(yaml.safe_dump(PLACES | values))
     return str(path)
-
-
-def test_a_preset_file_has_shared_keys_and_a_section_per_stage(tmp_path: Path, parameters: dict[str, Any]) -> None:
-    path = preset(tmp_path, seed=7, distill={"max_steps": 5}, cluster={"retries": 9})
-    request = read_request([path], [], parameters)
-    assert request.arguments == PLACES
-    assert request.document == {"seed": 7, "distill.max_steps": 5}
-    assert request.cluster.retries == 9
-
-
-def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
-    tmp_path: Path, parameters: dict[str, Any]
-) -> None:
-    path = preset(tmp_path, seed=7, prune={"num_hidden_layers": 3, "hidden_size": 32})
-    settings = ["prune.num_hidden_layers=null", "prune.drop_layers=[2, 3]", "prune.hidden_size=48", "corpus=a=b"]
-    request = read_request([path], settings, parameters)
-    assert request.arguments == {"teacher": "teacher", "corpus": "a=b"}
-    assert request.document == {"seed": 7, "prune.drop_layers": [2, 3], "prune.hidden_size": 48}
-
-
-def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, parameters: dict[str, Any]) -> None:
-    """YAML reads 1e-3, without a point, as text; Kubeflow insists on its parameters' types."""
-    settings = ["distill.learning_rate=1e-3", "settings={distill: {cpu: 2}}", "experiment=7", "tracking_uri=http://m"]
-    request = read_request([preset(tmp_path)], settings, parameters)
-    arguments = check_arguments(request, parameters)
-    document = arguments.pop("settings")
-    assert arguments == PLACES | {"experiment": "7", "tracking_uri": "http://m"}
-    plan = make_plan(merge(document, PLACES))
-    assert document == {"distill": {"learning_rate": "1e-3", "cpu": 2}}
-    assert plan.resources["distill"].cpu == "2" and plan.stages["distill"].model_dump()["learning_rate"] == 0.001
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
-        ({"model_name": "a/b"}, "register.name: String should match pattern"),
-        (
-            {"settings": {"distill": {"max_step": 1}}},
-            "distill.max_step: unknown key; did you mean 'distill.max_steps'?",
-        ),
-        ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
-        ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
-        ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill"),
-        ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
-        ({"teacher": None}, "teacher: missing; give it a value"),
-        ({"tracking_uri": None}, "tracking_uri: missing; give it in the preset or by --set tracking_uri=…"),
-        ({"distill": {"seed": 1}}, "distill.seed: all stages share this setting; set seed"),
-        ({"distill": 5}, "distill: found 5, not a section; write distill: {setting: value}"),
-        ({"distill": {"memory": "much"}}, "distill.memory: String should match pattern"),
-        ({"distill": {"gpus": -1}}, "distill.gpus: Input should be greater than or equal to 0 (found -1)"),
-        ({"distill": {"gpus": "two"}}, "distill.gpus: Input should be a valid integer"),
-        ({"evaluate": {"tasks": "mmlu"}}, "evaluate.tasks: Input should be a valid list (found 'mmlu')"),
-        ({"prune": {"num_hidden_layers": 2, "drop_layers": [1]}}, "prune: drop_layers and num_hidden_layers are both"),
-        ({"finetune": {"micro_batch_size": 3}}, "finetune: global_batch_size 128 is not a multiple of"),
-    ],
-)
-def test_a_bad_preset_is_refused(
-    tmp_path: Path, parameters: dict[str, Any], values: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError) as refused:
-        values = {"tracking_uri": "http://m"} | values
-        check_arguments(read_request([preset(tmp_path, **values)], [], parameters), parameters)
-    assert str(refused.value).startswith(message)
 
 
 def test_kfp_local_gets_no_retry_and_no_environment(specification: dict[str, Any]) -> None:

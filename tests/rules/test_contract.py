@@ -5,22 +5,17 @@ import re
 from typing import Any
 
 import pytest
-import yaml
 
 from minitron import components
-from minitron.config.document import make_plan, merge
-from minitron.config.parse import parse
-from minitron.config.presets import pipelines_directory, read_preset
+from minitron.config.document import make_plan
 from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES
 from minitron.config.tasks import TASKS
-from minitron.errors import ConfigError
 from minitron.stages import plan
 from tests.constants import REPOSITORY
 from tests.pipelines import compress, promote, retrain
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
-PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))
 REQUIRED = {"teacher": "/teacher", "corpus": "/corpus"}
 
 
@@ -80,51 +75,3 @@ def test_the_plan_hands_on_what_the_component_declares() -> None:
 def test_a_component_is_a_short_declaration() -> None:
     for stage in STAGES:
         assert len((REPOSITORY / "components" / f"{stage}.py").read_text().splitlines()) <= 60, stage
-
-
-def test_presets_are_those_promised() -> None:
-    assert PRESETS == [
-        "demo",
-        "gke-gpu",
-        "gke-spot",
-        "llama-3.1-minitron-4b-depth",
-        "llama-3.1-minitron-4b-width",
-        "nemo-tutorial-depth",
-        "nemo-tutorial-width",
-        "tiny",
-    ]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_valid(preset: str) -> None:
-    document = merge(REQUIRED, read_preset(preset))
-    make_plan({key: value for key, value in document.items() if key != "samples" and not key.startswith("cluster.")})
-
-
-@pytest.mark.parametrize(
-    ("preset", "cut"),
-    [
-        ("nemo-tutorial-width", {"hidden_size": 3072, "intermediate_size": 9216}),
-        ("nemo-tutorial-depth", {"drop_layers": list(range(16, 32))}),
-    ],
-)
-def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any]) -> None:
-    values = yaml.safe_load((pipelines_directory() / "presets" / f"{preset}.yaml").read_text())
-    assert values["sequence_length"] == 8192
-    assert values["prune"] == cut | {"calibration_sequences": 1024}
-    training = make_plan(merge(values)).stages["distill"]
-    expected = {
-        "max_steps": 30, "global_batch_size": 128, "micro_batch_size": 4, "learning_rate": 1e-4,
-        "min_learning_rate": 1e-5, "warmup_steps": 2, "validation_interval": 10, "validation_sequences": 5 * 128,
-        "tensor_parallel_size": 8, "temperature": 1.0, "kl_weight": 1.0, "cross_entropy_weight": 0.0,
-    }  # fmt: skip
-    assert {name: getattr(training, name) for name in expected} == expected
-
-
-@pytest.mark.parametrize("task", ["promote", "register"])
-@pytest.mark.parametrize("name", ["a/b", "a@b", "it's"])
-def test_a_name_that_the_registry_cannot_address_is_refused(task: str, name: str) -> None:
-    required = {field: "x" for field, info in (STAGES | TASKS)[task].model_fields.items() if info.is_required()}
-    key = "name" if task == "register" else "model_name"
-    with pytest.raises(ConfigError, match=f"{task}.{key}: .*found"):
-        parse(task, required | {key: name})

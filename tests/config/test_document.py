@@ -1,0 +1,141 @@
+"""A settings document: presets, `--set` values, the arguments of a run, and the presets that ship."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron.config.document import make_plan, merge
+from minitron.config.parse import parse
+from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
+from minitron.config.presets import pipelines_directory, read_preset
+from minitron.config.stages import STAGES
+from minitron.config.tasks import TASKS
+from minitron.errors import ConfigError
+
+INPUTS = {"teacher": "/teacher", "corpus": "/corpus"}
+PRESETS = sorted(path.stem for path in (pipelines_directory() / "presets").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parameters() -> dict[str, Any]:
+    return get_parameters(compiled_pipeline("compress"))
+
+
+def write_preset(directory: Path, **values: Any) -> str:
+    path = directory / "mine.yaml"
+    path.write_text(yaml.safe_dump(INPUTS | values))
+    return str(path)
+
+
+def test_a_preset_file_has_shared_keys_and_a_section_per_stage(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    path = write_preset(tmp_path, seed=7, distill={"max_steps": 5}, cluster={"retries": 9})
+    request = read_request([path], [], parameters)
+    assert request.arguments == INPUTS
+    assert request.document == {"seed": 7, "distill.max_steps": 5}
+    assert request.cluster.retries == 9
+
+
+def test_a_setting_wins_over_the_preset_and_null_gives_the_default_back(
+    tmp_path: Path, parameters: dict[str, Any]
+) -> None:
+    path = write_preset(tmp_path, seed=7, prune={"num_hidden_layers": 3, "hidden_size": 32})
+    settings = ["prune.num_hidden_layers=null", "prune.drop_layers=[2, 3]", "prune.hidden_size=48", "corpus=a=b"]
+    request = read_request([path], settings, parameters)
+    assert request.arguments == {"teacher": "/teacher", "corpus": "a=b"}
+    assert request.document == {"seed": 7, "prune.drop_layers": [2, 3], "prune.hidden_size": 48}
+
+
+def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    """YAML reads 1e-3, without a point, as text; Kubeflow insists on its parameters' types."""
+    settings = ["distill.learning_rate=1e-3", "settings={distill: {cpu: 2}}", "experiment=7", "tracking_uri=http://m"]
+    request = read_request([write_preset(tmp_path)], settings, parameters)
+    arguments = check_arguments(request, parameters)
+    document = arguments.pop("settings")
+    assert arguments == INPUTS | {"experiment": "7", "tracking_uri": "http://m"}
+    plan = make_plan(merge(document, INPUTS))
+    assert document == {"distill": {"learning_rate": "1e-3", "cpu": 2}}
+    assert plan.resources["distill"].cpu == "2" and plan.stages["distill"].model_dump()["learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
+        ({"model_name": "a/b"}, "register.name: String should match pattern"),
+        (
+            {"settings": {"distill": {"max_step": 1}}},
+            "distill.max_step: unknown key; did you mean 'distill.max_steps'?",
+        ),
+        ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
+        ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
+        ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill"),
+        ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
+        ({"teacher": None}, "teacher: missing; give it a value"),
+        ({"tracking_uri": None}, "tracking_uri: missing; give it in the preset or by --set tracking_uri=…"),
+        ({"distill": {"seed": 1}}, "distill.seed: all stages share this setting; set seed"),
+        ({"distill": 5}, "distill: found 5, not a section; write distill: {setting: value}"),
+        ({"distill": {"memory": "much"}}, "distill.memory: String should match pattern"),
+        ({"distill": {"gpus": -1}}, "distill.gpus: Input should be greater than or equal to 0 (found -1)"),
+        ({"distill": {"gpus": "two"}}, "distill.gpus: Input should be a valid integer"),
+        ({"evaluate": {"tasks": "mmlu"}}, "evaluate.tasks: Input should be a valid list (found 'mmlu')"),
+        ({"prune": {"num_hidden_layers": 2, "drop_layers": [1]}}, "prune: drop_layers and num_hidden_layers are both"),
+        ({"finetune": {"micro_batch_size": 3}}, "finetune: global_batch_size 128 is not a multiple of"),
+    ],
+)
+def test_a_bad_preset_is_refused(
+    tmp_path: Path, parameters: dict[str, Any], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        values = {"tracking_uri": "http://m"} | values
+        check_arguments(read_request([write_preset(tmp_path, **values)], [], parameters), parameters)
+    assert str(refused.value).startswith(message)
+
+
+def test_presets_are_those_promised() -> None:
+    assert PRESETS == [
+        "demo",
+        "gke-gpu",
+        "gke-spot",
+        "llama-3.1-minitron-4b-depth",
+        "llama-3.1-minitron-4b-width",
+        "nemo-tutorial-depth",
+        "nemo-tutorial-width",
+        "tiny",
+    ]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_valid(preset: str) -> None:
+    document = merge(INPUTS, read_preset(preset))
+    make_plan({key: value for key, value in document.items() if key != "samples" and not key.startswith("cluster.")})
+
+
+@pytest.mark.parametrize(
+    ("preset", "cut"),
+    [
+        ("nemo-tutorial-width", {"hidden_size": 3072, "intermediate_size": 9216}),
+        ("nemo-tutorial-depth", {"drop_layers": list(range(16, 32))}),
+    ],
+)
+def test_the_tutorial_presets_are_the_tutorial(preset: str, cut: dict[str, Any]) -> None:
+    values = yaml.safe_load((pipelines_directory() / "presets" / f"{preset}.yaml").read_text())
+    assert values["sequence_length"] == 8192
+    assert values["prune"] == cut | {"calibration_sequences": 1024}
+    training = make_plan(merge(values)).stages["distill"]
+    expected = {
+        "max_steps": 30, "global_batch_size": 128, "micro_batch_size": 4, "learning_rate": 1e-4,
+        "min_learning_rate": 1e-5, "warmup_steps": 2, "validation_interval": 10, "validation_sequences": 5 * 128,
+        "tensor_parallel_size": 8, "temperature": 1.0, "kl_weight": 1.0, "cross_entropy_weight": 0.0,
+    }  # fmt: skip
+    assert {name: getattr(training, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("task", ["promote", "register"])
+@pytest.mark.parametrize("name", ["a/b", "a@b", "it's"])
+def test_a_name_that_the_registry_cannot_address_is_refused(task: str, name: str) -> None:
+    required = {field: "x" for field, info in (STAGES | TASKS)[task].model_fields.items() if info.is_required()}
+    key = "name" if task == "register" else "model_name"
+    with pytest.raises(ConfigError, match=f"{task}.{key}: .*found"):
+        parse(task, required | {key: name})
