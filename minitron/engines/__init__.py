@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # register's image has no torch
 
 
 class Engine(Protocol):
-    """What stages ask of an engine."""
+    """The functions of an engine that stages call."""
 
     def train(
         self,

@@ -1,4 +1,4 @@
-"""What engine nemo refuses before NeMo is started, and what it makes of what its workers leave."""
+"""Engine nemo: the checks before NeMo starts, and the results that it reads from its workers' files."""
 
 import json
 import shutil
@@ -124,9 +124,9 @@ def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dat
         activations[f"decoder.layers.{layer}.self_attention"] = sums._attention[layer]
     layers = {layer + 1: float(score) for layer, score in enumerate(sums._influence)}
     torch.save({"activations": [activations], "layers": layers}, tmp_path / "scores.pt")
-    found = nemo._read_importance(tmp_path / "scores.pt", read_config(teacher))
+    importance = nemo._read_importance(tmp_path / "scores.pt", read_config(teacher))
     for axis, scores in vars(sums.to_importance(model.config)).items():
-        torch.testing.assert_close(getattr(found, axis), scores)
+        torch.testing.assert_close(getattr(importance, axis), scores)
         assert scores.shape == getattr(expected, axis).shape
 
 

@@ -49,8 +49,8 @@ def test_values_and_gradients_equal_plain_pytorch(weights: LossWeights) -> None:
     torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(terms.kl.double(), kl, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(terms.cross_entropy.double(), cross_entropy, rtol=1e-5, atol=1e-4)
-    for found, wanted in zip(inputs[:2], expected_inputs[:2], strict=True):
-        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
+    for actual, wanted in zip(inputs[:2], expected_inputs[:2], strict=True):
+        torch.testing.assert_close(actual.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_terms() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of engine nemo share."""
+"""Shared by the tests of engine nemo."""
 
 import json
 from pathlib import Path
@@ -57,8 +57,8 @@ def run_prune(output: Path, dataset: Path, teacher: Path, **settings: Any) -> di
 def curves(record: dict[str, Any]) -> dict[str, list[float]]:
     """Return the history as one list per metric."""
     names = ("loss", "kl", "cross_entropy", "learning_rate", "grad_norm", "validation_loss")
-    found = {name: [row[name] for row in record["history"] if name in row] for name in names}
-    return {name: values for name, values in found.items() if values}
+    series = {name: [row[name] for row in record["history"] if name in row] for name in names}
+    return {name: values for name, values in series.items() if values}
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -56,9 +56,9 @@ def there_and_back(models: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("name", ["teacher", "width", "depth", "tied", "tied-width", "tied-depth"])
 def test_the_round_trip_changes_no_weight(models: dict[str, Path], there_and_back: Path, name: str) -> None:
-    expected, found = weights(models[name]), weights(there_and_back / f"{name}-back")
-    assert expected.keys() == found.keys() and ("lm_head.weight" in expected) != name.startswith("tied")
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    expected, actual = weights(models[name]), weights(there_and_back / f"{name}-back")
+    assert expected.keys() == actual.keys() and ("lm_head.weight" in expected) != name.startswith("tied")
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
     assert torch.equal(logits(there_and_back / f"{name}-back"), logits(models[name]))
 
 
@@ -69,8 +69,8 @@ def test_a_nemo_checkpoint_is_a_teacher(
         tmp_path / "out", dataset, there_and_back / "teacher", engine="nemo", enabled=False, workspace=tmp_path / "ws"
     )
     assert record["metrics"] == {"corrected": 0}
-    expected, found = weights(models["teacher"]), weights(tmp_path / "out")
-    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    expected, actual = weights(models["teacher"]), weights(tmp_path / "out")
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
 PROGRAM = """
@@ -79,8 +79,8 @@ from transformers import AutoModelForCausalLM
 tokens = torch.arange(1, 97).reshape(2, 48) * 5 % 500
 with torch.no_grad():
     models = {path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in sys.argv[2:]}
-    found = {path: model(tokens).logits for path, model in models.items()}
-torch.save({"version": transformers.__version__, "logits": found}, sys.argv[1])
+    actual = {path: model(tokens).logits for path, model in models.items()}
+torch.save({"version": transformers.__version__, "logits": actual}, sys.argv[1])
 """
 
 WRITER = """

@@ -37,37 +37,37 @@ def test_both_engines_read_the_same_tokens_and_labels(teacher: Path, dataset: Pa
     module = make_data_module(config, Batches(train_set), Batches(validation_set, 12, 16), config.global_batch_size)
     sampler = MegatronPretrainingSampler(len(module._train_ds), 0, 4, 0, 1, global_batch_size=8)
     ends = 0
-    for place, indices in enumerate(islice(sampler, 6)):
+    for position, indices in enumerate(islice(sampler, 6)):
         for row, index in enumerate(indices):
-            found, expected = module._train_ds[index], train_set[place * 4 + row]
-            assert torch.equal(found["tokens"], expected["input_ids"])
-            assert torch.equal(found["labels"], expected["labels"])
-            assert found["loss_mask"].all()
-            ends += int((found["labels"] == tokenizer.eos_token_id).sum())
+            actual, expected = module._train_ds[index], train_set[position * 4 + row]
+            assert torch.equal(actual["tokens"], expected["input_ids"])
+            assert torch.equal(actual["labels"], expected["labels"])
+            assert actual["loss_mask"].all()
+            ends += int((actual["labels"] == tokenizer.eos_token_id).sum())
     assert ends > 0
     assert [float(module._validation_ds[index]["loss_mask"].mean()) for index in range(16)] == [1.0] * 12 + [0.0] * 4
 
 
 def test_finetuning_gives_the_curves_and_the_weights_of_engine_hf(finetuned: dict[str, Path]) -> None:
-    expected, found = (json.loads((finetuned[engine] / "stage.json").read_text()) for engine in ("hf", "nemo"))
-    assert found["metrics"].keys() == expected["metrics"].keys()
+    expected, actual = (json.loads((finetuned[engine] / "stage.json").read_text()) for engine in ("hf", "nemo"))
+    assert actual["metrics"].keys() == expected["metrics"].keys()
     for name, values in curves(expected).items():
-        assert curves(found)[name] == pytest.approx(values, rel=1e-4), name
-    assert [row["step"] for row in found["history"]] == [row["step"] for row in expected["history"]]
-    assert found["metrics"]["best_step"] == expected["metrics"]["best_step"] > 0
-    assert found["peak_rss_mb"] > 300
+        assert curves(actual)[name] == pytest.approx(values, rel=1e-4), name
+    assert [row["step"] for row in actual["history"]] == [row["step"] for row in expected["history"]]
+    assert actual["metrics"]["best_step"] == expected["metrics"]["best_step"] > 0
+    assert actual["peak_rss_mb"] > 300
     for name, weight in weights(finetuned["hf"]).items():
         assert torch.allclose(weights(finetuned["nemo"])[name], weight, atol=1e-4), name
 
 
 def test_pruning_keeps_what_engine_hf_keeps(pruned: dict[str, Path]) -> None:
-    expected, found = (json.loads((pruned[engine] / "pruning.json").read_text()) for engine in ("hf", "nemo"))
-    assert found["kept"] == expected["kept"]
-    assert found["dropped_layers"] == expected["dropped_layers"]
-    assert found["student"] == expected["student"] and found["calibration"] == expected["calibration"]
+    expected, actual = (json.loads((pruned[engine] / "pruning.json").read_text()) for engine in ("hf", "nemo"))
+    assert actual["kept"] == expected["kept"]
+    assert actual["dropped_layers"] == expected["dropped_layers"]
+    assert actual["student"] == expected["student"] and actual["calibration"] == expected["calibration"]
     for axis in SCORES:
-        found_scores, expected_scores = (torch.tensor(account["scores"][axis]) for account in (found, expected))
-        torch.testing.assert_close(found_scores, expected_scores, rtol=1e-4, atol=0)
+        actual_scores, expected_scores = (torch.tensor(account["scores"][axis]) for account in (actual, expected))
+        torch.testing.assert_close(actual_scores, expected_scores, rtol=1e-4, atol=0)
 
 
 def test_the_two_students_are_one_function(pruned: dict[str, Path]) -> None:
@@ -87,8 +87,8 @@ def test_layers_dropped_by_hand_leave_the_others_as_they_are(
     }
     assert accounts["nemo"]["kept"]["layers"] == [0, 3] and accounts["nemo"]["scores"] is None
     assert accounts["nemo"] == accounts["hf"]
-    expected, found = weights(tmp_path / "hf"), weights(tmp_path / "nemo")
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = weights(tmp_path / "hf"), weights(tmp_path / "nemo")
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"], "NeMo wrote into the working directory"
 
 
@@ -108,13 +108,13 @@ def test_intermediate_layers_are_matched_too(
 
 
 def test_distillation_gives_the_curve_of_engine_hf(distilled: dict[str, dict[str, Any]]) -> None:
-    expected, found = distilled["hf"], distilled["nemo"]
-    first = [next(row for row in record["history"] if "loss" in row) for record in (found, expected)]
+    expected, actual = distilled["hf"], distilled["nemo"]
+    first = [next(row for row in record["history"] if "loss" in row) for record in (actual, expected)]
     for term in ("loss", "kl", "cross_entropy"):
         assert first[0][term] == pytest.approx(first[1][term], rel=1e-3), term
     for name, values in curves(expected).items():
-        assert curves(found)[name] == pytest.approx(values, rel=1e-3), name
-    assert found["metrics"]["teacher_validation_loss"] == expected["metrics"]["teacher_validation_loss"]
+        assert curves(actual)[name] == pytest.approx(values, rel=1e-3), name
+    assert actual["metrics"]["teacher_validation_loss"] == expected["metrics"]["teacher_validation_loss"]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])

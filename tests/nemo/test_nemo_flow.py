@@ -25,8 +25,8 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def records(flow: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in flow["directory"].glob("results/*/*/*/stage.json")]
-    return {record["stage"]: record for record in found}
+    stage_records = [json.loads(path.read_text()) for path in flow["directory"].glob("results/*/*/*/stage.json")]
+    return {record["stage"]: record for record in stage_records}
 
 
 def test_it_ends_in_a_student_that_loads_and_was_evaluated(flow: dict[str, Any]) -> None:
@@ -40,13 +40,13 @@ def test_it_ends_in_a_student_that_loads_and_was_evaluated(flow: dict[str, Any])
 
 
 def test_every_stage_was_nemos_and_says_so(flow: dict[str, Any]) -> None:
-    found = records(flow)
+    stage_records = records(flow)
     for stage in ("finetune", "prune", "distill"):
-        assert found[stage]["config"]["engine"] == "nemo"
-        assert found[stage]["versions"]["nemo_toolkit"].startswith("2.")
-    validations = [row["step"] for row in found["distill"]["history"] if "validation_loss" in row]
-    assert validations == [0, 12] and len(found["distill"]["history"]) == 14
-    assert found["distill"]["metrics"]["validation_loss"] == pytest.approx(
+        assert stage_records[stage]["config"]["engine"] == "nemo"
+        assert stage_records[stage]["versions"]["nemo_toolkit"].startswith("2.")
+    validations = [row["step"] for row in stage_records["distill"]["history"] if "validation_loss" in row]
+    assert validations == [0, 12] and len(stage_records["distill"]["history"]) == 14
+    assert stage_records["distill"]["metrics"]["validation_loss"] == pytest.approx(
         flow["summary"]["student"]["validation_loss"], rel=1e-4
     )
 

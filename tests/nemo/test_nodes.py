@@ -29,11 +29,11 @@ def test_two_nodes_give_the_curve_of_engine_hf(
     run_prune(workspace / "student", data, teacher, **CUT)
     inputs, weights = (data, teacher, workspace / "student"), {"cross_entropy_weight": 0.5, "temperature": 2.0}
     expected = run_distill(tmp_path / "hf", *inputs, **weights)
-    found = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **weights, **NODES)
+    record = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **weights, **NODES)
     for name, values in curves(expected).items():
-        assert curves(found)[name] == pytest.approx(values, rel=1e-3), name
-    assert found["gpus"] == 2
-    scored = found["metrics"]["teacher_validation_loss"]
+        assert curves(record)[name] == pytest.approx(values, rel=1e-3), name
+    assert record["gpus"] == 2
+    scored = record["metrics"]["teacher_validation_loss"]
     assert scored == pytest.approx(expected["metrics"]["teacher_validation_loss"], rel=1e-6)
     created = [request for request in server.requests if request.startswith("POST")]
     assert len(created) == 2 and not server.objects["trainjobs"], "one scores the teacher on one GPU, one trains"

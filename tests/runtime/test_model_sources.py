@@ -30,7 +30,7 @@ KEY = "nvapi-secret"
 
 
 class Catalogue(BaseHTTPRequestHandler):
-    """What NVIDIA's catalogue answers: signed URLs, paths and checksums, one file per page; files by ranges."""
+    """The answers of NVIDIA's catalogue: signed URLs, paths and checksums, one file per page; files by ranges."""
 
     def __init__(self, root: Path, log: list[tuple[str, str | None]], faults: dict[str, Any], *arguments: Any) -> None:
         self._root, self._log, self._faults = root, log, faults
@@ -113,10 +113,10 @@ def changed(config: FinetuneConfig, **values: Any) -> FinetuneConfig:
 def test_a_model_of_the_catalogue_is_fetched_once(
     catalogue: dict[str, Any], config: FinetuneConfig, teacher: Path
 ) -> None:
-    found = model_sources.local_model(ADDRESS, config)
-    assert content_hash(found) == content_hash(teacher)
+    path = model_sources.local_model(ADDRESS, config)
+    assert content_hash(path) == content_hash(teacher)
     asked = len(catalogue["log"])
-    assert model_sources.local_model(ADDRESS, config) == found and len(catalogue["log"]) == asked
+    assert model_sources.local_model(ADDRESS, config) == path and len(catalogue["log"]) == asked
 
 
 def test_a_broken_download_goes_on_where_it_broke_off(
@@ -202,9 +202,9 @@ def registry(mlflow_file: str, teacher: Path, dataset: Path, tmp_path: Path) -> 
     weights = load_file(other / "model.safetensors")
     save_file({name: weight * 2 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     common = {"dataset": dataset, "evaluation": evaluation, "name": tmp_path.name, "tracking_uri": mlflow_file}
-    for place, student in enumerate((teacher, other)):
-        output = tmp_path / f"registered{place}"
-        register.run(parse("register", common | {"student": student, "output": output, "alias": f"alias{place}"}))  # type: ignore[arg-type]
+    for number, student in enumerate((teacher, other)):
+        output = tmp_path / f"registered{number}"
+        register.run(parse("register", common | {"student": student, "output": output, "alias": f"alias{number}"}))  # type: ignore[arg-type]
     client = connect(mlflow_file)
     client.set_registered_model_alias(tmp_path.name, "champion", "1")
     return {"uri": mlflow_file, "name": tmp_path.name, "client": client, "other": other}
@@ -217,8 +217,8 @@ def test_a_registered_model_is_what_was_registered(
     monkeypatch.chdir(tmp_path / "here")
     config = changed(config, tracking_uri=registry["uri"])
     for version in ("@champion", "/1"):
-        found = model_sources.local_model(f"models:/{registry['name']}{version}", config)
-        assert content_hash(found) == content_hash(teacher)
+        path = model_sources.local_model(f"models:/{registry['name']}{version}", config)
+        assert content_hash(path) == content_hash(teacher)
     with pytest.raises(RunError, match="MLflow"):
         model_sources.local_model(f"models:/{registry['name']}@nobody", config)
     with pytest.raises(ConfigError, match=r"give models:/NAME@alias or models:/NAME/VERSION"):
@@ -236,8 +236,8 @@ def test_an_alias_that_moves_means_one_version_within_a_pipeline_run(
     assert content_hash(model_sources.local_model(address, first)) == content_hash(teacher)
     second = changed(first, pipeline_run_id="run-2")
     assert content_hash(model_sources.local_model(address, second)) == content_hash(registry["other"])
-    found = [inputs.find_inputs(changed(config, teacher=address))["teacher"].record() for config in (first, second)]
-    assert [entry["pinned"] for entry in found] == [f"models:/{registry['name']}/1", f"models:/{registry['name']}/2"]
+    records = [inputs.find_inputs(changed(config, teacher=address))["teacher"].record() for config in (first, second)]
+    assert [entry["pinned"] for entry in records] == [f"models:/{registry['name']}/1", f"models:/{registry['name']}/2"]
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_without_an_engine_a_checkpoint_that_was_never_exported_is_itself(
     config = FinetuneConfig(output=tmp_path / "out", dataset=tmp_path, teacher="x", workspace=tmp_path / "workspace")
     assert model_sources.local_model(tmp_path / "nemo", config) == tmp_path / "nemo"
     identity = f"nemo {content_hash(tmp_path / 'nemo')}"
-    kept = model_sources._fetch_once(
+    directory = model_sources._fetch_once(
         identity, lambda _, target: (target / "config.json").write_text("{}") and None, config
     )
-    assert model_sources.local_model(tmp_path / "nemo", config) == kept
+    assert model_sources.local_model(tmp_path / "nemo", config) == directory

@@ -309,9 +309,9 @@ def test_a_workspace_keeps_the_result_for_every_output(
 ) -> None:
     workspace = tmp_path / "workspace"
     records = [stage.run(make(workspace=workspace, output=tmp_path / name), work) for name in ("one", "two")]
-    home = workspace / "prepare" / records[0]["key"][:16]
+    result = workspace / "prepare" / records[0]["key"][:16]
     assert work.calls == 1 and records[0] == records[1]
-    inodes = {(path / "words.txt").stat().st_ino for path in (home, tmp_path / "one", tmp_path / "two")}
+    inodes = {(path / "words.txt").stat().st_ino for path in (result, tmp_path / "one", tmp_path / "two")}
     assert len(inodes) == 1
     assert json.loads((tmp_path / "two" / "stage.json").read_text()) == records[0]
 
@@ -321,11 +321,11 @@ def test_a_damaged_result_in_the_workspace_is_made_again(
 ) -> None:
     config = make(workspace=tmp_path / "workspace")
     record = stage.run(config, work)
-    home = tmp_path / "workspace" / "prepare" / record["key"][:16]
-    (home / "words.txt").write_text("4")
+    result = tmp_path / "workspace" / "prepare" / record["key"][:16]
+    (result / "words.txt").write_text("4")
     stage.run(config, work)
     assert work.calls == 2
-    assert content_hash(config.output) == content_hash(home) == record["output_sha256"]
+    assert content_hash(config.output) == content_hash(result) == record["output_sha256"]
 
 
 def test_without_caching_it_is_run_again(make: Callable[..., PrepareConfig], work: Counting, tmp_path: Path) -> None:
