@@ -114,7 +114,7 @@ def test_debug_adds_the_traceback(tmp_path: Path) -> None:
 def test_an_unreachable_tracking_server_is_one_line_and_status_1(inputs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(inputs["teacher"].parent, tmp_path / "inputs" / "tiny")
     command = ["run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
-    done = forks.minitron(*command, "--set", "tracking_uri=http://127.0.0.1:9")
+    done = forks.run_minitron(*command, "--set", "tracking_uri=http://127.0.0.1:9")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: prepare: ") and "http://127.0.0.1:9" in line
@@ -125,14 +125,14 @@ def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with
     command = ["-c", forks.COMMAND, "run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
     command += ["--set", "finetune.max_steps=200", "--set", "prune.hidden_size=128"]
     command += ["--set", "finetune.checkpoint_interval=20", "--set", "finetune.validation_interval=100"]
-    first = forks.start(command, tmp_path / "log", tmp_path / "log")
+    first = forks.start_python(command, tmp_path / "log", tmp_path / "log")
     while not list(tmp_path.glob("workspace/finetune/*.partial/checkpoints/**/trainer_state.json")):
         assert first.exitcode is None, "the run ended before it could be killed"
         time.sleep(0.05)
     os.killpg(first.pid or 0, signal.SIGKILL)
     first.join()
     killed_at = time.time()
-    done = forks.python(*command)
+    done = forks.run_python(*command)
     assert "prepare: result" in done.stdout
     start = next(line for line in done.stdout.splitlines() if line.startswith("training:"))
     assert 10 <= int(start.removeprefix("training:").partition("%")[0]) < 100, start

@@ -12,7 +12,7 @@ import yaml
 
 from minitron.cli.app import app
 from tests.constants import REPOSITORY
-from tests.servers.deploy_guide import GUIDE, blocks, created_secrets, follow
+from tests.servers.deploy_guide import GUIDE, created_secrets, follow_guide, read_blocks
 
 CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule"}
 FENCE = re.compile(r"^```(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
@@ -89,7 +89,7 @@ def test_commands_are_only_in_blocks_of_shell() -> None:
 
 
 def test_every_command_runs_and_every_variable_is_set_before_it_is_used() -> None:
-    followed = follow()
+    followed = follow_guide()
     assert followed.status == 0, followed.errors
     assert followed.errors == ""
     assert {"gcloud", "kubectl", "minitron", "docker", "kind", "git"} == {call[0] for call in followed.calls}
@@ -113,7 +113,7 @@ def test_a_flag_that_does_not_exist_is_found() -> None:
 
 
 def test_the_guide_uses_all_that_talk_to_a_cluster() -> None:
-    assert {line[0] for line in minitron_lines(*blocks())} == {"--version", *CLUSTER_COMMANDS}
+    assert {line[0] for line in minitron_lines(*read_blocks())} == {"--version", *CLUSTER_COMMANDS}
 
 
 def test_the_docs_show_every_command() -> None:
@@ -122,8 +122,10 @@ def test_the_docs_show_every_command() -> None:
 
 def applied() -> list[Path]:
     """Return our directories that the guide applies, in the copy that it has written its settings to."""
-    given = [call[call.index("-k") + 1] for call in follow().calls if call[:2] == ["kubectl", "apply"] and "-k" in call]
-    return [follow().root / name for name in given if name.startswith("manifests/")]
+    given = [
+        call[call.index("-k") + 1] for call in follow_guide().calls if call[:2] == ["kubectl", "apply"] and "-k" in call
+    ]
+    return [follow_guide().root / name for name in given if name.startswith("manifests/")]
 
 
 def test_what_it_applies_renders_with_the_settings_it_writes() -> None:
@@ -142,7 +144,7 @@ def test_it_sets_every_setting_there_is() -> None:
     name = "manifests/overlays/gke/settings.env"
     keys = [
         {line.split("=")[0] for line in (root / name).read_text().splitlines() if not line.startswith("#")}
-        for root in (REPOSITORY, follow().root)
+        for root in (REPOSITORY, follow_guide().root)
     ]
     assert keys[0] == keys[1]
 
@@ -155,7 +157,7 @@ def test_the_optional_secret_has_keys_that_the_tasks_read() -> None:
 
 
 def test_the_accounts_it_binds_are_those_of_the_manifests() -> None:
-    bound = {part for call in follow().calls for part in re.findall(r"\[minitron/(\w+)\]", " ".join(call))}
+    bound = {part for call in follow_guide().calls for part in re.findall(r"\[minitron/(\w+)\]", " ".join(call))}
     rendered = subprocess.run(["kubectl", "kustomize", str(applied()[0])], capture_output=True, text=True).stdout
     accounts = re.findall(
         r"^kind: ServiceAccount\nmetadata:\n  annotations:\n.*?\n  name: (\w+)", rendered, re.MULTILINE

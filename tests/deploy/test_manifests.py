@@ -25,7 +25,14 @@ from kubernetes.utils import parse_quantity
 
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import created_secrets
-from tests.servers.manifest_policy import Manifest, containers, faults, pod, references, unresolved
+from tests.servers.manifest_policy import (
+    Manifest,
+    find_faults,
+    find_references,
+    find_unresolved,
+    list_containers,
+    pod_spec,
+)
 
 RENDERED = REPOSITORY / "build/manifests"
 OVERLAYS = ("kind", "gke")
@@ -70,7 +77,7 @@ def test_an_unknown_field_is_found() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_keeps_the_rules(overlay: str) -> None:
-    assert [fault for manifest in objects(overlay) for fault in faults(manifest)] == []
+    assert [fault for manifest in objects(overlay) for fault in find_faults(manifest)] == []
 
 
 BREACHES = [
@@ -116,25 +123,25 @@ def change(manifest: Any, path: str, value: Any) -> None:
 def test_each_rule_finds_what_breaks_it(rule: str, path: str, value: Any) -> None:
     broken = copy.deepcopy(find("kind", "Deployment", "mlflow"))
     change(broken, path, value)
-    assert rule in {fault.split(": ")[1] for fault in faults(broken)}
+    assert rule in {fault.split(": ")[1] for fault in find_faults(broken)}
 
 
 @pytest.mark.parametrize("rule", ROLE_BREACHES)
 def test_a_role_that_may_too_much_is_found(rule: dict[str, list[str]]) -> None:
     role = find("kind", "Role", "minitron") | {"rules": [rule]}
-    assert [fault.split(": ")[1] for fault in faults(role)] == ["no_wildcards"]
+    assert [fault.split(": ")[1] for fault in find_faults(role)] == ["no_wildcards"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_everything_that_is_named_is_there(overlay: str) -> None:
-    assert unresolved(objects(overlay), created_secrets()) == set()
+    assert find_unresolved(objects(overlay), created_secrets()) == set()
 
 
 def test_a_name_that_leads_nowhere_is_found() -> None:
-    named = set().union(*map(references, objects("kind")))
+    named = set().union(*map(find_references, objects("kind")))
     assert {kind for kind, _ in named} == {"ServiceAccount", "PersistentVolumeClaim", "Secret", "Role"}
-    assert unresolved([o for o in objects("kind") if not references(o)][:1], set()) == set()
-    assert unresolved([find("kind", "Deployment", "mlflow")], set()) == {
+    assert find_unresolved([o for o in objects("kind") if not find_references(o)][:1], set()) == set()
+    assert find_unresolved([find("kind", "Deployment", "mlflow")], set()) == {
         ("ServiceAccount", "mlflow"),
         ("PersistentVolumeClaim", "mlflow-artifacts"),
         ("Secret", "minitron-postgres/password"),
@@ -143,7 +150,7 @@ def test_a_name_that_leads_nowhere_is_found() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_network_policies_and_services_select_pods_that_exist(overlay: str) -> None:
-    labels = [o["spec"]["template"]["metadata"]["labels"] for o in objects(overlay) if pod(o)]
+    labels = [o["spec"]["template"]["metadata"]["labels"] for o in objects(overlay) if pod_spec(o)]
     selectors = [o["spec"]["selector"] for o in objects(overlay) if o["kind"] == "Service"]
     selectors += [
         find(overlay, "NetworkPolicy", name)["spec"]["podSelector"]["matchLabels"] for name in ("mlflow", "postgres")
@@ -154,7 +161,7 @@ def test_network_policies_and_services_select_pods_that_exist(overlay: str) -> N
 
 def total(overlay: str, table: str, resource: str) -> Decimal:
     """Sum what all containers of an overlay ask for, each with one pod."""
-    each = [c["resources"][table][resource] for o in objects(overlay) for c in containers(o)]
+    each = [c["resources"][table][resource] for o in objects(overlay) for c in list_containers(o)]
     return sum(map(parse_quantity, each), Decimal(0))
 
 

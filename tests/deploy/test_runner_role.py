@@ -8,7 +8,7 @@ import yaml
 
 from minitron.config.settings import RESOURCES, GpuResources
 from tests.constants import REPOSITORY
-from tests.servers.deploy_guide import follow
+from tests.servers.deploy_guide import follow_guide
 
 KINDS = {"pod": "pods", "pod_log": "pods/log", "event": "events", "custom_object": "trainjobs"}
 CALL = re.compile(r"(read|get|list|create|delete|patch|replace)_namespaced_(\w+)")
@@ -43,7 +43,7 @@ def test_a_call_beyond_the_role_is_found() -> None:
 
 
 def option(command: list[str], name: str) -> str:
-    call = next(call for call in follow().calls if call[: len(command)] == command)
+    call = next(call for call in follow_guide().calls if call[: len(command)] == command)
     return call[call.index(name) + 1]
 
 

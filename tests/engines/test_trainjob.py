@@ -19,7 +19,7 @@ from tests.constants import REPOSITORY
 from tests.servers import forks
 from tests.servers.http_server import CUT, HALF, Refused
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
-from tests.servers.processes import until
+from tests.servers.processes import wait_until
 
 KEY = "0123456789abcdef"
 JOB = "minitron-add-0123456789ab"
@@ -303,8 +303,8 @@ def test_a_cancelled_step_deletes_its_job(server: KubernetesServer, tmp_path: Pa
         "_exit_on_sigterm()\ntrainjob.POLL_SECONDS = 0.1\n"
         f"trainjob.launch('{WORKER}', {{'job': 'add'}}, Path({str(tmp_path)!r}), 2, 1, '{KEY}')\n"
     )
-    task = forks.start(["-c", program], tmp_path / "log", tmp_path / "log")
-    until(lambda: JOB in server.objects["trainjobs"] or task.exitcode)
+    task = forks.start_python(["-c", program], tmp_path / "log", tmp_path / "log")
+    wait_until(lambda: JOB in server.objects["trainjobs"] or task.exitcode)
     time.sleep(0.3)
     task.terminate()
     task.join(20)

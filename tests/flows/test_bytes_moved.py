@@ -23,7 +23,7 @@ def run(directory: Path, workspace: str, cache: Path, *arguments: str) -> dict[s
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment |= {"MINITRON_CACHE": str(cache)}
     shutil.rmtree(directory / "results", ignore_errors=True)
-    done = forks.minitron(*command, environment=environment)
+    done = forks.run_minitron(*command, environment=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert json.loads((directory / "summary.json").read_text())["student"]["parameters"] > 0
     return {path.parent.parent.name: path.parent for path in directory.glob(f"results/*/*/*/{RECORD}")}

@@ -20,7 +20,7 @@ from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN
 from tests.report.event_files import read_events
 from tests.servers import forks
 from tests.servers.http_server import free_port
-from tests.servers.processes import serving
+from tests.servers.processes import run_server
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 MAKE_DEMO, MAKE_TEST = "make demo", "make test"
@@ -44,7 +44,7 @@ def forked(command: str, directory: Path, **environment: str) -> subprocess.Comp
     """Run a command of the README without the start of its processes."""
     program, *arguments = shlex.split(command)
     assert program == "minitron"
-    return forks.minitron(*arguments, environment=ENVIRONMENT | environment, directory=directory)
+    return forks.run_minitron(*arguments, environment=ENVIRONMENT | environment, directory=directory)
 
 
 def asked(*arguments: str) -> Result:
@@ -224,7 +224,7 @@ def test_the_mlflow_page_opens(flow: dict[str, Any]) -> None:
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     with (
-        serving(_shell(f"{MLFLOW} --port {port}"), flow["root"], uri, ENVIRONMENT),
+        run_server(_shell(f"{MLFLOW} --port {port}"), flow["root"], uri, ENVIRONMENT),
         urllib.request.urlopen(uri) as page,
     ):
         assert "<title>MLflow" in page.read().decode()

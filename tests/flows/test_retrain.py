@@ -130,7 +130,7 @@ def test_a_version_that_failed_its_gates_is_not_made_again(better: Run, director
 
 
 def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Path) -> None:
-    done = forks.minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
+    done = forks.run_minitron("rollback", NAME, "--why", "answers are worse", "--tracking-uri", uri(directory))
     assert done.returncode == 0, done.stderr
     assert aliases(directory) == {"challenger": 3, "champion": 1, "previous": 3}
     again = forked(f"minitron run promote --set model_name={NAME} --set version=3 --work-dir {directory}", directory)

@@ -7,14 +7,14 @@ from typing import Any
 from minitron.registry.promotion_log import PromotionLog
 from minitron.tracking.client import connect
 from tests.servers import forks
-from tests.servers.mlflow_server import new_version
+from tests.servers.mlflow_server import register_version
 
 
 def registered(uri: str, name: str, *evaluations: dict[str, Any] | None) -> None:
     """Register versions that are nothing but their evaluation; the last one is the challenger."""
     for evaluation in evaluations:
         files = {} if evaluation is None else {"evaluation": json.dumps(evaluation)}
-        new_version(uri, name, "challenger", {}, **files)
+        register_version(uri, name, "challenger", {}, **files)
 
 
 def aliases_of(uri: str, name: str) -> dict[str, int]:
@@ -53,7 +53,7 @@ def race(uri: str, name: str, directory: Path, rounds: int) -> None:
     """Let two processes promote at the same time, again and again: one wins each move, and none is lost."""
     registered(uri, name, *[evaluation_of(1.0)] * 4)
     commands = [["-c", RIVAL, uri, name, str(directory), str(me), str(rounds)] for me in range(2)]
-    answers = [json.loads(done.stdout) for done in forks.together(*commands)]
+    answers = [json.loads(done.stdout) for done in forks.run_together(*commands)]
     made, lost = ([entry for answer in answers for entry in answer[kind]] for kind in range(2))
     found = PromotionLog(connect(uri), name)
     moves = found.read_moves()

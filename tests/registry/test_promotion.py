@@ -24,8 +24,8 @@ from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment
 from tests.registry.promotions import aliases_of, evaluation_of, race, registered
 from tests.servers import forks
-from tests.servers.mlflow_server import new_version
-from tests.servers.processes import until
+from tests.servers.mlflow_server import register_version
+from tests.servers.processes import wait_until
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ promote(sys.argv[1], sys.argv[2], 2)
 
 def _killed(uri: str, name: str) -> None:
     """Let a process die between the entry and the aliases."""
-    done = forks.python("-c", KILLED, uri, name)
+    done = forks.run_python("-c", KILLED, uri, name)
     assert done.returncode == -9, done.stderr
 
 
@@ -120,9 +120,9 @@ def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
     monkeypatch.setattr(promotion_log, "_READER_SECONDS", 1)
     registered(uri, name, *[evaluation_of(1.0)] * 3)
     promote(uri, name, 1)
-    slow = forks.start(["-c", SLOW, uri, name, str(tmp_path)], tmp_path / "log", tmp_path / "log")
+    slow = forks.start_python(["-c", SLOW, uri, name, str(tmp_path)], tmp_path / "log", tmp_path / "log")
     try:
-        until(lambda: (tmp_path / "about to").exists() or slow.exitcode is not None)
+        wait_until(lambda: (tmp_path / "about to").exists() or slow.exitcode is not None)
         assert slow.exitcode is None, (tmp_path / "log").read_text()
         promote(uri, name, 3)
         (tmp_path / "go").touch()
@@ -263,7 +263,7 @@ def test_a_first_version_whose_run_was_deleted_keeps_nobody(mlflow_file: str, na
 
 @pytest.mark.parametrize("text", ["[]", "oops", '{"gates": [{"metric": "x"}]}', '{"gates": 3}'])
 def test_an_evaluation_of_another_tool_is_refused(mlflow_file: str, name: str, text: str) -> None:
-    new_version(mlflow_file, name, "challenger", {}, evaluation=text)
+    register_version(mlflow_file, name, "challenger", {}, evaluation=text)
     with pytest.raises(RunError, match=r"not what minitron writes|none of minitron's") as caught:
         promote(mlflow_file, name)
     assert "\n" not in str(caught.value)
@@ -331,7 +331,7 @@ def test_the_champion_generates_wherever_its_alias_is_loaded(
 
 
 def _generated(uri: str, name: str, directory: Path) -> list[str]:
-    done = forks.python("-c", GENERATE, uri, name, directory=directory)
+    done = forks.run_python("-c", GENERATE, uri, name, directory=directory)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -77,7 +77,7 @@ def test_a_run_that_is_gone_for_good_has_no_claim(mlflow_file: str, tmp_path: Pa
     assert training_lock.claim_training(client, first, ORIGIN) is None
     client.delete_run(first.info.run_id)
     command = ["-m", "mlflow", "gc", "--backend-store-uri", mlflow_file, "--run-ids", first.info.run_id]
-    done = forks.python(*command, environment=os.environ | {"MLFLOW_TRACKING_URI": mlflow_file})
+    done = forks.run_python(*command, environment=os.environ | {"MLFLOW_TRACKING_URI": mlflow_file})
     assert done.returncode == 0, done.stderr
     assert training_lock.claim_training(client, second, ORIGIN) is None
 
@@ -102,7 +102,7 @@ def test_of_two_processes_at_once_one_has_the_claim(uri: str, start: Any, tmp_pa
     """Twelve rounds, in which both wait for each other and then ask within the same milliseconds."""
     command = ["-c", CLAIMANT, uri]
     runs = [start("a").info.run_id, start("b").info.run_id]
-    ended = forks.together(*([*command, run, str(tmp_path), str(me), "12"] for me, run in enumerate(runs)))
+    ended = forks.run_together(*([*command, run, str(tmp_path), str(me), "12"] for me, run in enumerate(runs)))
     answers = [done.stdout.split() for done in ended]
     assert [len(answer) for answer in answers] == [12, 12]
     assert all(sorted(pair) == ["0", "1"] for pair in zip(*answers, strict=True)), answers
@@ -127,7 +127,7 @@ for number, experiment in enumerate(experiments):
 def test_processes_that_ask_at_once_agree_where_claims_are_kept(uri: str, client: Any, tmp_path: Path) -> None:
     experiments = [find_or_create_experiment(client, f"{tmp_path.name}-{number}") for number in range(4)]
     command = ["-c", CLAIMS_RUN, uri, str(tmp_path)]
-    ended = forks.together(*([*command, str(me), *experiments] for me in range(3)))
+    ended = forks.run_together(*([*command, str(me), *experiments] for me in range(3)))
     answers = [done.stdout.split() for done in ended]
     assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 4
 

@@ -1,6 +1,6 @@
-"""docs/deploy.md, followed: its commands run in one shell, with stand-ins that note how they were called.
+"""Follow docs/deploy.md: run its commands in one shell, with stand-ins that record their arguments.
 
-The shell, its variables and the files it writes are real; what would reach a cluster or a cloud is not.
+The shell, its variables and its files are real; the commands that reach a cluster or a cloud are stand-ins.
 """
 
 import functools
@@ -26,7 +26,7 @@ echo registry.example/minitron
 
 
 class Followed(NamedTuple):
-    """What following the guide came to."""
+    """The outcome of following the guide."""
 
     calls: list[list[str]]
     root: Path
@@ -34,13 +34,13 @@ class Followed(NamedTuple):
     errors: str
 
 
-def blocks() -> list[str]:
+def read_blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @functools.cache
-def follow() -> Followed:
-    """Run all blocks, in a copy of what they change. An unset variable or a failing command ends it (`set -eu`)."""
+def follow_guide() -> Followed:
+    """Run all blocks in a copy of the directories that they change, under `set -eu`."""
     root = Path(tempfile.mkdtemp(prefix="deploy-guide-"))
     for name in ("manifests", "images"):
         shutil.copytree(REPOSITORY / name, root / name)
@@ -51,19 +51,19 @@ def follow() -> Followed:
         (commands / name).chmod(0o755)
     calls = root / "calls"
     environment = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls), "HOME": str(root)}
-    script = "set -eu\n" + "\n".join(blocks()) + "\nwait\n"
+    script = "set -eu\n" + "\n".join(read_blocks()) + "\nwait\n"
     done = subprocess.run(["bash", "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=60)
-    noted = [entry.split("\037")[:-1] for entry in calls.read_text().split("\036\037")[:-1]]
-    return Followed(noted, root, done.returncode, done.stderr)
+    recorded = [entry.split("\037")[:-1] for entry in calls.read_text().split("\036\037")[:-1]]
+    return Followed(recorded, root, done.returncode, done.stderr)
 
 
 def created_secrets() -> set[tuple[str, str]]:
-    """Return the secrets that the guide creates, with their keys, as kubectl itself makes them."""
-    found = set()
-    for call in follow().calls:
+    """Return the secrets that the guide creates, with their keys, as kubectl makes them."""
+    secrets = set()
+    for call in follow_guide().calls:
         if call[:3] == ["kubectl", "create", "secret"]:
             command = [*call, "--dry-run=client", "--output=yaml"]
             secret = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             assert secret["metadata"]["namespace"] == "minitron"
-            found |= {("Secret", f"{secret['metadata']['name']}/{key}") for key in secret["data"]}
-    return found
+            secrets |= {("Secret", f"{secret['metadata']['name']}/{key}") for key in secret["data"]}
+    return secrets

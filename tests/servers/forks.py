@@ -1,8 +1,8 @@
-"""Python processes without their start: forked from one that has imported what stages import, which takes seconds.
+"""Start Python processes fast: fork them from one that has imported the modules of the stages, which takes seconds.
 
-For a test that needs a process (its environment, directory, output, end) and not the way it starts. The flow
-as a user starts it is in test_flow.py. What a library reads from the environment while it is imported, it has read
-before: a test of that needs `subprocess`.
+Use this if a test needs a process (its environment, directory, output, end) and not the way it starts. test_flow.py
+starts the flow as a user does. Libraries have read the environment during their import: a test of that needs
+`subprocess`.
 """
 
 import multiprocessing
@@ -38,7 +38,7 @@ SERVER.set_forkserver_preload([*(f"minitron.stages.{stage}" for stage in STAGES)
 COMMAND = "from tests.servers import forks\nforks.fork_tasks()\nfrom minitron.cli.app import main\nmain()"
 
 
-def start(
+def start_python(
     arguments: Iterable[str],
     stdout: Path,
     stderr: Path,
@@ -50,39 +50,39 @@ def start(
     own = multiprocessing.parent_process() is None
     context = SERVER if own else multiprocessing.get_context("fork")
     values = [*arguments], dict(environment or os.environ), directory or Path.cwd(), (stdout, stderr), own
-    process = context.Process(target=_become, args=values)
+    process = context.Process(target=_become_program, args=values)
     process.start()
     return process
 
 
-def python(
+def run_python(
     *arguments: str, environment: Mapping[str, str] | None = None, directory: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python process, and return what it came to."""
-    (done,) = together(arguments, environment=environment, directory=directory)
+    """Run a Python process, and return its result."""
+    (done,) = run_together(arguments, environment=environment, directory=directory)
     return done
 
 
-def minitron(
+def run_minitron(
     *arguments: str, environment: Mapping[str, str] | None = None, directory: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `minitron ARGUMENT...`, whose tasks are forked, too."""
-    return python("-c", COMMAND, *arguments, environment=environment, directory=directory)
+    return run_python("-c", COMMAND, *arguments, environment=environment, directory=directory)
 
 
-def together(
+def run_together(
     *commands: Iterable[str],
     environment: Mapping[str, str] | None = None,
     directory: Path | None = None,
     timeout: float = 560,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run Python processes at the same time; none is left when this ends."""
+    """Run Python processes at the same time; kill those left at the end."""
     deadline, processes, ended = time.monotonic() + timeout, [], []
     with tempfile.TemporaryDirectory() as name:
         try:
             for number, command in enumerate(commands):
                 outputs = [Path(name) / f"{number}.{kind}" for kind in ("out", "err")]
-                processes.append((start(command, *outputs, environment, directory), command, outputs))
+                processes.append((start_python(command, *outputs, environment, directory), command, outputs))
             for process, command, outputs in processes:
                 process.join(max(0, deadline - time.monotonic()))
                 assert process.exitcode is not None, f"{command} takes more than {timeout} seconds"
@@ -109,7 +109,7 @@ def _run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -
         module, log = Path(name) / "component.py", Path(name) / "log"
         module.write_text(component)
         arguments = ["-m", "kfp.dsl.executor_main", "--component_module_path", str(module), *options]
-        task = start(arguments, log, log, os.environ | (env_vars or {}) | {"_KFP_RUNTIME": "true"})
+        task = start_python(arguments, log, log, os.environ | (env_vars or {}) | {"_KFP_RUNTIME": "true"})
         task.join()
         for line in log.read_text().splitlines():
             print(line)  # indented, by which `minitron run` knows a stage's lines
@@ -117,7 +117,7 @@ def _run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -
     return task.exitcode
 
 
-def _become(
+def _become_program(
     arguments: list[str], environment: dict[str, str], directory: Path, outputs: tuple[Path, Path], session: bool
 ) -> None:
     if session:

@@ -1,6 +1,6 @@
-"""gcp-storage-emulator with what it lacks: preconditions, pinned generations, parallel requests, faults, counts.
+"""gcp-storage-emulator with additions: preconditions, pinned generations, parallel requests, faults, counts.
 
-A fault is what `World.fault` returns for a request: a status to answer with, CUT (the connection breaks in the middle),
+`World.fault` returns the fault for a request: a status to answer with, CUT (the connection breaks in the middle),
 STALL (it hangs there) or DAMAGE (a byte is wrong).
 """
 
@@ -24,7 +24,7 @@ CUT, STALL, DAMAGE = "cut", "stall", "damage"
 
 @dataclass
 class Request:
-    """One request: bytes of an object that it brought, or that the answer had."""
+    """One request, with the bytes of an object that it uploaded or downloaded."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass
 class World:
-    """The server's state: what lies there, what was asked, what goes wrong."""
+    """The state of the server: the stored objects, the requests, the faults."""
 
     storage: Any
     address: str = ""
@@ -65,7 +65,7 @@ class World:
         return sum(request.downloaded for request in self.log)
 
     def fetched(self) -> list[str]:
-        """The objects that were downloaded, as often as they were asked for."""
+        """Return the downloaded objects, once per request."""
         return [entry.path.partition("/o/")[2] for entry in self.log if entry.downloaded]
 
 
@@ -74,7 +74,7 @@ class _FailedPrecondition(Exception):
 
 
 class _CheckedStorage(Storage):
-    """Storage that creates an object only where the generation is the one that the request expects."""
+    """Storage that creates an object only if its generation is the one that the request expects."""
 
     expected: str | None = None
 

@@ -37,7 +37,7 @@ class KubeflowServer(State):
     def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
         if self.token and headers.get("Authorization") != f"Bearer {self.token}":
             raise Refused(401, "unauthorized")
-        body = _parsed(data, headers.get("Content-Type", ""))
+        body = _parse_body(data, headers.get("Content-Type", ""))
         for pattern, handler in self._routes():
             if match := re.fullmatch(f"{method} /apis/v2beta1/{pattern}", f"{method} {path}"):
                 return handler(query, body, *match.groups())
@@ -63,7 +63,7 @@ class KubeflowServer(State):
     def _upload(self, query: Entry, body: bytes) -> Entry:
         if any(entry["display_name"] == query["name"] for entry in self.pipelines.values()):
             raise Refused(409, f"pipeline {query['name']} exists")
-        pipeline = self._new(self.pipelines, "pipeline_id", {"display_name": query["name"], **_namespace(query)})
+        pipeline = self._new(self.pipelines, "pipeline_id", {"display_name": query["name"], **_get_namespace(query)})
         self._add_version(pipeline["pipeline_id"], query["name"], body)
         return pipeline
 
@@ -86,7 +86,7 @@ class KubeflowServer(State):
         if body is None:
             self._check_namespace(query.get("namespace"))
             return {"experiments": self._listed(self.experiments, query)}
-        checked(body, "V2beta1Experiment")
+        check_body(body, "V2beta1Experiment")
         self._check_namespace(body.get("namespace"))
         return self._new(self.experiments, "experiment_id", body)
 
@@ -103,7 +103,7 @@ class KubeflowServer(State):
         if run_id not in self.runs:
             raise Refused(404, f"run {run_id} not found")
         self.after_run(self.runs[run_id])
-        checked(self.runs[run_id], "V2beta1Run")
+        check_body(self.runs[run_id], "V2beta1Run")
         return self.runs[run_id]
 
     def _schedules(self, query: Entry, body: Any) -> Entry:
@@ -119,7 +119,7 @@ class KubeflowServer(State):
         return {}
 
     def _check_job(self, body: Entry, model: str) -> None:
-        checked(body, model)
+        check_body(body, model)
         reference = body["pipeline_version_reference"]
         version = self.versions[reference["pipeline_version_id"]]
         assert version["pipeline_id"] == reference["pipeline_id"]
@@ -153,11 +153,11 @@ class KubeflowServer(State):
         return found
 
 
-def _namespace(query: Entry) -> Entry:
+def _get_namespace(query: Entry) -> Entry:
     return {"namespace": query["namespace"]} if query.get("namespace") else {}
 
 
-def checked(body: Any, model: str) -> None:
+def check_body(body: Any, model: str) -> None:
     """Refuse what a model of kfp-server-api does not know, at any depth."""
     types = getattr(kfp_server_api, model)
     names = {types.attribute_map[attribute]: kind for attribute, kind in types.openapi_types.items()}
@@ -167,10 +167,10 @@ def checked(body: Any, model: str) -> None:
         kind = names[key].removeprefix("list[").removesuffix("]")
         for part in value if isinstance(value, list) else [value]:
             if hasattr(getattr(kfp_server_api, kind, None), "attribute_map") and isinstance(part, dict):
-                checked(part, kind)
+                check_body(part, kind)
 
 
-def _parsed(data: bytes, kind: str) -> Any:
+def _parse_body(data: bytes, kind: str) -> Any:
     """Return the JSON of a body, or the file of an upload."""
     if not kind.startswith("multipart/"):
         return json.loads(data) if data else None

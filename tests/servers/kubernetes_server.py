@@ -105,11 +105,17 @@ class KubernetesServer(State):
 
     def end(self, kind: str, message: str = "", reason: str = "JobsFailed") -> None:
         """Give the TrainJob a condition: Complete or Failed."""
-        condition = {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": _now()}
+        condition = {
+            "type": kind,
+            "status": "True",
+            "reason": reason,
+            "message": message,
+            "lastTransitionTime": _timestamp_now(),
+        }
         self.job()["status"] = {"conditions": [condition]}
 
     def add(self, kind: str, name: str, **content: Any) -> Entry:
-        metadata = {"name": name, "namespace": "team", "uid": f"uid-{name}", "creationTimestamp": _now()}
+        metadata = {"name": name, "namespace": "team", "uid": f"uid-{name}", "creationTimestamp": _timestamp_now()}
         metadata |= content.pop("metadata", {})
         entry = {"metadata": metadata} | content
         self.objects[kind][name] = entry
@@ -173,7 +179,7 @@ class KubernetesServer(State):
         name = body["metadata"]["name"]
         if name in self.objects[kind]:
             raise Refused(409, f'{kind} "{name}" already exists')
-        body["metadata"]["creationTimestamp"] = _now()
+        body["metadata"]["creationTimestamp"] = _timestamp_now()
         self.objects[kind][name] = body | {"status": {}}
         if self.create_pods:
             for rank in range(body["spec"]["trainer"]["numNodes"]):
@@ -195,7 +201,7 @@ class KubernetesServer(State):
         for process in self.processes:
             process.terminate()
         if self.lingering:
-            entry["metadata"]["deletionTimestamp"] = _now()
+            entry["metadata"]["deletionTimestamp"] = _timestamp_now()
         else:
             self._remove(kind, name)
         return {"kind": "Status", "status": "Success"}
@@ -240,7 +246,7 @@ class KubernetesServer(State):
             self.say(pod, line.rstrip("\n"))
 
 
-def _now() -> str:
+def _timestamp_now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 

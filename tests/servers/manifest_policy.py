@@ -1,4 +1,4 @@
-"""What every object that manifests/ deploys must satisfy, one function per rule: an object in, its faults out."""
+"""The rules for every object that manifests/ deploys: one function per rule takes an object and yields its faults."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,31 +14,31 @@ TAG = re.compile(r"[^:@]+(:\d+)?[^:@]*(:(?!latest$)[\w.-]*\d[\w.-]*|@sha256:[0-9
 """A version, or a digest; `latest` and names without a digit move."""
 
 
-def pod(manifest: Manifest) -> Manifest:
+def pod_spec(manifest: Manifest) -> Manifest:
     return manifest["spec"]["template"]["spec"] if manifest["kind"] in WORKLOADS else {}
 
 
-def containers(manifest: Manifest) -> list[Manifest]:
-    return [*pod(manifest).get("initContainers", []), *pod(manifest).get("containers", [])]
+def list_containers(manifest: Manifest) -> list[Manifest]:
+    return [*pod_spec(manifest).get("initContainers", []), *pod_spec(manifest).get("containers", [])]
 
 
-def setting(manifest: Manifest, container: Manifest, name: str) -> Any:
-    """Return what holds for a container: its own security setting, or else the pod's."""
-    of_pod = pod(manifest).get("securityContext", {})
+def get_setting(manifest: Manifest, container: Manifest, name: str) -> Any:
+    """Return the security setting of a container: its own, or else the pod's."""
+    of_pod = pod_spec(manifest).get("securityContext", {})
     return container.get("securityContext", {}).get(name, of_pod.get(name))
 
 
 def no_root(manifest: Manifest) -> Iterator[str]:
-    for container in containers(manifest):
-        if setting(manifest, container, "runAsNonRoot") is not True:
+    for container in list_containers(manifest):
+        if get_setting(manifest, container, "runAsNonRoot") is not True:
             yield f"container {container['name']}: runAsNonRoot is not true"
         for name in ("runAsUser", "runAsGroup"):
-            if not setting(manifest, container, name):
+            if not get_setting(manifest, container, name):
                 yield f"container {container['name']}: {name} is root or left to the image"
 
 
 def no_escalation(manifest: Manifest) -> Iterator[str]:
-    for container in containers(manifest):
+    for container in list_containers(manifest):
         context = container.get("securityContext", {})
         if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
             yield f"container {container['name']}: may gain privileges"
@@ -46,23 +46,23 @@ def no_escalation(manifest: Manifest) -> Iterator[str]:
             yield f"container {container['name']}: keeps capabilities"
         if not context.get("readOnlyRootFilesystem"):
             yield f"container {container['name']}: may write to its image"
-        if (setting(manifest, container, "seccompProfile") or {}).get("type") != "RuntimeDefault":
+        if (get_setting(manifest, container, "seccompProfile") or {}).get("type") != "RuntimeDefault":
             yield f"container {container['name']}: no seccomp profile"
 
 
 def no_way_to_the_node(manifest: Manifest) -> Iterator[str]:
-    yield from (f"{name} is set" for name in ("hostNetwork", "hostPID", "hostIPC") if pod(manifest).get(name))
-    yield from (f"volume {v['name']}: hostPath" for v in pod(manifest).get("volumes", []) if "hostPath" in v)
+    yield from (f"{name} is set" for name in ("hostNetwork", "hostPID", "hostIPC") if pod_spec(manifest).get(name))
+    yield from (f"volume {v['name']}: hostPath" for v in pod_spec(manifest).get("volumes", []) if "hostPath" in v)
 
 
 def pinned_image(manifest: Manifest) -> Iterator[str]:
-    for container in containers(manifest):
+    for container in list_containers(manifest):
         if not TAG.fullmatch(container["image"]):
             yield f"container {container['name']}: image {container['image']} has no version"
 
 
 def requests_and_limits(manifest: Manifest) -> Iterator[str]:
-    for container in containers(manifest):
+    for container in list_containers(manifest):
         resources = container.get("resources", {})
         for name in ("requests", "limits"):
             if missing := {"cpu", "memory"} - set(resources.get(name, {})):
@@ -71,12 +71,12 @@ def requests_and_limits(manifest: Manifest) -> Iterator[str]:
 
 def probes(manifest: Manifest) -> Iterator[str]:
     if manifest["kind"] != "Job":
-        for container in pod(manifest).get("containers", []):
+        for container in pod_spec(manifest).get("containers", []):
             yield from (f"container {container['name']}: no {name}" for name in PROBES if name not in container)
 
 
 def no_token_without_need(manifest: Manifest) -> Iterator[str]:
-    if pod(manifest) and pod(manifest).get("automountServiceAccountToken") is not False:
+    if pod_spec(manifest) and pod_spec(manifest).get("automountServiceAccountToken") is not False:
         yield "its pods get a token for the API server, which nothing deployed here calls"
 
 
@@ -92,7 +92,7 @@ def no_wildcards(manifest: Manifest) -> Iterator[str]:
 def no_secret_data(manifest: Manifest) -> Iterator[str]:
     if manifest["kind"] == "Secret":
         yield "a secret belongs in the cluster, not in the repository"
-    for container in containers(manifest):
+    for container in list_containers(manifest):
         for variable in container.get("env", []):
             if re.search("PASSWORD|TOKEN|SECRET|_KEY", variable["name"]) and "value" in variable:
                 yield f"container {container['name']}: the value of {variable['name']} is in the repository"
@@ -115,23 +115,25 @@ RULES: list[Callable[[Manifest], Iterator[str]]] = [
 ]  # fmt: skip
 
 
-def faults(manifest: Manifest) -> list[str]:
-    """Return the rules that an object breaks, with what is wrong."""
+def find_faults(manifest: Manifest) -> list[str]:
+    """Return the rules that an object breaks, with the fault."""
     name = f"{manifest['kind']} {manifest['metadata']['name']}"
     return [f"{name}: {rule.__name__}: {fault}" for rule in RULES for fault in rule(manifest)]
 
 
-def references(manifest: Manifest) -> set[tuple[str, str]]:
+def find_references(manifest: Manifest) -> set[tuple[str, str]]:
     """Return what the pods of a workload, or a role binding, need to find: kind and name (a secret's with its key)."""
     found = (
-        {("ServiceAccount", pod(manifest)["serviceAccountName"])} if "serviceAccountName" in pod(manifest) else set()
+        {("ServiceAccount", pod_spec(manifest)["serviceAccountName"])}
+        if "serviceAccountName" in pod_spec(manifest)
+        else set()
     )
-    for volume in pod(manifest).get("volumes", []):
+    for volume in pod_spec(manifest).get("volumes", []):
         if "persistentVolumeClaim" in volume:
             found.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
         if "configMap" in volume:
             found.add(("ConfigMap", volume["configMap"]["name"]))
-    for container in containers(manifest):
+    for container in list_containers(manifest):
         for variable in container.get("env", []):
             if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
                 found.add(("Secret", f"{secret['name']}/{secret['key']}"))
@@ -141,7 +143,7 @@ def references(manifest: Manifest) -> set[tuple[str, str]]:
     return found
 
 
-def unresolved(manifests: list[Manifest], given: set[tuple[str, str]]) -> set[tuple[str, str]]:
+def find_unresolved(manifests: list[Manifest], given: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """Return the references that neither an object nor what is `given` answers."""
     there = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests} | given
-    return {reference for manifest in manifests for reference in references(manifest)} - there
+    return {reference for manifest in manifests for reference in find_references(manifest)} - there

@@ -28,13 +28,13 @@ mlflow.cli.cli()
 def mlflow_serving(
     directory: Path, port: int, *options: str, database: str | None = None, **environment: str
 ) -> Iterator[int]:
-    """Run a real MLflow server; what it has stored in a directory or database, it has when it is started again."""
+    """Run a real MLflow server; a restart on the same directory or database finds the stored data."""
     command = ["-c", MLFLOW_SERVER, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database or f"sqlite:///{directory}/mlflow.db", *options]
     command += ["--artifacts-destination", str(directory)]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = directory / "log"
-    process = forks.start(command, log, log, os.environ | quiet | environment, directory)
+    process = forks.start_python(command, log, log, os.environ | quiet | environment, directory)
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", log)
         yield process.pid or 0
@@ -43,8 +43,8 @@ def mlflow_serving(
         process.join()
 
 
-def new_version(uri: str, name: str, alias: str | None, tags: dict[str, str], **files: str) -> None:
-    """Register a version that is nothing but its tags and the JSON files of its run."""
+def register_version(uri: str, name: str, alias: str | None, tags: dict[str, str], **files: str) -> None:
+    """Register a version that has only tags, and JSON files of its run."""
     client = connect(uri)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Ask for something until it is there, and return it."""
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Call a condition until it returns something true, and return that."""
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not there after {seconds} seconds")
         time.sleep(0.05)
-    return found
+    return result
 
 
 @contextmanager
-def serving(
+def run_server(
     command: list[str], directory: Path, uri: str, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen]:
     """Run a server in a directory until the block ends; it is healthy when the block begins."""

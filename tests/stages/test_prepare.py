@@ -577,7 +577,7 @@ def test_a_fraction_out_of_range() -> None:
 def test_the_command_line_refuses_with_one_line_and_status_2(teacher: Path, tmp_path: Path) -> None:
     settings = {"teacher": teacher, "output": tmp_path / "out", "corpus": written(tmp_path / "a.jsonl", "")}
     config = written(tmp_path / "prepare.yaml", json.dumps(settings, default=str))
-    done = forks.python("-m", "minitron.prepare", "--config", str(config))
+    done = forks.run_python("-m", "minitron.prepare", "--config", str(config))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: corpus {tmp_path}/a.jsonl: no text")
     assert "Traceback" not in done.stderr

@@ -499,6 +499,6 @@ def test_the_command_line_refuses_with_one_line_and_status_2(settings: dict, tmp
     file = tmp_path / "prune.yaml"
     values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     file.write_text(yaml.safe_dump(values | {"hidden_size": 4096}))
-    finished = forks.python("-m", "minitron.prune", "--config", str(file))
+    finished = forks.run_python("-m", "minitron.prune", "--config", str(file))
     assert finished.returncode == 2
     assert finished.stderr == "error: prune.hidden_size: 4096 is larger than the teacher's 64; choose at most 64\n"

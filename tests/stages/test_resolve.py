@@ -16,7 +16,7 @@ from minitron.registry.versions import GATE_OUTCOME_TAG
 from minitron.stages import resolve
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment, search_runs
-from tests.servers.mlflow_server import new_version
+from tests.servers.mlflow_server import register_version
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -39,7 +39,7 @@ def ask(mlflow_file: str, teacher: Path, tmp_path: Path) -> Ask:
 
 
 def version(uri: str, name: str, made_from: dict[str, str], alias: str) -> None:
-    new_version(uri, name, alias, {fingerprint.TAG: json.dumps(made_from)})
+    register_version(uri, name, alias, {fingerprint.TAG: json.dumps(made_from)})
 
 
 def test_without_a_champion_there_is_something_to_train(ask: Ask, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_has_changed_is_said(ask: Ask, mlflow_file: str, tmp_path: Path, wh
 
 
 def test_of_a_champion_from_elsewhere_nothing_is_known(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
-    new_version(mlflow_file, tmp_path.name, "champion", {})
+    register_version(mlflow_file, tmp_path.name, "champion", {})
     assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"
 
 
@@ -101,8 +101,10 @@ def test_what_cannot_be_resolved_is_one_line(ask: Ask, tmp_path: Path) -> None:
 
 def test_what_was_promoted_and_taken_back_by_hand_is_not_made_again(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
     made_from = ask()["made_from"]
-    new_version(mlflow_file, tmp_path.name, None, {}, evaluation='{"gates": []}')
-    new_version(mlflow_file, tmp_path.name, None, {fingerprint.TAG: json.dumps(made_from)}, evaluation='{"gates": []}')
+    register_version(mlflow_file, tmp_path.name, None, {}, evaluation='{"gates": []}')
+    register_version(
+        mlflow_file, tmp_path.name, None, {fingerprint.TAG: json.dumps(made_from)}, evaluation='{"gates": []}'
+    )
     promote(mlflow_file, tmp_path.name, 1)
     promote(mlflow_file, tmp_path.name, 2)
     rollback(mlflow_file, tmp_path.name)
@@ -117,7 +119,7 @@ def test_what_a_rival_has_just_made_is_not_made_again(
 
     def after_the_rival(*arguments: Any) -> str | None:
         tags = {fingerprint.TAG: json.dumps(made_from), GATE_OUTCOME_TAG: "it met its gates"}
-        new_version(mlflow_file, tmp_path.name, None, tags)
+        register_version(mlflow_file, tmp_path.name, None, tags)
         return claim(*arguments)
 
     monkeypatch.setattr(training_lock, "claim_training", after_the_rival)
@@ -130,5 +132,5 @@ def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
 
 @pytest.mark.parametrize("tag", ["my laptop", '["x"]'])
 def test_a_tag_of_another_tool_is_no_origin(ask: Ask, mlflow_file: str, tmp_path: Path, tag: str) -> None:
-    new_version(mlflow_file, tmp_path.name, "champion", {fingerprint.TAG: tag})
+    register_version(mlflow_file, tmp_path.name, "champion", {fingerprint.TAG: tag})
     assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"

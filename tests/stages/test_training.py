@@ -180,7 +180,7 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
 
     def start(name: str) -> BaseProcess:
         command = ["-m", f"minitron.{stage}", "--config", str(tmp_path / f"{name}.yaml")]
-        return forks.start(command, tmp_path / "log", tmp_path / "log")
+        return forks.start_python(command, tmp_path / "log", tmp_path / "log")
 
     process = start("killed")
     checkpoints = tmp_path / "killed.partial" / "checkpoints"

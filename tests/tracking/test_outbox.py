@@ -22,7 +22,7 @@ from minitron.tracking.client import connect
 from minitron.tracking.outbox import Message, Outbox, deliver_messages
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
-from tests.servers.processes import until
+from tests.servers.processes import wait_until
 
 
 class Server:
@@ -99,7 +99,7 @@ def test_a_server_killed_in_mid_run_and_started_again_has_every_point(
             if step == 25:
                 server.kill()
             if step == 100:
-                assert len(until(lambda: _left(tmp_path))) == 1, "what waits outlives a kill"
+                assert len(wait_until(lambda: _left(tmp_path))) == 1, "what waits outlives a kill"
                 server.start()
             before = time.monotonic()
             tracker.log({"loss": 150.0 - step}, step)
@@ -125,7 +125,7 @@ def test_what_a_server_missed_at_the_end_is_sent_by_the_next_stage(
     def work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         tracker.log({"loss": 2.0}, 1)
         if "one" in config.corpus:
-            until(lambda: connect(server.uri).get_metric_history(tracker.run_id, "loss"))
+            wait_until(lambda: connect(server.uri).get_metric_history(tracker.run_id, "loss"))
             server.kill()
         tracker.log({"loss": 1.0}, 2)
         return {"metrics": {"best": 1.0}}
@@ -228,7 +228,7 @@ def test_a_batch_whose_answer_was_lost_arrives_once(
     def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         for step in range(10):
             tracker.log({"loss": 1.0, "nan": float("nan")}, step)
-        until(lambda: handler.lost == 2)
+        wait_until(lambda: handler.lost == 2)
         return {"metrics": {}}
 
     handler = type("Handler", (_Forwarder,), {"uri": server.uri})

@@ -24,7 +24,7 @@ from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
 from tests.servers import forks
 from tests.servers.http_server import free_port
-from tests.servers.processes import until
+from tests.servers.processes import wait_until
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_metrics_are_visible_in_mid_run(
         for step in range(2):
             tracker.log({"loss": 5.0 - step}, step)
             _assert_the_environment_rests(1)  # points take up to half a second, and a request
-            run = until(partial(_run_with_points, uri, tmp_path.name, "loss", step + 1))
+            run = wait_until(partial(_run_with_points, uri, tmp_path.name, "loss", step + 1))
             seen.append((run.info.status, _history(uri, run.info.run_id, "loss")))
         return {"metrics": {}}
 
@@ -225,15 +225,15 @@ def test_a_real_training_is_watched_terminated_and_resumed(
     )
     command = ["-c", at_once, "--config", str(tmp_path / "finetune.yaml")]
     (tmp_path / "cwd").mkdir()
-    process = forks.start(command, tmp_path / "log", tmp_path / "log", directory=tmp_path / "cwd")
-    run = until(lambda: _run_with_points(uri, name, "cross_entropy", 12) or process.exitcode, 120)
+    process = forks.start_python(command, tmp_path / "log", tmp_path / "log", directory=tmp_path / "cwd")
+    run = wait_until(lambda: _run_with_points(uri, name, "cross_entropy", 12) or process.exitcode, 120)
     assert process.exitcode is None, (tmp_path / "log").read_text()
     assert run.info.status == "RUNNING"
     process.terminate()
     process.join(120)
     assert process.exitcode == 128 + signal.SIGTERM
     assert [run.info.status for run in _runs(uri, name)] == ["KILLED"]
-    assert forks.python(*command, directory=tmp_path / "cwd").returncode == 0
+    assert forks.run_python(*command, directory=tmp_path / "cwd").returncode == 0
     runs = _runs(uri, name)
     assert [(r.info.run_id, r.info.status) for r in runs] == [(run.info.run_id, "FINISHED")]
     assert {step for step, _ in _history(uri, run.info.run_id, "cross_entropy")} == set(range(1, 201))
