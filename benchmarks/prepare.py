@@ -20,7 +20,7 @@ from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.selection import Selection
 from minitron.data.tokenizer import load_tokenizer
-from minitron.stages.prepare import write
+from minitron.stages.prepare import write_dataset
 from minitron.tracking.stage_run import Tracker
 
 
@@ -58,7 +58,7 @@ def _make_prepare_run(config: PrepareConfig) -> Callable[[], int]:
     def run_once() -> int:
         selection = Selection(Corpus(config.corpus, config.text_field), config)
         with tempfile.TemporaryDirectory() as directory:
-            tokens = write(selection, tokenizer, Path(directory), tracker)
+            tokens = write_dataset(selection, tokenizer, Path(directory), tracker)
         return sum(tokens.values()) - sum(map(len, selection.digests.values()))
 
     return run_once

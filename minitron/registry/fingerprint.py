@@ -1,6 +1,6 @@
-"""What a model is made from: the data, the teacher, and every setting that decides its weights, a hash of each.
+"""The fingerprint of a model: hashes of the corpus, the teacher, and the settings that decide its weights.
 
-register writes it on the version; resolve compares it with what there is today, before anything costly is started.
+register writes it on the version. resolve compares it with that of the present inputs before a costly stage starts.
 """
 
 import hashlib
@@ -17,31 +17,31 @@ MADE_BY = ("prepare", "finetune", "prune", "distill")
 """The stages that decide a student's weights."""
 
 TAG = "made_from"
-"""Tag of a version in MLflow's registry: its student's origin, as JSON."""
+"""Tag of a version in MLflow's registry: its fingerprint, as JSON."""
 
 Fingerprint = dict[str, str]
 """Hashes of `corpus`, `teacher` and `settings`, and under `minitron` the version of the method."""
 
 
 def fingerprint_records(records: dict[str, dict[str, Any]]) -> Fingerprint | None:
-    """Return the origin of a student from the records of its stages; None if one of them is missing."""
+    """Return the fingerprint of a student from the records of its stages; None if one of them is missing."""
     if not records.keys() >= set(MADE_BY):
         return None
     prepare = records["prepare"]
     hashes = {name: entry["sha256"] for name, entry in prepare["inputs"].items()}
     configs = {stage: records[stage]["config"] for stage in MADE_BY}
     versions = prepare["versions"]
-    method = versions.get("method", versions["minitron"])  # the same in what 0.1.0 made
+    method = versions.get("method", versions["minitron"])  # records of 0.1.0 have one version for both
     return _build_fingerprint(configs, hashes["corpus"], hashes["teacher"], method)
 
 
 def fingerprint_plan(plan: Plan, corpus: str, teacher: str) -> Fingerprint:
-    """Return the origin that a run of the pipeline would give its student.
+    """Return the fingerprint that a run of the pipeline would give its student.
 
     Args:
-        plan: the pipeline's.
+        plan: the settings of the run.
         corpus: hash of the corpus's content, or its snapshot.
-        teacher: hash of the base model's content.
+        teacher: hash of the teacher's content.
     """
     configs = {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
     return _build_fingerprint(configs, corpus, teacher, METHOD_VERSION)

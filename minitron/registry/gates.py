@@ -1,4 +1,4 @@
-"""Gates: what a student must meet to be promoted. They are declared in the preset and judged here only.
+"""Gates: the bounds that a student must meet to be promoted. A preset declares them; they are judged only here.
 
     evaluate:
       gates:
@@ -22,11 +22,11 @@ DEVIATIONS = 1.96
 """Half the width of a normal distribution's 95 % interval, in standard errors."""
 
 MET = ("passed", "within error", "no champion")
-"""The outcomes that do not keep a model from being promoted."""
+"""The outcomes that allow a promotion."""
 
 
 def read_gates(config: "EvaluateSettings") -> list[dict[str, Any]]:
-    """Return the gates of a configuration as `judge` takes them: metric, against, by, bound, threshold."""
+    """Return the gates of a configuration as dicts: metric, against, by, bound, threshold."""
     return [
         {"metric": gate.metric, "against": gate.against, "by": gate.by, "bound": gate.bound}
         | {"threshold": getattr(gate, gate.bound)}
@@ -39,16 +39,17 @@ def judge_student(
 ) -> list[dict[str, Any]]:
     """Judge a student by its gates.
 
-    A gate on a task's accuracy is missed only if the whole 95 % interval of what was found misses it.
+    A gate on a task's accuracy fails only if the whole 95 % interval of the measured value misses the threshold.
 
     Args:
-        gates: what `declared` returns, or what this returned before.
-        evaluation: evaluation.json: its `student` is judged, its `teacher` compared with.
-        champion: the same numbers of the model in production, measured on the same test set; None: there is none.
+        gates: from `read_gates`, or judged gates of an earlier call.
+        evaluation: evaluation.json: its `student` is judged, its `teacher` is a reference.
+        champion: the numbers of the champion on the same test set; None if there is no champion.
 
     Returns:
-        Per gate, beside itself: `student` and `reference`, the two values; `found`, what is compared with the
-        threshold; `margin`, how far it is on the good side; `error`, half the width of its 95 % interval or None;
+        The gates with these keys added: `student` and `reference`, the two values; `found`, the number that is
+        compared with the threshold; `margin`, its distance to the threshold, positive on the good side;
+        `error`, half the width of its 95 % interval or None;
         `outcome`: passed, within error, failed, no champion, or not measured.
     """
     models = {"teacher": evaluation["teacher"], "champion": champion}
@@ -56,7 +57,7 @@ def judge_student(
 
 
 def are_gates_met(rows: list[dict[str, Any]]) -> bool | None:
-    """Say whether all gates are met; None if there are none."""
+    """Say whether all gates are met; None if there are no gates."""
     return all(row["outcome"] in MET for row in rows) if rows else None
 
 
@@ -83,7 +84,7 @@ def _judge_gate(
 def _compare_values(
     by: str | None, student: tuple[float | None, float | None], reference: tuple[float | None, float | None]
 ) -> tuple[float | None, float | None]:
-    """Return what is compared with the threshold, and half the width of its 95 % interval."""
+    """Return the number to compare with the threshold, and half the width of its 95 % interval."""
     (value, error), (other, other_error) = student, reference
     if value is None or (by and other is None) or (by == "ratio" and not other):
         return None, None
@@ -99,7 +100,7 @@ def _compare_values(
 
 
 def _read_value(model: dict[str, Any], metric: str) -> tuple[float | None, float | None]:
-    """Return what was measured of a model, with its standard error where it has one."""
+    """Return a metric of a model and its standard error; None for a missing one."""
     if metric in NUMBERS:
         return model.get(metric), None
     for task, numbers in model.get("tasks", {}).items():

@@ -1,9 +1,9 @@
-"""Where a student comes from: the records of its stages, kept with its version in MLflow.
+"""The lineage of a student: the records of its stages, kept with its version in MLflow.
 
     minitron lineage models:/NAME/7
 
-evaluate sees the directories of all stages before it, and writes `lineage.json`: their records as they left them, and
-the licences of base model and corpus. register adds evaluate's record and its own, and links it from the version.
+evaluate sees the directories of all earlier stages. It writes `lineage.json`: their records, and the licenses of
+teacher and corpus. register adds the records of evaluate and of itself, and the version's tag links to the file.
 """
 
 from collections.abc import Iterable
@@ -20,17 +20,17 @@ from minitron.storage.layout import MANIFEST, read_record
 from minitron.tracking.client import connect, fail_fast, one_line_errors, read_artifact
 
 TAG = "lineage"
-"""The tag of a model version that says where its lineage is: runs:/RUN/lineage.json."""
+"""Tag of a model version: the address of its lineage, runs:/RUN/lineage.json."""
 
 UNKNOWN = "unknown"
 
 
 def collect_lineage(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the lineage of what evaluate measures; the configuration's inputs are local directories.
+    """Return the lineage of the models that evaluate measures.
 
     Returns:
-        `stages`: the records of the stages that wrote the inputs, in the order of the flow; `licences`: of the data, a
-        text, and of the base model, the lines of its model card that begin with `license`.
+        `stages`: the records of the stages that wrote the inputs, in the order of the flow; `licences`: the corpus's
+        as text, and the teacher's as the lines of its model card that begin with `license`.
     """
     directories = (config.dataset, config.teacher, config.pruned, config.student)
     records = [record for directory in directories if (record := read_record(directory))]
@@ -45,18 +45,18 @@ def sort_records(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def read_data_license(dataset: Path) -> str:
-    """Return the licence that prepare was told; "unknown" for what it did not write."""
+    """Return the license that prepare was given; "unknown" for a dataset that it did not write."""
     manifest = read_manifest(dataset) if (dataset / MANIFEST).is_file() else {}
     return str(manifest.get("licence", UNKNOWN))
 
 
 def read_model_license(model: Path) -> dict[str, str]:
-    """Return the `license`, `license_name` and `license_link` of a model card; the licence is "unknown" without one."""
+    """Return the `license`, `license_name` and `license_link` of a model card; "unknown" if there is none."""
     path = model / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
         front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
-    except (yaml.YAMLError, ValueError):  # the latter: a date that is none
+    except (yaml.YAMLError, ValueError):  # a ValueError: an invalid date
         front = {}
     items = front.items() if isinstance(front, dict) else ()
     entries = {name: value for name, value in items if name in ("license", "license_name", "license_link") and value}
@@ -66,17 +66,17 @@ def read_model_license(model: Path) -> dict[str, str]:
 
 
 def format_license(license: dict[str, str]) -> str:
-    """Return a model's licence by its name: Hugging Face calls those that it has no word for `other`."""
+    """Return a model's license by its name; Hugging Face calls licenses that it does not list `other`."""
     return license["license"] if license["license"] != "other" else license.get("license_name", "other")
 
 
 def compute_gpu_hours(record: dict[str, Any]) -> float:
-    """Return what a stage held: hours times GPUs."""
+    """Return the GPU-hours of a stage: its hours times its GPUs."""
     return record["seconds"] * record.get("gpus", 0) / 3600
 
 
 def count_tokens(record: dict[str, Any]) -> int | None:
-    """Return the tokens that a stage trained on or, prepare, wrote; None for the others."""
+    """Return the tokens that a stage trained on or that prepare wrote; None for other stages."""
     metrics = record.get("metrics", {})
     written = sum(metrics.get(f"{split}_tokens", 0) for split in ("train", "validation", "test"))
     return metrics.get("tokens", written or None)
@@ -107,5 +107,7 @@ def read_lineage(uri: str, address: str) -> dict[str, Any]:
         lineage = read_artifact(client, run_id, path)
     registered = lineage.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
     if registered.get("sha256", UNKNOWN) != tags.get("student_sha256"):
-        raise RunError(f"{version}: {tags[TAG]} is of another student; it was overwritten, register this one again")
+        raise RunError(
+            f"{version}: {tags[TAG]} is of another student, because it was overwritten; register this one again"
+        )
     return lineage | {"version": version}

@@ -1,10 +1,10 @@
-"""The alias of the champion: a version gets it if it meets its gates, and the previous champion gets it back.
+"""Promotion: a version gets the alias champion if it meets its gates; a rollback returns it to the previous one.
 
     minitron promote minitron
-    minitron rollback minitron --why "wrong licence"
+    minitron rollback minitron --why "wrong license"
 
-What its gates found is in evaluation.json of the version's MLflow run. They are judged again where the champion has
-changed since; who moved which alias when is in the promotion log.
+The judged gates are in evaluation.json of the version's MLflow run. They are judged again if the champion has changed
+since. The promotion log holds who moved which alias when.
 """
 
 import getpass
@@ -41,22 +41,22 @@ _ANEW = "run the pipeline retrain, which evaluates it anew"
 
 
 class GatesFailed(RunError):
-    """The version is not good enough."""
+    """The version does not meet its gates."""
 
 
 class NotJudged(GatesFailed):
-    """It is not known whether the version is good enough: it may be made and measured again."""
+    """The gates of the version cannot be judged; it may be made and measured again."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of it.
+    """The result of a promotion or a rollback.
 
     Attributes:
         name: the registered model.
-        version: its champion.
-        move: how it became that; None: it was the champion already.
-        gates: the judged gates of the version, as in evaluation.json; none of a rollback.
+        version: the champion now.
+        move: the move of the alias; None if the version was the champion already.
+        gates: the judged gates of the version, as in evaluation.json; empty for a rollback.
     """
 
     name: str
@@ -93,7 +93,7 @@ def promote(
             rows = _judge_version(client, name, version, state.champion)
         except (KeyError, TypeError, AttributeError) as error:
             raise NotJudged(
-                f"{name} version {version}: {EVALUATION} of its run is none of minitron's; {_ANEW}"
+                f"{name} version {version}: {EVALUATION} of its run was not written by minitron; {_ANEW}"
             ) from error
         if gates.are_gates_met(rows) is False:
             failed = "; ".join(gates.describe_gate(row) for row in rows if row["outcome"] not in gates.MET)
@@ -135,7 +135,11 @@ def _open_log(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Prom
 
 
 def find_version(client: "MlflowClient", name: str, version: int | None) -> int:
-    """Return a version that is there: the challenger, if none is given."""
+    """Return the number of an existing version; the challenger's if none is given.
+
+    Raises:
+        RunError: there is no such version, or no challenger.
+    """
     if version is None:
         aliases = client.get_registered_model(name).aliases
         if CHALLENGER not in aliases:
@@ -166,7 +170,7 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
     other = _read_evaluation(client, name, champion)
     test_set = evaluation.get("test_set")
     same_test = test_set is not None and other is not None and other.get("test_set") == test_set
-    if other is None or not same_test or metrics.SPEED in measures:  # another machine's speed says nothing
+    if other is None or not same_test or metrics.SPEED in measures:  # speeds of two machines do not compare
         raise NotJudged(
             f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
             f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
@@ -183,9 +187,9 @@ def _read_evaluation(client: "MlflowClient", name: str, version: int) -> dict[st
 
 
 def _name_author(why: str | None, pipeline_run_id: str | None) -> str:
-    """Return who moves the alias."""
+    """Return the name of the user or pipeline run that moves the alias."""
     if (length := len(json.dumps(why, ensure_ascii=False)) - 2) > _LONGEST_REASON:
-        raise ConfigError(f"why: {length} characters as it is written; give at most {_LONGEST_REASON}")
+        raise ConfigError(f"why: {length} characters in JSON; give at most {_LONGEST_REASON}")
     if pipeline_run_id:
         return f"Kubeflow run {pipeline_run_id}"
     try:

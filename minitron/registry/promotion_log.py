@@ -1,10 +1,10 @@
-"""Who made which version of a registered model the champion, when and why: one move at a time, and none is lost.
+"""The promotion log: who made which version of a registered model the champion, when and why.
 
-Anybody can overwrite an alias of MLflow's, but a run's parameter is written only once. So every registered model has a
-run, "promotions of NAME", whose parameters move.0001, move.0002, … are its moves: who writes number n has made it, and
-everybody else learns that. The aliases `previous` and `champion` follow; `done.0001` says that they did. A move without
-it is completed by the next reader, after its author has had time to. An alias moved by hand is where the next move
-starts.
+Moves happen one at a time, and none is lost. Any process can overwrite an alias in MLflow, but a run's parameter is
+written only once. So every registered model has a run, "promotions of NAME", whose parameters move.0001, move.0002, …
+are its moves. The process that writes number n has made that move, and all others read it. The aliases `previous` and
+`champion` follow, and `done.0001` records that they did. If `done` is missing, the next reader waits for the author
+and then completes the move. A move starts where the alias is, also if it was moved by hand.
 """
 
 import hashlib
@@ -35,12 +35,12 @@ _TAG = "minitron.promotions"
 """On a registered model: the id of its run. On the run: the model's name."""
 
 _AUTHOR_SECONDS, _READER_SECONDS = 10, 20
-"""How long an author may take to begin setting the aliases, and how long a reader leaves that to him."""
+"""Seconds that an author has to begin setting the aliases, and that a reader waits for the author."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One move of the alias champion; a version that was not there is None."""
+    """One move of the alias champion; `source` is None if there was no champion."""
 
     source: int | None
     to: int
@@ -51,19 +51,19 @@ class Move:
 
     @classmethod
     def from_json(cls, text: str) -> "Move":
-        """Return the move that an entry holds."""
+        """Return the move of a log entry."""
         values = json.loads(text)
         return cls(source=values.pop("from"), **values)
 
     def to_json(self) -> str:
-        """Return the entry."""
+        """Return the log entry."""
         values = asdict(self)
         return json.dumps({"from": values.pop("source")} | values, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class State:
-    """How many moves there are, and where the aliases are, moved by hand or not."""
+    """The number of moves, and the versions that have the aliases now."""
 
     moves: int
     champion: int | None
@@ -88,7 +88,7 @@ class PromotionLog:
         return [Move.from_json(parameters[key]) for key in sorted(parameters) if key.startswith("move.")]
 
     def settle_moves(self) -> State:
-        """Complete the last move if its author could not, and return where the aliases are."""
+        """Complete the last move if its author could not, and return the state of the aliases."""
         moves = self.read_moves()
         if moves and not self._wait_for_author(len(moves), moves[-1]):
             self._complete_move(len(moves), moves[-1])
@@ -100,13 +100,13 @@ class PromotionLog:
         """Make a version the champion, and the present one the previous.
 
         Args:
-            state: where this move starts.
+            state: the state that the move starts from.
             to: the version.
-            who: makes the move.
+            who: the author of the move.
             why: reason, for those who read the log.
 
         Raises:
-            RunError: another process made a move since.
+            RunError: another process has made a move since then.
         """
         number, began = state.moves + 1, time.monotonic()
         move = Move(state.champion, to, who, datetime.now(UTC).isoformat(timespec="seconds"), why, uuid.uuid4().hex)
@@ -123,7 +123,7 @@ class PromotionLog:
         return move
 
     def _elect_run(self) -> str:
-        """Make a run, and return the one that all agree upon: it is written into the run of the first version."""
+        """Create a run, and return the one that all processes agree on: the run of the first version names it."""
         versions = self._client.search_model_versions(f"name = '{self._name}'")
         numbered = sorted(versions, key=lambda version: int(version.version))
         runs = (find_active_run(self._client, version.run_id) for version in numbered if version.run_id)
@@ -150,9 +150,9 @@ class PromotionLog:
         return champion, previous
 
     def _wait_for_author(self, number: int, move: Move) -> bool:
-        """Say whether the aliases followed a move; wait for an author who may be about to set them."""
+        """Wait for the author of a recent move to set the aliases, and say whether they follow it."""
         age = (datetime.now(UTC) - datetime.fromisoformat(move.when)).total_seconds()
-        # Clocks differ by minutes at most: an older move is not waited for.
+        # Clocks differ by minutes at most, so do not wait for an older move.
         deadline = time.monotonic() + (_READER_SECONDS if abs(age) < 600 else 0)
         while _format_key("done", number) not in self._read_parameters():
             if time.monotonic() >= deadline:
@@ -161,7 +161,7 @@ class PromotionLog:
         return True
 
     def _complete_move(self, number: int, move: Move) -> None:
-        """Do what the author of a move could not, unless somebody moved the alias by hand or deleted the version."""
+        """Complete a move for its author, unless the alias was moved by hand or the version was deleted."""
         if self._read_aliases()[0] in (move.source, move.to):
             try:
                 return self._apply_move(number, move)
@@ -171,7 +171,7 @@ class PromotionLog:
         write_once(self._client, self._run_id, _format_key("done", number), "given up")
 
     def _apply_move(self, number: int, move: Move) -> None:
-        """Let the aliases follow a move, or a later one if there is: whoever sets them last has seen all moves."""
+        """Let the aliases follow a move or a later one, so the last process to set them has seen all moves."""
         latest = move
         while True:
             self._set_aliases(latest)
@@ -191,7 +191,7 @@ class PromotionLog:
 
 
 def _ignore_missing(call: Callable[[], None]) -> None:
-    """Do something with a version that may have been deleted."""
+    """Call a function on a version that may have been deleted."""
     try:
         call()
     except Exception as error:

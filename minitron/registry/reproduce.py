@@ -3,7 +3,7 @@
     minitron reproduce models:/NAME/7 --output again.yaml
     minitron run compress --preset again.yaml --work-dir runs/again
 
-With the same package, inputs and settings every stage has the same key: where its result still is, it is reused.
+With the same package, inputs and settings every stage has the same key. A result that still exists is reused.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from minitron.errors import ConfigError
 PIPELINE = "compress"
 
 _WHERE = {"output", "workspace", "caching"}
-"""What says where results lie: that is for whoever runs it."""
+"""Settings that say where results lie: the user of the preset chooses them."""
 
 
 def write_preset(lineage: dict[str, Any]) -> str:
@@ -36,8 +36,8 @@ def write_preset(lineage: dict[str, Any]) -> str:
     records = lineage["stages"]
     if missing := [stage for stage in STAGES if stage not in records]:
         raise ConfigError(
-            f"{lineage['version']}: {', '.join(missing)} left no record, so not all settings are known; only what the "
-            "whole pipeline made can be made again"
+            f"{lineage['version']}: {', '.join(missing)} left no record, so not all settings are known; give a "
+            "version that the whole pipeline made"
         )
     shared, sections = _merge_settings(lineage)
     parts = ["\n".join(f"# {line}" for line in _list_comments(lineage)), _dump_yaml(shared)]
@@ -67,12 +67,12 @@ def _list_comments(lineage: dict[str, Any]) -> Iterator[str]:
 
 
 def _merge_settings(lineage: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return what the stages share, and each stage's own settings."""
+    """Return the settings that the stages share, and each stage's own."""
     known = {*known_keys(), *get_parameters(compiled_pipeline(PIPELINE))}
     shared: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for stage, record in lineage["stages"].items():
-        # Of a stage that was reused, the record names the inputs and the experiment that it had when it ran.
+        # The record of a reused stage names the inputs and the experiment of its own run.
         may_differ = {*find_marked_fields(STAGES[stage], INPUT), *find_marked_fields(STAGES[stage], EXECUTION)}
         for name, value in _read_settings(record).items():
             if f"{stage}.{name}" in known:
@@ -86,7 +86,7 @@ def _merge_settings(lineage: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _read_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a stage was given, a movable address as the one that it meant then."""
+    """Return the settings of a stage, with pinned addresses."""
     settings = {name: value for name, value in record["config"].items() if value is not None and name not in _WHERE}
     return settings | {name: entry["pinned"] for name, entry in record["inputs"].items() if "pinned" in entry}
 

@@ -1,7 +1,7 @@
-"""Which pipeline run makes what, and how it ended: two runs that overlap do not train the same.
+"""The training lock: two pipeline runs that overlap do not train the same model.
 
-A parameter of an MLflow run can be written only once, on every store that MLflow has: whoever writes it first has the
-claim. It ends with the outcome of the run that has it, or when nothing has been heard of that run for a day.
+A parameter of an MLflow run can be written only once, in every store that MLflow has. The run that writes it first has
+the claim. A claim ends with the outcome of its run, or after a day without a sign of life.
 """
 
 import hashlib
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _CANDIDATE, _ADOPTED = "minitron.registry.training_lock", "minitron.registry.training_lock.adopted"
-"""Tags of the run that holds the claims: what it is made for, and that it is the one."""
+"""Tags of the run that holds the claims: a candidate for it, and the one that was adopted."""
 
 _MAKER_SECONDS = 120
-"""How long a maker may take to adopt that run: seconds, with clocks that differ."""
+"""Seconds that a process may take to adopt the run that it created; clocks may differ."""
 
 SILENCE_SECONDS = 24 * 3600
-"""After this long without a sign of life a run is taken for lost: the longest that a task may wait for its node."""
+"""A run without a sign of life for this long is lost: as long as a task may wait for its node."""
 
 
 def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str | None:
-    """Claim the making of a model for a pipeline run; the same run may claim again.
+    """Claim the training of a model for a pipeline run; the same run may claim again.
 
     Args:
-        client: of MLflow.
-        run: the pipeline run's, in the experiment whose runs may be at work on the same.
-        made_from: what the model is made from.
+        client: MLflow's.
+        run: the pipeline run's, in the experiment that its rivals use.
+        made_from: fingerprint and name of the model.
 
     Returns:
-        None, or in words which run has the claim.
+        None, or a description of the run that has the claim.
     """
     run_id = run.info.run_id
     if OUTCOME_TAG in run.data.tags:  # an earlier attempt of the same run ended
@@ -57,10 +57,10 @@ def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]
 
 
 def _find_or_create_claims_run(client: "MlflowClient", experiment_id: str) -> str:
-    """Return the run that holds the claims, the same for all; it is made if it is not there.
+    """Return the run that holds the claims, the same for all processes; create it if it does not exist.
 
-    One is adopted by its maker if, after it was made, there is no other: whoever makes one later finds it. One whose
-    maker died before is deleted; a maker that was only slow finds it so, and fails.
+    A process adopts the run that it created if there is no other one afterwards; a later process then finds it. A run
+    whose creator died before adopting it is deleted. A creator that was only slow fails.
     """
     while True:
         if adopted := search_runs(client, experiment_id, _ADOPTED, "yes"):
@@ -79,7 +79,7 @@ def _find_or_create_claims_run(client: "MlflowClient", experiment_id: str) -> st
 
 
 def _describe_active_run(client: "MlflowClient", run_id: str) -> str | None:
-    """Return in words that a run is at work; None if it has ended, or nothing is heard of it."""
+    """Describe a run that is active; None if it has ended or is lost."""
     if (run := find_active_run(client, run_id)) is None:
         return None
     seconds = time.time() - _read_last_sign_of_life(client, run)

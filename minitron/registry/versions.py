@@ -1,7 +1,7 @@
-"""Registered models of MLflow: a directory becomes a version with an alias or leaves nothing, and comes back from one.
+"""Registered models of MLflow: a directory becomes a version with an alias, and a version becomes a directory.
 
-A version is a Hugging Face directory as it is, with what mlflow.pyfunc needs beside it. Its MLflow run is that of the
-pipeline that made it.
+A version is an unchanged Hugging Face directory with the files that mlflow.pyfunc needs. Its MLflow run is that of the
+pipeline that made it. A registration that fails leaves nothing behind.
 """
 
 import json
@@ -35,17 +35,17 @@ __all__ = [
 ]
 
 CARD, CARD_BEGINS = "README.md", "---\n# Written by minitron-pipelines\n"
-"""The model card that register adds, and by which line a download knows it from one that the model had before."""
+"""The model card that register adds, and its first lines, which distinguish it from the model's own card."""
 
 GATE_OUTCOME_TAG = "decision"
-"""Tag of a version whose gates were asked about: what came of it, in words."""
+"""Tag of a version: the outcome of its gates when promote judged them, as text. The tag's name is older."""
 
 _MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 _ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
 
 
 def pin_version(uri: str, address: str) -> str:
-    """Return models:/NAME/VERSION for models:/NAME@alias, and that itself.
+    """Return models:/NAME/VERSION for models:/NAME@alias; a versioned address stays as it is.
 
     Raises:
         ConfigError: the address has another form.
@@ -74,7 +74,7 @@ def list_versions(client: "MlflowClient", name: str) -> tuple[list[Any], dict[in
 
 
 def has_version(uri: str, name: str, version: int, student_sha256: str) -> bool:
-    """Say whether a version is there and is of this student."""
+    """Say whether a version exists and is of this student."""
     with one_line_errors(uri):
         try:
             tags = connect(uri).get_model_version(name, str(version)).tags
@@ -86,7 +86,7 @@ def has_version(uri: str, name: str, version: int, student_sha256: str) -> bool:
 
 
 def download_version(uri: str, identity: str, target: Path) -> None:
-    """Put the files of a model version into a directory, as they were before it was registered.
+    """Download the files of a model version into a directory, as they were before the registration.
 
     Raises:
         RunError: the registry cannot be reached.
@@ -95,7 +95,7 @@ def download_version(uri: str, identity: str, target: Path) -> None:
         from mlflow.artifacts import download_artifacts
 
         connect(uri)
-        # it asks both stores; one that is not named would be a new database in the working directory
+        # MLflow asks both stores; without an address it would create a database in the working directory
         with set_environment(MLFLOW_TRACKING_URI=uri, MLFLOW_REGISTRY_URI=uri):
             download_artifacts(artifact_uri=identity, dst_path=str(target), tracking_uri=uri)
     for name in _ADDED_BY_MLFLOW:
@@ -110,19 +110,19 @@ def download_version(uri: str, identity: str, target: Path) -> None:
 def upload_model(
     tracker: MlflowTracker, directory: Path, card: Path, code: Path, requirements: list[str]
 ) -> Iterator[str]:
-    """Give the id of a logged model that holds a directory's files as they are; delete it if anything fails.
+    """Log a directory's files as a model and yield the model's id; delete the model if anything fails.
 
     Args:
         tracker: its pipeline's run gets the model.
         directory: a Hugging Face directory.
-        card: a model card that goes with it, unless it has one.
+        card: a model card, used if the directory has none.
         code: a module with `_load_pyfunc(model_directory)` that needs nothing but `requirements`.
         requirements: packages, as pip takes them.
     """
     client = tracker.client
     model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
     try:
-        # Straight from where they lie: the weights are not copied on this disk.
+        # Uploaded from the directory itself, so the weights are not copied on this disk.
         client.log_model_artifacts(model.model_id, str(directory))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         with tempfile.TemporaryDirectory() as name:
@@ -140,7 +140,7 @@ def upload_model(
 
 @contextmanager
 def ensure_registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]:
-    """Make sure that the registered model exists; take back one made here if anything fails."""
+    """Create the registered model if it does not exist; delete a new one if anything fails."""
     if tracker.client.search_registered_models(f"name = '{name}'"):
         yield
         return
@@ -154,7 +154,7 @@ def ensure_registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]
 
 
 def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str, tags: dict[str, str]) -> int:
-    """Return the number of a new version that has the alias; there is none if the alias cannot be given."""
+    """Create a version with the alias and return its number; delete it if the alias cannot be set."""
     version = 0
     try:
         with defer_sigterm():
@@ -171,12 +171,12 @@ def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str,
 
 
 def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> int:
-    """Make a logged model a version of a registered one, shown on the pipeline's run; return its number."""
+    """Make a logged model a version of a registered one, link it to the pipeline's run, and return its number."""
     from mlflow.entities import LoggedModelOutput
 
     client, run_id = tracker.client, tracker.pipeline_run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-    # A registry in a database looks the model up where the environment says, not where it is itself.
+    # A registry in a database looks the model up at the environment's address, not at its own.
     with set_environment(MLFLOW_TRACKING_URI=client.tracking_uri):
         return int(
             client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
@@ -184,7 +184,7 @@ def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[st
 
 
 def _write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int, requirements: list[str]) -> None:
-    """Write what makes a Hugging Face directory an MLflow model: MLmodel, environment files and the code that loads it.
+    """Write the files that make a Hugging Face directory an MLflow model: MLmodel, environment files and loader code.
 
     Args:
         directory: empty directory that gets the files.
@@ -200,7 +200,7 @@ def _write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size
 
     text = Schema([ColSpec("string")])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is no input example
+        warnings.simplefilter("ignore", UserWarning)  # there is no input example
         mlflow.pyfunc.save_model(
             directory,
             loader_module=code.stem,

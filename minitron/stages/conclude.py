@@ -1,6 +1,6 @@
-"""Record how a run ended, whatever happened in it: the last task of the pipeline `retrain`, on success and failure.
+"""Record how a pipeline run ended, in success and in failure: the last task of the pipeline `retrain`.
 
-It leaves conclusion.html, which Kubeflow shows, and the outcome in MLflow: then another run may train the same.
+It leaves conclusion.html, which Kubeflow shows, and the outcome in MLflow. Then another run may train the same model.
 """
 
 import sys
@@ -22,21 +22,21 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
     """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run."""
     try:
         with one_line_errors(config.tracking_uri), fail_fast():
-            found = _ending(config)
-    except MinitronError as error:  # the page is wanted then most of all
-        found = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
-    found |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": without_password(config.tracking_uri)}
-    print(f"conclude: {found['outcome']}: {found['reason']}", flush=True)
+            conclusion = _read_or_set_outcome(config)
+    except MinitronError as error:  # a failed run needs the page most of all
+        conclusion = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
+    conclusion |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": without_password(config.tracking_uri)}
+    print(f"conclude: {conclusion['outcome']}: {conclusion['reason']}", flush=True)
     with replace_directory(config.output) as directory:
-        write_atomically(directory / CONCLUSION, found)
-        (directory / CONCLUSION_PAGE).write_text(_page(found), encoding="utf-8")
-    if found["run_id"]:
-        _log(config, found["run_id"])
-    return {"metrics": {"failed": int(found["outcome"] == "failed")}} | found
+        write_atomically(directory / CONCLUSION, conclusion)
+        (directory / CONCLUSION_PAGE).write_text(_render_page(conclusion), encoding="utf-8")
+    if conclusion["run_id"]:
+        _log_page(config, conclusion["run_id"])
+    return {"metrics": {"failed": int(conclusion["outcome"] == "failed")}} | conclusion
 
 
-def _ending(config: ConcludeConfig) -> dict[str, Any]:
-    """Return outcome and reason; a run that nobody concluded has failed, whatever Kubeflow takes it for."""
+def _read_or_set_outcome(config: ConcludeConfig) -> dict[str, Any]:
+    """Return outcome and reason; a run without a recorded outcome failed, whatever state Kubeflow gives it."""
     client = connect(config.tracking_uri)
     run = runs.join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
@@ -44,20 +44,25 @@ def _ending(config: ConcludeConfig) -> dict[str, Any]:
     if runs.OUTCOME_TAG in tags:
         outcome, reason = tags[runs.OUTCOME_TAG], tags[runs.REASON_TAG]
     else:
-        reasons = (runs.find_failure(client, run), _noted(config), config.message, "see the log of its tasks")
+        reasons = (
+            runs.find_failure(client, run),
+            _read_failure_note(config),
+            config.message,
+            "see the log of its tasks",
+        )
         outcome, reason = "failed", next(filter(None, reasons))
         runs.record_outcome(client, run_id, outcome, reason)
     return {"outcome": outcome, "reason": reason, "run_id": run_id}
 
 
-def _noted(config: ConcludeConfig) -> str | None:
-    """Return what the last task of this run that failed left in the workspace: not all have a run in MLflow."""
+def _read_failure_note(config: ConcludeConfig) -> str | None:
+    """Return the message that a failed task left in the workspace; some tasks have no run in MLflow."""
     note = read_failure_note(config.workspace)
     return f"{note['stage']}: {note['message']}" if note.get("pipeline_run_id") == config.pipeline_run_id else None
 
 
-def _log(config: ConcludeConfig, run_id: str) -> None:
-    """Show the page in MLflow; Kubeflow shows it, too, so it does not matter which error its storage has."""
+def _log_page(config: ConcludeConfig, run_id: str) -> None:
+    """Log the page to MLflow; an error is only a warning, because Kubeflow shows the page, too."""
     try:
         with fail_fast():
             connect(config.tracking_uri).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
@@ -69,7 +74,7 @@ def _log(config: ConcludeConfig, run_id: str) -> None:
         )
 
 
-def _page(found: dict[str, Any]) -> str:
+def _render_page(conclusion: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = (TEMPLATES / "conclusion.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(found)
+    return environment.from_string(template).render(conclusion)

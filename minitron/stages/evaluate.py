@@ -1,4 +1,4 @@
-"""Measure teacher before and after correction, pruned model, student and champion; judge the student; write the report.
+"""Measure teacher, corrected teacher, pruned model, student and champion; judge the student; write the report.
 
     python -m minitron.evaluate --config FILE
 
@@ -51,7 +51,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         The stage's record; its metrics are those of evaluation.json, named model_metric or model_task_metric.
 
     Raises:
-        ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model takes, a task is not known.
+        ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model allows, or a task is unknown.
         RunError: weights, the dataset or a task's data cannot be read.
     """
     return stage.run(config, work)
@@ -61,69 +61,83 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
     """Measure, judge, report."""
     names = [*MODELS, *([CHAMPION] if config.champion else [])]
     paths = {name: Path(getattr(config, name)) for name in names}
-    _check(config, {name: path for name, path in paths.items() if name != CHAMPION})
+    _check_models(config, {name: path for name, path in paths.items() if name != CHAMPION})
     if CHAMPION in paths and not _is_comparable(config, paths[CHAMPION]):
         del paths[CHAMPION]
-    with _splits(config, directory, paths["teacher"]) as splits, load_tasks(config, directory) as tasks:
-        evaluation = _measure(config, paths, splits, tasks, tracker)
-    evaluation |= _judgement(config, evaluation, tracker.identity["inputs"])
+    with _open_splits(config, directory, paths["teacher"]) as splits, load_tasks(config, directory) as tasks:
+        evaluation = _measure_models(config, paths, splits, tasks, tracker)
+    evaluation |= _judge_student(config, evaluation, tracker.identity["inputs"])
     write_atomically(directory / EVALUATION, evaluation)
     origin = lineage.collect_lineage(config)
     write_atomically(directory / LINEAGE, origin)
     write_events(directory, origin["stages"])
     write_report(directory, config, evaluation)
-    return {"metrics": flat(evaluation)}
+    return {"metrics": flatten_metrics(evaluation)}
 
 
-def _judgement(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return what evaluation.json says of the test set, the champion and the gates."""
+def _judge_student(config: EvaluateConfig, evaluation: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of evaluation.json about the test set, the champion and the gates."""
     champion = None
     if config.champion:
-        entry = inputs[CHAMPION]  # an alias may move: `pinned` is the version that it meant
+        entry = inputs[CHAMPION]  # an alias may move; `pinned` is the version it had
         numbers = evaluation.get(CHAMPION, {"tasks": {}})
         champion = numbers | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
     rows = gates.judge_student(gates.read_gates(config), evaluation, champion)
     for row in rows:
         print(f"gate: {gates.describe_gate(row)}", flush=True)
         if row["student"] is None and row["metric"] not in NUMBERS:
-            found = ", ".join(
+            metrics = ", ".join(
                 f"{task}_{name}" for task, scores in evaluation["student"]["tasks"].items() for name in scores
             )
-            raise ConfigError(f"evaluate.gates: {row['metric']} is not measured; give one of {found}")
+            raise ConfigError(f"evaluate.gates: {row['metric']} is not measured; give one of {metrics}")
     return {
-        "test_set": _test_set(config, inputs), "champion": champion, "gates": rows, "passed": gates.are_gates_met(rows)
-    }  # fmt: skip
+        "test_set": _hash_test_set(config, inputs),
+        "champion": champion,
+        "gates": rows,
+        "passed": gates.are_gates_met(rows),
+    }
 
 
-def _test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
-    """Return a hash of everything that must be equal for the numbers of two evaluations to be comparable."""
+def _hash_test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
+    """Return a hash of all inputs and settings that make the numbers of two evaluations comparable."""
     names = ("dataset", "teacher", "task_directory", "out_of_domain")
     data = {name: inputs[name]["sha256"] for name in names if name in inputs}
-    kept = {"sequence_length", "evaluation_sequences", "seed", "tasks", "task_limit", "prompts", "generation_tokens"}
-    settings = config.model_dump(mode="json", include=kept)
+    compared = {
+        "sequence_length",
+        "evaluation_sequences",
+        "seed",
+        "tasks",
+        "task_limit",
+        "prompts",
+        "generation_tokens",
+    }
+    settings = config.model_dump(mode="json", include=compared)
     return hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()
 
 
-def flat(evaluation: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of evaluation.json under one name each, as metrics are logged: student_arc_easy_acc."""
+def flatten_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of evaluation.json under the names they are logged with, such as student_arc_easy_acc."""
     outcomes = [row["outcome"] in gates.MET for row in evaluation["gates"]]
     metrics = {"gap_closed": evaluation["gap_closed"]}
     metrics["parameters_ratio"] = evaluation["student"]["parameters"] / evaluation["teacher"]["parameters"]
     metrics |= {"gates_met": sum(outcomes), "gates_missed": len(outcomes) - sum(outcomes)} if outcomes else {}
     for model in [*MODELS, CHAMPION]:
-        found = evaluation[model] or {"tasks": {}}
-        metrics |= {f"{model}_{name}": value for name, value in found.items()}
-        for task, numbers in found["tasks"].items():
+        measurements = evaluation[model] or {"tasks": {}}
+        metrics |= {f"{model}_{name}": value for name, value in measurements.items()}
+        for task, numbers in measurements["tasks"].items():
             metrics |= {f"{model}_{task}_{name}": value for name, value in numbers.items()}
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def gap_closed(pruned: float, student: float, teacher: float) -> float | None:
-    """Return the share of the loss that pruning added and distillation took back; None if pruning added none."""
+def compute_gap_closed(pruned: float, student: float, teacher: float) -> float | None:
+    """Return the share of the loss added by pruning that distillation took back; None if pruning added none.
+
+    The losses are in nats per token: (pruned - student) / (pruned - teacher).
+    """
     return (pruned - student) / (pruned - teacher) if pruned > teacher else None
 
 
-def _check(config: EvaluateConfig, paths: dict[str, Path]) -> None:
+def _check_models(config: EvaluateConfig, paths: dict[str, Path]) -> None:
     for name, path in paths.items():
         longest = check_architecture(path).get("max_position_embeddings")
         if longest is not None and config.sequence_length > longest:
@@ -135,9 +149,9 @@ def _check(config: EvaluateConfig, paths: dict[str, Path]) -> None:
 
 
 def _is_comparable(config: EvaluateConfig, champion: Path) -> bool:
-    """Say whether the champion can read this data: no reason to fail after all the training if it cannot."""
+    """Say whether the champion can be evaluated on this data; if it cannot, warn, and do not waste the training."""
     try:
-        _check(config, {CHAMPION: champion})
+        _check_models(config, {CHAMPION: champion})
     except ConfigError as error:
         print(f"warning: evaluate: not compared with the champion: {error}", file=sys.stderr, flush=True)
         return False
@@ -145,8 +159,8 @@ def _is_comparable(config: EvaluateConfig, champion: Path) -> bool:
 
 
 @contextmanager
-def _splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[dict[str, PackedDataset]]:
-    """Open validation, test and the text of another kind; a test split without any document is left out."""
+def _open_splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[dict[str, PackedDataset]]:
+    """Open the splits validation, test and out_of_domain; an empty test split is left out."""
     names = ["validation", *(["test"] if len(IndexedDataset(config.dataset / "test")) else [])]
     prefixes = {name: config.dataset / name for name in names}
     with TemporaryDirectory(dir=directory) as other:
@@ -161,53 +175,53 @@ def _splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[
 
 
 @torch.inference_mode()
-def _measure(
+def _measure_models(
     config: EvaluateConfig, paths: dict[str, Path], splits: dict[str, PackedDataset], tasks: Any, tracker: Tracker
 ) -> dict[str, Any]:
-    """Return the content of evaluation.json. All models are in memory while they are scored against the teacher."""
-    sources = _sources(paths)
-    models = {name: _load(paths[name]) for name in dict.fromkeys(sources.values())}
+    """Return the measurements in evaluation.json; all models are in memory while the teacher scores them."""
+    sources = _find_equal_models(paths)
+    models = {name: _load_model(paths[name]) for name in dict.fromkeys(sources.values())}
     sequences = {name: min(config.evaluation_sequences, len(dataset)) for name, dataset in splits.items()}
-    found = _score(config, splits, models, models[sources["teacher"]])
-    losses = {name: found[source]["validation_loss"] for name, source in sources.items()}
+    measurements = _score_models(config, splits, models, models[sources["teacher"]])
+    losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
     tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
     tokenizer = load_tokenizer(paths["teacher"])
     for name in list(models):
         model = models.pop(name)
-        found[name] |= {"tasks": score_tasks(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
-        found[name] |= continue_prompts(config, model, tokenizer)
+        measurements[name] |= {"tasks": score_tasks(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
+        measurements[name] |= continue_prompts(config, model, tokenizer)
         del model
-        gc.collect()  # a model has reference cycles: its memory is given back before the next one is asked
-    return {name: found[source] for name, source in sources.items()} | {
-        "gap_closed": gap_closed(losses["pruned"], losses["student"], losses["teacher"]),
+        gc.collect()  # a model has reference cycles; free its memory before the next model runs
+    return {name: measurements[source] for name, source in sources.items()} | {
+        "gap_closed": compute_gap_closed(losses["pruned"], losses["student"], losses["teacher"]),
         "sequences": {"validation": 0, "test": 0} | sequences,
         "prompts": config.prompts,
     }
 
 
-def _sources(paths: dict[str, Path]) -> dict[str, str]:
-    """Return, for every model, the first one that has its weights: itself, unless finetune kept the base model."""
+def _find_equal_models(paths: dict[str, Path]) -> dict[str, str]:
+    """Return the first model with the same weights, for every model: itself, unless finetune kept the teacher."""
     first: dict[tuple[str, ...], str] = {}
-    return {name: first.setdefault(_weights(path), name) for name, path in paths.items()}
+    return {name: first.setdefault(_hash_weights(path), name) for name, path in paths.items()}
 
 
-def _weights(path: Path) -> tuple[str, ...]:
+def _hash_weights(path: Path) -> tuple[str, ...]:
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     return tuple(content_hash(file) for file in files)
 
 
-def _load(path: Path) -> PreTrainedModel:
+def _load_model(path: Path) -> PreTrainedModel:
     model = load_model(path, hf.get_compute_dtype())
     return model.to(hf.get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
 
 
-def _score(
+def _score_models(
     config: EvaluateConfig,
     splits: dict[str, PackedDataset],
     models: dict[str, PreTrainedModel],
     teacher: PreTrainedModel,
 ) -> dict[str, dict[str, Any]]:
-    """Score the models, one pass per split; against the teacher on validation only, which is what is reported."""
+    """Score the models, one pass per split; against the teacher on validation only, as the report shows it."""
     scores = {
         split: score_models(
             models,

@@ -1,4 +1,4 @@
-"""Correct the teacher: fine-tune the base model on the corpus, and keep the better of the two.
+"""Correct the teacher: fine-tune it on the corpus, and keep the better of the two models.
 
 Run it: `python -m minitron.finetune --config finetune.yaml`.
 """
@@ -20,7 +20,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Write the corrected teacher to `config.output`, a Hugging Face directory.
 
     Returns:
-        The stage's record; `metrics["corrected"]` is 0 when the base model was kept.
+        The stage's record; `metrics["corrected"]` is 0 if the teacher was kept as it was.
 
     Raises:
         ConfigError: the model is not supported, or its tokenizer is not the dataset's.
@@ -30,18 +30,18 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
-    """Train, or copy the base model."""
-    base = Path(config.teacher)
-    check_tokenizer(config.dataset, base)
-    found: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
+    """Train, or copy the teacher."""
+    teacher = Path(config.teacher)
+    check_tokenizer(config.dataset, teacher)
+    result: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:
-        found = engines.get_engine(config.engine).train(
-            config, base, LossWeights(cross_entropy=1.0), directory, tracker
+        result = engines.get_engine(config.engine).train(
+            config, teacher, LossWeights(cross_entropy=1.0), directory, tracker
         )
-        found["metrics"]["corrected"] = int(found["metrics"]["best_step"] > 0)
+        result["metrics"]["corrected"] = int(result["metrics"]["best_step"] > 0)
     else:
-        copy_model(base, directory)
-    return found
+        copy_model(teacher, directory)
+    return result
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 Run it: `python -m minitron.prepare --config prepare.yaml`.
 
 A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. There is no
-BOS, as in Megatron's own preprocessing (--append-eod): sequences are cut from a stream of documents, and the EOS alone
-says where one begins.
+BOS, as in Megatron's own preprocessing (--append-eod): sequences are cut from a stream of documents, and only the EOS
+separates them.
 
-Memory does not grow with the text: a few batches are held at a time. Per document about 100 bytes stay: the digest that
-duplicates are found by.
+Memory does not grow with the text: a few batches are held at a time. About 100 bytes per document stay: the
+digest that identifies duplicates.
 """
 
 import json
@@ -65,13 +65,13 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(Corpus(fetch_corpus(config.corpus, config), config.text_field), config)
     started = time.monotonic()
-    tokens = write(selection, tokenizer, directory, tracker)
+    tokens = write_dataset(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
     selection.check_splits()
     counts = selection.summarize_counts() | {"tokens": tokens}
     manifest = counts | {
         "sha256": {split: content_hash(directory / f"{split}.bin") for split in SPLITS},
-        **_corpus_identity(config.corpus),
+        **_identify_corpus(config.corpus),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -79,10 +79,10 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
         "seed": config.seed,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return {"metrics": _flat(counts) | {"tokens_per_second": round(speed)}}
+    return {"metrics": _flatten_counts(counts) | {"tokens_per_second": round(speed)}}
 
 
-def write(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker) -> dict[str, int]:
+def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker) -> dict[str, int]:
     """Write every document, with its EOS, to the files of its split; return the tokens of each split."""
     tokens, started, logged = Counter(dict.fromkeys(SPLITS, 0)), time.monotonic(), time.monotonic()
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ def write(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracke
         }
         corpus = selection.corpus
         bar = stack.enter_context(tqdm(total=corpus.size, desc="prepare", unit="B", unit_scale=True))
-        for documents in _tokenised(tokenizer, _batches(selection)):
+        for documents in _tokenize_batches(tokenizer, _batch_documents(selection)):
             for split, ids in documents.items():
                 writers[split].add_documents(ids)
                 tokens[split] += sum(map(len, ids))
@@ -105,11 +105,11 @@ def write(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracke
     return dict(tokens)
 
 
-def _tokenised(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[list[int]]]]:
-    """Yield per batch and split the token ids of every document, while the next batches are read and tokenised.
+def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[list[int]]]]:
+    """Yield the token ids of every document, per batch and split, while the next batches are read and tokenised.
 
-    The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so that reading, cleaning and
-    writing cost time only where they are slower than it.
+    The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so
+    reading, cleaning and writing cost time only if they are slower than it.
     """
     backend, eos = configure_for_plain_text(tokenizer), tokenizer.eos_token_id
     pending: deque[tuple[Batch, Future[Any]]] = deque()
@@ -118,12 +118,12 @@ def _tokenised(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, l
             texts = [text for _, text in batch]
             pending.append((batch, pool.submit(backend.encode_batch_fast, texts, add_special_tokens=False)))
             if len(pending) > _BATCHES_AHEAD:
-                yield _by_split(*pending.popleft(), eos)
+                yield _group_by_split(*pending.popleft(), eos)
         while pending:
-            yield _by_split(*pending.popleft(), eos)
+            yield _group_by_split(*pending.popleft(), eos)
 
 
-def _by_split(batch: Batch, encodings: "Future[Any]", eos: int) -> dict[str, list[list[int]]]:
+def _group_by_split(batch: Batch, encodings: "Future[Any]", eos: int) -> dict[str, list[list[int]]]:
     documents: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
     for (split, _), encoding in zip(batch, encodings.result(), strict=True):
         ids = encoding.ids
@@ -132,7 +132,7 @@ def _by_split(batch: Batch, encodings: "Future[Any]", eos: int) -> dict[str, lis
     return documents
 
 
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
+def _batch_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
     for split, text in documents:
@@ -145,8 +145,8 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
         yield batch
 
 
-def _corpus_identity(address: str) -> dict[str, Any]:
-    """Return what stands for the corpus's content: the sha256 of its files, a hub's commit or a bucket's snapshot."""
+def _identify_corpus(address: str) -> dict[str, Any]:
+    """Return the identity of the corpus's content: the sha256 of its files, a hub's commit or a bucket's snapshot."""
     if bucket.is_bucket(address):
         snapshot, objects = bucket.pin_objects(address)
         return {"corpus_sha256": snapshot.rpartition("#")[2], "corpus_objects": bucket.list_generations(objects)}
@@ -154,7 +154,7 @@ def _corpus_identity(address: str) -> dict[str, Any]:
     return {"corpus_sha256": dataset.identity if dataset else content_hash(resolve_local_path(address))}
 
 
-def _flat(counts: dict[str, Any]) -> dict[str, int]:
+def _flatten_counts(counts: dict[str, Any]) -> dict[str, int]:
     """Return counts per split under one flat name each."""
     flat: dict[str, int] = {}
     for name, value in counts.items():

@@ -1,10 +1,7 @@
-"""Make a version of a registered model the champion, if it meets its gates; take that back.
+"""Make a version of a registered model the champion if it meets its gates: a task of the pipeline `retrain`.
 
-    minitron promote minitron
-    minitron rollback minitron --why "wrong licence"
-
-What its gates found is in evaluation.json of the version's MLflow run. They are judged again where the champion has
-changed since; who moved which alias when is in the promotion log.
+Its judged gates are in evaluation.json of the version's MLflow run. registry/promotion.py judges them again if the
+champion has changed since.
 """
 
 from typing import Any
@@ -23,34 +20,34 @@ __all__ = ["run"]
 def run(config: PromoteConfig) -> dict[str, Any]:
     """Promote a version within a pipeline run; write `promoted.json` to `config.output`: the outcome, and why.
 
-    A version that does not meet its gates stays what it is: that is an outcome, no failure.
+    A version that does not meet its gates stays the challenger. The task succeeds in both cases.
     """
     uri, name, run_id = config.tracking_uri, config.model_name, config.pipeline_run_id
     with one_line_errors(uri):
         client = connect(uri)
         version = find_version(client, name, config.version)
-    decision: str | None
+    gate_outcome: str | None
     try:
-        done = promote(uri, name, version, config.why, run_id)
-        outcome, rows, decision = "promoted", done.gates, _decision(done)
-        reason = f"version {version} of {name} is the champion: {decision}"
+        promotion = promote(uri, name, version, config.why, run_id)
+        outcome, rows, gate_outcome = "promoted", promotion.gates, _explain_promotion(promotion)
+        reason = f"version {version} of {name} is the champion: {gate_outcome}"
     except GatesFailed as error:
         outcome, rows, reason = "challenger", [], str(error)
-        decision = None if isinstance(error, NotJudged) else reason
+        gate_outcome = None if isinstance(error, NotJudged) else reason
     with one_line_errors(uri):
-        if decision:
-            client.set_model_version_tag(name, str(version), GATE_OUTCOME_TAG, decision)
+        if gate_outcome:
+            client.set_model_version_tag(name, str(version), GATE_OUTCOME_TAG, gate_outcome)
         if (parent := join_pipeline_run(client, config)) is not None:
             record_outcome(client, parent.info.run_id, outcome, reason)
     print(f"promote: {outcome}: {reason}", flush=True)
-    found = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}
+    result = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}
     with replace_directory(config.output) as directory:
-        write_atomically(directory / PROMOTED, found)
-    return {"metrics": {"promoted": int(outcome == "promoted")}} | found
+        write_atomically(directory / PROMOTED, result)
+    return {"metrics": {"promoted": int(outcome == "promoted")}} | result
 
 
-def _decision(done: Promotion) -> str:
-    """Return why a version became the champion: true of it when another one is."""
-    if done.move is None:
+def _explain_promotion(promotion: Promotion) -> str:
+    """Return why a version became the champion, in words that stay true when another version is."""
+    if promotion.move is None:
         return "it was that already"
-    return "it met its gates" if done.gates else "no gates were declared"
+    return "it met its gates" if promotion.gates else "no gates were declared"

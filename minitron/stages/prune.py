@@ -1,4 +1,4 @@
-"""Prune: teacher → smaller student, keeping what Minitron importance ranks highest on a few calibration sequences.
+"""Prune: teacher → smaller student with the parts that Minitron importance ranks highest on a few sequences.
 
     python -m minitron.prune --config FILE
 
@@ -24,15 +24,15 @@ from minitron.storage.layout import PRUNING
 from minitron.tracking.stage_run import Tracker
 
 HIDDEN_MULTIPLE = 8
-"""Rows of 16 bytes in bfloat16: shorter steps keep a GPU's tensor cores idle in every matrix product of the model."""
+"""Rows of 16 bytes in bfloat16. Smaller steps keep a GPU's tensor cores idle in every matrix product of the model."""
 
 
 def run(config: PruneConfig) -> dict[str, Any]:
-    """Prune the teacher, or return the record of the student that is already there.
+    """Prune the teacher, or return the record of an existing student.
 
     Raises:
         ConfigError: a target does not fit the teacher, or the dataset was made with another tokenizer.
-        RunError: the teacher's weights cannot be read or give activations that are not finite.
+        RunError: the teacher's weights cannot be read, or its activations are not finite.
     """
     return stage.run(config, work)
 
@@ -42,36 +42,36 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     check_architecture(config.teacher)
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)
-    shape = target_shape(config, teacher_config)
-    layers = _layers_kept_by_hand(config, teacher_config.num_hidden_layers)
+    shape = compute_target_shape(config, teacher_config)
+    layers = _list_kept_layers(config, teacher_config.num_hidden_layers)
     plan, importance, sequences = get_engine(config.engine).prune(config, shape, layers, directory)
     calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
     student_config = read_config(directory)
-    account = _account(teacher_config, student_config, plan, importance, calibration)
-    _write_lines(directory / PRUNING, account)
-    return {"metrics": _metrics(account)}
+    pruning = _describe_pruning(teacher_config, student_config, plan, importance, calibration)
+    _write_lines(directory / PRUNING, pruning)
+    return {"metrics": _summarize_pruning(pruning)}
 
 
-def target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
-    """Return the student's sizes; a size that is not given is the teacher's.
+def compute_target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
+    """Return the student's sizes; a size that is not set is the teacher's.
 
-    When only num_key_value_heads is given, each kept group keeps all its query heads, so num_attention_heads shrinks
-    with it. When only num_attention_heads is given, every group stays and keeps equally many.
+    If only num_key_value_heads is set, each kept group keeps all its query heads, so num_attention_heads shrinks
+    with it. If only num_attention_heads is set, every group stays and keeps equally many.
 
     Raises:
         ConfigError: a size does not fit the teacher or another size.
     """
     teacher = Shape.from_config(teacher_config)
-    given = {name: size for name in asdict(teacher) if (size := getattr(config, name)) is not None}
-    for name, size in given.items():
+    sizes = {name: size for name in asdict(teacher) if (size := getattr(config, name)) is not None}
+    for name, size in sizes.items():
         if size > (most := getattr(teacher, name)):
             raise ConfigError(f"prune.{name}: {size} is larger than the teacher's {most}; choose at most {most}")
     heads_per_group = teacher.num_attention_heads // teacher.num_key_value_heads
     if config.num_key_value_heads and not config.num_attention_heads:
-        given["num_attention_heads"] = config.num_key_value_heads * heads_per_group
+        sizes["num_attention_heads"] = config.num_key_value_heads * heads_per_group
     if config.drop_layers:
-        given["num_hidden_layers"] = len(_layers_kept_by_hand(config, teacher.num_hidden_layers) or [])
-    shape = replace(teacher, **given)
+        sizes["num_hidden_layers"] = len(_list_kept_layers(config, teacher.num_hidden_layers) or [])
+    shape = replace(teacher, **sizes)
     _check_sequence_length(config.sequence_length, teacher_config.max_position_embeddings)
     _check_heads(shape, heads_per_group)
     _check_hidden_size(shape, teacher, teacher_config.model_type)
@@ -109,15 +109,15 @@ def _check_hidden_size(shape: Shape, teacher: Shape, model_type: str) -> None:
             f"the step of a GPU's tensor cores; {remedy}"
         )
     if model_type == "llama" and hidden % heads:
-        # nothing computes with the quotient, head_dim being explicit: but transformers would not load the student
+        # head_dim is explicit, so nothing computes with the quotient; but transformers would not load the student
         raise ConfigError(
             f"prune.hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, "
             f"as transformers demands of a Llama; {remedy}"
         )
 
 
-def _layers_kept_by_hand(config: PruneConfig, total: int) -> list[int] | None:
-    """Return the layers that drop_layers leaves, counted from 0, or None when layers are chosen by their scores."""
+def _list_kept_layers(config: PruneConfig, total: int) -> list[int] | None:
+    """Return the layers that drop_layers leaves, counted from 0, or None if layers are chosen by their scores."""
     if not config.drop_layers:
         return None
     dropped = set(config.drop_layers)
@@ -128,20 +128,20 @@ def _layers_kept_by_hand(config: PruneConfig, total: int) -> list[int] | None:
     return [layer for layer in range(total) if layer + 1 not in dropped]
 
 
-def _account(
+def _describe_pruning(
     teacher: Any,
     student: Any,
     plan: Plan,
     importance: Importance | None,
     calibration: dict[str, int],
 ) -> dict[str, Any]:
-    """Return what pruning.json holds, of the models' configs.
+    """Return the content of pruning.json.
 
     Layers are counted from 0, but from 1 in dropped_layers, as in NeMo. Engine nemo keeps the same channels and heads,
     the most important first.
     """
     kept = set(plan.layers)
-    scores = importance and {axis: _rounded(values.tolist()) for axis, values in vars(importance).items()}
+    scores = importance and {axis: _round_values(values.tolist()) for axis, values in vars(importance).items()}
     return {
         "teacher": asdict(Shape.from_config(teacher)) | {"parameters": count_config_parameters(teacher)},
         "student": asdict(Shape.from_config(student)) | {"parameters": count_config_parameters(student)},
@@ -152,24 +152,24 @@ def _account(
     }
 
 
-def _metrics(account: dict[str, Any]) -> dict[str, float]:
-    before, after = account["teacher"]["parameters"], account["student"]["parameters"]
+def _summarize_pruning(pruning: dict[str, Any]) -> dict[str, float]:
+    before, after = pruning["teacher"]["parameters"], pruning["student"]["parameters"]
     return {
         "parameters_before": before,
         "parameters": after,
         "parameters_ratio": round(after / before, 4),
-        "calibration_tokens": account["calibration"]["tokens"],
+        "calibration_tokens": pruning["calibration"]["tokens"],
     }
 
 
-def _rounded(values: Any) -> Any:
-    """Round the numbers of nested lists to five digits: a large model has half a million scores."""
-    return [_rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.5g}")
+def _round_values(values: Any) -> Any:
+    """Round the numbers of nested lists to five digits, because a large model has half a million scores."""
+    return [_round_values(value) for value in values] if isinstance(values, list) else float(f"{values:.5g}")
 
 
-def _write_lines(path: Path, account: dict[str, Any]) -> None:
-    """Write JSON with one line per entry: indented, every index would take a line."""
-    entries = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in account.items()]
+def _write_lines(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with one line per entry; with an indent every index would take a line."""
+    entries = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 

@@ -37,7 +37,7 @@ def run(config: RegisterConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no tracking URI, or an input is not what its stage writes.
-        RunError: the student does not load, or MLflow fails; what was registered so far is taken back.
+        RunError: the student does not load, or MLflow fails; a partial registration is deleted.
     """
     if config.tracking_uri is None:
         raise ConfigError(
@@ -53,16 +53,20 @@ def run(config: RegisterConfig) -> dict[str, Any]:
 
 def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     assert isinstance(tracker, MlflowTracker)  # run() saw a tracking URI
-    found = _lineage(config, tracker, time.time())
+    origin = _complete_lineage(config, tracker, time.time())
     evaluation = json.loads((config.evaluation / EVALUATION).read_text())
-    tags = _tags(config, tracker, found) | {"gates": _GATES[evaluation.get("passed")]}
-    write_atomically(directory / LINEAGE, found)
-    write_card(directory / registry_versions.CARD, config, evaluation, found)
+    tags = _build_tags(config, tracker, origin) | {"gates": _GATES[evaluation.get("passed")]}
+    write_atomically(directory / LINEAGE, origin)
+    write_card(directory / registry_versions.CARD, config, evaluation, origin)
     with one_line_errors(config.tracking_uri), default_retries():
         _log_results(config, directory, tracker)
         with (
             registry_versions.upload_model(
-                tracker, config.student, directory / registry_versions.CARD, _generator(), _needs(config.student)
+                tracker,
+                config.student,
+                directory / registry_versions.CARD,
+                _find_generator(),
+                _list_requirements(config.student),
             ) as model_id,
             registry_versions.ensure_registered_model(tracker, config.name),
         ):
@@ -86,41 +90,43 @@ def _check_inputs(config: RegisterConfig) -> None:
     check_tokenizer(config.dataset, config.student)
 
 
-def _lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:
-    """Return the lineage that evaluate wrote, with evaluate and this stage, which has not ended yet."""
+def _complete_lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:
+    """Return the lineage that evaluate wrote, with the records of evaluate and of this stage, which is unfinished."""
     path = config.evaluation / LINEAGE
-    licences = {"data": lineage.read_data_license(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
-    found = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licences}
+    licenses = {"data": lineage.read_data_license(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
+    origin = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licenses}
     evaluated = read_record(config.evaluation)
     own = tracker.identity | run_facts(config, tracker, started)
-    records = [*found["stages"].values(), *([evaluated] if evaluated else []), own]
-    return found | {"stages": lineage.sort_records(records)}
+    records = [*origin["stages"].values(), *([evaluated] if evaluated else []), own]
+    return origin | {"stages": lineage.sort_records(records)}
 
 
-def _tags(config: RegisterConfig, tracker: MlflowTracker, found: dict[str, Any]) -> dict[str, str]:
-    """Return what the registry says of the version; the weights are opened, so that no broken ones are registered."""
+def _build_tags(config: RegisterConfig, tracker: MlflowTracker, origin: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of the version; the weights are opened, so a damaged file is not registered."""
     tags = {
-        "parameters": str(_counted_parameters(config)),
+        "parameters": str(_count_parameters(config)),
         "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
-        "licence": str(found["licences"]["data"]),
-        "teacher_licence": lineage.format_license(found["licences"]["teacher"]),
+        "licence": str(origin["licences"]["data"]),
+        "teacher_licence": lineage.format_license(origin["licences"]["teacher"]),
         lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{LINEAGE}",
     }
-    if made_from := fingerprint.fingerprint_records(found["stages"]):
+    if made_from := fingerprint.fingerprint_records(origin["stages"]):
         tags[fingerprint.TAG] = json.dumps(made_from, sort_keys=True)
-    for name, entry in found["stages"].get("prepare", {}).get("inputs", {}).items():  # corpus and base model
+    for name, entry in (
+        origin["stages"].get("prepare", {}).get("inputs", {}).items()
+    ):  # corpus and teacher; the tag's name stays
         tags[f"{'base_model' if name == 'teacher' else name}_sha256"] = entry["sha256"]
     if config.pipeline_run_id:
         tags["pipeline_run_id"] = config.pipeline_run_id
-    if record := read_record(config.student):  # what distill found and was given
+    if record := read_record(config.student):  # of distill
         tags["validation_loss"] = str(record["metrics"].get("validation_loss", "unknown"))
         tags["teacher_sha256"] = record["inputs"]["teacher"]["sha256"]
     return tags
 
 
 def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker) -> None:
-    """Put report, evaluation, lineage, curves and dataset manifest where the whole pipeline's results are."""
+    """Log report, evaluation, lineage, curves and dataset manifest to the pipeline's run."""
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
@@ -132,26 +138,26 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker
         tracker.client.log_artifacts(tracker.pipeline_run_id, str(config.evaluation / EVENTS), EVENTS)
 
 
-def _counted_parameters(config: RegisterConfig) -> int:
-    """Count the student's parameters; evaluate, which loaded them all, must have found as many."""
+def _count_parameters(config: RegisterConfig) -> int:
+    """Return the number of the student's parameters; evaluation.json must have the same."""
     stored = count_stored_parameters(config.student)
     counted = json.loads((config.evaluation / EVALUATION).read_text()).get("student", {}).get("parameters")
     if stored != counted:
         raise ConfigError(
-            f"{config.student}: its weights are {stored} parameters, but {config.evaluation} is of a student with "
+            f"{config.student}: it has {stored} parameters, but {config.evaluation} is of a student with "
             f"{counted}; give the evaluation of this student"
         )
     return stored
 
 
-def _generator() -> Path:
-    """Return the source of models/generator.py, which is not imported: it needs torch."""
+def _find_generator() -> Path:
+    """Return the source file of models/generator.py without importing it, because it needs torch."""
     spec = importlib.util.find_spec("minitron.models.generator")
     assert spec is not None and spec.origin
     return Path(spec.origin)
 
 
-def _needs(student: Path) -> list[str]:
+def _list_requirements(student: Path) -> list[str]:
     """Return the packages that load the student, in the versions that wrote it."""
     record = read_record(student)
     versions = {name: version.partition("+")[0] for name, version in record["versions"].items()} if record else {}

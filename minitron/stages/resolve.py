@@ -1,4 +1,4 @@
-"""Find out whether there is anything to train: is there a version made from today's data, teacher and settings?
+"""Check whether a version made from the same data, teacher and settings exists; if so, nothing is trained.
 
 The first task of the pipeline `retrain`, without a GPU: `minitron run retrain --preset tiny`.
 """
@@ -15,7 +15,7 @@ from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
 from minitron.registry.versions import GATE_OUTCOME_TAG, list_versions
 from minitron.runtime import inputs
 from minitron.storage.files import replace_directory, write_atomically
-from minitron.storage.layout import DECISION
+from minitron.storage.layout import RESOLUTION
 from minitron.tracking.client import connect, fail_fast, one_line_errors
 from minitron.tracking.pipeline_run import join_pipeline_run, record_outcome
 
@@ -33,66 +33,66 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         corpus=wanted.corpus, teacher=wanted.teacher, output=config.output, workspace=config.workspace,
         tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
     )  # fmt: skip
-    found = inputs.find_inputs(prepare)
-    made_from = fingerprint.fingerprint_plan(plan, found["corpus"].sha256, found["teacher"].sha256)
+    resolved = inputs.find_inputs(prepare)
+    made_from = fingerprint.fingerprint_plan(plan, resolved["corpus"].sha256, resolved["teacher"].sha256)
     with one_line_errors(config.tracking_uri), fail_fast():
-        decision = _decide(config, name, made_from) | {"model_name": name}
-    print(f"resolve: {decision['reason']}", flush=True)
+        resolution = _check_for_changes(config, name, made_from) | {"model_name": name}
+    print(f"resolve: {resolution['reason']}", flush=True)
     with replace_directory(config.output) as directory:
-        write_atomically(directory / DECISION, decision)
-    return {"metrics": {"train": int(decision["train"])}} | decision
+        write_atomically(directory / RESOLUTION, resolution)
+    return {"metrics": {"train": int(resolution["train"])}} | resolution
 
 
-def _decide(config: ResolveConfig, name: str, made_from: Fingerprint) -> dict[str, Any]:
+def _check_for_changes(config: ResolveConfig, name: str, made_from: Fingerprint) -> dict[str, Any]:
     client = connect(config.tracking_uri)
     run = join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     versions, aliases = list_versions(client, name)
     champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
-    if same := _same(versions, aliases, made_from):
+    if same := _find_same_version(versions, aliases, made_from):
         outcome, reason = "unchanged", same
     elif rival := training_lock.claim_training(client, run, made_from | {"name": name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif same := _same(*list_versions(client, name), made_from):  # by a run that has just ended
+    elif same := _find_same_version(*list_versions(client, name), made_from):  # by a run that has just ended
         outcome, reason = "unchanged", same
     else:
-        outcome, reason = None, _what_is_new(champion, made_from)
+        outcome, reason = None, _describe_changes(champion, made_from)
     if outcome:
         record_outcome(client, run.info.run_id, outcome, reason)
     address = f"models:/{name}/{champion.version}" if champion else None
     return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
 
 
-def _same(versions: list[Any], aliases: dict[int, list[str]], made_from: Fingerprint) -> str | None:
-    """Return in words that there is such a version, of which it is decided what becomes of it."""
+def _find_same_version(versions: list[Any], aliases: dict[int, list[str]], made_from: Fingerprint) -> str | None:
+    """Return a sentence about a version with this fingerprint whose gates were judged; None if there is none."""
     for version in versions:
-        held = aliases.get(int(version.version), [])
-        decided = version.tags.get(GATE_OUTCOME_TAG) or _promoted_by_hand(version, held)
-        if _origin(version) == made_from and decided:
-            named = f", {' and '.join(held)}," if held else ""
-            return f"version {version.version}{named} is made from the same data, teacher and settings; {decided}"
+        names = aliases.get(int(version.version), [])
+        outcome = version.tags.get(GATE_OUTCOME_TAG) or _describe_promotion(version, names)
+        if _read_fingerprint(version) == made_from and outcome:
+            named = f", {' and '.join(names)}," if names else ""
+            return f"version {version.version}{named} is made from the same data, teacher and settings; {outcome}"
     return None
 
 
-def _promoted_by_hand(version: Any, held: list[str]) -> str | None:
-    if CHAMPION in held:
+def _describe_promotion(version: Any, names: list[str]) -> str | None:
+    if CHAMPION in names:
         return "it is the champion"
     return "it was the champion" if PROMOTED_TAG in version.tags else None
 
 
-def _what_is_new(champion: Any, made_from: Fingerprint) -> str:
+def _describe_changes(champion: Any, made_from: Fingerprint) -> str:
     if champion is None:
         return "there is no champion yet"
-    before = _origin(champion)
+    before = _read_fingerprint(champion)
     if before is None:
-        return f"of the champion, version {champion.version}, it is not known what it is made from"
+        return f"the champion (version {champion.version}) has no record of its inputs"
     changed = [name for name, value in made_from.items() if before.get(name) != value]
-    return f"other than for the champion, version {champion.version}: {', '.join(changed)}"
+    return f"changed since the champion (version {champion.version}): {', '.join(changed)}"
 
 
-def _origin(version: Any) -> Fingerprint | None:
+def _read_fingerprint(version: Any) -> Fingerprint | None:
     try:
-        found = json.loads(version.tags.get(fingerprint.TAG, "null"))
-    except ValueError:  # not register's
+        content = json.loads(version.tags.get(fingerprint.TAG, "null"))
+    except ValueError:  # not written by register
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

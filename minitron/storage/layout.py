@@ -37,8 +37,8 @@ REGISTERED = "registered.json"
 PLAN, PLAN_PAGE = "plan.json", "plan.html"
 """From plan: each stage's settings, and the page that shows them."""
 
-DECISION = "decision.json"
-"""From resolve: whether to train, and why."""
+RESOLUTION = "decision.json"
+"""From resolve: whether to train, and why. The file's name is older than the word."""
 
 PROMOTED = "promoted.json"
 """From promote: the outcome, and the reason for it."""

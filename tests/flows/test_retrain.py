@@ -112,7 +112,7 @@ def test_the_same_again_ends_at_once_and_says_why(first: Run, second: Run, direc
 
 def test_a_worse_model_stays_challenger(worse: Run, directory: Path) -> None:
     assert worse.status == 0, worse.output[-3000:]
-    assert "other than for the champion, version 1: corpus, settings" in worse.output
+    assert "changed since the champion (version 1): corpus, settings" in worse.output
     assert worse.aliases == {"challenger": 2, "champion": 1} and tags(directory, 2)["gates"] == "missed"
     assert worse.summary["outcome"] == "challenger" and "validation_loss" in worse.summary["reason"]
 

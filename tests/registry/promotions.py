@@ -10,18 +10,18 @@ from tests.servers import forks
 from tests.servers.mlflow_server import register_version
 
 
-def registered(uri: str, name: str, *evaluations: dict[str, Any] | None) -> None:
+def register_versions(uri: str, name: str, *evaluations: dict[str, Any] | None) -> None:
     """Register versions that are nothing but their evaluation; the last one is the challenger."""
     for evaluation in evaluations:
         files = {} if evaluation is None else {"evaluation": json.dumps(evaluation)}
         register_version(uri, name, "challenger", {}, **files)
 
 
-def aliases_of(uri: str, name: str) -> dict[str, int]:
+def read_aliases(uri: str, name: str) -> dict[str, int]:
     return {alias: int(version) for alias, version in connect(uri).get_registered_model(name).aliases.items()}
 
 
-def evaluation_of(loss: float, against: str | None = None, test_set: str = "a", **others: Any) -> dict[str, Any]:
+def make_evaluation(loss: float, against: str | None = None, test_set: str = "a", **others: Any) -> dict[str, Any]:
     """Return an evaluation with the gate that the student's loss is at most 2, or at most the champion's."""
     gate = {"metric": "validation_loss", "against": against, "by": "difference" if against else None}
     gate |= {"bound": "at_most", "threshold": 0.0 if against else 2.0, "student": loss, "reference": None}
@@ -49,9 +49,9 @@ print(json.dumps([made, lost]))
 """
 
 
-def race(uri: str, name: str, directory: Path, rounds: int) -> None:
+def race_promotions(uri: str, name: str, directory: Path, rounds: int) -> None:
     """Let two processes promote at the same time, again and again: one wins each move, and none is lost."""
-    registered(uri, name, *[evaluation_of(1.0)] * 4)
+    register_versions(uri, name, *[make_evaluation(1.0)] * 4)
     commands = [["-c", RIVAL, uri, name, str(directory), str(me), str(rounds)] for me in range(2)]
     answers = [json.loads(done.stdout) for done in forks.run_together(*commands)]
     made, lost = ([entry for answer in answers for entry in answer[kind]] for kind in range(2))
@@ -60,6 +60,6 @@ def race(uri: str, name: str, directory: Path, rounds: int) -> None:
     assert sorted(move.id for move in moves) == sorted(made) and len(made) + len(lost) == 2 * rounds
     assert [move.source for move in moves] == [None, *(move.to for move in moves[:-1])]
     assert lost and all("at the same time; run the command again" in error for error in lost)
-    aliases = aliases_of(uri, name)
+    aliases = read_aliases(uri, name)
     assert (aliases["champion"], aliases["previous"]) == (moves[-1].to, moves[-1].source)
     assert found.settle_moves().moves == len(moves) == len({move.id for move in moves})

@@ -13,17 +13,17 @@ REQUIRED = {name: "x" for name, field in EvaluateConfig.model_fields.items() if 
 REQUIRED |= {"tasks": ["arc"]}
 
 
-def model(loss: float, accuracy: float, error: float = 0.02) -> dict[str, Any]:
+def make_model(loss: float, accuracy: float, error: float = 0.02) -> dict[str, Any]:
     return {"validation_loss": loss, "test_loss": None, "parameters": 100 * loss} | {
         "tasks": {"arc": {"acc": accuracy, "acc_stderr": error, "rank": 7.0}}
     }
 
 
-EVALUATION = {"student": model(3.0, 0.50), "teacher": model(2.0, 0.60)}
-CHAMPION = model(3.1, 0.55, 0.03)
+EVALUATION = {"student": make_model(3.0, 0.50), "teacher": make_model(2.0, 0.60)}
+CHAMPION = make_model(3.1, 0.55, 0.03)
 
 
-def judged(champion: dict[str, Any] | None = CHAMPION, **gate: Any) -> dict[str, Any]:
+def judge_gate(champion: dict[str, Any] | None = CHAMPION, **gate: Any) -> dict[str, Any]:
     config = parse("evaluate", REQUIRED | {"gates": [gate]})
     assert isinstance(config, EvaluateConfig)
     (row,) = gates.judge_student(gates.read_gates(config), EVALUATION, champion)
@@ -48,7 +48,7 @@ def judged(champion: dict[str, Any] | None = CHAMPION, **gate: Any) -> dict[str,
     ],
 )
 def test_a_gate_is_met_or_not(gate: dict[str, Any], found: float, margin: float, outcome: str) -> None:
-    row = judged(**gate)
+    row = judge_gate(**gate)
     assert (row["found"], row["margin"]) == (pytest.approx(found), pytest.approx(margin))
     assert row["outcome"] == outcome
     assert gates.are_gates_met([row]) is (outcome != "failed")
@@ -56,30 +56,30 @@ def test_a_gate_is_met_or_not(gate: dict[str, Any], found: float, margin: float,
 
 
 def test_the_interval_is_that_of_both_models() -> None:
-    row = judged(metric="arc_acc", against="champion", at_least=0.0)
+    row = judge_gate(metric="arc_acc", against="champion", at_least=0.0)
     assert row["error"] == pytest.approx(1.96 * (0.02**2 + 0.03**2) ** 0.5)
-    ratio = judged(metric="arc_acc", against="champion", by="ratio", at_least=1.0)
+    ratio = judge_gate(metric="arc_acc", against="champion", by="ratio", at_least=1.0)
     relative = ((0.02 / 0.50) ** 2 + (0.03 / 0.55) ** 2) ** 0.5
     assert ratio["error"] == pytest.approx(1.96 * relative * 0.50 / 0.55)
 
 
 def test_an_error_that_lm_eval_does_not_know_is_none() -> None:
-    row = judged(model(3.0, 0.55, "N/A"), metric="arc_acc", against="champion", at_least=0.0)  # type: ignore[arg-type]
+    row = judge_gate(make_model(3.0, 0.55, "N/A"), metric="arc_acc", against="champion", at_least=0.0)  # type: ignore[arg-type]
     assert row["error"] == pytest.approx(1.96 * 0.02)
 
 
 def test_what_is_not_there() -> None:
-    assert judged(None, metric="validation_loss", against="champion", at_most=0)["outcome"] == "no champion"
-    assert judged(metric="test_loss", at_most=9)["outcome"] == "not measured"
-    assert judged(metric="arc_exact", at_least=0)["outcome"] == "not measured"
-    missing = judged(metric="test_loss", at_most=9)
+    assert judge_gate(None, metric="validation_loss", against="champion", at_most=0)["outcome"] == "no champion"
+    assert judge_gate(metric="test_loss", at_most=9)["outcome"] == "not measured"
+    assert judge_gate(metric="arc_exact", at_least=0)["outcome"] == "not measured"
+    missing = judge_gate(metric="test_loss", at_most=9)
     assert gates.are_gates_met([missing]) is False and "not measured" in gates.describe_gate(missing)
     assert gates.are_gates_met([]) is None
 
 
 def test_a_judged_gate_can_be_judged_again() -> None:
-    row = judged(metric="validation_loss", against="champion", at_most=0.0)
-    (again,) = gates.judge_student([row], EVALUATION, model(2.5, 0.5))
+    row = judge_gate(metric="validation_loss", against="champion", at_most=0.0)
+    (again,) = gates.judge_student([row], EVALUATION, make_model(2.5, 0.5))
     assert (row["outcome"], again["outcome"]) == ("passed", "failed")
     assert gates.describe_gate(again) == (
         "Validation loss, difference from the champion's: 0.500 (student: 3.000, champion: 2.500), "

@@ -109,7 +109,7 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
     with pytest.raises(ConfigError, match=f"models:/{name}/2: has no tag lineage; give a version that minitron's"):
         lineage.read_lineage(mlflow_file, f"models:/{name}/2")
     client.set_model_version_tag(name, "1", "student_sha256", "another")
-    with pytest.raises(RunError, match=r"lineage\.json is of another student; it was overwritten, register"):
+    with pytest.raises(RunError, match=r"lineage\.json is of another student, because it was overwritten; register"):
         lineage.read_lineage(mlflow_file, f"models:/{name}/1")
 
 
@@ -124,7 +124,7 @@ def test_a_server_that_is_away_is_one_line(command: str) -> None:
 ENTRY = {"address": "hf://org/base", "sha256": "a1", "pinned": "hf://org/base@c0ffee"}
 
 
-def record_of(stage: str, output: str, inputs: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def make_record(stage: str, output: str, inputs: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """A record as a stage of the pipeline leaves it, with the defaults."""
     values = {name: entry["address"] for name, entry in inputs.items()} | settings
     places = {name: "/results/x" for name in ("dataset", "student", "pruned", "evaluation", "teacher")}
@@ -152,12 +152,12 @@ def found() -> dict[str, Any]:
     corpus = {"address": "gs://bucket/text", "sha256": "d1"}
     dataset = {"dataset": {"address": "/results/x", "sha256": "r1"}}
     records = [
-        record_of("prepare", "r1", {"corpus": corpus, "teacher": ENTRY}, licence="CC0: [all]"),
-        record_of("finetune", "r2", dataset | {"teacher": ENTRY}),
-        record_of("prune", "r3", dataset, drop_layers=[1, 2]),
-        record_of("distill", "r4", dataset, max_steps=7),
-        record_of("evaluate", "r5", dataset | {"teacher_before": ENTRY}),
-        record_of("register", "r6", dataset, name="small"),
+        make_record("prepare", "r1", {"corpus": corpus, "teacher": ENTRY}, licence="CC0: [all]"),
+        make_record("finetune", "r2", dataset | {"teacher": ENTRY}),
+        make_record("prune", "r3", dataset, drop_layers=[1, 2]),
+        make_record("distill", "r4", dataset, max_steps=7),
+        make_record("evaluate", "r5", dataset | {"teacher_before": ENTRY}),
+        make_record("register", "r6", dataset, name="small"),
     ]
     licences = {"data": "CC0", "teacher": {"license": "unknown"}}
     return {"stages": lineage.sort_records(records), "licences": licences, "version": "models:/small/3"}

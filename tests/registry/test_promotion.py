@@ -22,7 +22,7 @@ from minitron.stages import promote as promotion
 from minitron.stages import register
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment
-from tests.registry.promotions import aliases_of, evaluation_of, race, registered
+from tests.registry.promotions import make_evaluation, race_promotions, read_aliases, register_versions
 from tests.servers import forks
 from tests.servers.mlflow_server import register_version
 from tests.servers.processes import wait_until
@@ -33,27 +33,27 @@ def name(tmp_path: Path) -> str:
     return tmp_path.name
 
 
-def _moves(uri: str, name: str) -> list[tuple[int | None, int]]:
+def _read_moves(uri: str, name: str) -> list[tuple[int | None, int]]:
     return [(move.source, move.to) for move in PromotionLog(connect(uri), name).read_moves()]
 
 
 def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: str) -> None:
-    registered(uri, name, evaluation_of(1.5), evaluation_of(1.4))
+    register_versions(uri, name, make_evaluation(1.5), make_evaluation(1.4))
     first = promote(uri, name, 1)
     assert first.version == 1 and first.move is not None and first.move.source is None
-    assert aliases_of(uri, name) == {"challenger": 2, "champion": 1}
+    assert read_aliases(uri, name) == {"challenger": 2, "champion": 1}
     second = promote(uri, name, why="better", pipeline_run_id="run-7")
     assert second.move and (second.move.source, second.move.to) == (1, 2) and second.gates[0]["student"] == 1.4
-    assert aliases_of(uri, name) == {"challenger": 2, "champion": 2, "previous": 1}
+    assert read_aliases(uri, name) == {"challenger": 2, "champion": 2, "previous": 1}
     tags = connect(uri).get_model_version(name, "2").tags
     assert tags["promoted_by"] == second.move.who == "Kubeflow run run-7" and tags["promoted_why"] == "better"
     assert tags["promoted_at"] == second.move.when
 
     again = promote(uri, name, 2)
-    assert again.move is None and _moves(uri, name) == [(None, 1), (1, 2)]
+    assert again.move is None and _read_moves(uri, name) == [(None, 1), (1, 2)]
     taken_back = rollback(uri, name, "too slow")
-    assert taken_back.version == 1 and aliases_of(uri, name) == {"challenger": 2, "champion": 1, "previous": 2}
-    assert rollback(uri, name).version == 2 and _moves(uri, name)[2:] == [(2, 1), (1, 2)]
+    assert taken_back.version == 1 and read_aliases(uri, name) == {"challenger": 2, "champion": 1, "previous": 2}
+    assert rollback(uri, name).version == 2 and _read_moves(uri, name)[2:] == [(2, 1), (1, 2)]
     client = connect(uri)
     (run,) = client.search_runs(
         [find_or_create_experiment(client, promotion_log.EXPERIMENT)], f"tags.`minitron.promotions` = '{name}'"
@@ -63,7 +63,7 @@ def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: s
 
 
 def test_of_two_processes_one_wins_each_move(uri: str, name: str, tmp_path: Path) -> None:
-    race(uri, name, tmp_path, rounds=15)
+    race_promotions(uri, name, tmp_path, rounds=15)
 
 
 KILLED = """
@@ -75,7 +75,7 @@ promote(sys.argv[1], sys.argv[2], 2)
 """
 
 
-def _killed(uri: str, name: str) -> None:
+def _kill_between_entry_and_aliases(uri: str, name: str) -> None:
     """Let a process die between the entry and the aliases."""
     done = forks.run_python("-c", KILLED, uri, name)
     assert done.returncode == -9, done.stderr
@@ -84,18 +84,18 @@ def _killed(uri: str, name: str) -> None:
 def test_a_move_whose_author_died_is_completed_by_the_next_reader(
     uri: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registered(uri, name, *[evaluation_of(1.0)] * 3)
+    register_versions(uri, name, *[make_evaluation(1.0)] * 3)
     promote(uri, name, 1)
-    _killed(uri, name)
-    assert aliases_of(uri, name)["champion"] == 1 and _moves(uri, name) == [(None, 1), (1, 2)]
+    _kill_between_entry_and_aliases(uri, name)
+    assert read_aliases(uri, name)["champion"] == 1 and _read_moves(uri, name) == [(None, 1), (1, 2)]
     monkeypatch.setattr(promotion_log, "_READER_SECONDS", 2)
     began = time.monotonic()
     assert promote(uri, name, 2).move is None
     assert 2 <= time.monotonic() - began < 20, "its author had time to set them himself"
-    assert aliases_of(uri, name) == {"challenger": 3, "champion": 2, "previous": 1}
+    assert read_aliases(uri, name) == {"challenger": 3, "champion": 2, "previous": 1}
     assert connect(uri).get_model_version(name, "2").tags["promoted_by"]
     promote(uri, name, 3)
-    assert _moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
+    assert _read_moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
 
 
 SLOW = """
@@ -118,7 +118,7 @@ def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
     uri: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(promotion_log, "_READER_SECONDS", 1)
-    registered(uri, name, *[evaluation_of(1.0)] * 3)
+    register_versions(uri, name, *[make_evaluation(1.0)] * 3)
     promote(uri, name, 1)
     slow = forks.start_python(["-c", SLOW, uri, name, str(tmp_path)], tmp_path / "log", tmp_path / "log")
     try:
@@ -130,8 +130,8 @@ def test_an_author_who_was_taken_for_dead_does_not_undo_a_later_move(
         assert slow.exitcode == 0
     finally:
         slow.kill()
-    assert _moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
-    assert aliases_of(uri, name) == {"challenger": 3, "champion": 3, "previous": 2}
+    assert _read_moves(uri, name) == [(None, 1), (1, 2), (2, 3)]
+    assert read_aliases(uri, name) == {"challenger": 3, "champion": 3, "previous": 2}
 
 
 @pytest.mark.parametrize("fate", ["moved by hand", "deleted"])
@@ -139,9 +139,9 @@ def test_a_move_that_cannot_be_completed_is_given_up(
     mlflow_file: str, name: str, monkeypatch: pytest.MonkeyPatch, fate: str
 ) -> None:
     monkeypatch.setattr(promotion_log, "_READER_SECONDS", 0)
-    registered(mlflow_file, name, *[evaluation_of(1.0)] * 4)
+    register_versions(mlflow_file, name, *[make_evaluation(1.0)] * 4)
     promote(mlflow_file, name, 1)
-    _killed(mlflow_file, name)
+    _kill_between_entry_and_aliases(mlflow_file, name)
     client = connect(mlflow_file)
     if fate == "deleted":
         client.delete_model_version(name, "2")
@@ -149,28 +149,28 @@ def test_a_move_that_cannot_be_completed_is_given_up(
         client.set_registered_model_alias(name, "champion", "3")
     source = 1 if fate == "deleted" else 3
     promote(mlflow_file, name, 4)
-    assert _moves(mlflow_file, name) == [(None, 1), (1, 2), (source, 4)]
-    assert aliases_of(mlflow_file, name) == {"challenger": 4, "champion": 4, "previous": source}
+    assert _read_moves(mlflow_file, name) == [(None, 1), (1, 2), (source, 4)]
+    assert read_aliases(mlflow_file, name) == {"challenger": 4, "champion": 4, "previous": source}
 
 
 def test_an_alias_moved_by_hand_is_where_the_next_move_starts(uri: str, name: str) -> None:
-    registered(uri, name, *[evaluation_of(1.0)] * 3)
+    register_versions(uri, name, *[make_evaluation(1.0)] * 3)
     promote(uri, name, 1)
     connect(uri).set_registered_model_alias(name, "champion", "2")
     assert promote(uri, name, 2).move is None, "what the alias says is so"
     promote(uri, name, 3)
-    assert _moves(uri, name) == [(None, 1), (2, 3)] and aliases_of(uri, name)["previous"] == 2
+    assert _read_moves(uri, name) == [(None, 1), (2, 3)] and read_aliases(uri, name)["previous"] == 2
     connect(uri).delete_registered_model_alias(name, "champion")
     promote(uri, name, 1)
-    assert _moves(uri, name)[-1] == (None, 1) and aliases_of(uri, name)["champion"] == 1
+    assert _read_moves(uri, name)[-1] == (None, 1) and read_aliases(uri, name)["champion"] == 1
 
 
 def test_gates_decide(mlflow_file: str, name: str) -> None:
-    registered(mlflow_file, name, evaluation_of(3.5))
+    register_versions(mlflow_file, name, make_evaluation(3.5))
     with pytest.raises(GatesFailed, match=r"version 1: Validation loss: 3\.500, at most 2\.000: failed; train it"):
         promote(mlflow_file, name)
-    assert aliases_of(mlflow_file, name) == {"challenger": 1} and _moves(mlflow_file, name) == []
-    registered(mlflow_file, name, {"student": {}}, None)
+    assert read_aliases(mlflow_file, name) == {"challenger": 1} and _read_moves(mlflow_file, name) == []
+    register_versions(mlflow_file, name, {"student": {}}, None)
     assert promote(mlflow_file, name, 2).gates == [], "it declares none"
     with pytest.raises(GatesFailed, match=r"version 3: its MLflow run has no evaluation\.json; run the pipe"):
         promote(mlflow_file, name)
@@ -179,14 +179,14 @@ def test_gates_decide(mlflow_file: str, name: str) -> None:
 def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name: str) -> None:
     """Where both were measured on the same test set; else the version has to be evaluated anew."""
     against = {"address": f"models:/{name}/9", "validation_loss": 2.0}
-    registered(
+    register_versions(
         mlflow_file,
         name,
-        evaluation_of(1.5),
-        evaluation_of(1.4, "champion", champion=against),
-        evaluation_of(1.6, "champion", champion=against),
-        evaluation_of(1.0, "champion", test_set="b", champion=against),
-        evaluation_of(1.0, "champion", test_set="b", champion={"address": f"models:/{name}/2"}),
+        make_evaluation(1.5),
+        make_evaluation(1.4, "champion", champion=against),
+        make_evaluation(1.6, "champion", champion=against),
+        make_evaluation(1.0, "champion", test_set="b", champion=against),
+        make_evaluation(1.0, "champion", test_set="b", champion={"address": f"models:/{name}/2"}),
     )
     assert promote(mlflow_file, name, 3).gates[0]["outcome"] == "no champion"
     promote(mlflow_file, name, 1)
@@ -208,12 +208,12 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
         ({"uri": None}, r"tracking_uri: missing; the registry is MLflow's"),
         ({"uri": "./mlruns"}, r"tracking_uri \./mlruns: MLflow does not write there"),
         ({"uri": "http://127.0.0.1:9"}, r"MLflow at http://127\.0\.0\.1:9: .*check tracking_uri and that"),
-        ({"why": "x" * 1001}, r"why: 1001 characters as it is written; give at most 1000"),
-        ({"why": '"' * 501}, r"why: 1002 characters as it is written; give at most 1000"),
+        ({"why": "x" * 1001}, r"why: 1001 characters in JSON; give at most 1000"),
+        ({"why": '"' * 501}, r"why: 1002 characters in JSON; give at most 1000"),
     ],
 )
 def test_what_cannot_be_promoted_is_refused(mlflow_file: str, name: str, values: dict[str, Any], message: str) -> None:
-    registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
+    register_versions(mlflow_file, name, *[make_evaluation(1.0)] * 2)
     connect(mlflow_file).delete_registered_model_alias(name, "challenger")
     with pytest.raises((ConfigError, RunError), match=message) as caught:
         promote(**({"uri": mlflow_file, "name": name, "version": 1} | values))
@@ -221,14 +221,14 @@ def test_what_cannot_be_promoted_is_refused(mlflow_file: str, name: str, values:
 
 
 def test_without_a_previous_version_nothing_is_taken_back(mlflow_file: str, name: str) -> None:
-    registered(mlflow_file, name, evaluation_of(1.0))
+    register_versions(mlflow_file, name, make_evaluation(1.0))
     promote(mlflow_file, name)
     with pytest.raises(RunError, match="no version has the alias previous; give the one you want to minitron promote"):
         rollback(mlflow_file, name)
 
 
 def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> None:
-    registered(mlflow_file, name, evaluation_of(1.5), evaluation_of(3.5))
+    register_versions(mlflow_file, name, make_evaluation(1.5), make_evaluation(3.5))
 
     def said(status: int, *words: str) -> str:
         done = CliRunner().invoke(app, [*words, "--tracking-uri", mlflow_file])
@@ -247,15 +247,15 @@ def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> Non
 
 @pytest.mark.parametrize("why", ["ж" * 1000, '"' * 500, "line\n" * 160])
 def test_whatever_the_reason_the_log_can_be_read(mlflow_file: str, name: str, why: str) -> None:
-    registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
+    register_versions(mlflow_file, name, *[make_evaluation(1.0)] * 2)
     done = promote(mlflow_file, name, 1, why)
     assert done.move is not None and done.move.why == why
     promote(mlflow_file, name, 2)
-    assert _moves(mlflow_file, name) == [(None, 1), (1, 2)]
+    assert _read_moves(mlflow_file, name) == [(None, 1), (1, 2)]
 
 
 def test_a_first_version_whose_run_was_deleted_keeps_nobody(mlflow_file: str, name: str) -> None:
-    registered(mlflow_file, name, *[evaluation_of(1.0)] * 2)
+    register_versions(mlflow_file, name, *[make_evaluation(1.0)] * 2)
     client = connect(mlflow_file)
     client.delete_run(client.get_model_version(name, "1").run_id)
     assert promote(mlflow_file, name, 2).version == 2
@@ -264,22 +264,22 @@ def test_a_first_version_whose_run_was_deleted_keeps_nobody(mlflow_file: str, na
 @pytest.mark.parametrize("text", ["[]", "oops", '{"gates": [{"metric": "x"}]}', '{"gates": 3}'])
 def test_an_evaluation_of_another_tool_is_refused(mlflow_file: str, name: str, text: str) -> None:
     register_version(mlflow_file, name, "challenger", {}, evaluation=text)
-    with pytest.raises(RunError, match=r"not what minitron writes|none of minitron's") as caught:
+    with pytest.raises(RunError, match=r"not what minitron writes|was not written by minitron") as caught:
         promote(mlflow_file, name)
     assert "\n" not in str(caught.value)
 
 
 def test_the_speed_of_another_evaluation_is_not_compared(mlflow_file: str, name: str) -> None:
-    by_loss = evaluation_of(1.0, "champion")
+    by_loss = make_evaluation(1.0, "champion")
     by_speed = by_loss | {"gates": [by_loss["gates"][0] | {"metric": "generation_tokens_per_second"}]}
-    registered(mlflow_file, name, evaluation_of(1.5), by_loss, by_speed)
+    register_versions(mlflow_file, name, make_evaluation(1.5), by_loss, by_speed)
     promote(mlflow_file, name, 1)
     with pytest.raises(NotJudged, match="cannot be compared with those of today's champion, version 1; run the pipe"):
         promote(mlflow_file, name, 3)
     assert promote(mlflow_file, name, 2).version == 2
 
 
-def asked(uri: str, name: str, version: int, tmp_path: Path) -> dict[str, Any]:
+def run_promote(uri: str, name: str, version: int, tmp_path: Path) -> dict[str, Any]:
     """Return what the task of the pipeline says of a version."""
     values = {"output": tmp_path / f"promoted-{version}", "tracking_uri": uri, "model_name": name, "version": version}
     config = parse("promote", values | {"experiment": name, "pipeline_run_id": f"run-{version}"})
@@ -288,9 +288,9 @@ def asked(uri: str, name: str, version: int, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_what_could_not_be_judged_is_not_decided(mlflow_file: str, name: str, tmp_path: Path) -> None:
-    against = evaluation_of(1.0, "champion", test_set="b")
-    registered(mlflow_file, name, evaluation_of(1.5), against, None, evaluation_of(3.5))
-    outcomes = [asked(mlflow_file, name, version, tmp_path)["outcome"] for version in (1, 2, 3, 4)]
+    against = make_evaluation(1.0, "champion", test_set="b")
+    register_versions(mlflow_file, name, make_evaluation(1.5), against, None, make_evaluation(3.5))
+    outcomes = [run_promote(mlflow_file, name, version, tmp_path)["outcome"] for version in (1, 2, 3, 4)]
     assert outcomes == ["promoted", "challenger", "challenger", "challenger"]
     client = connect(mlflow_file)
     tags = [client.get_model_version(name, str(version)).tags.get("decision", "") for version in (1, 2, 3, 4)]
@@ -318,7 +318,7 @@ def test_the_champion_generates_wherever_its_alias_is_loaded(
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "report.html").write_text("<p>report</p>")
     for student in (teacher, other):
-        found = evaluation_of(1.0) | {"student": {"parameters": 213568, "validation_loss": 1.0}}
+        found = make_evaluation(1.0) | {"student": {"parameters": 213568, "validation_loss": 1.0}}
         del found["teacher"]
         (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(found))
         values = {"output": tmp_path / f"out-{student.name}", "student": student, "dataset": dataset, "name": name}

@@ -65,7 +65,7 @@ def test_retrain_has_the_form_of_compress_without_the_champion_that_it_looks_up(
 
 
 def test_the_plan_hands_on_what_the_component_declares() -> None:
-    outputs = plan._outputs(make_plan(REQUIRED))
+    outputs = plan._build_outputs(make_plan(REQUIRED))
     declared = components.plan.component_spec.outputs
     assert outputs.keys() == declared.keys() - {"planned", "report"}
     kinds = {"String": str, "Dict": dict, "List": list}

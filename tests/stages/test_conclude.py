@@ -16,7 +16,7 @@ from minitron.tracking import pipeline_run, write_once
 from minitron.tracking.client import connect, find_or_create_experiment
 
 
-def ended(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
+def run_conclude(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
     common = {"output": tmp_path / "concluded", "tracking_uri": uri, "experiment": tmp_path.name}
     config = parse("conclude", common | {"pipeline_run_id": "run-1", "state": "FAILED"} | values)
     assert isinstance(config, ConcludeConfig)
@@ -29,14 +29,14 @@ def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: "run-1"})
     tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
     client.create_run(experiment, tags=tags, run_name="distill")
-    found = ended(mlflow_file, tmp_path, state="RUNNING")
+    found = run_conclude(mlflow_file, tmp_path, state="RUNNING")
     assert (found["outcome"], found["reason"]) == ("failed", "distill: RunError: <disk> full")
     assert "distill: RunError: &lt;disk&gt; full" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
     assert layout.CONCLUSION_PAGE in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
 def test_without_mlflow_there_is_a_page(tmp_path: Path) -> None:
-    found = ended("http://127.0.0.1:9", tmp_path, message="node lost")
+    found = run_conclude("http://127.0.0.1:9", tmp_path, message="node lost")
     assert found["outcome"] == "failed" and found["reason"].startswith("node lost; MLflow at http://127.0.0.1:9")
     assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
     assert json.loads((tmp_path / "concluded" / "conclusion.json").read_text())["run_id"] is None
@@ -48,7 +48,7 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
     client = connect(mlflow_file)
     (tmp_path / "file").write_text("")  # no directory can be made here
     client.create_experiment(tmp_path.name, artifact_location=str(tmp_path / "file" / "artifacts"))
-    assert ended(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
+    assert run_conclude(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
     (warning,) = capsys.readouterr().err.splitlines()
     assert "Not a directory" in warning
     assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
@@ -57,7 +57,7 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
 
 
 def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> None:
-    found = ended("mlflow.minitron:5000", tmp_path, message="node lost")
+    found = run_conclude("mlflow.minitron:5000", tmp_path, message="node lost")
     assert found["reason"].startswith("node lost; tracking_uri mlflow.minitron:5000: MLflow does not write there")
     assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
 
@@ -68,7 +68,7 @@ def test_a_failure_that_was_overcome_is_not_quoted(mlflow_file: str, tmp_path: P
     tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
     child = client.create_run(parent.info.experiment_id, tags=tags, run_name="distill")
     client.set_terminated(child.info.run_id)
-    assert ended(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
+    assert run_conclude(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"
 
 
 @pytest.mark.parametrize(("run_id", "reason"), [("run-1", "promote: no version 1"), ("run-2", "node lost")])
@@ -77,4 +77,4 @@ def test_a_task_without_a_run_is_quoted_from_the_workspace(
 ) -> None:
     note = {"stage": "promote", "message": "no version 1", "exit_status": 1, "pipeline_run_id": run_id}
     write_atomically(record.failure_note_path(tmp_path), note)
-    assert ended(mlflow_file, tmp_path, message="node lost", workspace=tmp_path)["reason"] == reason
+    assert run_conclude(mlflow_file, tmp_path, message="node lost", workspace=tmp_path)["reason"] == reason

@@ -119,7 +119,7 @@ def likelihood(model: Any, tokenizer: Any, question: str, choice: str) -> float:
     return sum(scores[len(context) + place - 1, token].item() for place, token in enumerate(answer))
 
 
-def counted(directory: Path | str, job: dict[str, Any]) -> dict[str, float]:
+def count_right_answers(directory: Path | str, job: dict[str, Any]) -> dict[str, float]:
     """A model's accuracies on the task, with their standard errors."""
     network, tokenizer = (cls.from_pretrained(directory) for cls in (AutoModelForCausalLM, AutoTokenizer))
     rows = (job["task_directory"] / f"{TASK}.jsonl").read_text().splitlines()[: job["task_limit"]]
@@ -139,7 +139,7 @@ def counted(directory: Path | str, job: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_task_accuracy_is_that_of_an_independent_count(model: str, job: dict[str, Any], found: dict[str, Any]) -> None:
-    expected = counted(job[model], job)
+    expected = count_right_answers(job[model], job)
     assert 0 < expected["acc"] < 1
     assert found[model]["tasks"] == {TASK: pytest.approx(expected, abs=1e-9)}
 
@@ -173,9 +173,9 @@ def test_sizes_gap_and_circumstances(job: dict[str, Any], found: dict[str, Any])
 
 
 def test_the_gap_is_the_share_of_the_damage_that_was_repaired() -> None:
-    assert evaluate.gap_closed(pruned=4.0, student=3.25, teacher=3.0) == pytest.approx(0.75)
-    assert evaluate.gap_closed(pruned=4.0, student=4.5, teacher=3.0) == pytest.approx(-0.5)
-    assert evaluate.gap_closed(pruned=3.0, student=2.5, teacher=3.0) is None
+    assert evaluate.compute_gap_closed(pruned=4.0, student=3.25, teacher=3.0) == pytest.approx(0.75)
+    assert evaluate.compute_gap_closed(pruned=4.0, student=4.5, teacher=3.0) == pytest.approx(-0.5)
+    assert evaluate.compute_gap_closed(pruned=3.0, student=2.5, teacher=3.0) is None
 
 
 def test_the_layout_of_evaluation_json(found: dict[str, Any]) -> None:
@@ -325,7 +325,7 @@ def test_the_champion_is_measured_on_the_same_text(job: dict[str, Any], judged: 
     rows, labels = split(job["dataset"], "validation")
     expected = F.cross_entropy(logits(settings["champion"], rows).flatten(0, 1), labels.flatten())
     assert champion["validation_loss"] == pytest.approx(expected.item(), abs=1e-4)
-    assert champion["tasks"] == {TASK: pytest.approx(counted(settings["champion"], job), abs=1e-9)}
+    assert champion["tasks"] == {TASK: pytest.approx(count_right_answers(settings["champion"], job), abs=1e-9)}
     assert len(champion["samples"]) == len(PROMPTS)
     assert champion["address"] == settings["champion"]
     assert champion["sha256"] == judged["record"]["inputs"]["champion"]["sha256"]
@@ -386,7 +386,7 @@ def write_task(directory: Path, rows: str, **changes: Any) -> Path:
 ROW = '{"question": "a b", "choices": ["c", "d"], "label": 1}\n'
 
 
-def refused(job: dict[str, Any], output: Path, **changes: Any) -> str:
+def expect_refusal(job: dict[str, Any], output: Path, **changes: Any) -> str:
     """Run a job that must be refused before a model is loaded, leaving nothing behind; return the message."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(ConfigError) as caught:
@@ -401,32 +401,32 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> None:
         raise AssertionError(f"{path} was loaded")
 
-    monkeypatch.setattr(evaluate, "_load", load)
+    monkeypatch.setattr(evaluate, "_load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")
 class TestRefusedBeforeAModelIsLoaded:
     def test_an_unknown_task(self, job: dict[str, Any], tmp_path: Path) -> None:
-        message = refused(job, tmp_path / "out", tasks=["tiny_continuatoin"])
+        message = expect_refusal(job, tmp_path / "out", tasks=["tiny_continuatoin"])
         assert message == (
             f"evaluate.tasks: tiny_continuatoin is not a task in {job['task_directory']}; give one of tiny_continuation"
         )
 
     def test_a_directory_without_tasks(self, job: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        message = refused(job, tmp_path / "out", task_directory=tmp_path / "empty")
+        message = expect_refusal(job, tmp_path / "out", task_directory=tmp_path / "empty")
         assert message == (
             f"evaluate.task_directory: {tmp_path / 'empty'} holds no task; give a directory with lm-eval's .yaml files"
         )
 
     def test_a_missing_directory(self, job: dict[str, Any], tmp_path: Path) -> None:
-        message = refused(job, tmp_path / "out", task_directory=tmp_path / "none")
+        message = expect_refusal(job, tmp_path / "out", task_directory=tmp_path / "none")
         assert message.startswith(f"{tmp_path / 'none'}: no such file or directory")
 
     def test_a_missing_data_file(self, job: dict[str, Any], tmp_path: Path) -> None:
         tasks = write_task(tmp_path / "tasks", ROW)
         (tasks / "own.jsonl").unlink()
-        message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+        message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
         assert message.startswith("evaluate.tasks: own cannot be loaded (FileNotFoundError: ")
         assert "own.jsonl" in message and message.endswith(f"correct the files in {tasks}")
 
@@ -443,23 +443,23 @@ class TestRefusedBeforeAModelIsLoaded:
         self, rows: str, changes: dict[str, Any], named: str, job: dict[str, Any], tmp_path: Path
     ) -> None:
         tasks = write_task(tmp_path / "tasks", rows, **changes)
-        message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+        message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
         assert message.startswith("evaluate.tasks: own cannot be loaded (") and named in message
 
     def test_a_local_task_with_data_on_a_hub_is_not_fetched(self, job: dict[str, Any], tmp_path: Path) -> None:
         tasks = write_task(tmp_path / "tasks", ROW, dataset_path="org/name", dataset_kwargs={})
-        message = refused(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+        message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
         assert "offline" in message.lower() or "org/name" in message
 
     def test_a_tokenizer_of_another_model(self, job: dict[str, Any], tmp_path: Path) -> None:
         other = save_llama(Path(job["teacher_before"]), tmp_path / "other", 1, seed=4)
         tokenizer = json.loads((other / "tokenizer.json").read_text())
         (other / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": None}, indent=1))
-        message = refused(job, tmp_path / "out", pruned=other)
+        message = expect_refusal(job, tmp_path / "out", pruned=other)
         assert message.startswith(f"{other}: tokenizer ") and str(job["dataset"]) in message
 
     def test_sequences_longer_than_a_model_takes(self, job: dict[str, Any], tmp_path: Path) -> None:
-        message = refused(job, tmp_path / "out", sequence_length=257)
+        message = expect_refusal(job, tmp_path / "out", sequence_length=257)
         assert message == (
             "evaluate.sequence_length: 257 is above max_position_embeddings 256 of teacher_before "
             f"{job['teacher_before']}; choose at most 256"
@@ -475,7 +475,7 @@ class TestRefusedBeforeAModelIsLoaded:
         writer = IndexedWriter(data / "test", 512)
         writer.add_documents([[5, 6, 1]])
         writer.close()
-        message = refused(job, tmp_path / "out", dataset=data)
+        message = expect_refusal(job, tmp_path / "out", dataset=data)
         assert message.startswith(f"{data / 'test'}: 3 tokens are fewer than one sequence of 32 + 1")
 
     @pytest.mark.parametrize("prompts", [[], [""]])

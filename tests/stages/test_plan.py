@@ -18,13 +18,13 @@ from tests.constants import REPOSITORY
 FORM = {"teacher": "/teacher", "corpus": "/corpus"}
 
 
-def planned(output: Path, **form: Any) -> dict[str, Any]:
+def run_plan(output: Path, **form: Any) -> dict[str, Any]:
     return plan.run(PlanConfig(output=output, **FORM | form))["outputs"]
 
 
 def test_the_form_wins_over_the_settings_and_these_over_the_preset(tmp_path: Path) -> None:
     settings = {"distill": {"max_steps": 7.0}, "finetune.gpus": 2.0, "register": {"name": "mine"}}  # as Kubeflow has it
-    outputs = planned(
+    outputs = run_plan(
         tmp_path / "out", preset="nemo-tutorial-width", document=settings, champion="models:/mine@champion"
     )
     assert outputs["teacher"] == "/teacher"
@@ -37,7 +37,7 @@ def test_the_form_wins_over_the_settings_and_these_over_the_preset(tmp_path: Pat
 
 
 def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path: Path) -> None:
-    planned(tmp_path / "out", document={"distill": {"max_steps": 7}}, model_name="<b>")
+    run_plan(tmp_path / "out", document={"distill": {"max_steps": 7}}, model_name="<b>")
     page = (tmp_path / "out" / "plan.html").read_text()
     assert '<tr class="changed"><th scope="row">max_steps</th><td>7</td>' in page
     assert '<tr><th scope="row">warmup_steps</th><td>2</td>' in page
@@ -61,7 +61,7 @@ def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path
 )
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, form: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        planned(tmp_path / "out", **form)
+        run_plan(tmp_path / "out", **form)
     assert str(refused.value).startswith(message)
     assert not (tmp_path / "out").exists()
 
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, form: 
 def test_a_cluster_section_has_no_effect_in_a_run_and_the_log_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outputs = planned(tmp_path / "out", preset="gke-spot")
+    outputs = run_plan(tmp_path / "out", preset="gke-spot")
     assert outputs["gpu_node_selector"] == {"cloud.google.com/gke-spot": "true"}
     assert "cluster.retries has no effect here" in capsys.readouterr().out
 

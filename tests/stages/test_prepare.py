@@ -73,7 +73,7 @@ ARTICLES = [
 ]
 
 
-def documents_of(address: Path, field: str = "text") -> list[str]:
+def read_documents(address: Path, field: str = "text") -> list[str]:
     return [text for raw in Corpus(str(address), field) if (text := normalise_text(raw))]
 
 
@@ -81,13 +81,13 @@ def json_lines(texts: list[str]) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def words(count: int, seed: int = 0) -> list[str]:
+def make_words(count: int, seed: int = 0) -> list[str]:
     """Distinct short documents that a 512-token vocabulary has to spell."""
     rng = random.Random(seed)
     return [f"{number} " + " ".join(rng.choices(["alpha", "beta", "γάμμα", "δ"], k=9)) for number in range(count)]
 
 
-def written(path: Path, content: str | bytes) -> Path:
+def write_corpus(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -107,7 +107,7 @@ def prepared(teacher: Path, tmp_path: Path) -> Callable[..., tuple[Path, dict[st
     return run
 
 
-def decoded(directory: Path, teacher: Path) -> dict[str, list[str]]:
+def decode_documents(directory: Path, teacher: Path) -> dict[str, list[str]]:
     """The documents of every split, decoded; each must end with the one EOS it has."""
     tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
     eos = tokenizer.token_to_id("</s>")
@@ -124,7 +124,7 @@ def decoded(directory: Path, teacher: Path) -> dict[str, list[str]]:
 
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
-    texts = words(300)
+    texts = make_words(300)
     records = json_lines(texts)
     array = json.dumps([{"text": text, "id": number} for number, text in enumerate(texts)], ensure_ascii=False)
     contents = {
@@ -137,33 +137,33 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         "windows.txt": b"\xef\xbb\xbf" + "\r\n \r\n\r\n".join(texts).encode(),
     }
     for name, content in contents.items():
-        assert documents_of(written(tmp_path / name, content)) == texts, name
+        assert read_documents(write_corpus(tmp_path / name, content)) == texts, name
     table = pyarrow.table({"id": list(range(300)), "text": texts})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
-    assert documents_of(tmp_path / "a.parquet") == texts
+    assert read_documents(tmp_path / "a.parquet") == texts
 
 
 def test_a_directory_is_read_recursively_in_the_order_of_names(tmp_path: Path) -> None:
-    written(tmp_path / "b" / "2.jsonl", json_lines(["four"]))
-    written(tmp_path / "b" / "1.txt", "two\nlines of it\n\nthree")
-    written(tmp_path / "a.jsonl", json_lines(["one"]))
-    written(tmp_path / "c.jsonl.gz", gzip.compress(json_lines(["five"]).encode()))
-    written(tmp_path / "README.md", "not a document")
-    written(tmp_path / ".hidden.txt", "not a document")
-    assert documents_of(tmp_path) == ["one", "two\nlines of it", "three", "four", "five"]
+    write_corpus(tmp_path / "b" / "2.jsonl", json_lines(["four"]))
+    write_corpus(tmp_path / "b" / "1.txt", "two\nlines of it\n\nthree")
+    write_corpus(tmp_path / "a.jsonl", json_lines(["one"]))
+    write_corpus(tmp_path / "c.jsonl.gz", gzip.compress(json_lines(["five"]).encode()))
+    write_corpus(tmp_path / "README.md", "not a document")
+    write_corpus(tmp_path / ".hidden.txt", "not a document")
+    assert read_documents(tmp_path) == ["one", "two\nlines of it", "three", "four", "five"]
 
 
 def test_articles_of_wikitext_in_a_text_file(tmp_path: Path) -> None:
-    path = written(tmp_path / "wiki.train.txt", WIKITEXT)
-    assert documents_of(path) == ARTICLES
+    path = write_corpus(tmp_path / "wiki.train.txt", WIKITEXT)
+    assert read_documents(path) == ARTICLES
     assert all(map(normalise_text, Corpus(str(path), "text"))), "the blank line before the first title is no document"
 
 
 def test_articles_of_wikitext_whose_lines_are_records(tmp_path: Path) -> None:
     lines = WIKITEXT.splitlines(keepends=True)
     parquet.write_table(pyarrow.table({"text": lines}), tmp_path / "train.parquet", row_group_size=3)
-    assert documents_of(tmp_path / "train.parquet") == ARTICLES
-    assert documents_of(written(tmp_path / "train.jsonl", json_lines([line.strip() for line in lines]))) == [
+    assert read_documents(tmp_path / "train.parquet") == ARTICLES
+    assert read_documents(write_corpus(tmp_path / "train.jsonl", json_lines([line.strip() for line in lines]))) == [
         "\n".join(line.strip() for line in article.splitlines()) for article in ARTICLES
     ]
 
@@ -174,18 +174,18 @@ def test_an_article_may_reach_over_the_end_of_a_file(end: int, tmp_path: Path) -
     lines = WIKITEXT.replace(" = 1 / s and a formula = \n", "").splitlines(keepends=True)
     for name, part in (("train-0.parquet", lines[:end]), ("train-1.parquet", lines[end:])):
         parquet.write_table(pyarrow.table({"text": part}), tmp_path / name)
-    assert documents_of(tmp_path) == [ARTICLES[0].replace("\n = 1 / s and a formula =", ""), ARTICLES[1]]
+    assert read_documents(tmp_path) == [ARTICLES[0].replace("\n = 1 / s and a formula =", ""), ARTICLES[1]]
 
 
 def test_wikitext_without_blank_lines(tmp_path: Path) -> None:
     lines = [line for line in WIKITEXT.splitlines() if line.strip() and "formula" not in line]
     texts = [article.replace("\n = 1 / s and a formula =", "").replace("\n\n", "\n") for article in ARTICLES]
-    assert documents_of(written(tmp_path / "a.txt", "\n".join(lines))) == texts
+    assert read_documents(write_corpus(tmp_path / "a.txt", "\n".join(lines))) == texts
 
 
 def test_records_of_other_texts_stay_documents(tmp_path: Path) -> None:
     texts = ["x = 1", "a\n\n = Title =\n\nb", "= = Section = =", "one line"]
-    assert documents_of(written(tmp_path / "a.jsonl", json_lines(texts))) == texts
+    assert read_documents(write_corpus(tmp_path / "a.jsonl", json_lines(texts))) == texts
 
 
 def test_a_json_array_is_read_in_pieces(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_json_array_is_read_in_pieces(tmp_path: Path) -> None:
     for ascii_only in (True, False):
         content = json.dumps([{"text": text, "n": 1.5e3} for text in texts], ensure_ascii=ascii_only)
         assert len(content) > 2 << 20
-        assert documents_of(written(tmp_path / "a.json", content)) == texts
+        assert read_documents(write_corpus(tmp_path / "a.json", content)) == texts
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_normalise(raw: str, expected: str) -> None:
 
 
 def test_the_dataset_is_what_its_manifest_says(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
-    texts = words(400)
+    texts = make_words(400)
     noisy = [texts[0] + "  \r\n", texts[1], "", *texts, " \n", "\x00", texts[5]]
-    directory, manifest, metrics = prepared(written(tmp_path / "a.jsonl", json_lines(noisy)), licence="CC0-1.0")
+    directory, manifest, metrics = prepared(write_corpus(tmp_path / "a.jsonl", json_lines(noisy)), licence="CC0-1.0")
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    by_split = decoded(directory, teacher)
+    by_split = decode_documents(directory, teacher)
     assert sorted(text for split in SPLITS for text in by_split[split]) == sorted(texts)  # complete, and disjoint
     for split, documents in by_split.items():
         expected = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents)
@@ -250,11 +250,13 @@ def test_the_dataset_is_what_its_manifest_says(prepared: Callable, teacher: Path
 def test_the_split_of_a_document_depends_on_its_text_and_the_seed_alone(
     prepared: Callable, teacher: Path, tmp_path: Path
 ) -> None:
-    texts = words(300)
-    plain = written(tmp_path / "a.jsonl", json_lines(texts))
-    shuffled = written(tmp_path / "b" / "b.txt", "\n\n".join(random.Random(1).sample(texts, 300)) + "\n\nanother one")
+    texts = make_words(300)
+    plain = write_corpus(tmp_path / "a.jsonl", json_lines(texts))
+    shuffled = write_corpus(
+        tmp_path / "b" / "b.txt", "\n\n".join(random.Random(1).sample(texts, 300)) + "\n\nanother one"
+    )
     one, two, three = (
-        decoded(prepared(corpus, name, seed=seed)[0], teacher)
+        decode_documents(prepared(corpus, name, seed=seed)[0], teacher)
         for corpus, name, seed in ((plain, "one", 1), (shuffled, "two", 1), (plain, "three", 2))
     )
     for split in SPLITS:
@@ -263,7 +265,7 @@ def test_the_split_of_a_document_depends_on_its_text_and_the_seed_alone(
 
 
 def test_the_same_run_gives_the_same_bytes(prepared: Callable, tmp_path: Path) -> None:
-    corpus = written(tmp_path / "a.jsonl", json_lines(words(300)))
+    corpus = write_corpus(tmp_path / "a.jsonl", json_lines(make_words(300)))
     (one, first, _), (two, second, _) = prepared(corpus, "one"), prepared(corpus, "two")
     assert first == second
     for split in SPLITS:
@@ -271,7 +273,7 @@ def test_the_same_run_gives_the_same_bytes(prepared: Callable, tmp_path: Path) -
 
 
 def test_a_second_run_returns_at_once(prepared: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = written(tmp_path / "a.jsonl", json_lines(words(300)))
+    corpus = write_corpus(tmp_path / "a.jsonl", json_lines(make_words(300)))
     directory, _, _ = prepared(corpus)
     before = (directory / "train.bin").stat().st_mtime_ns
     prepared(corpus)
@@ -280,22 +282,24 @@ def test_a_second_run_returns_at_once(prepared: Callable, tmp_path: Path, capsys
 
 
 def test_a_split_that_is_not_asked_for_is_empty(prepared: Callable, tmp_path: Path) -> None:
-    corpus = written(tmp_path / "a.jsonl", json_lines(words(100)))
+    corpus = write_corpus(tmp_path / "a.jsonl", json_lines(make_words(100)))
     directory, manifest, _ = prepared(corpus, validation_fraction=0.3, test_fraction=0.0)
     assert manifest["documents"]["test"] == 0
     assert len(IndexedDataset(directory / "test")) == 0
 
 
 def test_words_that_look_like_special_tokens_are_text(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
-    texts = [f"{text} </s> <s>" for text in words(100)]
-    directory, _, _ = prepared(written(tmp_path / "a.jsonl", json_lines(texts)))
-    by_split = decoded(directory, teacher)  # would find an EOS in mid-document
+    texts = [f"{text} </s> <s>" for text in make_words(100)]
+    directory, _, _ = prepared(write_corpus(tmp_path / "a.jsonl", json_lines(texts)))
+    by_split = decode_documents(directory, teacher)  # would find an EOS in mid-document
     assert {text for documents in by_split.values() for text in documents} == set(texts)
 
 
 def test_long_documents_are_not_cut_and_batches_lose_nothing(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
-    texts = ["long " * 150_000 + "end", *words(20_000)]  # several batches; the first document alone fills one
-    directory, manifest, _ = prepared(written(tmp_path / "a.jsonl.zst", zstandard.compress(json_lines(texts).encode())))
+    texts = ["long " * 150_000 + "end", *make_words(20_000)]  # several batches; the first document alone fills one
+    directory, manifest, _ = prepared(
+        write_corpus(tmp_path / "a.jsonl.zst", zstandard.compress(json_lines(texts).encode()))
+    )
     lengths = [length for split in SPLITS for length in IndexedDataset(directory / split).lengths.tolist()]
     assert len(lengths) == 20_001
     assert sum(lengths) == sum(manifest["tokens"].values())
@@ -315,7 +319,7 @@ def test_memory_does_not_grow_with_the_corpus(teacher: Path, tmp_path: Path) -> 
             for number in range(megabytes * 250):
                 stream.write(json.dumps({"text": f"{number} " + "abcdefg " * 500}) + "\n")
         settings = {"corpus": str(corpus), "teacher": str(teacher), "output": str(tmp_path / f"out{megabytes}")}
-        config = written(tmp_path / f"{megabytes}.yaml", json.dumps(settings))
+        config = write_corpus(tmp_path / f"{megabytes}.yaml", json.dumps(settings))
         subprocess.run([sys.executable, "-m", "minitron.prepare", "--config", config], check=True, capture_output=True)
         record = json.loads((tmp_path / f"out{megabytes}" / "stage.json").read_text())
         return int(record["peak_rss_mb"])
@@ -331,9 +335,9 @@ def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeyp
             self.rows.append((step, metrics["tokens"]))
 
     monkeypatch.setattr(prepare, "_LOG_SECONDS", 0)
-    corpus = Corpus(str(written(tmp_path / "a.jsonl", json_lines(words(30_000)))), "text")
+    corpus = Corpus(str(write_corpus(tmp_path / "a.jsonl", json_lines(make_words(30_000)))), "text")
     selection = Selection(corpus, PrepareConfig(output=tmp_path, corpus="a", teacher=str(teacher)))
-    tokens = prepare.write(selection, load_tokenizer(teacher), tmp_path, Recorder({}))
+    tokens = prepare.write_dataset(selection, load_tokenizer(teacher), tmp_path, Recorder({}))
     logged = [count for _, count in Recorder.rows]
     assert len(logged) >= 2 and logged == sorted(logged)
     assert logged[-1] == sum(tokens.values())
@@ -342,7 +346,7 @@ def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeyp
 
 def test_a_document_in_two_splits_is_caught(tmp_path: Path) -> None:
     config = PrepareConfig(output=tmp_path, corpus="a", teacher="b", test_fraction=0)
-    corpus = Corpus(str(written(tmp_path / "a.txt", "one\n\ntwo")), "text")
+    corpus = Corpus(str(write_corpus(tmp_path / "a.txt", "one\n\ntwo")), "text")
     selection = Selection(corpus, config)
     selection.digests["train"] |= {b"1" * 16, b"2" * 16}
     selection.digests["validation"] |= {b"2" * 16}
@@ -373,7 +377,7 @@ configs:
 """
     files = {  # noqa: RUF012
         "README.md": card.encode(),
-        "plain/a.jsonl": json_lines(words(200)).encode(),
+        "plain/a.jsonl": json_lines(make_words(200)).encode(),
         "other/a.jsonl": json_lines(["of another split"]).encode(),
         "wiki/a.jsonl": json_lines(WIKITEXT.splitlines(keepends=True)).encode(),
     }
@@ -428,7 +432,7 @@ def hub() -> Iterator[str]:
 
 def run_apart(settings: dict[str, Any], directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run prepare in a process of its own: the hub libraries read the environment when they are imported."""
-    config = written(directory / "prepare.yaml", json.dumps(settings, default=str))
+    config = write_corpus(directory / "prepare.yaml", json.dumps(settings, default=str))
     command = [sys.executable, "-m", "minitron.prepare", "--config", str(config)]
     environment = os.environ | {"HF_HOME": str(directory / "hf")} | environment
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -439,7 +443,7 @@ def test_a_dataset_on_a_hub(hub: str, teacher: Path, tmp_path: Path) -> None:
     shared = {"teacher": str(teacher), "validation_fraction": 0.1, "test_fraction": 0, "seed": 3}
     jobs = [shared | {"corpus": address, "output": str(tmp_path / name)} for name, address in corpora.items()]
     jobs[1]["validation_fraction"] = 0
-    script = written(
+    script = write_corpus(
         tmp_path / "script.py",
         f"""
 from minitron.stages import prepare
@@ -450,8 +454,8 @@ for job in {jobs!r}:
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
-    by_split = decoded(tmp_path / "plain", teacher)
-    assert {text for documents in by_split.values() for text in documents} == set(words(200))
+    by_split = decode_documents(tmp_path / "plain", teacher)
+    assert {text for documents in by_split.values() for text in documents} == set(make_words(200))
     record = json.loads((tmp_path / "plain" / "stage.json").read_text())
     assert record["inputs"]["corpus"] == {
         "address": "hf://org/name/plain",
@@ -459,7 +463,7 @@ for job in {jobs!r}:
         "pinned": f"hf://org/name@{COMMIT}/plain",
     }
     assert json.loads((tmp_path / "plain" / MANIFEST).read_text())["corpus_sha256"] == f"{COMMIT}/plain"
-    assert decoded(tmp_path / "wiki", teacher)["train"] == ARTICLES
+    assert decode_documents(tmp_path / "wiki", teacher)["train"] == ARTICLES
     complaint = done.stderr.splitlines()[-1]
     assert complaint.startswith("minitron.errors.RunError: hf://org/name/plian: cannot be read (BuilderConfig 'plian'")
     assert "Available: ['plain', 'wiki']" in complaint and "check the configuration after the name" in complaint
@@ -484,7 +488,7 @@ def test_an_address_that_is_no_datasets(address: str) -> None:
 
 # --- bad input ---------------------------------------------------------------------------------------------------
 
-GOOD = json_lines(words(50))
+GOOD = json_lines(make_words(50))
 BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] = {
     "empty file": ("a.jsonl", "", ConfigError, ["/corpus: no text (0 empty documents)"]),
     "nothing but blanks": ("a.jsonl", json_lines(["", "\n"]), ConfigError, ["no text (2 empty documents)", "give one"]),
@@ -517,7 +521,7 @@ BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] 
 @pytest.mark.parametrize("case", BAD_CORPORA)
 def test_a_bad_corpus_is_refused(case: str, prepared: Callable, tmp_path: Path) -> None:
     name, content, kind, messages = BAD_CORPORA[case]
-    written(tmp_path / "corpus" / name, content)
+    write_corpus(tmp_path / "corpus" / name, content)
     with pytest.raises(kind) as caught:
         prepared(tmp_path / "corpus")
     for message in messages:
@@ -527,9 +531,9 @@ def test_a_bad_corpus_is_refused(case: str, prepared: Callable, tmp_path: Path) 
 
 
 def test_damaged_gzip_content_is_refused(prepared: Callable, tmp_path: Path) -> None:
-    content = bytearray(gzip.compress(json_lines(words(3000)).encode()))
+    content = bytearray(gzip.compress(json_lines(make_words(3000)).encode()))
     content[len(content) // 2] ^= 0xFF
-    written(tmp_path / "corpus" / "a.jsonl.gz", bytes(content))
+    write_corpus(tmp_path / "corpus" / "a.jsonl.gz", bytes(content))
     with pytest.raises(RunError, match=r"a\.jsonl\.gz: cannot be read after record \d+"):
         prepared(tmp_path / "corpus")
 
@@ -538,7 +542,7 @@ def test_a_parquet_file_without_the_field(prepared: Callable, tmp_path: Path) ->
     parquet.write_table(pyarrow.table({"content": ["x"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"a\.parquet: record 1: no field 'text' \(found: content, id\)"):
         prepared(tmp_path / "a.parquet")
-    assert documents_of(tmp_path / "a.parquet", "content") == ["x"]
+    assert read_documents(tmp_path / "a.parquet", "content") == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -548,7 +552,7 @@ def test_a_parquet_file_without_the_field(prepared: Callable, tmp_path: Path) ->
 def test_a_split_without_documents_is_refused(
     fractions: tuple[float, float], split: str, remedy: str, prepared: Callable, tmp_path: Path
 ) -> None:
-    corpus = written(tmp_path / "a.jsonl", json_lines(words(100)))
+    corpus = write_corpus(tmp_path / "a.jsonl", json_lines(make_words(100)))
     with pytest.raises(ConfigError, match=f"{split} gets none of its 100 distinct documents; {remedy}"):
         prepared(corpus, validation_fraction=fractions[0], test_fraction=fractions[1])
 
@@ -559,7 +563,7 @@ def test_a_corpus_that_is_not_there(prepared: Callable, tmp_path: Path) -> None:
 
 
 def test_a_teacher_without_a_tokenizer(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
-    corpus = written(tmp_path / "a.jsonl", GOOD)
+    corpus = write_corpus(tmp_path / "a.jsonl", GOOD)
     other = tmp_path / "teacher"
     other.mkdir()
     (other / "config.json").write_text((teacher / "config.json").read_text())
@@ -575,8 +579,8 @@ def test_a_fraction_out_of_range() -> None:
 
 
 def test_the_command_line_refuses_with_one_line_and_status_2(teacher: Path, tmp_path: Path) -> None:
-    settings = {"teacher": teacher, "output": tmp_path / "out", "corpus": written(tmp_path / "a.jsonl", "")}
-    config = written(tmp_path / "prepare.yaml", json.dumps(settings, default=str))
+    settings = {"teacher": teacher, "output": tmp_path / "out", "corpus": write_corpus(tmp_path / "a.jsonl", "")}
+    config = write_corpus(tmp_path / "prepare.yaml", json.dumps(settings, default=str))
     done = forks.run_python("-m", "minitron.prepare", "--config", str(config))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: corpus {tmp_path}/a.jsonl: no text")

@@ -324,9 +324,7 @@ def test_the_evaluation_of_another_student_is_refused(
 ) -> None:
     config = make(mlflow_file)
     (config.evaluation / "evaluation.json").write_text(json.dumps({"student": {"parameters": 5}}))
-    with pytest.raises(
-        ConfigError, match=r"its weights are 213568 parameters, but .* is of a student with 5; give the"
-    ):
+    with pytest.raises(ConfigError, match=r"it has 213568 parameters, but .* is of a student with 5; give the"):
         register.run(config)
     assert not config.output.exists()
 

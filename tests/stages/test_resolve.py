@@ -83,12 +83,12 @@ def test_what_has_changed_is_said(ask: Ask, mlflow_file: str, tmp_path: Path, wh
     found = ask(settings.get(what))
     assert found["train"] == bool(changed)
     if changed:
-        assert found["reason"] == f"other than for the champion, version 1: {changed}"
+        assert found["reason"] == f"changed since the champion (version 1): {changed}"
 
 
 def test_of_a_champion_from_elsewhere_nothing_is_known(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
     register_version(mlflow_file, tmp_path.name, "champion", {})
-    assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"
+    assert ask()["reason"] == "the champion (version 1) has no record of its inputs"
 
 
 def test_what_cannot_be_resolved_is_one_line(ask: Ask, tmp_path: Path) -> None:
@@ -133,4 +133,4 @@ def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
 @pytest.mark.parametrize("tag", ["my laptop", '["x"]'])
 def test_a_tag_of_another_tool_is_no_origin(ask: Ask, mlflow_file: str, tmp_path: Path, tag: str) -> None:
     register_version(mlflow_file, tmp_path.name, "champion", {fingerprint.TAG: tag})
-    assert ask()["reason"] == "of the champion, version 1, it is not known what it is made from"
+    assert ask()["reason"] == "the champion (version 1) has no record of its inputs"

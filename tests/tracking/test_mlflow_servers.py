@@ -21,7 +21,7 @@ from minitron.errors import RunError
 from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect, without_password
-from tests.registry.promotions import race
+from tests.registry.promotions import race_promotions
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
 
@@ -132,7 +132,7 @@ def test_a_stage_logs_to_postgresql_and_points_that_come_twice_are_there_once(
 
 
 def test_on_postgresql_of_two_processes_one_wins_each_move(postgresql_server: str, tmp_path: Path) -> None:
-    race(postgresql_server, tmp_path.name, tmp_path, rounds=15)
+    race_promotions(postgresql_server, tmp_path.name, tmp_path, rounds=15)
 
 
 @pytest.mark.parametrize(
