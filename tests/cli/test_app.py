@@ -36,7 +36,7 @@ def specification() -> dict[str, Any]:
     return compiled_pipeline("compress")[0]
 
 
-def preset(directory: Path, **values: Any) -> str:
+def write_preset(directory: Path, **values: Any) -> str:
     path = directory / "mine.yaml"
     path.write_text(yaml.safe_dump(PLACES | values))
     return str(path)
@@ -104,7 +104,7 @@ def test_brackets_and_colons_of_paths_and_messages_are_printed_as_they_are(capsy
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
-    arguments = ["run", "compress", "--preset", preset(tmp_path, sed=1), "--work-dir", str(tmp_path / "run")]
+    arguments = ["run", "compress", "--preset", write_preset(tmp_path, sed=1), "--work-dir", str(tmp_path / "run")]
     plain, debug = CliRunner().invoke(app, arguments), CliRunner().invoke(app, [*arguments, "--debug"])
     assert plain.exit_code == debug.exit_code == 2
     assert plain.stderr == "error: sed: unknown key; did you mean 'seed'?\n"

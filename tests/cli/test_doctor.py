@@ -28,7 +28,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kuberne
         yield state
 
 
-def doctor(*arguments: str) -> tuple[int, dict[str, str]]:
+def run_doctor(*arguments: str) -> tuple[int, dict[str, str]]:
     """Return the exit status, and the lines of the table by their check."""
     done = CliRunner().invoke(app, ["doctor", "--namespace", "team", *arguments])
     lines = [line for line in done.stdout.splitlines() if line[:1] in "✓✗–" and line.strip()]
@@ -37,7 +37,7 @@ def doctor(*arguments: str) -> tuple[int, dict[str, str]]:
 
 def test_a_cluster_that_has_everything(cluster: KubernetesServer, mlflow_server: str) -> None:
     with kubeflow_server() as kubeflow:
-        status, lines = doctor("--host", kubeflow.url, "--tracking-uri", mlflow_server)
+        status, lines = run_doctor("--host", kubeflow.url, "--tracking-uri", mlflow_server)
     assert status == 0 and all(line.startswith("✓") for line in lines.values())
     assert "version 2.15.0, one user" in lines["Kubeflow Pipelines"]
     assert "8 allocatable on 1 of 2 nodes" in lines["GPUs"]
@@ -53,7 +53,7 @@ def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
     for kind in ("namespaces", "persistentvolumeclaims", "secrets", "clustertrainingruntimes"):
         cluster.objects[kind].clear()
     del cluster.objects["nodes"]["gpu"]
-    status, lines = doctor("--host", f"http://127.0.0.1:{free_port()}")
+    status, lines = run_doctor("--host", f"http://127.0.0.1:{free_port()}")
     assert status == 1
     marks = {check: line[0] for check, line in lines.items()}
     assert marks == {
@@ -71,16 +71,16 @@ def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
 def test_what_one_may_not_see_is_no_failure(cluster: KubernetesServer) -> None:
     cluster.forbidden |= {"nodes", "secrets", "clustertrainingruntimes"}
     with kubeflow_server() as kubeflow:
-        status, lines = doctor("--host", kubeflow.url)
+        status, lines = run_doctor("--host", kubeflow.url)
     assert status == 0 and "not visible to you" in lines["GPUs"] and lines["GPUs"].startswith("–")
 
 
 def test_a_lost_volume_and_a_cluster_that_is_away(cluster: KubernetesServer, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.objects["persistentvolumeclaims"]["minitron-workspace"]["status"] = {"phase": "Lost"}
     with kubeflow_server() as kubeflow:
-        assert "✗" in doctor("--host", kubeflow.url)[1]["claim minitron-workspace"]
+        assert "✗" in run_doctor("--host", kubeflow.url)[1]["claim minitron-workspace"]
         monkeypatch.setenv("KUBECONFIG", "/nowhere")
-        status, lines = doctor("--host", kubeflow.url)
+        status, lines = run_doctor("--host", kubeflow.url)
     assert status == 0 and "no access" in lines["Kubernetes"] and lines.keys() == {"Kubeflow Pipelines", "Kubernetes"}
 
 
@@ -89,20 +89,20 @@ def test_a_lost_volume_and_a_cluster_that_is_away(cluster: KubernetesServer, mon
 )
 def test_what_is_no_mlflow(cluster: KubernetesServer, status: int, text: str, remedy: str) -> None:
     with http_server(Page(status, text)) as page, kubeflow_server() as kubeflow:
-        code, lines = doctor("--host", kubeflow.url, "--tracking-uri", page.url)
+        code, lines = run_doctor("--host", kubeflow.url, "--tracking-uri", page.url)
     assert code == 1 and remedy in lines["MLflow"] and str(status) in lines["MLflow"]
 
 
 def test_an_mlflow_that_is_away(cluster: KubernetesServer) -> None:
     with kubeflow_server() as kubeflow:
-        status, lines = doctor("--host", kubeflow.url, "--tracking-uri", f"http://127.0.0.1:{free_port()}")
+        status, lines = run_doctor("--host", kubeflow.url, "--tracking-uri", f"http://127.0.0.1:{free_port()}")
     assert status == 1 and "ConnectionError" in lines["MLflow"]
 
 
 def test_a_bucket_is_written_to(cluster: KubernetesServer, world: World) -> None:
     with kubeflow_server() as kubeflow:
-        status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
+        status, lines = run_doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
         assert status == 0 and "gs://bucket/results: writable" in lines["bucket"] and not world.names()
         world.fault = lambda request: 403 if request.uploaded or request.method == "POST" else None
-        status, lines = doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
+        status, lines = run_doctor("--host", kubeflow.url, "--bucket", "gs://bucket/results")
     assert status == 1 and "give this account the role Storage Object User" in lines["bucket"]

@@ -42,19 +42,19 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def minitron(*arguments: str) -> Any:
+def run_minitron(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-def ok(*arguments: str) -> str:
-    done = minitron(*arguments)
+def run_ok(*arguments: str) -> str:
+    done = run_minitron(*arguments)
     assert done.exit_code == 0, done.output + repr(done.exception)
     return done.stdout
 
 
-def error(*arguments: str) -> str:
+def run_refused(*arguments: str) -> str:
     """Return the one line of a failure; the exit status is 1 or 2."""
-    done = minitron(*arguments)
+    done = run_minitron(*arguments)
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.output + repr(done.exception)
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
@@ -62,8 +62,8 @@ def error(*arguments: str) -> str:
 
 
 def test_a_run_is_of_a_version_that_is_uploaded_once(server: KubeflowServer) -> None:
-    shown = ok("submit", *JOB, "--host", server.url)
-    ok("submit", *JOB, "--host", server.url)
+    shown = run_ok("submit", *JOB, "--host", server.url)
+    run_ok("submit", *JOB, "--host", server.url)
     assert len(server.pipelines) == 1 and len(server.runs) == 2
     names = {entry["display_name"] for entry in server.versions.values()}
     (version,) = (name for name in names if name.startswith(__version__))
@@ -79,8 +79,8 @@ def test_a_run_is_of_a_version_that_is_uploaded_once(server: KubeflowServer) -> 
 
 
 def test_other_settings_of_the_pipeline_are_another_version(server: KubeflowServer) -> None:
-    ok("submit", *JOB, "--host", server.url)
-    ok(
+    run_ok("submit", *JOB, "--host", server.url)
+    run_ok(
         "submit",
         *JOB,
         "--host",
@@ -112,21 +112,21 @@ def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline() -> None
 
 
 def test_a_run_is_followed_to_its_end(server: KubeflowServer) -> None:
-    server.after_run = scenario(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"], ["distill", "SUCCEEDED"])
-    shown = ok("submit", *JOB, "--host", server.url, "--wait")
+    server.after_run = play_states(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"], ["distill", "SUCCEEDED"])
+    shown = run_ok("submit", *JOB, "--host", server.url, "--wait")
     lines = [line.partition(" ")[2] for line in shown.splitlines() if line[:1].isdigit()]
     assert lines == ["prepare: running", "prepare: succeeded", "distill: succeeded"]
     assert shown.rstrip().endswith("succeeded")
 
 
 def test_a_run_that_fails_says_which_task_and_why(server: KubeflowServer) -> None:
-    server.after_run = scenario(["prepare", "SUCCEEDED"], ["prune", "FAILED", "hidden_size: 4096 is no cut"])
-    message = error("submit", *JOB, "--host", server.url, "--wait")
+    server.after_run = play_states(["prepare", "SUCCEEDED"], ["prune", "FAILED", "hidden_size: 4096 is no cut"])
+    message = run_refused("submit", *JOB, "--host", server.url, "--wait")
     assert "failed; prune: hidden_size: 4096 is no cut; see http://" in message
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(server: KubeflowServer) -> None:
-    server.after_run = scenario(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"])
+    server.after_run = play_states(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"])
     steps = iter([[503, 503], [CUT] * 6, []])
     after_run = server.after_run
 
@@ -135,14 +135,14 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(server: KubeflowServer)
         server.faults = next(steps, [])
 
     server.after_run = go_on_and_fail
-    shown = ok("submit", *JOB, "--host", server.url, "--wait")
+    shown = run_ok("submit", *JOB, "--host", server.url, "--wait")
     assert shown.count("; trying again") >= 3 and shown.rstrip().endswith("succeeded")
 
 
 def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
-    assert ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly runs compress")
+    assert run_ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly runs compress")
     before = copy.deepcopy((server.pipelines, server.versions, server.experiments, server.schedules))
-    assert ok(*NIGHTLY, "--host", server.url).startswith("unchanged: nightly")
+    assert run_ok(*NIGHTLY, "--host", server.url).startswith("unchanged: nightly")
     assert (server.pipelines, server.versions, server.experiments, server.schedules) == before
     (schedule,) = server.schedules.values()
     assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *" and schedule["mode"] == "ENABLE"
@@ -155,9 +155,9 @@ def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
      ["--set", "cluster.service_account=minitron"]],
 )  # fmt: skip
 def test_a_changed_schedule_replaces_the_old_one(server: KubeflowServer, change: list[str]) -> None:
-    ok(*NIGHTLY, "--host", server.url)
+    run_ok(*NIGHTLY, "--host", server.url)
     (old,) = server.schedules
-    assert ok(*NIGHTLY, *change, "--host", server.url).startswith("scheduled: nightly")
+    assert run_ok(*NIGHTLY, *change, "--host", server.url).startswith("scheduled: nightly")
     (new,) = server.schedules
     assert new != old
     changes = [
@@ -167,56 +167,58 @@ def test_a_changed_schedule_replaces_the_old_one(server: KubeflowServer, change:
 
 
 def test_a_schedule_that_was_switched_off_by_hand_is_made_again(server: KubeflowServer) -> None:
-    ok(*NIGHTLY, "--host", server.url)
+    run_ok(*NIGHTLY, "--host", server.url)
     next(iter(server.schedules.values()))["mode"] = "DISABLE"
-    assert ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly")
+    assert run_ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly")
     assert [entry["mode"] for entry in server.schedules.values()] == ["ENABLE"]
 
 
 def test_runs_and_schedules_are_listed_and_a_schedule_is_deleted(server: KubeflowServer) -> None:
-    ok("submit", *JOB, "--host", server.url)
-    ok(*NIGHTLY, "--host", server.url)
+    run_ok("submit", *JOB, "--host", server.url)
+    run_ok(*NIGHTLY, "--host", server.url)
     run = next(iter(server.runs.values()))
     run |= {"state": "SUCCEEDED", "created_at": "2026-11-24T02:00:00Z", "finished_at": "2026-11-24T05:30:00Z"}
-    shown = ok("runs", "--host", server.url)
+    shown = run_ok("runs", "--host", server.url)
     for text in (run["run_id"], "succeeded", "2026-11-24 02:00", "3.5", "nightly", "0 0 2 * * *"):
         assert text in shown
-    assert error("unschedule", "nightlee", "--host", server.url) == "nightlee: no such schedule; known: nightly"
-    assert ok("unschedule", "nightly", "--host", server.url) == "deleted: schedule nightly\n"
-    assert not server.schedules and "nightly" not in ok("runs", "--host", server.url)
+    assert run_refused("unschedule", "nightlee", "--host", server.url) == "nightlee: no such schedule; known: nightly"
+    assert run_ok("unschedule", "nightly", "--host", server.url) == "deleted: schedule nightly\n"
+    assert not server.schedules and "nightly" not in run_ok("runs", "--host", server.url)
 
 
 def test_where_there_are_several_users_everything_is_in_the_namespace() -> None:
     with kubeflow_server(multi_user=True, token="secret") as server:
         access = ["--host", server.url, "--token", "secret"]
-        assert error("runs", *access).startswith("--namespace: missing; http://")
-        ok("submit", *JOB, *access, "--namespace", "team")
-        ok(*NIGHTLY, *access, "--namespace", "team")
-        assert ok(*NIGHTLY, *access, "--namespace", "team").startswith("unchanged")
+        assert run_refused("runs", *access).startswith("--namespace: missing; http://")
+        run_ok("submit", *JOB, *access, "--namespace", "team")
+        run_ok(*NIGHTLY, *access, "--namespace", "team")
+        assert run_ok(*NIGHTLY, *access, "--namespace", "team").startswith("unchanged")
         assert {entry["namespace"] for entry in (*server.pipelines.values(), *server.experiments.values())} == {"team"}
-        message = error("runs", *access, "--namespace", "foreign")
+        message = run_refused("runs", *access, "--namespace", "foreign")
         assert "not allowed (403): User 'ann' is not authorized" in message and "in the namespace foreign" in message
 
 
 @pytest.mark.parametrize("token", [[], ["--token", "expired"]])
 def test_a_token_that_is_refused_is_named(token: list[str]) -> None:
     with kubeflow_server(token="secret") as server:
-        message = error("submit", *JOB, "--host", server.url, *token)
+        message = run_refused("submit", *JOB, "--host", server.url, *token)
     assert message.endswith("get a new one and give it by --token or MINITRON_TOKEN") and "refused (401)" in message
 
 
 def test_a_host_that_does_not_answer_is_named() -> None:
     host = f"http://127.0.0.1:{free_port()}"
-    assert error("runs", "--host", host) == f"{host}: no answer (Connection refused); check --host and the network"
+    assert (
+        run_refused("runs", "--host", host) == f"{host}: no answer (Connection refused); check --host and the network"
+    )
 
 
 def test_a_page_that_is_not_kubeflows_is_told_apart() -> None:
     with http_server(Page(200, "<html>Sign in</html>")) as page:
-        assert "answers, but not as Kubeflow Pipelines' API" in error("runs", "--host", page.url)
+        assert "answers, but not as Kubeflow Pipelines' API" in run_refused("runs", "--host", page.url)
 
 
 def test_outside_a_cluster_the_host_is_needed() -> None:
-    assert error("runs") == "--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT"
+    assert run_refused("runs") == "--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT"
 
 
 def test_in_a_pod_neither_host_nor_token_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_in_a_pod_neither_host_nor_token_is_given(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     with kubeflow_server(multi_user=True, token="of-the-pod") as server:
         monkeypatch.setattr(Client, "_IN_CLUSTER_DNS_NAME", server.url)
-        ok("submit", *JOB, "--namespace", "team")
+        run_ok("submit", *JOB, "--namespace", "team")
         assert len(server.runs) == 1
 
 
@@ -263,9 +265,9 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (tmp_path / "key.json").write_text(json.dumps(account))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
         monkeypatch.setattr("kfp.client.auth.OAUTH_TOKEN_URI", f"{google.url}/token")
-        ok("submit", *JOB, "--host", server.url)
+        run_ok("submit", *JOB, "--host", server.url)
         (tmp_path / "key.json").unlink()
-        message = error("runs", "--host", server.url)
+        message = run_refused("runs", "--host", server.url)
     assert "no token for its Identity-Aware Proxy (" in message and "GOOGLE_APPLICATION_CREDENTIALS" in message
 
 
@@ -283,12 +285,12 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
 def test_bad_input_is_refused_before_anything_is_sent(
     server: KubeflowServer, arguments: list[str], message: str
 ) -> None:
-    assert error("submit", *JOB, *arguments, "--host", server.url).startswith(message)
+    assert run_refused("submit", *JOB, *arguments, "--host", server.url).startswith(message)
     assert not server.requests
 
 
 def test_the_samples_are_for_a_laptop(server: KubeflowServer) -> None:
-    message = error("submit", "compress", "--preset", "tiny", "--host", server.url)
+    message = run_refused("submit", "compress", "--preset", "tiny", "--host", server.url)
     assert message == (
         "samples: only minitron run can make the inputs of tiny; for a cluster add --set teacher=… --set corpus=…"
     )
@@ -296,7 +298,7 @@ def test_the_samples_are_for_a_laptop(server: KubeflowServer) -> None:
 
 def test_what_the_server_refuses_is_one_line(server: KubeflowServer) -> None:
     server.faults = [200, 200, 200, 500]
-    assert "refused (500): out of order" in error(*NIGHTLY, "--host", server.url)
+    assert "refused (500): out of order" in run_refused(*NIGHTLY, "--host", server.url)
     assert not server.schedules
 
 
@@ -327,7 +329,7 @@ def test_a_bad_schedule_names_its_field(expression: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def scenario(*steps: list[str]) -> Callable[[dict[str, Any]], None]:
+def play_states(*steps: list[str]) -> Callable[[dict[str, Any]], None]:
     """Return what lets a run go through the tasks' states, one at every look, and then end."""
     left = list(steps)
 

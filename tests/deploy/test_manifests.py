@@ -42,7 +42,7 @@ WITHOUT_SCHEMA: set[str] = set()
 
 
 @functools.cache
-def render(overlay: str) -> str:
+def render_overlay(overlay: str) -> str:
     kubectl = shutil.which("kubectl")
     assert kubectl, "kubectl is missing: install it (Debian: apt-get install kubectl), the manifests are rendered by it"
     command = [kubectl, "kustomize", str(REPOSITORY / "manifests/overlays" / overlay)]
@@ -53,23 +53,23 @@ def render(overlay: str) -> str:
     return done.stdout
 
 
-def objects(overlay: str) -> list[Manifest]:
-    return list(yaml.safe_load_all(render(overlay)))
+def list_objects(overlay: str) -> list[Manifest]:
+    return list(yaml.safe_load_all(render_overlay(overlay)))
 
 
-def find(overlay: str, kind: str, name: str) -> Manifest:
-    return next(o for o in objects(overlay) if (o["kind"], o["metadata"]["name"]) == (kind, name))
+def find_object(overlay: str, kind: str, name: str) -> Manifest:
+    return next(o for o in list_objects(overlay) if (o["kind"], o["metadata"]["name"]) == (kind, name))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_fits_the_schema_of_its_kind(overlay: str) -> None:
-    for manifest in objects(overlay):
+    for manifest in list_objects(overlay):
         assert manifest["kind"] not in WITHOUT_SCHEMA
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
 def test_an_unknown_field_is_found() -> None:
-    broken = find("kind", "Deployment", "mlflow")
+    broken = find_object("kind", "Deployment", "mlflow")
     broken["spec"]["replica"] = 2
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, KUBERNETES, strict=True)
@@ -77,7 +77,7 @@ def test_an_unknown_field_is_found() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_keeps_the_rules(overlay: str) -> None:
-    assert [fault for manifest in objects(overlay) for fault in find_faults(manifest)] == []
+    assert [fault for manifest in list_objects(overlay) for fault in find_faults(manifest)] == []
 
 
 BREACHES = [
@@ -112,7 +112,7 @@ ROLE_BREACHES = [
 ]
 
 
-def change(manifest: Any, path: str, value: Any) -> None:
+def change_value(manifest: Any, path: str, value: Any) -> None:
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         manifest = manifest[part]
@@ -121,27 +121,27 @@ def change(manifest: Any, path: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("rule", "path", "value"), BREACHES)
 def test_each_rule_finds_what_breaks_it(rule: str, path: str, value: Any) -> None:
-    broken = copy.deepcopy(find("kind", "Deployment", "mlflow"))
-    change(broken, path, value)
+    broken = copy.deepcopy(find_object("kind", "Deployment", "mlflow"))
+    change_value(broken, path, value)
     assert rule in {fault.split(": ")[1] for fault in find_faults(broken)}
 
 
 @pytest.mark.parametrize("rule", ROLE_BREACHES)
 def test_a_role_that_may_too_much_is_found(rule: dict[str, list[str]]) -> None:
-    role = find("kind", "Role", "minitron") | {"rules": [rule]}
+    role = find_object("kind", "Role", "minitron") | {"rules": [rule]}
     assert [fault.split(": ")[1] for fault in find_faults(role)] == ["no_wildcards"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_everything_that_is_named_is_there(overlay: str) -> None:
-    assert find_unresolved(objects(overlay), created_secrets()) == set()
+    assert find_unresolved(list_objects(overlay), created_secrets()) == set()
 
 
 def test_a_name_that_leads_nowhere_is_found() -> None:
-    named = set().union(*map(find_references, objects("kind")))
+    named = set().union(*map(find_references, list_objects("kind")))
     assert {kind for kind, _ in named} == {"ServiceAccount", "PersistentVolumeClaim", "Secret", "Role"}
-    assert find_unresolved([o for o in objects("kind") if not find_references(o)][:1], set()) == set()
-    assert find_unresolved([find("kind", "Deployment", "mlflow")], set()) == {
+    assert find_unresolved([o for o in list_objects("kind") if not find_references(o)][:1], set()) == set()
+    assert find_unresolved([find_object("kind", "Deployment", "mlflow")], set()) == {
         ("ServiceAccount", "mlflow"),
         ("PersistentVolumeClaim", "mlflow-artifacts"),
         ("Secret", "minitron-postgres/password"),
@@ -150,43 +150,48 @@ def test_a_name_that_leads_nowhere_is_found() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_network_policies_and_services_select_pods_that_exist(overlay: str) -> None:
-    labels = [o["spec"]["template"]["metadata"]["labels"] for o in objects(overlay) if pod_spec(o)]
-    selectors = [o["spec"]["selector"] for o in objects(overlay) if o["kind"] == "Service"]
+    labels = [o["spec"]["template"]["metadata"]["labels"] for o in list_objects(overlay) if pod_spec(o)]
+    selectors = [o["spec"]["selector"] for o in list_objects(overlay) if o["kind"] == "Service"]
     selectors += [
-        find(overlay, "NetworkPolicy", name)["spec"]["podSelector"]["matchLabels"] for name in ("mlflow", "postgres")
+        find_object(overlay, "NetworkPolicy", name)["spec"]["podSelector"]["matchLabels"]
+        for name in ("mlflow", "postgres")
     ]
     assert all(any(selector.items() <= of_pod.items() for of_pod in labels) for selector in selectors)
-    assert find(overlay, "NetworkPolicy", "nothing-gets-in")["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    assert find_object(overlay, "NetworkPolicy", "nothing-gets-in")["spec"] == {
+        "podSelector": {},
+        "policyTypes": ["Ingress"],
+    }
 
 
-def total(overlay: str, table: str, resource: str) -> Decimal:
+def sum_resources(overlay: str, table: str, resource: str) -> Decimal:
     """Sum what all containers of an overlay ask for, each with one pod."""
-    each = [c["resources"][table][resource] for o in objects(overlay) for c in list_containers(o)]
+    each = [c["resources"][table][resource] for o in list_objects(overlay) for c in list_containers(o)]
     return sum(map(parse_quantity, each), Decimal(0))
 
 
-def claims(overlay: str) -> list[Manifest]:
-    templates = [o["spec"].get("volumeClaimTemplates", []) for o in objects(overlay) if o["kind"] == "StatefulSet"]
-    return [o for o in objects(overlay) if o["kind"] == "PersistentVolumeClaim"] + list(chain(*templates))
+def list_claims(overlay: str) -> list[Manifest]:
+    templates = [o["spec"].get("volumeClaimTemplates", []) for o in list_objects(overlay) if o["kind"] == "StatefulSet"]
+    return [o for o in list_objects(overlay) if o["kind"] == "PersistentVolumeClaim"] + list(chain(*templates))
 
 
 @pytest.mark.parametrize(("overlay", "cpu", "memory", "gpus"), [("kind", 2, "8Gi", 0), ("gke", 96, "1200Gi", 8)])
 def test_the_quota_admits_what_is_deployed_and_a_task(overlay: str, cpu: int, memory: str, gpus: int) -> None:
     hard = {
-        key: parse_quantity(value) for key, value in find(overlay, "ResourceQuota", "minitron")["spec"]["hard"].items()
+        key: parse_quantity(value)
+        for key, value in find_object(overlay, "ResourceQuota", "minitron")["spec"]["hard"].items()
     }
-    assert total(overlay, "requests", "cpu") + cpu <= hard["requests.cpu"]
+    assert sum_resources(overlay, "requests", "cpu") + cpu <= hard["requests.cpu"]
     for table in ("requests", "limits"):
-        assert total(overlay, table, "memory") + parse_quantity(memory) <= hard[f"{table}.memory"]
+        assert sum_resources(overlay, table, "memory") + parse_quantity(memory) <= hard[f"{table}.memory"]
     assert gpus <= hard["requests.nvidia.com/gpu"] and (gpus > 0) == (hard["requests.nvidia.com/gpu"] > 0)
-    asked = [parse_quantity(claim["spec"]["resources"]["requests"]["storage"]) for claim in claims(overlay)]
+    asked = [parse_quantity(claim["spec"]["resources"]["requests"]["storage"]) for claim in list_claims(overlay)]
     assert sum(asked) <= hard["requests.storage"] and len(asked) <= hard["persistentvolumeclaims"]
 
 
 def test_containers_without_requests_are_admitted_and_tasks_keep_their_cpu() -> None:
     """Tasks set no CPU limit: a default one would be below their request, and the API server refuses that."""
-    limits = find("gke", "LimitRange", "minitron")["spec"]["limits"][0]
-    hard = find("gke", "ResourceQuota", "minitron")["spec"]["hard"]
+    limits = find_object("gke", "LimitRange", "minitron")["spec"]["limits"][0]
+    hard = find_object("gke", "ResourceQuota", "minitron")["spec"]["hard"]
     given = {f"requests.{name}" for name in limits["defaultRequest"]} | {f"limits.{name}" for name in limits["default"]}
     assert {key for key in hard if re.fullmatch(r"(requests|limits)\.(cpu|memory)", key)} <= given
     assert "cpu" not in limits["default"] and "limits.cpu" not in hard
@@ -196,14 +201,14 @@ def test_the_settings_reach_the_objects() -> None:
     settings = REPOSITORY / "manifests/overlays/gke/settings.env"
     pairs = [line.split("=", 1) for line in settings.read_text().splitlines() if not line.startswith("#")]
     for key, value in pairs:
-        assert value in render("gke"), f"{key} of settings.env is used nowhere"
-    assert "minitron-pipelines/" not in render("gke"), "an image without the registry of settings.env"
+        assert value in render_overlay("gke"), f"{key} of settings.env is used nowhere"
+    assert "minitron-pipelines/" not in render_overlay("gke"), "an image without the registry of settings.env"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """MLflow, started by the command of the deployment: only the database and the directories are others."""
-    container = find("gke", "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"][0]
+    container = find_object("gke", "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"][0]
     directory = tmp_path_factory.mktemp("mlflow")
     values = {variable["name"]: variable.get("value", "") for variable in container["env"]}
     values |= {"BACKEND_STORE": f"sqlite:///{directory}/db", "ARTIFACTS": str(directory), "HOME": str(directory)}

@@ -57,7 +57,7 @@ FOLDERS = sorted(
 )
 
 
-def imported(source: str, module_level_only: bool = False) -> set[str]:
+def list_imports(source: str, module_level_only: bool = False) -> set[str]:
     """Return the dotted names that a source imports: `from a import b` counts as a and as a.b; types alone do not."""
     tree = _WithoutTypes().visit(ast.parse(source))
     names = set()
@@ -75,30 +75,30 @@ class _WithoutTypes(ast.NodeTransformer):
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
-def rooms(names: set[str]) -> set[str]:
+def list_rooms(names: set[str]) -> set[str]:
     """Return what of minitron/ is imported: rooms, and modules beside them."""
     parts = [name.split(".") for name in names]
     return {part[1] for part in parts if part[0] == "minitron" and len(part) > 1} - {"__version__", "METHOD_VERSION"}
 
 
-def packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imported(path.read_text())}
+def list_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in list_imports(path.read_text())}
 
 
-def within(names: set[str], module: str) -> set[str]:
+def select_within(names: set[str], module: str) -> set[str]:
     return {name for name in names if name == module or name.startswith(f"{module}.")}
 
 
-def label(path: Path) -> str:
+def make_label(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
 def test_every_form_of_import_is_seen() -> None:
     source = "import a.b as c\nfrom d import e\ndef f():\n    from g.h import i\n    import j"
-    assert imported(source) == {"a.b", "d", "d.e", "g.h", "g.h.i", "j"}
-    assert imported(source, module_level_only=True) == {"a.b", "d", "d.e"}
-    assert imported("if TYPE_CHECKING:\n    import a\nif b:\n    import c") == {"c"}
-    assert rooms({"minitron", "minitron.data.packed", "minitron.errors", "torch.nn"}) == {"data", "errors"}
+    assert list_imports(source) == {"a.b", "d", "d.e", "g.h", "g.h.i", "j"}
+    assert list_imports(source, module_level_only=True) == {"a.b", "d", "d.e"}
+    assert list_imports("if TYPE_CHECKING:\n    import a\nif b:\n    import c") == {"c"}
+    assert list_rooms({"minitron", "minitron.data.packed", "minitron.errors", "torch.nn"}) == {"data", "errors"}
 
 
 def test_the_sources_are_where_this_test_looks() -> None:
@@ -109,10 +109,10 @@ def test_the_sources_are_where_this_test_looks() -> None:
     assert {path.stem for path in PIPELINES} >= {"__init__", "compress", "promote", "retrain"}
 
 
-@pytest.mark.parametrize("path", [path for path in LIBRARY if path.parent != PACKAGE], ids=label)
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.parent != PACKAGE], ids=make_label)
 def test_a_room_imports_what_it_may(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0]
-    assert rooms(imported(path.read_text())) <= MAY_IMPORT[room] | EVERYBODY | {room}
+    assert list_rooms(list_imports(path.read_text())) <= MAY_IMPORT[room] | EVERYBODY | {room}
 
 
 def test_no_two_rooms_import_each_other() -> None:
@@ -122,12 +122,12 @@ def test_no_two_rooms_import_each_other() -> None:
     assert not [room for room, below in reached.items() if room in below]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=label)
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=make_label)
 def test_what_everybody_imports_imports_nobody(path: Path) -> None:
-    assert rooms(imported(path.read_text())) == set()
+    assert list_rooms(list_imports(path.read_text())) == set()
 
 
-@pytest.mark.parametrize("path", FOLDERS, ids=label)
+@pytest.mark.parametrize("path", FOLDERS, ids=make_label)
 def test_a_folder_can_be_taken_in_at_one_look(path: Path) -> None:
     entries = {entry.name for entry in path.iterdir()} - BESIDE
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
@@ -140,21 +140,23 @@ def test_a_room_says_what_it_is_for(room: str) -> None:
 
 @pytest.mark.parametrize(("package", "users"), USERS.items(), ids=USERS)
 def test_only_these_modules_use_a_service(package: str, users: set[str]) -> None:
-    found = {str(path.relative_to(PACKAGE)) for path in LIBRARY if within(imported(path.read_text()), package)}
+    found = {
+        str(path.relative_to(PACKAGE)) for path in LIBRARY if select_within(list_imports(path.read_text()), package)
+    }
     assert found == users
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("*.py")), ids=label)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("*.py")), ids=make_label)
 def test_a_stage_imports_no_other_stage(path: Path) -> None:
-    assert not within(imported(path.read_text()), "minitron.stages")
+    assert not select_within(list_imports(path.read_text()), "minitron.stages")
 
 
 LIGHT = [path for path in LIBRARY if path.relative_to(PACKAGE).parts[0] in WITHOUT_TORCH]
 
 
-@pytest.mark.parametrize("path", LIGHT, ids=label)
+@pytest.mark.parametrize("path", LIGHT, ids=make_label)
 def test_what_a_task_reads_before_it_works_is_light(path: Path) -> None:
-    assert not packages(path) & TRAINING
+    assert not list_packages(path) & TRAINING
 
 
 def test_register_runs_in_an_image_without_torch() -> None:
@@ -177,24 +179,24 @@ runpy.run_module("minitron.prune", run_name="__main__")
     assert done.stdout.split() == ["False", "False"] and "none.yaml: No such file" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("path", COMPONENTS, ids=label)
+@pytest.mark.parametrize("path", COMPONENTS, ids=make_label)
 def test_a_component_imports_kfp_its_image_and_in_its_body_the_entry(path: Path) -> None:
     source = path.read_text()
-    minitron = within(imported(source, module_level_only=True), "minitron")
-    allowed = within(minitron, "minitron.components") | within(minitron, "minitron.config")
+    minitron = select_within(list_imports(source, module_level_only=True), "minitron")
+    allowed = select_within(minitron, "minitron.components") | select_within(minitron, "minitron.config")
     assert minitron - allowed <= {"minitron", "minitron.__version__"}
-    assert packages(path) <= {"kfp", "minitron", "typing", "shutil", "collections"}
+    assert list_packages(path) <= {"kfp", "minitron", "typing", "shutil", "collections"}
     if path.stem in STAGES | TASKS:
-        inside = imported(source) - imported(source, module_level_only=True)
-        assert {name for name in inside if within({name}, "minitron")} == {
+        inside = list_imports(source) - list_imports(source, module_level_only=True)
+        assert {name for name in inside if select_within({name}, "minitron")} == {
             "minitron.runtime.entry",
             "minitron.runtime.entry.launch",
         }
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=label)
+@pytest.mark.parametrize("path", PIPELINES, ids=make_label)
 def test_a_pipeline_imports_kfp_and_the_components(path: Path) -> None:
-    minitron = within(imported(path.read_text()), "minitron")
+    minitron = select_within(list_imports(path.read_text()), "minitron")
     layers = ("minitron.pipelines", "minitron.components", "minitron.config")
-    assert minitron <= set().union(*(within(minitron, layer) for layer in layers))
-    assert packages(path) <= {"kfp", "minitron", "pathlib", "tempfile", "typing", "yaml"}
+    assert minitron <= set().union(*(select_within(minitron, layer) for layer in layers))
+    assert list_packages(path) <= {"kfp", "minitron", "pathlib", "tempfile", "typing", "yaml"}
