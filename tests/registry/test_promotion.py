@@ -238,7 +238,7 @@ def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> Non
     answer = said(0, "promote", name, "--version", "1", "--why", "the first")
     assert "champion none 1 previous none" in answer and "1.500 │ at most 2.000 │ +0.500 │ ✓ passed" in answer
     assert f"nothing moved: version 1 of {name} is the champion already" in said(0, "promote", name, "--version", "1")
-    assert "error:" in said(1, "promote", name) and "at most 2: failed; train it longer" in said(1, "promote", name)
+    assert "error:" in said(1, "promote", name) and "at most 2.000: failed; train it longer" in said(1, "promote", name)
     assert "no version has the alias previous" in said(1, "rollback", name)
     connect(mlflow_file).set_registered_model_alias(name, "previous", "2")
     answer = said(0, "rollback", name, "--why", "too slow")
