@@ -5,7 +5,7 @@ BIN := .venv/bin
 NEMO ?= nemo_toolkit==2.6.2 megatron-core==0.15.0
 MODULES := minitron components pipelines images tests benchmarks
 # Two processes, with a core each; the rooms are all tests but those of whole pipelines, which test-flows runs.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 ROOMS := tests --ignore=tests/flows --ignore=tests/deploy
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,10 @@ from tests.servers.mlflow_server import mlflow_serving
 if TYPE_CHECKING:  # engine nemo's environment has no emulator
     from minitron.config.stages import EvaluateConfig
     from tests.servers.gcs import World
+
+# Read when torch is imported, here and in the processes that tests start: a busy machine is not waited for by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["nemo", "images"]
 """`make test-nemo` runs those of engine nemo, in an environment of its own; `make test-images` builds the images."""
