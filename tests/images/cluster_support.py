@@ -10,7 +10,7 @@ import yaml
 from docker.types import Mount
 from kfp import components, local
 
-from minitron.cli.local import adapt
+from minitron.cli.local import adapt_to_local
 from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
 from minitron.config.settings import RESOURCES, GpuResources
 from tests.images.podman_support import run
@@ -45,7 +45,7 @@ class Cluster:
         documents = compiled_pipeline("compress")
         arguments = self._arguments(documents, values)
         _name_images(documents[0], arguments)
-        adapt(documents[0])
+        adapt_to_local(documents[0])
         local.init(self._runner(), pipeline_root=str(self.results))
         components.load_component_from_text(yaml.safe_dump_all(documents))(**arguments)
         (results,) = self.results.iterdir()
