@@ -53,8 +53,8 @@ def compress(
 
     Args:
         tracking_uri: MLflow server that gets the metrics and the model: http(s)://HOST.
-        teacher: Base model: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias or
-            ngc://org/team/model:version. Empty: the preset's.
+        teacher: Model to compress: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias
+            or ngc://org/team/model:version. Empty: the preset's.
         corpus: Text: a file or directory every task can read, gs://bucket/path or hf://dataset. Empty: the preset's.
         model_name: Registered model that gets the new version. Empty: the preset's.
         champion: Model in production to compare with: models:/NAME@champion. Empty: the preset's, or none.

@@ -49,8 +49,8 @@ def retrain(
 
     Args:
         tracking_uri: MLflow server that gets the metrics and the model: http(s)://HOST.
-        teacher: Base model: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias or
-            ngc://org/team/model:version. Empty: the preset's.
+        teacher: Model to compress: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias
+            or ngc://org/team/model:version. Empty: the preset's.
         corpus: Text: a file or directory every task can read, gs://bucket/path or hf://dataset. Empty: the preset's.
         model_name: Registered model that gets the new version and has the champion. Empty: the preset's.
         preset: Preset that ships with the package, llama-3.1-minitron-4b-width for one. Empty: all defaults.

@@ -38,7 +38,7 @@ class PipelineSettings(Settings):
     """The top level of a preset: settings of all stages, and where their tasks run."""
 
     teacher: str = Field(
-        description="Base model: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name, "
+        description="Model to compress: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name, "
         "gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
     )
     corpus: str = Field(

@@ -141,9 +141,9 @@ class TrainingSettings(SequenceSettings):
 
 
 class FinetuneSettings(TrainingSettings):
-    """Base model → corrected teacher (cross-entropy on the corpus)."""
+    """Teacher → corrected teacher (cross-entropy on the corpus)."""
 
-    enabled: bool = Field(True, description="False: pass the base model on as it is.")
+    enabled: bool = Field(True, description="False: pass the teacher on as it is.")
 
 
 class PruneSettings(SequenceSettings):

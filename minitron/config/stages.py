@@ -66,10 +66,10 @@ class TrainingConfig(TrainingSettings, SequenceConfig):
 
 
 class FinetuneConfig(FinetuneSettings, TrainingConfig):
-    """Base model → corrected teacher (cross-entropy on the corpus)."""
+    """Teacher → corrected teacher (cross-entropy on the corpus)."""
 
     teacher: ModelAddress = Field(
-        description="Base model, never modified: a directory (Hugging Face's or NeMo 2's), hf://org/name, "
+        description="Teacher, never modified: a directory (Hugging Face's or NeMo 2's), hf://org/name, "
         "gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
     )
 
@@ -90,7 +90,7 @@ class DistillConfig(DistillSettings, TrainingConfig):
 class EvaluateConfig(EvaluateSettings, SequenceConfig):
     """Models and data → evaluation.json and report.html."""
 
-    teacher_before: ModelAddress = Field(description="Base model; the same address as finetune's.")
+    teacher_before: ModelAddress = Field(description="Teacher; the same address as finetune's.")
     teacher: InputPath = Field(description="Corrected teacher.")
     pruned: InputPath = Field(description="Student before distillation.")
     student: InputPath = Field(description="Student after distillation.")

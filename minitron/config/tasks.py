@@ -14,7 +14,7 @@ class PlanConfig(StageConfig):
 
     preset: str = Field("", description="Preset that ships with the package; empty: none.")
     document: dict[str, Any] = Field({}, description="Settings, written as in a preset; they win over the preset's.")
-    teacher: str = Field("", description="Base model; empty: the preset's.")
+    teacher: str = Field("", description="Model to compress; empty: the preset's.")
     corpus: str = Field("", description="Text; empty: the preset's.")
     model_name: str = Field("", description="Registered model; empty: the preset's.")
     champion: str = Field("", description="Model in production to compare with; empty: the preset's, if it names one.")

@@ -114,7 +114,7 @@ def test_a_worse_model_stays_challenger(worse: Run, directory: Path) -> None:
     assert worse.status == 0, worse.output[-3000:]
     assert "changed since the champion (version 1): corpus, settings" in worse.output
     assert worse.aliases == {"challenger": 2, "champion": 1} and tags(directory, 2)["gates"] == "missed"
-    assert worse.summary["outcome"] == "challenger" and "validation_loss" in worse.summary["reason"]
+    assert worse.summary["outcome"] == "challenger" and "Validation loss" in worse.summary["reason"]
 
 
 def test_a_better_one_is_promoted_against_the_champion(better: Run) -> None:
@@ -126,7 +126,7 @@ def test_a_better_one_is_promoted_against_the_champion(better: Run) -> None:
 def test_a_version_that_failed_its_gates_is_not_made_again(better: Run, directory: Path) -> None:
     again = retrain(directory, f"corpus={directory / 'more'}", *WORSE)
     assert again.summary["outcome"] == "unchanged" and "version 2 is made from the same" in again.summary["reason"]
-    assert "validation_loss" in again.summary["reason"], "why it did not become the champion"
+    assert "Validation loss" in again.summary["reason"], "why it did not become the champion"
 
 
 def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Path) -> None:
