@@ -10,7 +10,6 @@ from kfp import dsl
 from minitron.components import distill, evaluate, finetune, plan, prepare, prune, register
 from minitron.components.images import TOOLS, TRAINER
 from minitron.pipelines.tasks import (
-    CLUSTER,
     PULL_SECRET,
     TOOLS_CPU,
     TOOLS_MEMORY,
@@ -28,7 +27,6 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 @dsl.pipeline(
     name="compress",
     description="Compress a large language model: prune it in width or depth and distil it back.",
-    pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=CLUSTER.ttl_hours * 3600),
 )
 def compress(
     tracking_uri: str,

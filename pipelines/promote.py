@@ -11,7 +11,6 @@ from kfp import dsl
 from minitron.components import promote as promote_component
 from minitron.components.images import TOOLS
 from minitron.pipelines.tasks import (
-    CLUSTER,
     PULL_SECRET,
     TOOLS_CPU,
     TOOLS_MEMORY,
@@ -28,7 +27,6 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 @dsl.pipeline(
     name="promote",
     description="Make a version of a registered model the champion, if it meets its gates.",
-    pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=CLUSTER.ttl_hours * 3600),
 )
 def promote(
     model_name: str,

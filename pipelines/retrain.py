@@ -11,7 +11,6 @@ from minitron.components import conclude, promote, resolve
 from minitron.components.images import TOOLS, TRAINER
 from minitron.pipelines.compress import compress
 from minitron.pipelines.tasks import (
-    CLUSTER,
     PULL_SECRET,
     TOOLS_CPU,
     TOOLS_MEMORY,
@@ -28,7 +27,6 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 @dsl.pipeline(
     name="retrain",
     description="Compress again when data, teacher or settings changed; promote the student if it meets the gates.",
-    pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=CLUSTER.ttl_hours * 3600),
 )
 def retrain(
     tracking_uri: str,

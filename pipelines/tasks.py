@@ -18,6 +18,9 @@ outlives the run, so that the next run finds them."""
 CACHE = f"{VOLUME}/cache"
 """Directory of files fetched from a workspace in a bucket, and of work in progress."""
 
+RETRY_PAUSE = "120s"
+"""Time between two attempts. It does not grow: without a cap, which Kubeflow cannot set, doubling reaches days."""
+
 RETRY_PERIOD = "2592000s"
 """30 days. Kubeflow's maximum back-off is Argo's maxDuration, counted from the start of the first attempt: with the
 default of an hour, a stage lost in its second hour would not be tried again."""
@@ -47,8 +50,11 @@ def set_gpus(task: dsl.PipelineTask, count: Any, tolerations: Any, node_selector
 
 
 def set_retries(task: dsl.PipelineTask) -> None:
-    """Retry a task whose node is lost; it resumes from its checkpoint in the workspace."""
-    task.set_retry(CLUSTER.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=RETRY_PERIOD)
+    """Retry a task that fails or whose node is lost; it resumes from its checkpoint in the workspace.
+
+    A pipeline cannot say which of the two is retried: manifests/kubeflow makes it both.
+    """
+    task.set_retry(CLUSTER.retries, backoff_duration=RETRY_PAUSE, backoff_factor=1, backoff_max_duration=RETRY_PERIOD)
 
 
 def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, secret: Any, claim: Any) -> None:

@@ -127,7 +127,7 @@ def apply_cluster_config(documents: list[dict[str, Any]], cluster: ClusterConfig
     """
     specification, platform = documents
     kubernetes = platform["platforms"]["kubernetes"]
-    kubernetes["pipelineConfig"]["resourceTtlOnCompletion"] = cluster.ttl_hours * 3600
+    kubernetes.setdefault("pipelineConfig", {})["resourceTtlOnCompletion"] = cluster.ttl_hours * 3600
     for executor in kubernetes["deploymentSpec"]["executors"].values():
         executor["activeDeadlineSeconds"] = str(cluster.timeout_hours * 3600)
         for mount in executor.get("emptyDirMounts", []):
