@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import requests
+import yaml
 
 from minitron.cluster import kubernetes_api
 from minitron.cluster.pipelines_api import Kubeflow
@@ -11,6 +12,16 @@ from minitron.config.pipelines import compiled_pipeline
 from minitron.engines import trainjob
 from minitron.errors import MinitronError
 from minitron.storage import bucket
+
+KUBEFLOW, ARGO_SETTINGS = "kubeflow", "workflow-controller-configmap"
+"""Namespace of Kubeflow Pipelines, and the settings of its Argo there."""
+
+UNTRIED = {
+    "OnFailure": "a task whose pod is deleted, with its node say, is not tried again",
+    "OnError": "a task that fails (crash, out of memory, eviction) is not tried again",
+    "OnTransientError": "only a task with a transient error is tried again",
+}
+"""What each of Argo's retry policies but Always passes over."""
 
 
 class Check(NamedTuple):
@@ -47,7 +58,7 @@ def run_checks(
         )
     else:
         checks += [check(core, namespace) for check in (_check_namespace, _check_gpus, _check_claim, _check_secret)]
-        checks.append(_check_runtime())
+        checks += [_check_retries(core), _check_runtime()]
     if tracking_uri:
         checks.append(_check_mlflow(tracking_uri))
     if address:
@@ -107,6 +118,34 @@ def _check_secret(core: Any, namespace: str) -> Check:
         check = _explain_missing(name, problem, "only needed for gated models (HF_TOKEN) and an MLflow with a password")
         return check._replace(ok=None)
     return Check(True, name, ", ".join(sorted(secret.data or {})) or "empty")
+
+
+def _check_retries(core: Any) -> Check:
+    """Check after what Argo tries a task again; a pipeline says only how often."""
+    name = "retries"
+    settings, problem = kubernetes_api.try_get(lambda: core.read_namespaced_config_map(ARGO_SETTINGS, KUBEFLOW))
+    if settings is None:
+        check = _explain_missing(name, problem, f"look where the settings of Argo are: not in namespace {KUBEFLOW}")
+        return check._replace(ok=None)
+    strategy = _read_retry_strategy((settings.data or {}).get("workflowDefaults"))
+    policy, limit = strategy.get("retryPolicy") or "OnFailure", strategy.get("limit")
+    if policy != "Always":
+        found = f"policy {policy}: {UNTRIED.get(policy, 'not one of Argo')}"
+    elif str(limit) != "0":
+        found = f"limit {'none' if limit is None else limit} for every step: the attempts at a task multiply"
+    else:
+        return Check(True, name, "after failures and after deletions")
+    return Check(
+        False, name, found, "patch Argo's settings with manifests/kubeflow/workflow-defaults.yaml (docs/deploy.md)"
+    )
+
+
+def _read_retry_strategy(defaults: str | None) -> dict[str, Any]:
+    """Return the retry strategy that Argo merges into every template."""
+    value = yaml.safe_load(defaults or "")
+    for key in ("spec", "templateDefaults", "retryStrategy"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _default_argument(parameter: str) -> str:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from minitron.cli.app import app
+from tests.constants import REPOSITORY
 from tests.servers.gcs import World
 from tests.servers.http_server import Page, free_port, http_server
 from tests.servers.kubeflow_server import kubeflow_server
@@ -25,6 +27,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kuberne
         state.add("persistentvolumeclaims", "minitron-workspace", spec=claim, status={"phase": "Bound"})
         state.add("secrets", "minitron", data={"HF_TOKEN": "eA=="})
         state.add("clustertrainingruntimes", "torch-distributed")
+        patch = yaml.safe_load((REPOSITORY / "manifests/kubeflow/workflow-defaults.yaml").read_text())
+        state.add("configmaps", patch["metadata"]["name"], data=patch["data"])
         yield state
 
 
@@ -45,19 +49,19 @@ def test_a_cluster_that_has_everything(cluster: KubernetesServer, mlflow_server:
     assert "HF_TOKEN" in lines["secret minitron"] and "eA==" not in str(lines)
     assert lines.keys() == {
         "Kubeflow Pipelines", "namespace team", "GPUs", "claim minitron-workspace", "secret minitron",
-        "training runtime torch-distributed", "MLflow",
+        "retries", "training runtime torch-distributed", "MLflow",
     }  # fmt: skip
 
 
 def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
-    for kind in ("namespaces", "persistentvolumeclaims", "secrets", "clustertrainingruntimes"):
+    for kind in ("namespaces", "persistentvolumeclaims", "secrets", "clustertrainingruntimes", "configmaps"):
         cluster.objects[kind].clear()
     del cluster.objects["nodes"]["gpu"]
     status, lines = run_doctor("--host", f"http://127.0.0.1:{free_port()}")
     assert status == 1
     marks = {check: line[0] for check, line in lines.items()}
     assert marks == {
-        "Kubeflow Pipelines": "✗", "namespace team": "✗", "claim minitron-workspace": "✗",
+        "Kubeflow Pipelines": "✗", "namespace team": "✗", "claim minitron-workspace": "✗", "retries": "–",
         "GPUs": "–", "secret minitron": "–", "training runtime torch-distributed": "–",
     }  # fmt: skip
     assert (
@@ -66,6 +70,31 @@ def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
     )
     assert "missing" in lines["claim minitron-workspace"] and "kubectl apply -k" in lines["claim minitron-workspace"]
     assert "install Kubeflow Trainer 2.3" in lines["training runtime torch-distributed"]
+
+
+ARGO_3_7_3 = None
+"""Kubeflow 2.15.0 and 2.16.1 set no defaults: manifests/kustomize/third-party/argo/base/ there."""
+KUBEFLOW_2_17_0 = "{spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}}"
+"""manifests/kustomize/third-party/argo/base/workflow-controller-configmap-patch.yaml of 2.17.0, its retries."""
+
+
+@pytest.mark.parametrize(
+    ("defaults", "found"),
+    [
+        (ARGO_3_7_3, "policy OnFailure: a task whose pod is deleted"),
+        (KUBEFLOW_2_17_0, "policy OnError: a task that fails"),
+        (KUBEFLOW_2_17_0.replace("OnError", "Always"), "limit 2 for every step: the attempts at a task multiply"),
+        ("{spec: {templateDefaults: {retryStrategy: {retryPolicy: Always}}}}", "limit none for every step"),
+    ],
+)
+def test_attempts_that_argo_would_not_make_have_a_patch(
+    cluster: KubernetesServer, defaults: str | None, found: str
+) -> None:
+    cluster.objects["configmaps"]["workflow-controller-configmap"]["data"] = {"workflowDefaults": defaults}
+    with kubeflow_server() as kubeflow:
+        status, lines = run_doctor("--host", kubeflow.url)
+    assert status == 1 and lines["retries"].startswith("✗") and found in lines["retries"]
+    assert "manifests/kubeflow/workflow-defaults.yaml" in lines["retries"]
 
 
 def test_what_one_may_not_see_is_no_failure(cluster: KubernetesServer) -> None:

@@ -23,6 +23,7 @@ import requests
 import yaml
 from kubernetes.utils import parse_quantity
 
+from minitron.config.settings import ClusterConfig
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import created_secrets
 from tests.servers.manifest_policy import (
@@ -66,6 +67,22 @@ def test_every_object_fits_the_schema_of_its_kind(overlay: str) -> None:
     for manifest in list_objects(overlay):
         assert manifest["kind"] not in WITHOUT_SCHEMA
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_the_patch_of_argo_tries_a_task_again_whatever_ended_it() -> None:
+    """As often as its pipeline says: Argo 3.7.3 and 4.0.5 merge this below a template's own retry strategy.
+
+    workflow/controller/operator.go: mergedTemplateDefaultsInto, processNodeRetries.
+    """
+    patch = yaml.safe_load((REPOSITORY / "manifests/kubeflow/workflow-defaults.yaml").read_text())
+    kubernetes_validate.validate(patch, KUBERNETES, strict=True)
+    assert patch["data"].keys() == {"workflowDefaults"}
+    defaults = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]
+    assert defaults["templateDefaults"] == {"retryStrategy": {"limit": "0", "retryPolicy": "Always"}}
+    week = ClusterConfig().ttl_hours * 3600
+    assert defaults["ttlStrategy"] == dict.fromkeys(
+        ("secondsAfterCompletion", "secondsAfterSuccess", "secondsAfterFailure"), week
+    )
 
 
 def test_an_unknown_field_is_found() -> None:

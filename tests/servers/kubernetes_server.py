@@ -83,7 +83,7 @@ class KubernetesServer(State):
         super().__init__()
         self.objects: dict[str, dict[str, Entry]] = {
             kind: {} for kind in ("pods", "nodes", "namespaces", "persistentvolumeclaims", "secrets", "trainjobs")
-        } | {"events": {}, "clustertrainingruntimes": {}}
+        } | {"events": {}, "configmaps": {}, "clustertrainingruntimes": {}}
         self.logs: dict[str, list[str]] = {}
         self.forbidden: set[str] = set()
         """Kinds, or verbs and kinds ("POST trainjobs"), that are answered by 403."""
@@ -126,7 +126,7 @@ class KubernetesServer(State):
 
     def answer(self, method: str, path: str, query: dict[str, str], data: bytes, headers: Any) -> Any:
         match = re.fullmatch(
-            r"/(?:api/v1|apis/[^/]+/v1alpha1)(?:/namespaces/team)?/(\w+)(?:/([^/]+))?(?:/(log))?", path
+            r"/(?:api/v1|apis/[^/]+/v1alpha1)(?:/namespaces/(?:team|kubeflow))?/(\w+)(?:/([^/]+))?(?:/(log))?", path
         )
         if not match:
             raise Refused(404, f"no such path {path}")
