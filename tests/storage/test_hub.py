@@ -57,6 +57,18 @@ def test_the_hash_is_of_names_and_contents(tmp_path: Path) -> None:
     assert content_hash(tmp_path, leave_out=("checkpoints",)) != expected
 
 
+def test_the_hash_is_of_the_content_of_linked_directories_too(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("ay")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../input")
+    before = content_hash(tmp_path / "input")
+    assert before == hashlib.sha256(f"linked/a\0{hashlib.sha256(b'ay').hexdigest()}\n".encode()).hexdigest()
+    (tmp_path / "elsewhere" / "a").write_text("other")
+    assert content_hash(tmp_path / "input") != before
+
+
 def test_an_input_is_checked_against_its_record(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     found = verified_hash(tmp_path)
