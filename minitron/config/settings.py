@@ -6,6 +6,7 @@ A preset has one section per stage, and a component takes it as its parameter `s
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -146,6 +147,10 @@ class FinetuneSettings(TrainingSettings):
     enabled: bool = Field(True, description="False: pass the teacher on as it is.")
 
 
+PRUNED_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+"""The sizes that prune can change, under the names that they have in config.json."""
+
+
 class PruneSettings(SequenceSettings):
     """Teacher → smaller student. Sizes that are not set stay as they are."""
 
@@ -167,6 +172,20 @@ class PruneSettings(SequenceSettings):
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             raise ValueError("drop_layers and num_hidden_layers are both given: choose one")
         return self
+
+    def compute_student_sizes(self, teacher: Mapping[str, int]) -> dict[str, int]:
+        """Return the student's sizes, by their names in config.json, from the teacher's.
+
+        If only num_key_value_heads is set, each kept group keeps all its query heads, so num_attention_heads shrinks
+        with it. If only num_attention_heads is set, every group stays and keeps equally many.
+        """
+        sizes = {name: getattr(self, name) or teacher[name] for name in PRUNED_SIZES}
+        if self.num_key_value_heads and not self.num_attention_heads:
+            heads_per_group = teacher["num_attention_heads"] // teacher["num_key_value_heads"]
+            sizes["num_attention_heads"] = self.num_key_value_heads * heads_per_group
+        if self.drop_layers:
+            sizes["num_hidden_layers"] = teacher["num_hidden_layers"] - len(set(self.drop_layers))
+        return sizes
 
 
 class DistillSettings(TrainingSettings):
@@ -238,11 +257,11 @@ class Resources(Settings):
     """Resources of a stage's task on a cluster; in a preset they stand in the stage's section."""
 
     cpu: str = Field("8", coerce_numbers_to_str=True, pattern=r"^\d+(\.\d+)?m?$", description="CPU cores of the task.")
-    memory: str = Field(
-        "64Gi",
+    memory: str | None = Field(
+        None,
         coerce_numbers_to_str=True,
         pattern=r"^\d+(\.\d+)?([kMGTP]|[KMGTP]i)?$",
-        description="Memory of the task, /dev/shm included.",
+        description="Memory of the task, /dev/shm included; none: as much as the sum on plan's page.",
     )
 
 
@@ -259,7 +278,9 @@ class ClusterConfig(Settings):
     """
 
     service_account: str | None = Field(None, description="Service account of the tasks; none: Kubeflow's default.")
-    shared_memory: str = Field("16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task.")
+    shared_memory: str = Field(
+        "16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task; it counts as memory."
+    )
     retries: Annotated[int, Field(ge=0)] = Field(3, description="Attempts after the first one, for lost (spot) nodes.")
     timeout_hours: PositiveInt = Field(168, description="Hours that one attempt at a task may take.")
     ttl_hours: PositiveInt = Field(168, description="Hours that a run's pods and their logs are kept after its end.")
@@ -277,8 +298,8 @@ SETTINGS: dict[str, type[StageSettings]] = {
 """Every stage's settings, in the order of the flow."""
 
 RESOURCES: dict[str, Resources] = {
-    "prepare": Resources(memory="32Gi"),
+    "prepare": Resources(),
     **dict.fromkeys(("finetune", "prune", "distill", "evaluate"), GpuResources()),
-    "register": Resources(cpu="2", memory="8Gi"),
+    "register": Resources(cpu="2"),
 }
 """Default resources of every stage's task; only stages that compute on GPUs get one."""

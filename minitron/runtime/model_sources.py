@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from minitron.config.fields import format_address
 from minitron.config.stages import StageConfig
@@ -25,12 +26,12 @@ from minitron.storage import bucket, ngc
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.hub import pin_hub_model, resolve_local_path
-from minitron.storage.references import follow_reference
+from minitron.storage.hub import fetch_hub_file, pin_hub_model, resolve_local_path
+from minitron.storage.references import follow_reference, read_reference
 from minitron.storage.staging import download_then_publish
 from minitron.tracking.client import default_retries
 
-__all__ = ["check_unchanged", "fetch_corpus", "local_model", "pinned_local_model"]
+__all__ = ["check_unchanged", "fetch_corpus", "local_model", "pinned_local_model", "read_architecture"]
 
 
 def local_model(address: str | Path, config: StageConfig) -> Path:
@@ -63,6 +64,39 @@ def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, 
         path, pinned = _fetch_model(pinned, config)
     path = follow_reference(path)
     return _export_nemo(path, config) if _is_nemo(path) else path, pinned
+
+
+def read_architecture(address: str) -> dict[str, Any]:
+    """Return the config.json of a model, without fetching its weights.
+
+    Raises:
+        ConfigError: the source is none from which a single file is read, or there is no such model.
+        RunError: the source cannot be reached.
+    """
+    scheme, separator, _ = address.partition(":/")
+    match scheme if separator else "file":
+        case "file":
+            path = resolve_local_path(address)
+            if reference := read_reference(path):
+                return read_architecture(reference.address)
+            content = _read_json(path / "config.json")
+        case "hf":
+            content = _read_json(fetch_hub_file(address, "config.json"))
+        case "gs":
+            (blob,) = bucket.require_objects(f"{address.rstrip('/')}/config.json").values()
+            content = bucket.read_json(blob)
+        case _:
+            raise ConfigError(f"{address}: nothing of a {scheme}:/ model is read before a stage fetches it")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{address}: its config.json is missing or holds no JSON object")
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def fetch_corpus(address: str, config: StageConfig) -> str:

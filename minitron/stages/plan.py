@@ -1,19 +1,34 @@
 """Check the settings of a run, and hand each stage its own: the first task of a pipeline, without a GPU.
 
-It leaves plan.html, which Kubeflow shows: the settings of every stage, with changed ones marked.
+It leaves plan.html, which Kubeflow shows: the host memory that every task asks for, as a sum, and the settings of every
+stage, with changed ones marked.
 """
 
 from collections.abc import Collection
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
+from minitron.config import resources
 from minitron.config.document import SHARED, Plan, read_plan
-from minitron.config.settings import RESOURCES, Settings
+from minitron.config.resources import Models, Term
+from minitron.config.settings import RESOURCES, PruneSettings, Settings
 from minitron.config.tasks import PlanConfig
+from minitron.errors import MinitronError
 from minitron.report import TEMPLATES
+from minitron.runtime.model_sources import read_architecture
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
+
+
+class Memory(NamedTuple):
+    """The host memory of a stage's task: what it asks for, the sum, and a warning if that is more."""
+
+    request: str
+    needed: str
+    terms: list[Term]
+    warning: str | None
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
@@ -23,24 +38,54 @@ def run(config: PlanConfig) -> dict[str, Any]:
         ConfigError: a setting is unknown, missing or has a value of the wrong kind.
     """
     plan = read_plan(config)
-    outputs = _build_outputs(plan)
+    models, unknown = _count_models(plan)
+    memory = {stage: _request_memory(plan, stage, models) for stage in plan.stages}
+    for warning in filter(None, (unknown, *(entry.warning for entry in memory.values()))):
+        print(f"warning: plan: {warning}", flush=True)
+    requested = {
+        stage: entry.model_copy(update={"memory": memory[stage].request}) for stage, entry in plan.resources.items()
+    }
+    outputs = _build_outputs(replace(plan, resources=requested))
     with replace_directory(config.output) as directory:
         write_atomically(directory / PLAN, outputs)
-        (directory / PLAN_PAGE).write_text(_render_page(plan), encoding="utf-8")
+        (directory / PLAN_PAGE).write_text(_render_page(plan, models, unknown, memory), encoding="utf-8")
     return {"metrics": {}, "outputs": outputs}
+
+
+def _count_models(plan: Plan) -> tuple[Models, str | None]:
+    """Count the parameters of teacher and student; without the teacher's config.json assume some, and say so."""
+    prune = plan.stages["prune"]
+    assert isinstance(prune, PruneSettings)
+    try:
+        return resources.count_models(read_architecture(plan.pipeline.teacher), prune), None
+    except MinitronError as error:
+        return Models(), (
+            f"the teacher's size is not known yet ({error}), so the memory is for {resources.UNKNOWN:,} parameters; "
+            "set STAGE.memory if it has more"
+        )
+
+
+def _request_memory(plan: Plan, stage: str, models: Models) -> Memory:
+    """Return what a stage asks for: its setting, or the sum. A smaller setting is only warned of: sums are bounds."""
+    terms = resources.sum_memory(plan.stages[stage], models)
+    needed, given = resources.format_request(terms), plan.resources[stage].memory
+    warning = None
+    if given and resources.parse_quantity(given) < resources.total(terms):
+        warning = f"{stage}.memory: {given} is below the sum of {needed}; the task may be killed when it needs more"
+    return Memory(given or needed, needed, terms, warning)
 
 
 def _build_outputs(plan: Plan) -> dict[str, Any]:
     """Return the outputs of the component: each stage's settings as a dict, its resources as text."""
     outputs: dict[str, Any] = {"teacher": plan.pipeline.teacher, "corpus": plan.pipeline.corpus}
     outputs |= {stage: settings.as_settings() for stage, settings in plan.stages.items()}
-    for stage, resources in plan.resources.items():
-        outputs |= {f"{stage}_{name}": str(value) for name, value in resources.model_dump().items()}
+    for stage, entry in plan.resources.items():
+        outputs |= {f"{stage}_{name}": str(value) for name, value in entry.model_dump().items()}
     where = plan.pipeline.model_dump(mode="json", include={"gpu_tolerations", "gpu_node_selector"})
     return outputs | where
 
 
-def _render_page(plan: Plan) -> str:
+def _render_page(plan: Plan, models: Models, unknown: str | None, memory: dict[str, Memory]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = (TEMPLATES / "plan.html.j2").read_text(encoding="utf-8")
     sections = {"all stages": _list_settings(plan.pipeline)}
@@ -48,7 +93,19 @@ def _render_page(plan: Plan) -> str:
         sections[stage] = _list_settings(settings, {*SHARED, "gpus"}) + _list_settings(
             plan.resources[stage], default=RESOURCES[stage]
         )
-    return environment.from_string(template).render(model_name=plan.model_name, sections=sections)
+    return environment.from_string(template).render(
+        model_name=plan.model_name,
+        sections=sections,
+        models=models,
+        unknown=unknown,
+        memory=memory,
+        writing={
+            stage: written
+            for stage, settings in plan.stages.items()
+            if (written := resources.list_writing(settings, models))
+        },
+        gib=resources.GIB,
+    )
 
 
 def _list_settings(

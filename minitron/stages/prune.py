@@ -7,7 +7,7 @@ Writes a model directory and, in it, `pruning.json`: sizes before and after, cal
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,17 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
 def compute_target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
     """Return the student's sizes; a size that is not set is the teacher's.
 
-    If only num_key_value_heads is set, each kept group keeps all its query heads, so num_attention_heads shrinks
-    with it. If only num_attention_heads is set, every group stays and keeps equally many.
-
     Raises:
         ConfigError: a size does not fit the teacher or another size.
     """
     teacher = Shape.from_config(teacher_config)
-    sizes = {name: size for name in asdict(teacher) if (size := getattr(config, name)) is not None}
-    for name, size in sizes.items():
-        if size > (most := getattr(teacher, name)):
+    for name, most in asdict(teacher).items():
+        if (size := getattr(config, name)) is not None and size > most:
             raise ConfigError(f"prune.{name}: {size} is larger than the teacher's {most}; choose at most {most}")
-    heads_per_group = teacher.num_attention_heads // teacher.num_key_value_heads
-    if config.num_key_value_heads and not config.num_attention_heads:
-        sizes["num_attention_heads"] = config.num_key_value_heads * heads_per_group
-    if config.drop_layers:
-        sizes["num_hidden_layers"] = len(_list_kept_layers(config, teacher.num_hidden_layers) or [])
-    shape = replace(teacher, **sizes)
+    _list_kept_layers(config, teacher.num_hidden_layers)
+    shape = Shape(**config.compute_student_sizes(asdict(teacher)))
     _check_sequence_length(config.sequence_length, teacher_config.max_position_embeddings)
-    _check_heads(shape, heads_per_group)
+    _check_heads(shape, teacher.num_attention_heads // teacher.num_key_value_heads)
     _check_hidden_size(shape, teacher, teacher_config.model_type)
     return shape
 

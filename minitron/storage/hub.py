@@ -82,6 +82,21 @@ def pin_hub_model(address: str) -> str:
         return address
 
 
+def fetch_hub_file(address: str, name: str) -> Path:
+    """Return the local path of one file of an hf:// model, fetched unless it is in the cache.
+
+    Raises:
+        RunError: the hub cannot be reached, or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = address.removeprefix("hf://").partition("@")
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+    except Exception as error:  # as above
+        raise _hub_error(address, error) from error
+
+
 def _download_from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 

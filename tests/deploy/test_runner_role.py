@@ -6,7 +6,8 @@ import re
 import pytest
 import yaml
 
-from minitron.config.settings import RESOURCES, GpuResources
+from minitron.config.resources import GIB, Models, sum_memory, total
+from minitron.config.settings import RESOURCES, SETTINGS, GpuResources
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import follow_guide
 
@@ -56,7 +57,7 @@ def test_the_nodes_without_gpus_take_the_tasks_without_gpus() -> None:
     for stage in ("prepare", "register"):
         assert not isinstance(RESOURCES[stage], GpuResources)
         assert int(match[1]) > int(RESOURCES[stage].cpu)
-        assert int(match[1]) * 4 * 0.85 > int(RESOURCES[stage].memory.removesuffix("Gi"))
+        assert int(match[1]) * 4 * 0.85 > total(sum_memory(SETTINGS[stage](), Models())) / GIB
 
 
 @pytest.mark.parametrize("name", ["gke-gpu"])

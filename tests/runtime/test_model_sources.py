@@ -261,6 +261,40 @@ def bucket(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.stop()
 
 
+def test_a_config_is_read_without_the_weights(
+    teacher: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a directory, from one that refers to another, from a bucket, and from the cache of the hub."""
+    expected = json.loads((teacher / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "reference.json").write_text(json.dumps({"address": str(teacher), "sha256": "0", "key": "k"}))
+    commit = "0" * 40
+    model = tmp_path / "hub" / "models--org--name"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    shutil.copytree(teacher, model / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for address in (
+        str(teacher),
+        f"file://{teacher}",
+        str(tmp_path / "other"),
+        "gs://bucket/models/llama/",
+        "hf://org/name",
+    ):
+        assert model_sources.read_architecture(address) == expected
+    for address in (
+        str(tmp_path),
+        "hf://org/other",
+        "gs://bucket/nothing",
+        "ngc://org/llama:1",
+        "models:/llama/1",
+        "/nowhere",
+    ):
+        with pytest.raises((ConfigError, RunError), match=address):
+            model_sources.read_architecture(address)
+
+
 def test_a_model_in_a_bucket_is_its_snapshot(bucket: Any, config: FinetuneConfig, teacher: Path) -> None:
     first = model_sources.local_model("gs://bucket/models/llama", changed(config, pipeline_run_id="run-1"))
     assert content_hash(first) == content_hash(teacher)

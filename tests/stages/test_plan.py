@@ -1,7 +1,9 @@
 """The first task of a pipeline checks the whole settings document; a setting is written once and appears everywhere."""
 
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 from minitron.stages import plan
-from tests.constants import REPOSITORY
+from tests.constants import LLAMA_3_1_8B, REPOSITORY
 
 FORM = {"teacher": "/teacher", "corpus": "/corpus"}
 
@@ -74,6 +76,54 @@ def test_a_cluster_section_has_no_effect_in_a_run_and_the_log_says_so(
     assert "cluster.retries has no effect here" in capsys.readouterr().out
 
 
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    """A directory with the config.json of Llama-3.1-8B, without weights."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
+    return str(tmp_path / "llama")
+
+
+def test_memory_is_the_sum_on_the_page(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = run_plan(tmp_path / "out", preset="llama-3.1-minitron-4b-width", teacher=llama)
+    assert (outputs["finetune_memory"], outputs["distill_memory"], outputs["prepare_memory"]) == (
+        "358Gi",
+        "240Gi",
+        "16Gi",
+    )
+    page = " ".join(re.sub("<[^>]+>", " ", (tmp_path / "out" / "plan.html").read_text()).split())
+    assert "The teacher has 8,030,261,248 parameters, the student 4,512,746,496." in page
+    assert (
+        "distill 240Gi 72.0 Gi 9 processes of 8 Gi 16.0 Gi /dev/shm 50.4 Gi a checkpoint&#39;s optimizer state" in page
+    )
+    assert "distill 433.2 GB 63.2 GB each of 4 checkpoints 9.0 GB each of 20 best states, at most" in page
+    assert "Warning" not in page and "warning" not in capsys.readouterr().out
+
+
+def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {"distill": {"memory": "64Gi"}, "finetune": {"memory": "400Gi"}}
+    outputs = run_plan(tmp_path / "out", preset="llama-3.1-minitron-4b-width", teacher=llama, document=document)
+    assert (outputs["finetune_memory"], outputs["distill_memory"]) == ("400Gi", "64Gi")
+    warning = "distill.memory: 64Gi is below the sum of 240Gi; the task may be killed when it needs more"
+    assert capsys.readouterr().out == f"warning: plan: {warning}\n"
+    assert (tmp_path / "out" / "plan.html").read_text().count(f"Warning: {warning}.") == 1
+
+
+@pytest.mark.parametrize("teacher", ["ngc://org/team/llama:1.0", "models:/llama@champion", "/nowhere", "hf://org/name"])
+def test_a_teacher_that_cannot_be_read_yet_is_assumed_to_be_of_a_stated_size(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    outputs = run_plan(tmp_path / "out", preset="llama-3.1-minitron-4b-width", teacher=teacher)
+    assert (outputs["finetune_memory"], outputs["distill_memory"]) == ("358Gi", "358Gi")  # the student's is not known
+    said = f"the teacher's size is not known yet ({teacher}: "
+    assert f"warning: plan: {said}" in capsys.readouterr().out
+    page = html.unescape((tmp_path / "out" / "plan.html").read_text())
+    assert said in page and "the memory is for 8,030,261,248 parameters; set STAGE.memory" in page
+
+
 NEW = '    dropout: Fraction = Field(0.0, description="Share of the activations that are dropped.")\n'
 
 
@@ -110,10 +160,10 @@ print(json.dumps([help_text, reference_page(), (root / "out" / "plan.html").read
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
-    help_text, page, html, section, value = json.loads(done.stdout)
+    help_text, page, plan_page, section, value = json.loads(done.stdout.splitlines()[-1])
     meaning = "Share of the activations that are dropped."
     assert f"distill.dropout=0.0  {meaning}" in help_text and f"finetune.dropout=0.0  {meaning}" in help_text
     assert f"| `dropout` | `0.0` | {meaning} |" in page
-    assert '<tr class="changed"><th scope="row">dropout</th><td>0.1</td>' in html
+    assert '<tr class="changed"><th scope="row">dropout</th><td>0.1</td>' in plan_page
     assert section["dropout"] == value == 0.1
     assert (tmp_path / "compress.yaml").read_text() == (REPOSITORY / "pipelines" / "compress.yaml").read_text()

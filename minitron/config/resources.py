@@ -1,0 +1,252 @@
+"""Host memory of every stage's task, by arithmetic from the model: the only place where bytes per parameter stand.
+
+A task asks for a base per process, /dev/shm, and the most that it holds of the models at a time. What stays on a GPU
+does not count; what passes through the host on its way to a GPU or to the disk does. `plan` does this sum for every
+stage whose `memory` is not set, and shows it on its page; docs/deploy.md has it for the presets.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from minitron.config.settings import (
+    ClusterConfig,
+    DistillSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    PrepareSettings,
+    PruneSettings,
+    StageSettings,
+    TrainingSettings,
+)
+from minitron.errors import ConfigError
+
+GIB = 2**30
+
+BASE = 8 * GIB
+"""Per process: Python, its libraries, CUDA's host side, batches, buffers of NCCL and of the writers."""
+
+DIGESTS = 8 * GIB
+"""Of prepare: 100 bytes for each of 80 million documents; text is read in small batches."""
+
+BF16, FP32 = 2, 4
+
+ADAM = 3 * FP32
+"""An optimizer's state: the master weight and both moments."""
+
+UNKNOWN = 8_030_261_248
+"""Parameters that are assumed of a teacher whose config.json cannot be read: those of Llama-3.1-8B."""
+
+_UNITS = {"": 1} | {unit: 1000**power for power, unit in enumerate("kMGTP", 1)}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGTP", 1)}
+
+_WITH_BIAS = ("qwen2",)
+_WITH_NORMS = ("qwen3",)
+_FAMILIES = ("llama", "mistral", *_WITH_BIAS, *_WITH_NORMS)
+
+
+class Models(NamedTuple):
+    """Parameters of a run's models, and the bytes that a stored weight takes."""
+
+    teacher: int = UNKNOWN
+    student: int = UNKNOWN
+    weight: int = BF16
+
+
+class Term(NamedTuple):
+    """An entry of a sum: its meaning, and its bytes."""
+
+    meaning: str
+    size: int
+
+
+def count_parameters(architecture: Mapping[str, Any]) -> int:
+    """Count the parameters of the model that a config.json describes; tied embeddings count once.
+
+    Raises:
+        ConfigError: the model is of another family, or a size is missing.
+    """
+    if (family := architecture.get("model_type")) not in _FAMILIES:
+        raise ConfigError(f"model_type {family} is none of {', '.join(_FAMILIES)}")
+    try:
+        hidden, intermediate, heads, layers, vocabulary = (
+            architecture[name]
+            for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+        )
+    except KeyError as error:
+        raise ConfigError(f"config.json has no {error.args[0]}") from None
+    groups = architecture.get("num_key_value_heads") or heads
+    head = architecture.get("head_dim") or hidden // heads
+    layer = 2 * (heads + groups) * head * hidden + 3 * hidden * intermediate + 2 * hidden
+    if family in _WITH_BIAS or architecture.get("attention_bias"):
+        layer += (heads + 2 * groups) * head + (0 if family in _WITH_BIAS else hidden)
+    if architecture.get("mlp_bias"):
+        layer += 2 * intermediate + hidden
+    if family in _WITH_NORMS:
+        layer += 2 * head
+    embeddings = vocabulary * hidden * (1 if architecture.get("tie_word_embeddings") else 2)
+    return embeddings + layers * layer + hidden
+
+
+def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Models:
+    """Count the parameters of a teacher and of the student that prune makes of it.
+
+    Raises:
+        ConfigError: as for `count_parameters`.
+    """
+    teacher = count_parameters(architecture)
+    sizes = {"num_key_value_heads": architecture["num_attention_heads"]} | dict(architecture)
+    head = {"head_dim": architecture.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]}
+    student = count_parameters(sizes | head | prune.compute_student_sizes(sizes))
+    dtype = architecture.get("dtype") or architecture.get("torch_dtype")
+    return Models(teacher, student, FP32 if dtype == "float32" else BF16)
+
+
+def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
+    """Return the terms of the host memory of a stage's task, or of each of its nodes: base and /dev/shm first."""
+    gpus = _count_gpus(settings)
+    processes = 1 + _count_workers(settings, gpus)
+    terms = [Term(f"{processes} process{'es' if processes > 1 else ''} of {BASE // GIB} Gi", processes * BASE)]
+    if gpus:
+        terms.append(Term("/dev/shm", parse_quantity(ClusterConfig().shared_memory)))
+    match settings:
+        case PrepareSettings():
+            phases = [[Term("digests of 80 million documents", DIGESTS)]]
+        case FinetuneSettings(enabled=False):
+            phases = []
+        case TrainingSettings(engine="nemo"):
+            phases = _list_nemo_phases(settings, gpus, models)
+        case TrainingSettings():
+            phases = _list_hf_phases(settings, gpus, models)
+        case PruneSettings():
+            phases = _list_prune_phases(settings, gpus, models)
+        case EvaluateSettings() if gpus:
+            phases = [[Term("a model on its way to the GPU, bf16", BF16 * models.teacher)]]
+        case EvaluateSettings():
+            compared = 2 * models.teacher + (3 if settings.champion else 2) * models.student
+            phases = [[Term("all models, fp32", FP32 * compared)]]
+        case _:
+            phases = []
+    return terms + max(phases, key=total, default=[])
+
+
+def total(terms: list[Term]) -> int:
+    """Return the bytes of a sum."""
+    return sum(term.size for term in terms)
+
+
+def format_request(terms: list[Term]) -> str:
+    """Return the memory to ask for, in whole Gi."""
+    return f"{math.ceil(total(terms) / GIB)}Gi"
+
+
+def parse_quantity(text: str) -> int:
+    """Return the bytes of a quantity of memory, such as 64Gi."""
+    number = text.rstrip("kKMGTPi")
+    return int(float(number) * _UNITS[text[len(number) :]])
+
+
+class Writing(NamedTuple):
+    """What a training writes to the workspace beside its result: the bytes of a file set, and how often."""
+
+    meaning: str
+    size: int
+    times: int
+
+    @property
+    def total(self) -> int:
+        """The bytes of all of them."""
+        return self.size * self.times
+
+
+def list_writing(settings: StageSettings, models: Models) -> list[Writing]:
+    """Return what a training writes: checkpoints to resume from, and at most as many best states as validations."""
+    match settings:
+        case FinetuneSettings(enabled=False):
+            return []
+        case TrainingSettings(engine="nemo"):
+            weight, state = BF16, ADAM
+        case TrainingSettings():
+            weight, state = FP32, 2 * FP32
+        case _:
+            return []
+    trained = _count_trained(settings, models)
+    checkpoints = (settings.max_steps - 1) // settings.checkpoint_interval
+    best = math.ceil(settings.max_steps / settings.validation_interval)
+    return [
+        Writing("checkpoints", (weight + state) * trained, checkpoints),
+        Writing("best states, at most", weight * trained, best),
+    ]
+
+
+def _count_gpus(settings: StageSettings) -> int:
+    """Count the GPUs of the task or, if it starts several nodes, whose pods are like its own, those of a node."""
+    if isinstance(settings, TrainingSettings) and settings.num_nodes > 1:
+        return settings.gpus_per_node
+    return settings.gpus
+
+
+def _count_workers(settings: StageSettings, gpus: int) -> int:
+    """Count the processes that a stage starts: one per GPU with engine nemo."""
+    match settings:
+        case FinetuneSettings(enabled=False):
+            return 0
+        case TrainingSettings(engine="nemo"):
+            return gpus or settings.model_parallel_size
+        case PruneSettings(engine="nemo"):
+            return 1
+        case _:
+            return 0
+
+
+def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
+    """Return what engine nemo holds while it converts the models, and while it saves a checkpoint.
+
+    A checkpoint that can be resumed on another number of GPUs is gathered first: every process holds the state of its
+    part of the model, in fp32 (megatron/core/optimizer/distrib_optimizer.py, get_parameter_state_dp_zero). The writers
+    copy that, since it is a view (dist_checkpointing/strategies/filesystem_async.py, prepare_write_data). Exchanged
+    parts and, later, the weights in pinned memory, whose sizes PyTorch rounds up to powers of two, take as much again
+    at most: on a CPU the peak was 35 bytes per parameter (docs/deploy.md).
+    """
+    trained = _count_trained(settings, models)
+    workers = gpus or settings.model_parallel_size
+    copies = workers / (settings.tensor_parallel_size * settings.pipeline_parallel_size)
+    written = trained // settings.num_nodes
+    saving = [
+        Term("a checkpoint's optimizer state in fp32, gathered", int(ADAM * trained * copies)),
+        Term("its copy for the writers", ADAM * written),
+        Term("parts in exchange, then the weights in pinned memory", ADAM * written),
+    ]
+    if not gpus:
+        saving.append(Term("training without a GPU, fp32", (FP32 + ADAM) * trained + FP32 * models.teacher))
+    return [_list_conversion(models), saving]
+
+
+def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
+    """Return what engine hf holds: on a GPU while it loads, on a CPU all of the training and a checkpoint's copy."""
+    trained = _count_trained(settings, models)
+    teacher = models.teacher if isinstance(settings, DistillSettings) else 0
+    if gpus:
+        return [
+            [Term("the teacher on its way to the GPU, bf16", BF16 * teacher)],
+            [Term("weights and Adam's moments of a checkpoint, fp32", ADAM * trained)],
+        ]
+    training = Term("weights, gradients and Adam's moments, fp32", (FP32 + ADAM) * trained)
+    return [[training, Term("weights on their way to the disk, fp32", FP32 * trained), Term("teacher", FP32 * teacher)]]
+
+
+def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> list[list[Term]]:
+    scoring = [Term("the teacher while it is scored", (BF16 if gpus else FP32) * models.teacher)]
+    if settings.engine == "nemo":
+        return [_list_conversion(models), scoring]
+    cutting = Term("teacher, student and its copy for the disk", models.weight * (models.teacher + 2 * models.student))
+    return [scoring, [cutting]]
+
+
+def _list_conversion(models: Models) -> list[Term]:
+    """Return what a conversion holds: the model of Hugging Face, that of NeMo, and what is read or written."""
+    return [Term("the teacher while it is converted, three times", 3 * models.weight * models.teacher)]
+
+
+def _count_trained(settings: TrainingSettings, models: Models) -> int:
+    return models.teacher if isinstance(settings, FinetuneSettings) else models.student
