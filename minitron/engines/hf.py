@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset, open_training_data
+from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, read_config, save_model
 from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
@@ -227,7 +228,10 @@ class _LinearLossTrainer(Trainer):
 
 
 class _Report(TrainerCallback):
-    """Progress bar in tokens (so that it shows tokens/s and ETA), metrics to the tracker, best model to disk."""
+    """Progress bar in tokens (so that it shows tokens/s and ETA), metrics to the tracker, best model to disk.
+
+    In a TrainJob the progress goes to Kubeflow Trainer, too.
+    """
 
     def __init__(self, config: TrainingConfig, tracker: Tracker, best: BestModel) -> None:
         self._step_tokens = config.global_batch_size * config.sequence_length
@@ -236,6 +240,7 @@ class _Report(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         total, done = state.max_steps * self._step_tokens, state.global_step * self._step_tokens
         self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
+        self._status = TrainerStatus(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.update(self._step_tokens)
@@ -244,6 +249,7 @@ class _Report(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         numbers = {name: value for name, value in logs.items() if name in LOGGED}
         self._tracker.log(numbers, state.global_step)
+        self._status.report(state.global_step, numbers)
         if "loss" in logs:
             self._bar.set_postfix(
                 {"step": f"{state.global_step}/{state.max_steps}", "loss": f"{logs['loss']:.3f}"}, refresh=False
@@ -256,6 +262,7 @@ class _Report(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._bar.close()
+        self._status.close()
 
 
 def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: bool) -> TrainingArguments:
@@ -286,7 +293,7 @@ def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: b
         use_cpu=get_device().type == "cpu",
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # _Report does it
     )
 
 

@@ -2,10 +2,12 @@
 
 import json
 import socket
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlparse
@@ -93,10 +95,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def http_server(state: S) -> Iterator[S]:
-    """Serve until the block ends; raise what the server could not answer."""
+def http_server(state: S, certificate: tuple[Path, Path] | None = None) -> Iterator[S]:
+    """Serve until the block ends, by TLS with a certificate and its key; raise what the server could not answer."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
-    state.url = f"http://127.0.0.1:{server.server_port}"
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    state.url = f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield state

@@ -1,4 +1,4 @@
-"""The course of a training inside NeMo: losses balanced, validations, the best state, checkpoints."""
+"""The course of a training inside NeMo: losses balanced, validations, the best state, checkpoints, progress."""
 
 import json
 import math
@@ -19,6 +19,7 @@ from torch import Tensor
 from minitron.config.stages import DistillConfig
 from minitron.engines.hf import get_device
 from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, parse_step
+from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.losses import LossWeights
 
 LOSS_TERMS = ("kl", "cross_entropy", "intermediate")
@@ -110,6 +111,7 @@ class Course(pl.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate the untrained model."""
         trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: False  # at the last step Lightning would, too
+        self._status = TrainerStatus(self._first_step, self._config.max_steps)
         if not self._first_step:
             self._validate_model(trainer, 0)
         self._started, self._validating = time.perf_counter(), 0.0
@@ -147,12 +149,13 @@ class Course(pl.Callback):
             "peak_rss_mb": rss,
             "peak_gpu_mb": gpu or None,
         }
+        self._status.close()
         if trainer.is_global_zero:
             (self._work / FINISHED).write_text(json.dumps(end))
 
-    def _make_row(self, trainer: Any, step: int) -> dict[str, float]:
+    def _make_row(self, trainer: Any, step: int) -> dict[str, Any]:
         metrics = trainer.callback_metrics
-        row = {"step": step, "loss": metrics["reduced_train_loss"].item()}
+        row: dict[str, Any] = {"step": step, "loss": metrics["reduced_train_loss"].item()}
         if isinstance(self._config, DistillConfig):
             terms = self._balancer.reduce_means()
             row |= {name: value for name, value in terms.items() if value or name == "kl"}
@@ -161,8 +164,9 @@ class Course(pl.Callback):
         row["learning_rate"] = float(metrics["lr"])  # of this step: the schedule has moved on already
         return row | ({"grad_norm": metrics["grad_norm"].item()} if "grad_norm" in metrics else {})
 
-    def _write_row(self, trainer: Any, row: dict[str, float]) -> None:
+    def _write_row(self, trainer: Any, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
+            self._status.report(row["step"], {name: value for name, value in row.items() if name != "step"})
             with (self._work / HISTORY).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
 
