@@ -24,6 +24,7 @@ from minitron.config.pipelines import (
     check_arguments,
     compiled_pipeline,
     get_parameters,
+    queue_pods,
     read_request,
 )
 from minitron.config.reference import help_text
@@ -186,8 +187,10 @@ def _read_run(
                 f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks cannot see; give "
                 "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
             )
-    account = request.cluster.service_account
-    return apply_cluster_config(documents, request.cluster), check_arguments(request, parameters), account
+    documents, checked = apply_cluster_config(documents, request.cluster), check_arguments(request, parameters)
+    if request.cluster.queue:
+        documents = queue_pods(documents, request.cluster.queue, checked)
+    return documents, checked, request.cluster.service_account
 
 
 def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:

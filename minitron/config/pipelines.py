@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.config.document import CLUSTER, SAMPLES, check_key, known_keys, merge, nest_sections, read_plan
+from minitron.config.document import CLUSTER, SAMPLES, Plan, check_key, known_keys, merge, nest_sections, read_plan
 from minitron.config.parse import suggest_name, validate_section
 from minitron.config.presets import pipelines_directory, read_preset
-from minitron.config.settings import ClusterConfig
+from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
@@ -105,8 +105,7 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
             raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
     if SETTINGS_PARAMETER in parameters:
         arguments[SETTINGS_PARAMETER] = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
-        form = {name: value for name, value in arguments.items() if name in PlanConfig.model_fields}
-        read_plan(PlanConfig(output=Path(), document=arguments[SETTINGS_PARAMETER], **form))
+        _read_run_plan(arguments)
     return arguments
 
 
@@ -140,9 +139,46 @@ def apply_cluster_config(documents: list[dict[str, Any]], cluster: ClusterConfig
     return documents
 
 
+def queue_pods(documents: list[dict[str, Any]], queue: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Let everything that holds GPUs wait in a queue of Kueue, in place: a task's own pod, or the TrainJob it starts.
+
+    A pod without GPUs does not queue. One that waits for its TrainJob would hold quota that the TrainJob needs: with
+    enough of them, none would ever start.
+
+    Args:
+        documents: the two documents of the compiled YAML, specification and platform.
+        queue: name of the LocalQueue.
+        arguments: of the run, as `check_arguments` returns them: they say which tasks have GPUs.
+
+    Returns:
+        The documents.
+    """
+    if SETTINGS_PARAMETER not in arguments:  # no task of such a pipeline computes
+        return documents
+    plan = _read_run_plan(arguments)
+    for executor in documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        labels = executor["podMetadata"]["labels"]
+        if label := _find_queue_label(plan, labels["app.kubernetes.io/component"]):
+            labels[label] = queue
+    return documents
+
+
+def _find_queue_label(plan: Plan, task: str) -> str | None:
+    """Return the label that names the queue of a task's GPUs; None if it uses none."""
+    settings = plan.stages.get(task)
+    if settings and settings.gpus:
+        return QUEUE_LABEL
+    return TRAIN_JOB_QUEUE_LABEL if isinstance(settings, TrainingSettings) and settings.num_nodes > 1 else None
+
+
 def list_dags(specification: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the components of a pipeline that consist of tasks: the pipeline, its conditions and exit handlers."""
     return [part for part in [specification["root"], *specification["components"].values()] if "dag" in part]
+
+
+def _read_run_plan(arguments: Mapping[str, Any]) -> Plan:
+    form = {name: value for name, value in arguments.items() if name in PlanConfig.model_fields}
+    return read_plan(PlanConfig(output=Path(), document=arguments[SETTINGS_PARAMETER], **form))
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:

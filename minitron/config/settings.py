@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from minitron.config.fields import (
     EXECUTION,
@@ -271,6 +271,16 @@ class GpuResources(Resources):
     gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of the task.")
 
 
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+"""Kueue's label of a pod or a TrainJob that waits in a LocalQueue."""
+
+TRAIN_JOB_QUEUE_LABEL = "minitron.io/train-job-queue"
+"""Label of a task's pod that does not wait itself: the queue of the TrainJob that it starts."""
+
+_QUEUE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+"""A name as Kueue's LocalQueueName requires it (apis/kueue/v1beta2/localqueue_types.go); a label has 63 characters."""
+
+
 class ClusterConfig(Settings):
     """Settings that Kubeflow reads from the compiled pipeline only; `minitron submit` and `schedule` write them there.
 
@@ -285,6 +295,21 @@ class ClusterConfig(Settings):
     timeout_hours: PositiveInt = Field(168, description="Hours that one attempt at a task may take.")
     ttl_hours: PositiveInt = Field(168, description="Hours that a run's pods and their logs are kept after its end.")
     labels: dict[str, str] = Field({}, description="Labels of the tasks' pods, for cost accounting, say.")
+    queue: str | None = Field(
+        None,
+        description="LocalQueue of Kueue, where every pod and TrainJob with GPUs waits; none: nothing waits. The wait "
+        "of a TrainJob counts in timeout_hours.",
+    )
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str | None) -> str | None:
+        if queue is not None and not (_QUEUE.fullmatch(queue) and len(queue) <= 63):
+            raise ValueError(
+                f"{queue!r} cannot be the name of a LocalQueue; give at most 63 lower-case letters, digits, '-' and "
+                "'.', a letter or digit first and last"
+            )
+        return queue
 
 
 SETTINGS: dict[str, type[StageSettings]] = {

@@ -2,6 +2,9 @@
 
 The job's pods are like the task's own: image, volumes, credentials, tolerations, account. A job is named after its
 stage's key, so that a restarted task finds the running job; the job ends with the task that waits for it.
+
+Kueue suspends a job until its queue has room, and again when it needs the room for another: the task waits on, and the
+workers resume from their last checkpoint.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.cluster import kubernetes_api
+from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL
 from minitron.engines.launcher import explain_failure
 from minitron.errors import ConfigError, MinitronError, RunError
 
@@ -72,7 +76,7 @@ def launch(
     try:
         train_job.start(make_manifest)
         # A failed worker has written why: waiting for the others, or for restarts of the pod, would cost GPUs.
-        while (state := train_job.get_state()) is None and not failure.is_file():
+        while (state := train_job.get_state(failure)) is None and not failure.is_file():
             follow()
             train_job.forward_log()
             train_job.check_pods()
@@ -103,7 +107,7 @@ class _TrainJob:
         self._jobs, self._core = kubernetes_api.custom_api(kubernetes_api.RETRY), kubernetes_api.core_api()
         self._created = datetime.min.replace(tzinfo=UTC)
         self._last_line = ""
-        self._stuck_since, self._refused = 0.0, False
+        self._stuck_since, self._refused, self._suspended = 0.0, False, False
         self._tail: list[str] = []
 
     def start(self, make_manifest: Callable[[], dict[str, Any]]) -> None:
@@ -142,8 +146,10 @@ class _TrainJob:
         except kubernetes_api.MissingError:
             return None
 
-    def get_state(self) -> str | None:
-        """Return how the job ended: Complete, or why it failed; None while it runs.
+    def get_state(self, failure: Path) -> str | None:
+        """Return how the job ended: Complete, or why it failed; None while it runs or waits in a queue.
+
+        What a worker of a suspended job leaves in `failure` is deleted: it lost the others when Kueue ended them.
 
         Raises:
             RunError: the job was deleted.
@@ -151,7 +157,21 @@ class _TrainJob:
         if (train_job := self._find_job()) is None:
             raise RunError(f"TrainJob {self.name}: it was deleted; run the stage again, and it resumes")
         self._created = datetime.fromisoformat(train_job["metadata"]["creationTimestamp"])
+        self._report_queue(train_job)
+        if self._suspended:
+            failure.unlink(missing_ok=True)
         return _read_end_state(train_job)
+
+    def _report_queue(self, train_job: dict[str, Any]) -> None:
+        """Say when the job begins to wait, and when it starts."""
+        was_suspended, self._suspended = self._suspended, bool(train_job["spec"].get("suspend"))
+        if self._suspended and not was_suspended:
+            queue = (train_job["metadata"].get("labels") or {}).get(QUEUE_LABEL)
+            state = f"waits in queue {queue}" if queue else "is suspended, without a queue"
+            remedy = f"'kubectl get workloads -n {self._namespace}' says what it waits for"
+            print(f"TrainJob {self.name}: {state}; {remedy}", flush=True)
+        elif was_suspended and not self._suspended:
+            print(f"TrainJob {self.name}: starts", flush=True)
 
     def make_error(self, job: str, reason: str) -> RunError:
         """Return the error of a job whose workers left no explanation."""
@@ -270,7 +290,10 @@ def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: in
         "volumes": kubernetes_api.to_manifest(volumes),
         "containers": [node],
     }
-    metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "minitron"}}
+    own = pod.metadata.labels or {}
+    queue = own.get(TRAIN_JOB_QUEUE_LABEL) or own.get(QUEUE_LABEL)  # Kueue reads the job's label, not its pods'
+    labels = {"app.kubernetes.io/part-of": "minitron"} | ({QUEUE_LABEL: queue} if queue else {})
+    metadata = {"name": name, "labels": labels}
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",

@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron import __version__
+from minitron.cli import kubeflow
 from minitron.cli.app import app
 from minitron.cluster import pipelines_api
 from minitron.cluster.cron import first_run_time
@@ -111,6 +112,40 @@ def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline() -> None
     unchanged = apply_cluster_config(copy.deepcopy(before), ClusterConfig())
     del unchanged[1]["platforms"]["kubernetes"]["pipelineConfig"]
     assert unchanged == before, "the defaults are what is compiled"
+
+
+@pytest.mark.parametrize("pipeline", ["compress", "retrain"])
+def test_what_holds_gpus_waits_in_the_queue_and_nothing_else(pipeline: str) -> None:
+    """A task that waits for its TrainJob holds no GPU, and would hold quota that the TrainJob needs."""
+    several = ["engine=nemo", "distill.num_nodes=2", "distill.gpus=0", "prune.gpus=1", "finetune.gpus=8"]
+    settings = [*several, "evaluate.gpus=0", "teacher=gs://b/t", "corpus=gs://b/c", "tracking_uri=http://m"]
+    documents, _, _ = kubeflow._read_run(pipeline, [], [*settings, "cluster.queue=team.gpus"])
+    before, _, _ = kubeflow._read_run(pipeline, [], settings)
+    executors, old = (
+        found[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] for found in (documents, before)
+    )
+    added = {
+        name.removeprefix("exec-"): entry["podMetadata"]["labels"].items() - old[name]["podMetadata"]["labels"].items()
+        for name, entry in executors.items()
+    }
+    assert {task: dict(labels) for task, labels in added.items() if labels} == {
+        "finetune": {"kueue.x-k8s.io/queue-name": "team.gpus"},
+        "prune": {"kueue.x-k8s.io/queue-name": "team.gpus"},
+        "distill": {"minitron.io/train-job-queue": "team.gpus"},
+    }
+
+
+def test_a_pipeline_that_computes_nothing_has_no_queue() -> None:
+    settings = ["model_name=m", "tracking_uri=http://m"]
+    documents, _, _ = kubeflow._read_run("promote", [], [*settings, "cluster.queue=gpus"])
+    assert documents == kubeflow._read_run("promote", [], settings)[0]
+
+
+@pytest.mark.parametrize("queue", ["GPUs", "gpus_1", "-gpus", "a..b", "", "a" * 64])
+def test_a_queue_that_cannot_exist_is_refused(queue: str) -> None:
+    message = f"cluster.queue: '{queue}' cannot be the name of a LocalQueue; give at most 63 lower-case letters"
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        kubeflow._read_run("promote", [], ["model_name=m", "tracking_uri=http://m", f"cluster.queue='{queue}'"])
 
 
 def test_a_run_is_followed_to_its_end(server: KubeflowServer) -> None:

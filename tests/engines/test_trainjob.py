@@ -321,6 +321,58 @@ def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytes
         kubernetes_api.core_api()
 
 
+@pytest.mark.parametrize("label", ["minitron.io/train-job-queue", "kueue.x-k8s.io/queue-name"])
+def test_a_queued_job_waits_and_is_neither_failed_nor_lost(
+    server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], label: str
+) -> None:
+    server.objects["pods"]["distill-task"]["metadata"]["labels"][label] = "gpus"
+    server.run_jobs = True
+    seen: list[dict[str, Any]] = []
+    later(server, lambda: (seen.append(server.job()), server.admit()), 0.6)
+    launch(tmp_path)
+    assert seen[0]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert "queue-name" not in json.dumps(seen[0]["spec"]), "Kueue suspends the job, and gates none of its pods"
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3", "3"]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TrainJob")]
+    assert said[1:] == [
+        f"TrainJob {JOB}: waits in queue gpus; 'kubectl get workloads -n team' says what it waits for",
+        f"TrainJob {JOB}: starts",
+    ]
+
+
+def test_a_preempted_job_waits_again_and_resumes(
+    server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kueue ends the pods: a worker that lost the others first has left an error."""
+    server.objects["pods"]["distill-task"]["metadata"]["labels"]["minitron.io/train-job-queue"] = "gpus"
+    failure = tmp_path / "add.failure"
+
+    def preempt() -> None:
+        server.preempt()
+        failure.write_text(json.dumps({"kind": "RuntimeError", "message": "Connection closed by peer"}))
+
+    later(server, server.admit, 0.3)
+    later(server, lambda: server.say(FIRST, "step 1"), 0.5)
+    later(server, preempt, 0.9)
+    later(server, lambda: (server.admit(), server.say(FIRST, "step 2")), 1.3)
+    later(server, lambda: server.end("Complete"), 1.7)
+    launch(tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("waits in queue gpus") == out.count(f"TrainJob {JOB}: starts") == 2
+    assert (tmp_path / "add.log").read_text() == "step 1\nstep 2\n" and not failure.exists()
+    assert sum(request.startswith("POST") for request in server.requests) == 1
+
+
+def test_a_job_that_somebody_suspends_is_named(
+    server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later(server, server.preempt, 0.2)
+    later(server, server.admit, 0.6)
+    later(server, lambda: server.end("Complete"), 0.9)
+    launch(tmp_path)
+    assert f"TrainJob {JOB}: is suspended, without a queue; " in capsys.readouterr().out
+
+
 def _plain_job(name: str) -> dict[str, Any]:
     trainer = {"numNodes": 2, "numProcPerNode": 1, "command": ["true"]}
     return {"metadata": {"name": name}, "spec": {"runtimeRef": {"name": "torch-distributed"}, "trainer": trainer}}

@@ -1,14 +1,18 @@
 """Several nodes: a stage starts a TrainJob, whose nodes are processes of this machine, and waits for it."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from minitron.errors import ConfigError
 from tests.nemo.nemo_support import CUT, curves, run_distill, run_finetune, run_prune
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
+from tests.servers.processes import wait_until
+from tests.servers.trainer_server import trainer_server
 
 
 @pytest.fixture
@@ -21,20 +25,52 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernet
 NODES = {"engine": "nemo", "num_nodes": 2, "gpus_per_node": 1, "tensor_parallel_size": 2}
 
 
+def admit_and_preempt_once(server: KubernetesServer, workspace: Path) -> None:
+    """Be Kueue: admit the job that scores and the one that trains; preempt that one after its checkpoint."""
+
+    def is_suspended() -> bool:
+        return any(job["spec"].get("suspend") for job in server.objects["trainjobs"].values())
+
+    for _ in range(2):
+        wait_until(is_suspended)
+        time.sleep(0.3)
+        server.admit()
+    wait_until(lambda: any(workspace.rglob("step-3")), 300)
+    server.preempt()
+    time.sleep(0.3)
+    server.admit()
+
+
 def test_two_nodes_give_the_curve_of_engine_hf(
-    server: KubernetesServer, wide: Path, dataset: Path, tmp_path: Path
+    server: KubernetesServer,
+    wide: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     workspace = tmp_path / "workspace"
     data, teacher = (Path(shutil.copytree(path, workspace / path.name)) for path in (dataset, wide))
     run_prune(workspace / "student", data, teacher, **CUT)
     inputs, weights = (data, teacher, workspace / "student"), {"cross_entropy_weight": 0.5, "temperature": 2.0}
     expected = run_distill(tmp_path / "hf", *inputs, **weights)
-    record = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **weights, **NODES)
+    server.objects["pods"]["distill-task"]["metadata"]["labels"]["minitron.io/train-job-queue"] = "gpus"
+    with trainer_server(tmp_path, monkeypatch) as trainer, monkeypatch.context() as task:
+        server.variables = trainer.variables
+        for name in trainer.variables:  # Trainer sets them in the nodes alone
+            task.delenv(name)
+        Thread(target=admit_and_preempt_once, args=(server, workspace), daemon=True).start()
+        record = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **weights, **NODES)
     for name, values in curves(expected).items():
         assert curves(record)[name] == pytest.approx(values, rel=1e-3), name
     assert record["gpus"] == 2
     scored = record["metrics"]["teacher_validation_loss"]
     assert scored == pytest.approx(expected["metrics"]["teacher_validation_loss"], rel=1e-6)
+    out = capsys.readouterr().out
+    assert out.count("waits in queue gpus") == out.count(": starts\n") == 3
+    assert [row["step"] for row in record["history"] if "loss" in row] == list(range(1, 9)), "no step is there twice"
+    assert trainer.statuses[-1]["progressPercentage"] == 100
+    assert {"kl", "validation_loss"} <= {metric["name"] for metric in trainer.statuses[-1]["metrics"]}
     created = [request for request in server.requests if request.startswith("POST")]
     assert len(created) == 2 and not server.objects["trainjobs"], "one scores the teacher on one GPU, one trains"
 

@@ -2,6 +2,9 @@
 
 TrainJobs are validated with the models of kubeflow-trainer-api: what those do not know is refused. The controller makes
 pods of a job, or runs it: `run_jobs` starts the nodes' commands here, with the variables that the Trainer sets.
+
+Kueue v0.19.2 suspends a job with a queue when it is created (pkg/controller/jobs/trainjob/trainjob_webhook.go), and
+lets it go or stops it (RunWithPodSetsInfo and Stop of trainjob_controller.go) when a test calls `admit` or `preempt`.
 """
 
 import copy
@@ -22,6 +25,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
+from minitron.config.settings import QUEUE_LABEL
 from minitron.engines import trainjob
 from tests.servers.http_server import Refused, State, free_port, http_server
 
@@ -92,6 +96,9 @@ class KubernetesServer(State):
         self.lingering = False
         """Deleted TrainJobs stay, marked, until the next look."""
         self.processes: list[subprocess.Popen] = []
+        self.runner: Thread | None = None
+        self.variables: dict[str, str] = {}
+        """What Trainer sets in the nodes' containers besides torchrun's: those of its status server."""
 
     def job(self) -> Entry:
         """Return the one TrainJob."""
@@ -105,14 +112,29 @@ class KubernetesServer(State):
 
     def end(self, kind: str, message: str = "", reason: str = "JobsFailed") -> None:
         """Give the TrainJob a condition: Complete or Failed."""
-        condition = {
-            "type": kind,
-            "status": "True",
-            "reason": reason,
-            "message": message,
-            "lastTransitionTime": _timestamp_now(),
-        }
-        self.job()["status"] = {"conditions": [condition]}
+        _set_condition(self.job(), kind, "True", reason, message)
+
+    def admit(self) -> None:
+        """Let the TrainJob go: Kueue clears spec.suspend, Trainer the condition, and pods are made."""
+        job = self.job()
+        job["spec"]["suspend"] = False
+        # Trainer v2.3.0: setSuspendedCondition of pkg/controller/trainjob_controller.go, texts of pkg/constants
+        _set_condition(job, "Suspended", "False", "Resumed", "TrainJob is resumed")
+        self._start_nodes(job)
+
+    def preempt(self) -> None:
+        """Stop the TrainJob: Kueue sets spec.suspend, and JobSet deletes the pods."""
+        job = self.job()
+        self._suspend(job)
+        for process in self.processes:
+            process.terminate()
+        if self.runner:
+            self.runner.join()  # as Stop, which waits until no job is active
+        self._remove_nodes(job["metadata"]["name"])
+
+    def _suspend(self, job: Entry) -> None:
+        job["spec"]["suspend"] = True
+        _set_condition(job, "Suspended", "True", "Suspended", "TrainJob is suspended")
 
     def add(self, kind: str, name: str, **content: Any) -> Entry:
         metadata = {"name": name, "namespace": "team", "uid": f"uid-{name}", "creationTimestamp": _timestamp_now()}
@@ -180,13 +202,22 @@ class KubernetesServer(State):
         if name in self.objects[kind]:
             raise Refused(409, f'{kind} "{name}" already exists')
         body["metadata"]["creationTimestamp"] = _timestamp_now()
-        self.objects[kind][name] = body | {"status": {}}
-        if self.create_pods:
-            for rank in range(body["spec"]["trainer"]["numNodes"]):
-                self._add_node(name, rank)
-        if self.run_jobs:
-            Thread(target=self._run, args=(body,), daemon=True).start()
+        self.objects[kind][name] = job = body | {"status": {}}
+        if QUEUE_LABEL in body["metadata"].get("labels", {}):
+            patch = {"manager": "kueue.x-k8s.io/manager", "trainingRuntimeSpec": {"template": {"spec": {}}}}
+            body["spec"]["runtimePatches"].append(patch)
+            self._suspend(job)
+        else:
+            self._start_nodes(job)
         return body
+
+    def _start_nodes(self, job: Entry) -> None:
+        if self.create_pods:
+            for rank in range(job["spec"]["trainer"]["numNodes"]):
+                self._add_node(job["metadata"]["name"], rank)
+        if self.run_jobs:
+            self.runner = Thread(target=self._run, args=(job,), daemon=True)
+            self.runner.start()
 
     def _add_node(self, job: str, rank: int) -> None:
         labels = {
@@ -208,7 +239,10 @@ class KubernetesServer(State):
 
     def _remove(self, kind: str, name: str) -> None:
         del self.objects[kind][name]
-        for pod in [pod for pod in self.objects["pods"] if pod.startswith(f"{name}-node")]:
+        self._remove_nodes(name)
+
+    def _remove_nodes(self, job: str) -> None:
+        for pod in [pod for pod in self.objects["pods"] if pod.startswith(f"{job}-node")]:
             del self.objects["pods"][pod]
 
     def _run(self, job: Entry) -> None:
@@ -222,7 +256,7 @@ class KubernetesServer(State):
                 "PET_NODE_RANK": rank, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port,
             }  # fmt: skip
             given = {entry["name"]: entry["value"] for entry in trainer.get("env", []) if "value" in entry}
-            environment = os.environ | given | {key: str(value) for key, value in variables.items()}
+            environment = os.environ | given | {key: str(value) for key, value in variables.items()} | self.variables
             command = [sys.executable, *trainer["command"][1:]]
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
@@ -237,13 +271,20 @@ class KubernetesServer(State):
         statuses = [process.wait() for process in nodes]
         for log in logs:
             log.join()
-        if name in self.objects["trainjobs"]:
+        if name in self.objects["trainjobs"] and not job["spec"].get("suspend"):
             self.end("Failed" if any(statuses) else "Complete", f"exit statuses {statuses}")
 
     def _read(self, pod: str, process: subprocess.Popen) -> None:
         assert process.stdout
         for line in process.stdout:
             self.say(pod, line.rstrip("\n"))
+
+
+def _set_condition(job: Entry, kind: str, status: str, reason: str, message: str) -> None:
+    """Set one condition, and leave the others, as meta.SetStatusCondition of Kubernetes."""
+    condition = {"type": kind, "status": status, "reason": reason, "message": message}
+    others = [entry for entry in job["status"].get("conditions", []) if entry["type"] != kind]
+    job["status"] = {"conditions": [*others, condition | {"lastTransitionTime": _timestamp_now()}]}
 
 
 def _timestamp_now() -> str:

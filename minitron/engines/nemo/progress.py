@@ -36,7 +36,7 @@ class Progress:
             return
         self._size = size
         rows = [json.loads(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        new, self._seen = rows[self._seen :], len(rows)
+        new, self._seen = rows[self._seen :], max(self._seen, len(rows))  # workers that resume drop the lost steps
         for row in new:
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
             if self._bar is None:  # not earlier: starting NeMo does not count in the training's speed

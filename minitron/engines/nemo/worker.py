@@ -132,8 +132,11 @@ def train(job: dict[str, Any], work: Path) -> None:
     """Fine-tune or distil, from the last checkpoint if there is one."""
     from minitron.config.parse import parse
     from minitron.engines.nemo import training
+    from minitron.engines.nemo.files import forget_lost_steps
     from minitron.models.losses import LossWeights
 
+    if os.environ["RANK"] == "0":  # Kueue may have stopped these workers after a step that is done again
+        forget_lost_steps(work)
     training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
 
 
