@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from minitron.data.tokenizer import TOKENIZER_FILES
 from minitron.errors import ConfigError, RunError
 from minitron.storage.files import link_or_copy
+from minitron.storage.hashing import list_files
 from minitron.storage.layout import RECORD
 
 if TYPE_CHECKING:  # register's image has neither torch nor transformers
@@ -85,8 +86,12 @@ def finish_model(directory: Path, tokenizer_from: Path) -> None:
 
 def copy_model(source: Path, directory: Path) -> None:
     """Put the files of a model directory into another one, by hard links if the file system allows them."""
-    ignore = shutil.ignore_patterns(RECORD, ".*")
-    shutil.copytree(source, directory, copy_function=link_or_copy, ignore=ignore, dirs_exist_ok=True)
+    for path in list_files(source):
+        name = path.relative_to(source)
+        if name.name == RECORD or any(part.startswith(".") for part in name.parts):
+            continue
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(path, directory / name)
 
 
 def _write_for_both_transformers(path: Path) -> None:

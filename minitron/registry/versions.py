@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
+from minitron.storage.hashing import list_files
 from minitron.tracking.client import connect, defer_sigterm, is_missing, one_line_errors, set_environment
 from minitron.tracking.stage_run import MlflowTracker
 
@@ -124,7 +125,7 @@ def upload_model(
     try:
         # Uploaded from the directory itself, so the weights are not copied on this disk.
         client.log_model_artifacts(model.model_id, str(directory))
-        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in list_files(directory))
         with tempfile.TemporaryDirectory() as name:
             _write_mlmodel(Path(name), code, model.model_id, tracker.pipeline_run_id, size, requirements)
             if not (directory / CARD).exists():

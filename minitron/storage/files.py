@@ -45,10 +45,15 @@ def delete_path(path: Path) -> None:
         path.unlink()
 
 
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Hard-link a file. Of a link its target is linked: a relative link leads nowhere from another directory."""
+    os.link(Path(source).resolve(strict=True), target)
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Hard-link a file, or copy it if the file system does not allow links."""
     try:
-        os.link(source, target)
+        link_file(source, target)
     except OSError:
         shutil.copy2(source, target)
 

@@ -5,23 +5,47 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from minitron.errors import RunError
+from minitron.errors import ConfigError, RunError
 from minitron.storage.layout import AWAITED, RECORD, read_record
 
 
 def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
     """Return the sha256 of a file, or of a directory's names and contents without stage.json and `leave_out`.
 
-    A linked directory counts with its content.
+    A link counts as what it leads to: a directory of links has the hash of the same files without links.
+
+    Raises:
+        ConfigError: a link leads to nothing.
     """
     if path.is_file():
         return _file_hash(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in walk_files(path) if file.is_file()):
+    for file in list_files(path, leave_out):
         name = file.relative_to(path)
-        if name.parts[0] not in leave_out and str(name) not in (RECORD, AWAITED):
+        if str(name) not in (RECORD, AWAITED):
             digest.update(f"{name}\0{_file_hash(file)}\n".encode())
     return digest.hexdigest()
+
+
+def list_files(directory: Path, leave_out: tuple[str, ...] = ()) -> list[Path]:
+    """Return the files at any depth, sorted; those behind links count as if they were here.
+
+    Args:
+        directory: where to look.
+        leave_out: names in the directory itself that are passed over.
+
+    Raises:
+        ConfigError: a link leads to nothing.
+    """
+    files = []
+    for path in walk_files(directory):
+        if path.relative_to(directory).parts[0] in leave_out:
+            continue
+        if path.is_file():
+            files.append(path)
+        elif path.is_symlink() and not path.exists():
+            raise ConfigError(f"{path}: a link to {path.readlink()}, and nothing is there; get the file, or remove it")
+    return sorted(files)
 
 
 def walk_files(directory: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:

@@ -6,7 +6,6 @@ A result is a directory with a record, `stage.json`, that names its key and its 
 
 import errno
 import fcntl
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +14,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage.files import NO_LINKS, delete_path, disk_errors, link_or_copy, partial_path, replace_directory
-from minitron.storage.hashing import content_hash
+from minitron.storage.files import (
+    NO_LINKS,
+    delete_path,
+    disk_errors,
+    link_file,
+    link_or_copy,
+    partial_path,
+    replace_directory,
+)
+from minitron.storage.hashing import content_hash, list_files
 from minitron.storage.layout import read_record
 
 KEY = "key"
@@ -116,7 +123,7 @@ def _is_intact(directory: Path, key: str) -> bool:
 def publish_links(result: Path, output: Path, key: str) -> bool:
     """Make `output` equal to `result` by hard links; return False if the file system does not allow them."""
     try:
-        _publish_equal(result, output, key, os.link)
+        _publish_equal(result, output, key, link_file)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
@@ -133,7 +140,7 @@ def _publish_equal(result: Path, output: Path, key: str, put_file: Callable[[Pat
     if _is_intact(output, key) and read_record(output) == read_record(result):
         return
     with replace_directory(output) as staging:
-        for source in sorted(path for path in result.rglob("*") if path.is_file()):
+        for source in list_files(result):
             target = staging / source.relative_to(result)
             target.parent.mkdir(parents=True, exist_ok=True)
             put_file(source, target)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,28 @@ def test_what_is_no_record_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "stage.json").write_text(text)
     assert read_record(tmp_path) is None and read_record(tmp_path / "stage.json") is None
     assert verified_hash(tmp_path) == hashlib.sha256(b"").hexdigest()
+
+
+def test_a_link_counts_as_what_it_leads_to(tmp_path: Path) -> None:
+    plain, linked, blobs = tmp_path / "plain", tmp_path / "linked", tmp_path / "blobs"
+    (plain / "sub").mkdir(parents=True)
+    (plain / "sub" / "b").write_text("bee")
+    (plain / "a").write_text("ay")
+    shutil.copytree(plain, blobs)
+    linked.mkdir()
+    (linked / "a").symlink_to("../blobs/a")
+    (linked / "sub").symlink_to(blobs / "sub", target_is_directory=True)
+    assert content_hash(linked) == content_hash(plain)
+    (blobs / "sub" / "b").write_text("other")
+    assert content_hash(linked) != content_hash(plain)
+
+
+def test_a_link_to_nothing_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("ay")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "lost").symlink_to("../blobs/gone")
+    with pytest.raises(
+        ConfigError, match=r"sub/lost: a link to \.\./blobs/gone, and nothing is there; get the file, or"
+    ):
+        content_hash(tmp_path)
+    assert content_hash(tmp_path, leave_out=("sub",))
