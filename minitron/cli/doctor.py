@@ -69,10 +69,13 @@ def run_checks(
 def _check_pipelines(connect: Callable[[], Kubeflow]) -> Check:
     try:
         kubeflow = connect()
+        kubeflow.check_version()
     except MinitronError as error:
         fault, _, remedy = str(error).partition("; ")
         return Check(False, "Kubeflow Pipelines", fault, remedy)
     users = "several users" if kubeflow.multi_user else "one user"
+    if not kubeflow.release:
+        users += "; it names no release: it must have what 2.15.0 has"
     return Check(True, "Kubeflow Pipelines", f"version {kubeflow.version}, {users}")
 
 

@@ -1,6 +1,6 @@
 """The commands that talk to a cluster: submit, schedule, unschedule, runs, doctor."""
 
-import re
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +22,17 @@ from minitron.cli.tables import print_table
 from minitron.config.pipelines import (
     apply_cluster_config,
     check_arguments,
+    check_for_cluster,
     compiled_pipeline,
     get_parameters,
+    list_stages,
     queue_pods,
     read_request,
 )
 from minitron.config.reference import help_text
+from minitron.config.settings import ClusterConfig
 from minitron.config.stages import StageConfig
-from minitron.errors import ConfigError
+from minitron.errors import ConfigError, RunError
 
 
 @app.command(
@@ -51,14 +54,14 @@ def submit(
 ) -> None:
     """Run a pipeline once on a cluster."""
     with one_line_errors(debug):
-        documents, arguments, account = _read_run(pipeline, presets or [], settings or [])
+        documents, arguments, cluster = _read_run(pipeline, presets or [], settings or [])
         kubeflow = _connect_kubeflow(host, namespace, token)
-        version = kubeflow.upload_pipeline(pipeline, documents)
-        run_id = kubeflow.submit(version, arguments, _experiment_name(arguments), account)
+        kubeflow.check_version()
+        version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(documents, cluster, kubeflow.release))
+        run_id = kubeflow.submit(version, arguments, _experiment_name(arguments), cluster.service_account)
         print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.run_url(run_id)}", flush=True)
         if wait:
-            kubeflow.follow_run(run_id)
-            print(f"run {run_id}: succeeded")
+            _wait_for_end(kubeflow, run_id, list_stages(documents[0]), arguments)
 
 
 @app.command(
@@ -85,10 +88,12 @@ def schedule(
         from minitron.cluster import cron
 
         first = cron.first_run_time(expression)
-        documents, arguments, account = _read_run(pipeline, presets or [], settings or [])
+        documents, arguments, cluster = _read_run(pipeline, presets or [], settings or [])
         name = name or "-".join([pipeline, *(Path(preset).stem for preset in (presets or [])[:1])])
         kubeflow = _connect_kubeflow(host, namespace, token)
-        version = kubeflow.upload_pipeline(pipeline, documents)
+        kubeflow.check_version()
+        version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(documents, cluster, kubeflow.release))
+        account = cluster.service_account
         changed = kubeflow.schedule(name, expression, version, arguments, _experiment_name(arguments), account)
         print(f"{'scheduled' if changed else 'unchanged'}: {name} runs {pipeline} {version.name} at {expression}")
         print(f"first: {first:%Y-%m-%d %H:%M:%S} UTC")
@@ -118,7 +123,14 @@ def list_runs(
         ]
         print_table(["run", "state", "started (UTC)", "hours", "id"], rows)
         if schedules:
-            cells = [[entry.display_name, entry.trigger.cron_schedule.cron, entry.mode.lower()] for entry in schedules]
+            cells = [
+                [
+                    entry.display_name or entry.recurring_run_id,
+                    _format_trigger(entry.trigger),
+                    (entry.mode or "").lower(),
+                ]
+                for entry in schedules
+            ]
             print_table(["schedule", "cron (UTC)", "mode"], cells)
 
 
@@ -173,24 +185,55 @@ def _connect_kubeflow(host: str | None, namespace: str | None, token: str | None
 
 def _read_run(
     pipeline: str, presets: list[str], settings: list[str]
-) -> tuple[list[dict[str, Any]], dict[str, Any], str | None]:
-    """Return the checked documents to upload, the arguments of the run and the service account of its tasks."""
+) -> tuple[list[dict[str, Any]], dict[str, Any], ClusterConfig]:
+    """Return the compiled documents, the checked arguments of the run, and what is written into the documents."""
     documents = compiled_pipeline(pipeline)
     parameters = get_parameters(documents)
     request = read_request(presets, settings, parameters)
-    arguments = request.arguments
     if request.samples:
-        _refuse_samples(request.samples, arguments)
-    for name in ("teacher", "corpus"):
-        if not re.match(r"/|\w+:/", str(arguments.get(name, "/"))):
-            raise ConfigError(
-                f"{name}: {arguments[name]} is a path of this machine, which the cluster's tasks cannot see; give "
-                "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
-            )
-    documents, checked = apply_cluster_config(documents, request.cluster), check_arguments(request, parameters)
+        _refuse_samples(request.samples, request.arguments)
+    arguments = check_arguments(request, parameters)
+    check_for_cluster(arguments, parameters)
     if request.cluster.queue:
-        documents = queue_pods(documents, request.cluster.queue, checked)
-    return documents, checked, request.cluster.service_account
+        documents = queue_pods(documents, request.cluster.queue, arguments)
+    return documents, arguments, request.cluster
+
+
+def _wait_for_end(kubeflow: Any, run_id: str, stages: list[str], arguments: dict[str, Any]) -> None:
+    """Follow a run to its end.
+
+    Raises:
+        RunError: the run did not succeed; the message has the reason.
+    """
+    from minitron.cluster import runs
+
+    run = runs.follow_run(kubeflow, run_id, stages)
+    if run.state == "SUCCEEDED":
+        print(f"run {run_id}: succeeded")
+        return
+    reason = run.state == "FAILED" and (
+        _find_reason_in_mlflow(run_id, arguments)
+        or runs.find_pod_failure(kubeflow.tasks_namespace, run_id)
+        or (run.error.message if run.error else "Kubeflow gives no reason")
+    )
+    raise RunError(
+        "; ".join(filter(None, (f"run {run_id}: {run.state.lower()}", reason, f"see {kubeflow.run_url(run_id)}")))
+    )
+
+
+def _find_reason_in_mlflow(run_id: str, arguments: dict[str, Any]) -> str | None:
+    """Return what a failed run's stages told MLflow, at its address in the cluster or at the one it has for you."""
+    from minitron.tracking.client import connect, fail_fast
+    from minitron.tracking.pipeline_run import find_reason
+
+    for uri in dict.fromkeys(filter(None, (os.environ.get("MLFLOW_TRACKING_URI"), arguments["tracking_uri"]))):
+        try:
+            with fail_fast():
+                if reason := find_reason(connect(uri), _experiment_name(arguments), run_id):
+                    return reason
+        except Exception:  # the run's failure is what is reported, whatever is wrong with this server
+            continue
+    return None
 
 
 def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:
@@ -201,6 +244,15 @@ def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:
 
 def _experiment_name(arguments: dict[str, Any]) -> str:
     return arguments.get("experiment", StageConfig.model_fields["experiment"].default)
+
+
+def _format_trigger(trigger: Any) -> str:
+    """Return when a schedule runs; others than minitron's can be periodic, or have no trigger at all."""
+    if trigger and trigger.cron_schedule:
+        return trigger.cron_schedule.cron
+    if trigger and trigger.periodic_schedule:
+        return f"every {trigger.periodic_schedule.interval_second} s"
+    return "never"
 
 
 def _format_time(moment: Any) -> str:

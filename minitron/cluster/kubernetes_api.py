@@ -37,13 +37,13 @@ class NotReadyError(RefusedError):
     """400: a container that has not started has no log."""
 
 
-def core_api() -> client.CoreV1Api:
+def core_api(retries: Retry = RETRY) -> client.CoreV1Api:
     """Return the API of pods, claims and the like.
 
     Raises:
         ConfigError: this process runs in no pod, and there is no kubeconfig.
     """
-    return client.CoreV1Api(_connect_client(RETRY))
+    return client.CoreV1Api(_connect_client(retries))
 
 
 def custom_api(retries: Retry) -> client.CustomObjectsApi:

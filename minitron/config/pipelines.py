@@ -1,5 +1,6 @@
 """Compiled pipelines, and the arguments of a run, checked before it starts."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,16 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 
 SETTINGS_PARAMETER = "settings"
 """The parameter of a pipeline that takes a settings document."""
+
+_TTL_SINCE = (2, 17)
+"""The first Kubeflow Pipelines that knows _TTLS; an older one drops the whole platform document because of them."""
+
+_TTLS = ("resourceTtlOnCompletion", "resourceTtlOnSuccess", "resourceTtlOnFailure")
+
+_CLUSTER_NAMES = dict.fromkeys(
+    ("workspace_claim", "credentials_secret", "image_pull_secret"), r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+) | dict.fromkeys(("trainer_image", "tools_image", "workspace", "experiment"), r"\S(.*\S)?")
+"""Parameters that may not be empty, and what they may be: names of objects in Kubernetes, or any text."""
 
 
 @dataclass(frozen=True)
@@ -109,24 +120,64 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
     return arguments
 
 
+def check_for_cluster(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Check what matters only if a run's tasks are pods: it would fail in Kubeflow's driver, or in the last task.
+
+    Raises:
+        ConfigError: a value cannot work on a cluster.
+    """
+    values = {name: entry.get("defaultValue") for name, entry in parameters.items()} | dict(arguments)
+    text = {name: str(value or "") for name, value in values.items()}
+    for name in text.keys() & {"teacher", "corpus"}:
+        if text[name] and not re.match(r"/|\w+:/", text[name]):
+            raise ConfigError(
+                f"{name}: {text[name]} is a path of this machine, which the cluster's tasks cannot see; give "
+                "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
+            )
+    for name in text.keys() & _CLUSTER_NAMES.keys():
+        if not re.fullmatch(_CLUSTER_NAMES[name], text[name]):
+            default = parameters[name]["defaultValue"]
+            raise ConfigError(f"{name}: {text[name]!r} is not one; leave it out for its default, {default}")
+    _check_tracking_uri(text["tracking_uri"])
+
+
+def _check_tracking_uri(uri: str) -> None:
+    """Refuse what the tasks' pods cannot reach: every pipeline needs MLflow's registry, at the end of its run."""
+    host = re.match(r"https?://(?:.*@)?(\[[^]]+\]|[^/:?#]+)", uri)
+    if not host:
+        raise ConfigError(
+            f"tracking_uri: {uri.rpartition('@')[2]!r} is no MLflow server, whose registry this pipeline needs; give "
+            "http(s)://HOST that the cluster's tasks can reach"
+        )
+    if re.fullmatch(r"localhost|127\..*|0\.0\.0\.0|\[::1?\]", host[1]):
+        raise ConfigError(
+            f"tracking_uri: {host[1]} is the pod itself in a task, not this machine; give the server's address in the "
+            "cluster, http://SERVICE.NAMESPACE:PORT"
+        )
+
+
 def get_parameters(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the parameters of a compiled pipeline by name."""
     return documents[0]["root"]["inputDefinitions"]["parameters"]
 
 
-def apply_cluster_config(documents: list[dict[str, Any]], cluster: ClusterConfig) -> list[dict[str, Any]]:
+def apply_cluster_config(
+    documents: list[dict[str, Any]], cluster: ClusterConfig, release: tuple[int, ...] | None
+) -> list[dict[str, Any]]:
     """Write the settings that Kubeflow offers no parameter for into a compiled pipeline, in place.
 
     Args:
         documents: the two documents of the compiled YAML, specification and platform.
         cluster: the settings.
+        release: the version of the server; None: unknown, then only what every supported one knows is written.
 
     Returns:
         The documents.
     """
     specification, platform = documents
     kubernetes = platform["platforms"]["kubernetes"]
-    kubernetes.setdefault("pipelineConfig", {})["resourceTtlOnCompletion"] = cluster.ttl_hours * 3600
+    if release and release >= _TTL_SINCE:
+        kubernetes.setdefault("pipelineConfig", {}).update(dict.fromkeys(_TTLS, cluster.ttl_hours * 3600))
     for executor in kubernetes["deploymentSpec"]["executors"].values():
         executor["activeDeadlineSeconds"] = str(cluster.timeout_hours * 3600)
         for mount in executor.get("emptyDirMounts", []):
@@ -174,6 +225,17 @@ def _find_queue_label(plan: Plan, task: str) -> str | None:
 def list_dags(specification: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the components of a pipeline that consist of tasks: the pipeline, its conditions and exit handlers."""
     return [part for part in [specification["root"], *specification["components"].values()] if "dag" in part]
+
+
+def list_stages(specification: dict[str, Any]) -> list[str]:
+    """Return the names of the tasks of a pipeline that run a container, those of its nested pipelines included."""
+    components = specification["components"]
+    return [
+        name
+        for dag in list_dags(specification)
+        for name, task in dag["dag"]["tasks"].items()
+        if "executorLabel" in components[task["componentRef"]["name"]]
+    ]
 
 
 def _read_run_plan(arguments: Mapping[str, Any]) -> Plan:

@@ -48,7 +48,7 @@ def _read_or_set_outcome(config: ConcludeConfig) -> dict[str, Any]:
             runs.find_failure(client, run),
             _read_failure_note(config),
             config.message,
-            "see the log of its tasks",
+            runs.NO_REASON,
         )
         outcome, reason = "failed", next(filter(None, reasons))
         runs.record_outcome(client, run_id, outcome, reason)

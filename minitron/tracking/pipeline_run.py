@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from minitron.config.stages import StageConfig
 from minitron.tracking.client import find_or_create_experiment, search_runs
-from minitron.tracking.write_once import PARENT_TAG, find_or_create_run
+from minitron.tracking.write_once import PARENT_TAG, find_earliest_run, find_or_create_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIVE_TAG",
     "ERROR_TAG",
+    "NO_REASON",
     "OUTCOME_TAG",
     "REASON_TAG",
     "RUN_TAG",
     "find_failure",
+    "find_reason",
     "join_pipeline_run",
     "list_stage_runs",
     "record_outcome",
@@ -30,6 +32,9 @@ ERROR_TAG, ALIVE_TAG = "minitron.error", "minitron.alive"
 
 OUTCOME_TAG, REASON_TAG = "minitron.outcome", "minitron.reason"
 """Tags of a pipeline run: its outcome, and the reason in words."""
+
+NO_REASON = "see the log of its tasks"
+"""The reason of a failed pipeline run when neither a stage nor Kubeflow gives one."""
 
 
 def join_pipeline_run(client: "MlflowClient", config: StageConfig) -> "Run | None":
@@ -53,6 +58,17 @@ def find_failure(client: "MlflowClient", run: "Run") -> str | None:
     failed = [entry for entry in runs if ERROR_TAG in entry.data.tags and entry.info.status != "FINISHED"]
     latest = max(failed, key=lambda entry: entry.info.end_time or 0, default=None)
     return f"{latest.info.run_name}: {latest.data.tags[ERROR_TAG]}" if latest else None
+
+
+def find_reason(client: "MlflowClient", experiment: str, pipeline_run_id: str) -> str | None:
+    """Return why a pipeline run failed: a stage's error, or what `conclude` recorded; None if MLflow has neither."""
+    found = client.get_experiment_by_name(experiment)
+    run = found and find_earliest_run(client, found.experiment_id, RUN_TAG, pipeline_run_id)
+    if not run:
+        return None
+    tags = run.data.tags
+    recorded = tags.get(REASON_TAG) if tags.get(OUTCOME_TAG) == "failed" else None
+    return find_failure(client, run) or (None if recorded == NO_REASON else recorded)
 
 
 def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: str) -> None:

@@ -16,13 +16,19 @@ def find_or_create_run(client: "MlflowClient", experiment_id: str, tag: str, val
 
     Processes that call this at the same moment can get different runs; use `write_once` for anything exclusive.
     """
-    if existing := _find_earliest_run(client, experiment_id, tag, value):
+    if existing := find_earliest_run(client, experiment_id, tag, value):
         return existing
     created = client.create_run(experiment_id, tags={tag: value}, run_name=name)
-    first = _find_earliest_run(client, experiment_id, tag, value) or created
+    first = find_earliest_run(client, experiment_id, tag, value) or created
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)  # another process was faster
     return first
+
+
+def find_earliest_run(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> "Run | None":
+    """Return the earliest run with this tag that has no parent, by its creator's clock; None without one."""
+    runs = [run for run in search_runs(client, experiment_id, tag, value) if PARENT_TAG not in run.data.tags]
+    return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 
 
 def write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> str:
@@ -34,8 +40,3 @@ def write_once(client: "MlflowClient", run_id: str, name: str, value: str) -> st
             raise
         return written
     return value
-
-
-def _find_earliest_run(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> "Run | None":
-    runs = [run for run in search_runs(client, experiment_id, tag, value) if PARENT_TAG not in run.data.tags]
-    return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)

@@ -1,31 +1,31 @@
-"""`minitron submit`, `schedule`, `runs` and `unschedule` against a server that speaks Kubeflow Pipelines' API."""
+"""`minitron submit`, `schedule`, `runs` and `unschedule` against a server that speaks Kubeflow Pipelines' API.
+
+How a run is followed is in test_runs.py.
+"""
 
 import base64
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from minitron import __version__
 from minitron.cli import kubeflow
-from minitron.cli.app import app
-from minitron.cluster import pipelines_api
+from minitron.cluster import pipelines_client
 from minitron.cluster.cron import first_run_time
 from minitron.config.pipelines import apply_cluster_config, compiled_pipeline
 from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
+from tests.cluster.commands import JOB, run_ok, run_refused
 from tests.constants import REPOSITORY
-from tests.servers.http_server import CUT, Page, State, free_port, http_server
+from tests.servers.http_server import Page, State, free_port, http_server
 from tests.servers.kubeflow_server import KubeflowServer, kubeflow_server
 
-JOB = ["compress", "--preset", "nemo-tutorial-width", "--preset", "gke-spot", "--set", "corpus=gs://bucket/text"]
-JOB += ["--set", "teacher=hf://meta-llama/Llama-3.1-8B", "--set", "tracking_uri=http://mlflow.minitron:5000"]
 NIGHTLY = ["schedule", *JOB, "--cron", "0 0 2 * * *", "--name", "nightly"]
 
 
@@ -37,29 +37,9 @@ def server() -> Iterator[KubeflowServer]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pipelines_api, "POLL_SECONDS", 0.01)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("KF_PIPELINES_ENDPOINT", "MINITRON_NAMESPACE", "MINITRON_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-
-
-def run_minitron(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def run_ok(*arguments: str) -> str:
-    done = run_minitron(*arguments)
-    assert done.exit_code == 0, done.output + repr(done.exception)
-    return done.stdout
-
-
-def run_refused(*arguments: str) -> str:
-    """Return the one line of a failure; the exit status is 1 or 2."""
-    done = run_minitron(*arguments)
-    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.output + repr(done.exception)
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 def test_a_run_is_of_a_version_that_is_uploaded_once(server: KubeflowServer) -> None:
@@ -87,31 +67,30 @@ def test_other_settings_of_the_pipeline_are_another_version(server: KubeflowServ
         "--host",
         server.url,
         "--set",
-        "cluster.ttl_hours=1",
+        "cluster.retries=1",
         "--set",
         "cluster.service_account=minitron",
     )
     assert len(server.pipelines) == 1
     versions = [entry for entry in server.versions.values() if entry["display_name"].startswith(__version__)]
     first, second = server.runs.values()
-    assert len(versions) == 2 and "service_account" not in first and second["service_account"] == "minitron"
+    assert len(versions) == 2
+    assert (first["service_account"], second["service_account"]) == ("pipeline-runner", "minitron")
 
 
-def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline() -> None:
+@pytest.mark.parametrize("release", [None, (2, 15, 0), (2, 16, 1), (2, 17, 0)])
+def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline(release: tuple[int, ...] | None) -> None:
     settings = ClusterConfig(shared_memory="64Gi", retries=9, timeout_hours=2, ttl_hours=1, labels={"team": "llm"})
     before = compiled_pipeline("compress")
-    specification, platform = apply_cluster_config(copy.deepcopy(before), settings)
+    specification, platform = apply_cluster_config(copy.deepcopy(before), settings, release)
     kubernetes = platform["platforms"]["kubernetes"]
-    assert kubernetes["pipelineConfig"]["resourceTtlOnCompletion"] == 3600
     for executor in kubernetes["deploymentSpec"]["executors"].values():
         assert executor["activeDeadlineSeconds"] == "7200"
         assert all(mount["sizeLimit"] == "64Gi" for mount in executor.get("emptyDirMounts", []))
         assert executor["podMetadata"]["labels"]["team"] == "llm"
     tasks = specification["root"]["dag"]["tasks"]
     assert {task["retryPolicy"]["maxRetryCount"] for name, task in tasks.items() if name != "plan"} == {9}
-    unchanged = apply_cluster_config(copy.deepcopy(before), ClusterConfig())
-    del unchanged[1]["platforms"]["kubernetes"]["pipelineConfig"]
-    assert unchanged == before, "the defaults are what is compiled"
+    assert apply_cluster_config(copy.deepcopy(before), ClusterConfig(), None) == before, "the defaults are compiled"
 
 
 @pytest.mark.parametrize("pipeline", ["compress", "retrain"])
@@ -148,32 +127,30 @@ def test_a_queue_that_cannot_exist_is_refused(queue: str) -> None:
         kubeflow._read_run("promote", [], ["model_name=m", "tracking_uri=http://m", f"cluster.queue='{queue}'"])
 
 
-def test_a_run_is_followed_to_its_end(server: KubeflowServer) -> None:
-    server.after_run = play_states(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"], ["distill", "SUCCEEDED"])
-    shown = run_ok("submit", *JOB, "--host", server.url, "--wait")
-    lines = [line.partition(" ")[2] for line in shown.splitlines() if line[:1].isdigit()]
-    assert lines == ["prepare: running", "prepare: succeeded", "distill: succeeded"]
-    assert shown.rstrip().endswith("succeeded")
+@pytest.mark.parametrize("command", [["submit", *JOB], NIGHTLY])
+@pytest.mark.parametrize(
+    ("version", "ttls"), [("2.15.0", 0), ("2.16.1", 0), ("master", 0), ("2.17.0", 3), ("2.18.0-rc.1", 3)]
+)
+def test_a_server_gets_the_life_times_that_it_knows_and_keeps_the_platform_document(
+    command: list[str], version: str, ttls: int
+) -> None:
+    """A server before 2.17 would drop the document, and with it volumes, secrets and tolerations."""
+    with kubeflow_server(version=version) as server:
+        run_ok(*command, "--set", "cluster.ttl_hours=2", "--host", server.url)
+    (uploaded,) = (entry for entry in server.versions.values() if entry["name"].startswith(__version__))
+    kubernetes = uploaded["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]
+    assert list(kubernetes.get("pipelineConfig", {}).values()) == [7200] * ttls
 
 
-def test_a_run_that_fails_says_which_task_and_why(server: KubeflowServer) -> None:
-    server.after_run = play_states(["prepare", "SUCCEEDED"], ["prune", "FAILED", "hidden_size: 4096 is no cut"])
-    message = run_refused("submit", *JOB, "--host", server.url, "--wait")
-    assert "failed; prune: hidden_size: 4096 is no cut; see http://" in message
-
-
-def test_a_server_that_is_away_for_a_while_is_waited_for(server: KubeflowServer) -> None:
-    server.after_run = play_states(["prepare", "RUNNING"], ["prepare", "SUCCEEDED"])
-    steps = iter([[503, 503], [CUT] * 6, []])
-    after_run = server.after_run
-
-    def go_on_and_fail(run: Any) -> None:
-        after_run(run)
-        server.faults = next(steps, [])
-
-    server.after_run = go_on_and_fail
-    shown = run_ok("submit", *JOB, "--host", server.url, "--wait")
-    assert shown.count("; trying again") >= 3 and shown.rstrip().endswith("succeeded")
+@pytest.mark.parametrize("command", [["submit", *JOB], NIGHTLY])
+@pytest.mark.parametrize("version", ["2.14.3", "2.5.0", "1.8.22", "v2.14.4-rc.1"])
+def test_a_server_that_is_too_old_is_refused_before_anything_is_uploaded(command: list[str], version: str) -> None:
+    with kubeflow_server(version=version) as server:
+        message = run_refused(*command, "--host", server.url)
+    assert message == (
+        f"{server.url}: runs Kubeflow Pipelines {version}, but minitron needs 2.15.0 or newer; upgrade it"
+    )
+    assert not server.pipelines
 
 
 def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
@@ -188,9 +165,8 @@ def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [["--cron", "0 30 2 * * *"], ["--set", "distill.max_steps=31"], ["--set", "cluster.retries=1"],
-     ["--set", "cluster.service_account=minitron"]],
-)  # fmt: skip
+    [["--cron", "0 30 2 * * *"], ["--set", "distill.max_steps=31"], ["--set", "cluster.retries=1"]],
+)
 def test_a_changed_schedule_replaces_the_old_one(server: KubeflowServer, change: list[str]) -> None:
     run_ok(*NIGHTLY, "--host", server.url)
     (old,) = server.schedules
@@ -201,6 +177,63 @@ def test_a_changed_schedule_replaces_the_old_one(server: KubeflowServer, change:
         request for request in server.requests if request.startswith(("POST", "DELETE")) and "recurring" in request
     ]
     assert [request.split()[0] for request in changes] == ["POST", "POST", "DELETE"], "never without one"
+
+
+def test_an_account_that_is_given_or_no_longer_given_changes_a_schedule() -> None:
+    with kubeflow_server(version="2.17.0") as server:
+        for account in ("minitron", "minitron", None, None, "pipeline-runner"):
+            given = ["--set", f"cluster.service_account={account}"] if account else []
+            run_ok(*NIGHTLY, *given, "--host", server.url)
+            (schedule,) = server.schedules.values()
+            assert schedule["service_account"] == account or not account
+    assert sum(request.startswith("DELETE") for request in server.requests) == 2
+
+
+def test_a_schedule_that_would_run_as_another_account_is_refused(server: KubeflowServer) -> None:
+    run_ok(*NIGHTLY, "--host", server.url)
+    before = copy.deepcopy(server.schedules)
+    message = run_refused(*NIGHTLY, "--set", "cluster.service_account=minitron", "--host", server.url)
+    assert message.startswith(
+        "schedule nightly: Kubeflow Pipelines 2.15.0 gives it the account pipeline-runner: before"
+    )
+    assert "DEFAULTPIPELINERUNNERSERVICEACCOUNT=minitron at its deployment" in message and server.schedules == before
+    server.default_account = "minitron"
+    run_ok(*NIGHTLY, "--set", "cluster.service_account=minitron", "--host", server.url)
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "2.16.1", "2.17.0"])
+@pytest.mark.parametrize("name", ["a+b", "100%", "100%25", "team/nightly", "nächtlich", "a b", '"quoted"\\', "a&b=c"])
+def test_a_name_with_any_character_is_found_again(version: str, name: str) -> None:
+    command = [*NIGHTLY[:-1], name, "--set", f"experiment={json.dumps(name)}"]
+    with kubeflow_server(version=version) as server:
+        assert run_ok(*command, "--host", server.url).startswith(f"scheduled: {name} runs compress")
+        assert run_ok(*command, "--host", server.url).startswith(f"unchanged: {name} runs compress")
+        assert len(server.experiments) == len(server.pipelines) == len(server.schedules) == 1
+        run_ok("unschedule", name, "--host", server.url)
+        assert not server.schedules
+
+
+def test_a_schedule_whose_name_is_alike_for_the_database_is_another_one(server: KubeflowServer) -> None:
+    for name in ("nightly", "Nightly", "nightlý"):
+        assert run_ok(*NIGHTLY[:-1], name, "--host", server.url).startswith("scheduled")
+    assert len(server.schedules) == 3
+    run_ok("unschedule", "Nightly", "--host", server.url)
+    assert [entry["display_name"] for entry in server.schedules.values()] == ["nightly", "nightlý"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "x" * 256], "--name: 256 characters, but a schedule's name has 1 to 255"),
+        (["--name", "Ä-nightly"], "--name Ä-nightly: Kubernetes takes no name that begins with '-'; begin it with a"),
+        (["--set", f"experiment={'x' * 129}"], "experiment: 129 characters, but Kubeflow Pipelines takes 1 to 128;"),
+    ],
+)
+def test_a_name_that_the_server_would_not_take_is_refused(
+    server: KubeflowServer, arguments: list[str], message: str
+) -> None:
+    assert run_refused(*NIGHTLY, *arguments, "--host", server.url).startswith(message)
+    assert not server.schedules
 
 
 def test_a_schedule_that_was_switched_off_by_hand_is_made_again(server: KubeflowServer) -> None:
@@ -223,6 +256,21 @@ def test_runs_and_schedules_are_listed_and_a_schedule_is_deleted(server: Kubeflo
     assert not server.schedules and "nightly" not in run_ok("runs", "--host", server.url)
 
 
+def test_schedules_of_other_kinds_are_listed_and_no_page_is_left_out(server: KubeflowServer) -> None:
+    server.add_schedule("hourly", trigger={"periodic_schedule": {"interval_second": "3600"}})
+    server.add_schedule("without", mode="DISABLE", status="DISABLED")
+    broken = server.add_schedule("broken")
+    for key in broken.keys() - {"recurring_run_id"}:
+        del broken[key]
+    broken["error"] = {"code": 13, "message": "Runtime config was not parsed correctly"}
+    for number in range(230):
+        server.add_schedule(f"other-{number}", trigger={"cron_schedule": {"cron": "0 0 3 * * *"}})
+    lines = [" ".join(line.split()) for line in run_ok("runs", "--host", server.url).splitlines()]
+    assert {"hourly every 3600 s enable", "without never disable", f"{broken['recurring_run_id']} never"} <= set(lines)
+    assert sum(line.startswith("other-") for line in lines) == 230
+    assert "known: hourly, other-0," in run_refused("unschedule", "nightly", "--host", server.url)
+
+
 def test_where_there_are_several_users_everything_is_in_the_namespace() -> None:
     with kubeflow_server(multi_user=True, token="secret") as server:
         access = ["--host", server.url, "--token", "secret"]
@@ -232,7 +280,8 @@ def test_where_there_are_several_users_everything_is_in_the_namespace() -> None:
         assert run_ok(*NIGHTLY, *access, "--namespace", "team").startswith("unchanged")
         assert {entry["namespace"] for entry in (*server.pipelines.values(), *server.experiments.values())} == {"team"}
         message = run_refused("runs", *access, "--namespace", "foreign")
-        assert "not allowed (403): User 'ann' is not authorized" in message and "in the namespace foreign" in message
+        assert "not allowed (403): " in message and "User 'ann' is not authorized" in message
+        assert "in the namespace foreign" in message
 
 
 @pytest.mark.parametrize("token", [[], ["--token", "expired"]])
@@ -263,7 +312,7 @@ def test_in_a_pod_neither_host_nor_token_is_given(monkeypatch: pytest.MonkeyPatc
     from kubernetes.config import incluster_config
 
     (tmp_path / "token").write_text("of-the-pod")
-    monkeypatch.setattr(pipelines_api, "_IN_CLUSTER", tmp_path / "token")
+    monkeypatch.setattr(pipelines_client, "_IN_CLUSTER", tmp_path / "token")
     for name in ("SERVICE_TOKEN_FILENAME", "SERVICE_CERT_FILENAME"):
         monkeypatch.setattr(incluster_config, name, str(tmp_path / "token"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -317,12 +366,29 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
         (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks cannot see"),
         (["--set", "distill.num_nodes=2"], "distill: gpus is 8, but with num_nodes 2 the task itself only waits"),
+        (
+            ["--set", "workspace_claim=''"],
+            "workspace_claim: '' is not one; leave it out for its default, minitron-work",
+        ),
+        (["--set", "credentials_secret=''"], "credentials_secret: '' is not one; leave it out for its default, minit"),
+        (["--set", "image_pull_secret=My_Secret"], "image_pull_secret: 'My_Secret' is not one; leave it out for its"),
+        (["--set", "tools_image=''"], "tools_image: '' is not one; leave it out for its default, minitron-pipelines"),
+        (["--set", "trainer_image=''"], "trainer_image: '' is not one; leave it out for its default, minitron-pipelin"),
+        (["--set", "experiment=''"], "experiment: '' is not one; leave it out for its default, minitron"),
+        (["--set", "tracking_uri=''"], "tracking_uri: '' is no MLflow server, whose registry this pipeline needs; "),
+        (["--set", "tracking_uri=sqlite:////data/mlflow.db"], "tracking_uri: 'sqlite:////data/mlflow.db' is no MLflow"),
+        (["--set", "tracking_uri=mlruns"], "tracking_uri: 'mlruns' is no MLflow server, whose registry this pipeline"),
+        (["--set", "tracking_uri=http://:5000"], "tracking_uri: 'http://:5000' is no MLflow server, whose registry"),
+        (["--set", "tracking_uri=http://localhost:5000"], "tracking_uri: localhost is the pod itself in a task, not "),
+        (["--set", "tracking_uri=https://ann:x@127.0.0.1"], "tracking_uri: 127.0.0.1 is the pod itself in a task, not"),
+        (["--set", "tracking_uri=http://[::1]:5000"], "tracking_uri: [::1] is the pod itself in a task, not this mach"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(
     server: KubeflowServer, arguments: list[str], message: str
 ) -> None:
-    assert run_refused("submit", *JOB, *arguments, "--host", server.url).startswith(message)
+    for command in (["submit", *JOB], NIGHTLY):
+        assert run_refused(*command, *arguments, "--host", server.url).startswith(message)
     assert not server.requests
 
 
@@ -334,7 +400,7 @@ def test_the_samples_are_for_a_laptop(server: KubeflowServer) -> None:
 
 
 def test_what_the_server_refuses_is_one_line(server: KubeflowServer) -> None:
-    server.faults = [200, 200, 200, 500]
+    server.faults = [200, 200, 200, 200, 500]
     assert "refused (500): out of order" in run_refused(*NIGHTLY, "--host", server.url)
     assert not server.schedules
 
@@ -364,26 +430,6 @@ def test_a_bad_schedule_names_its_field(expression: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         first_run_time(expression)
     assert message in str(caught.value)
-
-
-def play_states(*steps: list[str]) -> Callable[[dict[str, Any]], None]:
-    """Return what lets a run go through the tasks' states, one at every look, and then end."""
-    left = list(steps)
-
-    def go_on(run: dict[str, Any]) -> None:
-        tasks = {entry["display_name"]: entry for entry in run.get("run_details", {}).get("task_details", [])}
-        if left:
-            name, state, *reason = left.pop(0)
-            tasks[name] = {"display_name": name, "state": state}
-            if reason:
-                tasks[name]["error"] = {"code": 2, "message": reason[0]}
-            run["state"] = "RUNNING"
-        else:
-            failed = any(entry["state"] == "FAILED" for entry in tasks.values())
-            run["state"] = "FAILED" if failed else "SUCCEEDED"
-        run["run_details"] = {"task_details": list(tasks.values())}
-
-    return go_on
 
 
 def test_the_presets_for_gke_are_pods_own_terms() -> None:

@@ -240,8 +240,7 @@ def test_the_presets_of_a_cluster_keep_the_rules() -> None:
     cluster = ClusterConfig(**read_preset("gke-spot")["cluster"])
     assert cluster.retries == 20
     for pipeline in PIPELINES:
-        documents = apply_cluster_config(compiled_pipeline(pipeline), cluster)
-        documents[1]["platforms"]["kubernetes"].pop("pipelineConfig")
+        documents = apply_cluster_config(compiled_pipeline(pipeline), cluster, (2, 15, 0))
         assert find_breaches(documents) == []
 
 
@@ -308,7 +307,7 @@ def test_every_rule_has_a_breach() -> None:
 
 def test_a_doubling_pause_does_not_reach_the_retries_of_spot_nodes() -> None:
     """60 s, doubled 20 times, is two years."""
-    documents = apply_cluster_config(compiled_pipeline("compress"), ClusterConfig(retries=20))
+    documents = apply_cluster_config(compiled_pipeline("compress"), ClusterConfig(retries=20), None)
     for task in documents[0]["root"]["dag"]["tasks"].values():
         if "retryPolicy" in task:
             task["retryPolicy"] |= {"backoffDuration": "60s", "backoffFactor": 2.0}

@@ -40,7 +40,7 @@ def test_retraining_is_compress_between_decisions_with_an_end() -> None:
     condition = next(found["condition-2"]["triggerPolicy"]["condition"] for found in tasks if "condition-2" in found)
     assert condition == "inputs.parameter_values['pipelinechannel--resolve-Output'] == true"
     settings = ClusterConfig(retries=7, timeout_hours=2, ttl_hours=3, labels={"team": "llm"})
-    apply_cluster_config([specification, platform], settings)
+    apply_cluster_config([specification, platform], settings, (2, 17, 0))
     executors = specification["deploymentSpec"]["executors"]
     executed = [task for found in tasks for name, task in found.items() if f"exec-{name}" in executors]
     retried = [task for task in executed if "retryPolicy" in task]

@@ -28,8 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # errors and fast_imports: everybody
 EVERYBODY = {"errors", "fast_imports"}
 
 USERS = {
-    "kfp": {"cluster/pipelines_api.py", "cli/local.py"},
-    "kfp_server_api": {"cluster/pipelines_api.py"},
+    "kfp": {"cluster/pipelines_client.py", "cli/local.py"},
+    "kfp_server_api": {"cluster/pipelines_client.py", "cluster/pipelines_api.py"},
     "kubernetes": {"cluster/kubernetes_api.py"},
     "mlflow": {"tracking/client.py", "tracking/stage_run.py", "registry/versions.py"},
     "google.cloud": {"storage/bucket.py", "storage/transfers.py"},

@@ -190,8 +190,10 @@ class KubernetesServer(State):
         pod = self._found("pods", name)
         if pod["status"]["phase"] == "Pending":
             raise Refused(400, f'container "node" in pod "{name}" is waiting to start')
-        assert query["timestamps"].lower() == "true"
-        return "".join(f"{line}\n" for line in self.logs.get(name, []))
+        lines = self.logs.get(name, [])[-int(query.get("tailLines", 10**6)) :]
+        if query.get("timestamps", "").lower() != "true":
+            lines = [line.partition(" ")[2] for line in lines]
+        return "".join(f"{line}\n" for line in lines)
 
     def _create(self, kind: str, body: Entry) -> Entry:
         assert kind == "trainjobs"

@@ -1,0 +1,163 @@
+"""Access to the API of Kubeflow Pipelines: connect, know the server's version, explain errors in one line."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron.cluster import kubernetes_api
+from minitron.errors import ConfigError, MinitronError, RunError
+
+OLDEST = (2, 15, 0)
+"""The oldest server whose driver and API do what the pipelines need."""
+
+_IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+
+class NoAnswerError(RunError):
+    """The server does not answer at the moment: it is away, overloaded, or its database is."""
+
+
+class Connection:
+    """A connection to the API of Kubeflow Pipelines."""
+
+    def __init__(self, host: str | None, namespace: str | None, token: str | None) -> None:
+        """Connect.
+
+        Args:
+            host: URL of the API; None in a pod of the cluster.
+            namespace: your namespace, if Kubeflow has several users.
+            token: bearer token, if the server needs one. A pod uses its own. Behind Google's Identity-Aware Proxy,
+                with its OAuth client in KF_PIPELINES_IAP_OAUTH2_CLIENT_ID, the service account's is used.
+
+        Raises:
+            ConfigError: outside a cluster there is no host, or Google issues no token.
+            RunError: the host does not answer as the API, or it refuses the token.
+        """
+        if host is None and not _IN_CLUSTER.is_file():
+            raise ConfigError("--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT")
+        self.host = host or "ml-pipeline in this cluster"
+        with self.one_line_errors():
+            self._client = _make_client(host=host, existing_token=token, credentials=_pod_credentials(host, token))
+            # The client's own answer has no version.
+            health, *_ = self._client._healthz_api.api_client.call_api(
+                "/apis/v2beta1/healthz", "GET", response_type="object", auth_settings=["Bearer"]
+            )
+        if not isinstance(health, dict):  # a page
+            raise self._not_kubeflow()
+        self.version: str = health.get("tag_name") or "unknown"
+        self.release = _parse_release(self.version)
+        self.multi_user = bool(health.get("multi_user"))
+        if self.multi_user and not namespace:
+            raise ConfigError(f"--namespace: missing; {self.host} serves several users: give yours")
+        self.namespace = namespace if self.multi_user else None
+        self.tasks_namespace = namespace or "kubeflow"
+
+    def check_version(self) -> None:
+        """Check that the server is new enough; one that names no release, a development build, passes.
+
+        Raises:
+            ConfigError: the server is too old.
+        """
+        if self.release and self.release < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise ConfigError(
+                f"{self.host}: runs Kubeflow Pipelines {self.version}, but minitron needs {oldest} or newer; upgrade it"
+            )
+
+    @contextlib.contextmanager
+    def one_line_errors(self) -> Iterator[None]:
+        """Turn errors of the client into one line, and hide its prints and warnings."""
+        from google.auth.exceptions import GoogleAuthError
+        from kfp_server_api import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        except MinitronError:
+            raise
+        except ApiException as error:
+            raise self._explain_error(error) from error
+        except GoogleAuthError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.host}: no token for its Identity-Aware Proxy ({reason}); name a service account's key in "
+                "GOOGLE_APPLICATION_CREDENTIALS, or unset KF_PIPELINES_IAP_OAUTH2_CLIENT_ID"
+            ) from error
+        except HTTPError as error:
+            reason = re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2].strip("')\"("))
+            raise NoAnswerError(f"{self.host}: no answer ({reason}); check --host and the network") from error
+        except (ValueError, AttributeError, TypeError) as error:  # a page where JSON was expected
+            raise self._not_kubeflow() from error
+
+    def _explain_error(self, error: Any) -> RunError:
+        match error.status:
+            case 401:
+                return RunError(
+                    f"{self.host}: the token is refused (401): it expired, or belongs to another server; get a new one "
+                    "and give it by --token or MINITRON_TOKEN"
+                )
+            case 403:
+                return RunError(
+                    f"{self.host}: not allowed (403): {_server_message(error)}; ask for the role kubeflow-edit in the "
+                    f"namespace {self.namespace or 'of Kubeflow'}"
+                )
+            case 404 if "<" in str(error.body or "<"):
+                return self._not_kubeflow()
+            case 502 | 503 | 504:
+                return NoAnswerError(
+                    f"{self.host}: no answer ({error.status} {error.reason}); check that ml-pipeline is running"
+                )
+        kind = NoAnswerError if error.status in (429, 500) else RunError
+        return kind(
+            f"{self.host}: refused ({error.status}): {_server_message(error)}; the log of ml-pipeline says more"
+        )
+
+    def _not_kubeflow(self) -> RunError:
+        return RunError(
+            f"{self.host}: answers, but not as Kubeflow Pipelines' API; give the URL of its page with the path (often "
+            "…/pipeline), and a token if the page asks for a login"
+        )
+
+
+def _make_client(**access: Any) -> Any:
+    """Return Kubeflow's client with one health check; the original checks five times, whatever the answer."""
+    from kfp.client import Client
+
+    class Quick(Client):
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+            kubernetes_api.limit_waiting(self._healthz_api.api_client)  # all its services share it
+            return self._healthz_api.healthz_service_get_healthz()
+
+    return Quick(**access)
+
+
+def _pod_credentials(host: str | None, token: str | None) -> Any:
+    """Return the token that Kubernetes mounts into a pod for Kubeflow Pipelines, if there is one."""
+    from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH, ServiceAccountTokenVolumeCredentials
+
+    path = os.environ.get(KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH)
+    return ServiceAccountTokenVolumeCredentials() if host and not token and Path(path).is_file() else None
+
+
+def _parse_release(version: str) -> tuple[int, int, int] | None:
+    """Return the numbers of a release; None for what a development build has: `unknown`, a branch, a commit."""
+    match = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def _server_message(error: Any) -> str:
+    """Return the server's message in one line."""
+    try:
+        body = json.loads(error.body)
+        text = body.get("message") or body.get("error_message") or body.get("error") or ""
+    except (TypeError, ValueError, AttributeError):
+        text = str(error.body or error.reason)
+    return " ".join(str(text).split())[:300]

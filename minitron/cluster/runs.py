@@ -1,0 +1,98 @@
+"""Follow a run to its end, a line per stage, and find in its pods why it failed."""
+
+import re
+import time
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any
+
+from urllib3 import Retry
+
+from minitron.cluster import kubernetes_api, pipelines_api
+from minitron.errors import MinitronError
+
+DONE = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+COMPONENT_LABEL, RUN_LABEL = "app.kubernetes.io/component", "pipeline/runid"
+"""Labels of a stage's pod: the stage, which the pipeline sets, and the run, which Kubeflow sets."""
+
+_ATTEMPT = re.compile(r"executor\((\d+)\)")
+_ERROR = re.compile(r"^(?:\s*error: |F\d{4} [^\]]*\] )(.+)$", re.MULTILINE)
+"""The last words of a stage, and those of Kubeflow's driver (glog's severity F)."""
+
+_ONCE = Retry(1, backoff_factor=0.5)
+_TIMEOUT = 10
+
+
+def follow_run(kubeflow: pipelines_api.Kubeflow, run_id: str, stages: Collection[str]) -> Any:
+    """Print a line whenever a stage of a run starts, is tried again, or ends; return the run when it has ended."""
+    printed: dict[str, str] = {}
+    while True:
+        run = kubeflow.wait_for_run(run_id)
+        for stage, state in describe_stages(run, stages).items():
+            if printed.get(stage) != state:
+                printed[stage] = state
+                print(f"{datetime.now():%H:%M:%S} {stage}: {state}", flush=True)
+        if run.state in DONE:
+            return run
+        time.sleep(pipelines_api.POLL_SECONDS)
+
+
+def describe_stages(run: Any, stages: Collection[str]) -> dict[str, str]:
+    """Return what the stages of a run do, in the order in which they started.
+
+    Kubeflow lists the nodes of the Argo workflow. A stage has three kinds: `NAME-driver`, `NAME`, and in it an
+    `executor(n)` per attempt, which is named after no stage: it belongs to the one that started last before it, since
+    no two stages of a pipeline run at a time.
+    """
+    nodes = sorted((run.run_details and run.run_details.task_details) or [], key=lambda node: node.start_time)
+    attempts: dict[str, int] = {}
+    states: dict[str, str] = {}
+    stage = ""
+    for node in nodes:
+        name, state = node.display_name, node.state or ""
+        if name in stages and state in ("RUNNING", "SUCCEEDED", "FAILED", "SKIPPED"):
+            stage, states[name] = name, state.lower()
+        elif name.removesuffix("-driver") in stages and state == "FAILED":
+            states[name.removesuffix("-driver")] = "failed before it started, in Kubeflow's driver"
+        elif stage and (attempt := _ATTEMPT.fullmatch(name)):
+            attempts[stage] = max(attempts.get(stage, 1), int(attempt[1]) + 1)
+    again = {stage: f"attempt {count}" for stage, count in attempts.items() if count > 1}
+    return {stage: again.get(stage, state) if state == "running" else state for stage, state in states.items()}
+
+
+def find_pod_failure(namespace: str, run_id: str) -> str | None:
+    """Return what the pod of a run that failed last says: its error line, or why Kubernetes ended it.
+
+    None: there is no such pod any more, or the Kubernetes API is not at hand or not allowed.
+    """
+    try:
+        core = kubernetes_api.core_api(_ONCE)
+    except MinitronError:
+        return None
+    options = {"label_selector": f"{RUN_LABEL}={run_id}", "_request_timeout": _TIMEOUT}
+    pods, _ = kubernetes_api.try_get(lambda: core.list_namespaced_pod(namespace, **options).items)
+    failed = [pod for pod in pods or [] if pod.status.phase == "Failed"]
+    if not failed:
+        return None
+    pod = max(failed, key=lambda pod: pod.metadata.creation_timestamp)
+    reason = _read_error_line(core, pod) or _describe_end(pod)
+    return f"{pod.metadata.labels.get(COMPONENT_LABEL, pod.metadata.name)}: {reason}"
+
+
+def _read_error_line(core: Any, pod: Any) -> str | None:
+    """Return the message of the last error in a pod's log; a stage that fails on its own prints one."""
+    place = (pod.metadata.name, pod.metadata.namespace)
+    options = {"container": "main", "tail_lines": 100, "_request_timeout": _TIMEOUT}
+    log, _ = kubernetes_api.try_get(lambda: core.read_namespaced_pod_log(*place, **options))
+    messages = _ERROR.findall(log or "")
+    return messages[-1].strip() if messages else None
+
+
+def _describe_end(pod: Any) -> str:
+    """Return Kubernetes' words for the end of a pod: evicted, out of memory, deadline, or the exit status."""
+    if pod.status.reason or pod.status.message:
+        return ": ".join(filter(None, (pod.status.reason, pod.status.message)))
+    containers = [entry.state.terminated for entry in pod.status.container_statuses or [] if entry.name == "main"]
+    if containers and (end := containers[0]):
+        return ": ".join(filter(None, (end.reason, end.message, f"exit status {end.exit_code}")))
+    return f"its pod {pod.metadata.name} failed"
