@@ -87,7 +87,10 @@ def compressed(inputs: dict[str, Path], dataset: Path, tmp_path_factory: pytest.
 def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """A real MLflow server on a database of its own: its URI and process."""
     port = free_port()
-    with mlflow_serving(tmp_path_factory.mktemp("mlflow"), port) as process:
+    # else a webhook may call no address of this machine, nor one without TLS
+    webhooks = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+    webhooks["MLFLOW_WEBHOOK_CACHE_TTL"] = "0"
+    with mlflow_serving(tmp_path_factory.mktemp("mlflow"), port, **webhooks) as process:
         yield f"http://127.0.0.1:{port}", process
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from minitron.cluster import kubernetes_api
 from minitron.cluster.pipelines_api import Kubeflow
-from minitron.config.pipelines import compiled_pipeline
+from minitron.config.pipelines import default_argument
 from minitron.engines import trainjob
 from minitron.errors import MinitronError
 from minitron.storage import bucket
@@ -102,7 +102,7 @@ def _check_gpus(core: Any, namespace: str) -> Check:
 
 
 def _check_claim(core: Any, namespace: str) -> Check:
-    default = _default_argument("workspace_claim")
+    default = default_argument("workspace_claim")
     name = f"claim {default}"
     claim, problem = kubernetes_api.try_get(lambda: core.read_namespaced_persistent_volume_claim(default, namespace))
     if claim is None:
@@ -114,7 +114,7 @@ def _check_claim(core: Any, namespace: str) -> Check:
 
 
 def _check_secret(core: Any, namespace: str) -> Check:
-    default = _default_argument("credentials_secret")
+    default = default_argument("credentials_secret")
     name = f"secret {default}"
     secret, problem = kubernetes_api.try_get(lambda: core.read_namespaced_secret(default, namespace))
     if secret is None:
@@ -149,11 +149,6 @@ def _read_retry_strategy(defaults: str | None) -> dict[str, Any]:
     for key in ("spec", "templateDefaults", "retryStrategy"):
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
-
-
-def _default_argument(parameter: str) -> str:
-    """Return the default of a parameter of the pipeline `compress`."""
-    return compiled_pipeline("compress")[0]["root"]["inputDefinitions"]["parameters"][parameter]["defaultValue"]
 
 
 def _check_runtime() -> Check:

@@ -1,4 +1,4 @@
-"""The commands that read and change the registry: lineage, reproduce, promote, rollback."""
+"""The commands that read and change the registry: lineage, reproduce, serve-manifest, promote, rollback."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +45,27 @@ def reproduce(
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in an existing directory") from error
         print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
+
+
+@app.command(
+    "serve-manifest",
+    epilog=example("minitron serve-manifest models:/minitron@champion --tracking-uri http://mlflow:5000"),
+)
+def print_service(
+    version: Version,
+    tracking_uri: TrackingUri,
+    claim: Annotated[
+        str | None,
+        typer.Option(help="Volume claim of the workspace, if the model lies in one; none: the pipeline's default."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the KServe InferenceService that serves a registered model."""
+    with one_line_errors(debug):
+        from minitron.config.pipelines import default_argument
+        from minitron.registry import serving
+
+        print(serving.render_service(tracking_uri, version, claim or default_argument("workspace_claim")), end="")
 
 
 @app.command(

@@ -161,6 +161,11 @@ def get_parameters(documents: list[dict[str, Any]]) -> dict[str, Any]:
     return documents[0]["root"]["inputDefinitions"]["parameters"]
 
 
+def default_argument(parameter: str) -> Any:
+    """Return the default of a parameter of the pipeline `compress`."""
+    return get_parameters(compiled_pipeline("compress"))[parameter]["defaultValue"]
+
+
 def apply_cluster_config(
     documents: list[dict[str, Any]], cluster: ClusterConfig, release: tuple[int, ...] | None
 ) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from minitron.config.stages import LARGE, StageConfig
 from minitron.errors import ConfigError
 from minitron.storage import cache, references
 from minitron.storage.bucket import is_bucket
-from minitron.storage.layout import read_record
+from minitron.storage.layout import read_record, result_path
 from minitron.storage.staging import find_finished, publish_copy, publish_links
 
 
@@ -32,7 +32,7 @@ class ResultLocation:
 
 def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation:
     """Return the location of the result of a key."""
-    inner = f"{stage}/{key[:16]}"
+    inner = result_path(stage, key)
     if is_bucket(config.workspace):
         return ResultLocation(cache.cache_directory() / inner, f"{format_address(config.workspace or '')}/{inner}")
     remote = format_address(config.output) if is_bucket(config.output) else None

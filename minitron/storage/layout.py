@@ -53,6 +53,11 @@ SUMMARY = "summary.json"
 """From `minitron run`: the numbers of the whole run."""
 
 
+def result_path(stage: str, key: str) -> str:
+    """Return the path of a result within a workspace."""
+    return f"{stage}/{key[:16]}"
+
+
 def read_record(directory: Path) -> dict[str, Any] | None:
     """Return the record of a stage's result; None if there is no record or the file holds something else."""
     try:

@@ -102,6 +102,8 @@ def _suggest_remedy(error: BaseException) -> str:
             return "give one that is there"
         case "INVALID_PARAMETER_VALUE" if "deleted" in str(error):
             return "bring it back: mlflow experiments restore, or mlflow runs restore"
+        case "INVALID_PARAMETER_VALUE" if "alias" in str(error):
+            return "give one that is there; minitron promote NAME makes a champion"
         case _:
             return "check tracking_uri and that the server runs"
 

@@ -14,7 +14,7 @@ from minitron.cli.app import app
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import GUIDE, created_secrets, follow_guide, read_blocks
 
-CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule"}
+CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule", "serve-manifest"}
 FENCE = re.compile(r"^```(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
 """Language and content of a code block."""
 COMMAND = re.compile(r"^(?:.*\$\()?minitron ([^)\n]+)", re.MULTILINE)

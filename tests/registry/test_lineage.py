@@ -113,7 +113,7 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
         lineage.read_lineage(mlflow_file, f"models:/{name}/1")
 
 
-@pytest.mark.parametrize("command", ["lineage", "reproduce"])
+@pytest.mark.parametrize("command", ["lineage", "reproduce", "serve-manifest"])
 def test_a_server_that_is_away_is_one_line(command: str) -> None:
     done = CliRunner().invoke(app, [command, "models:/x/1", "--tracking-uri", "http://127.0.0.1:9"])
     assert done.exit_code == 1
