@@ -27,7 +27,7 @@ from google.cloud.storage import transfer_manager
 from servers import free_port, run_server
 
 from minitron.storage import transfers
-from minitron.storage.bucket import CHUNK, list_objects, take_snapshot
+from minitron.storage.bucket import CHUNK, take_snapshot
 
 MB = 1 << 20
 BUCKET = "gs://bucket"
@@ -92,10 +92,10 @@ def make_sides(model: dict[str, Path], directory: Path) -> dict[str, dict[str, C
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
 
-    transfers.upload_files(model, f"{BUCKET}/model", list_objects(f"{BUCKET}/model"))
+    transfers.upload_files(model, f"{BUCKET}/model")
     return {
         "upload": {
-            "ours": _time_after(make_cleaner("ours/"), lambda: transfers.upload_files(model, f"{BUCKET}/ours", {})),
+            "ours": _time_after(make_cleaner("ours/"), lambda: transfers.upload_files(model, f"{BUCKET}/ours")),
             "bare": _time_after(make_cleaner("bare/"), upload_bare),
         },
         "download": {

@@ -121,5 +121,6 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["World"]:
     with serving_bucket() as world:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", world.address)
         monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+        monkeypatch.setenv("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
         yield world

@@ -130,7 +130,7 @@ def _fetch_model(address: str, config: StageConfig) -> tuple[Path, str]:
     fetch: Callable[[str, Path], None]
     match address.partition(":/")[0]:
         case "gs":
-            find, fetch = _find_complete_snapshot, _fetch_objects
+            find, fetch = _take_snapshot, _fetch_objects
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
@@ -177,13 +177,10 @@ def _is_complete(directory: Path) -> bool:
     return directory.is_dir() and _record_path(directory).is_file()
 
 
-def _find_complete_snapshot(address: str) -> str:
-    """Return the snapshot of the objects in a bucket; refuse a result whose upload did not end."""
+def _take_snapshot(address: str) -> str:
     from minitron.storage import bucket_results
 
-    objects = bucket.require_objects(address)
-    bucket_results.check_complete(address, set(objects))
-    return bucket.format_snapshot(address, objects)
+    return bucket_results.take_snapshot(address)
 
 
 def _fetch_objects(identity: str, target: Path) -> None:

@@ -22,7 +22,7 @@ from minitron.runtime import inputs, outputs
 from minitron.runtime.record import run_facts
 from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import RECORD, read_record
+from minitron.storage.layout import RECORD, read_record, result_address
 from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish_result
 from minitron.tracking import stage_run
 
@@ -70,7 +70,8 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
             if location.remote:
                 record = outputs.commit_result(location, replace=not config.caching)
         else:
-            print(f"{stage}: result {key[:12]} is already in {location.remote or location.directory}", flush=True)
+            address = result_address(location.remote or str(location.directory), record)
+            print(f"{stage}: result {key[:12]} is already in {address}", flush=True)
     with disk_errors(config.output):
         outputs.publish_output(stage, config, location, record)
     return record

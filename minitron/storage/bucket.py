@@ -9,7 +9,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,49 +98,59 @@ def make_handles(address: str, names: Iterable[str]) -> Objects:
     return {name: target.blob(f"{path}/{name}" if path else name, chunk_size=CHUNK) for name in names}
 
 
-def read_json(blob: Any) -> Any:
-    """Return the content of a JSON object in its listed generation; None if it is not JSON."""
-    with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "fetched"):
-        content = blob.download_as_bytes(checksum="crc32c")
+def read_json(address: str, name: str) -> tuple[Any, int]:
+    """Return the content of a JSON object, None if it is not JSON, and its generation, 0 if there is no such object.
+
+    Raises:
+        RunError: the bucket does not exist or cannot be read.
+    """
+    from google.api_core.exceptions import NotFound
+
+    bucket, path = _split_address(f"{address}/{name}")
+    with one_line_errors(address, "fetched"):
+        client = _make_client()
+        while blob := next((blob for blob in client.list_blobs(bucket, prefix=path) if blob.name == path), None):
+            generation = blob.generation
+            with suppress(NotFound):  # replaced since it was listed: look again
+                return _parse_json(blob.download_as_bytes(checksum="crc32c")), generation
+    return None, 0
+
+
+def _parse_json(content: bytes) -> Any:
     try:
         return json.loads(content)
     except ValueError:
         return None
 
 
-def create_json(address: str, name: str, content: Any) -> bool:
-    """Write a JSON object unless one with that name exists; say whether it was written."""
+def write_json(address: str, name: str, content: Any, generation: int) -> None:
+    """Write a JSON object in place of the given generation, 0 for none, unless it has another one by now.
+
+    The object is there afterwards: this writer's or that of one who was faster. Read it.
+    """
     from google.api_core.exceptions import PreconditionFailed
 
     text = json.dumps(content, indent=2)
-    with one_line_errors(address, "uploaded"):
-        try:
-            make_handles(address, [name])[name].upload_from_string(
-                text, "application/json", checksum="crc32c", if_generation_match=0
-            )
-        except PreconditionFailed:
-            return False
-    return True
+    blob = make_handles(address, [name])[name]
+    with one_line_errors(address, "uploaded"), suppress(PreconditionFailed):
+        blob.upload_from_string(text, "application/json", checksum="crc32c", if_generation_match=generation)
 
 
 def get_or_create_json(address: str, name: str, make: Callable[[], Any]) -> Any:
     """Return the content of a JSON object; if there is none, create it first with what `make` returns."""
-    path = f"{address}/{name}"
-    if not (objects := list_objects(path)):
-        create_json(address, name, make())
-        objects = list_objects(path)
-    return read_json(next(iter(objects.values())))
+    content, generation = read_json(address, name)
+    if generation == 0:
+        write_json(address, name, make(), 0)
+        content, _ = read_json(address, name)
+    return content
 
 
 def delete_object(blob: Any) -> None:
-    """Delete an object unless its generation changed since it was listed."""
-    from google.api_core.exceptions import NotFound
+    """Delete an object unless it was deleted or replaced since it was listed."""
+    from google.api_core.exceptions import NotFound, PreconditionFailed
 
-    with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "deleted"):
-        try:
-            blob.delete(if_generation_match=blob.generation)
-        except NotFound:
-            return
+    with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "deleted"), suppress(NotFound, PreconditionFailed):
+        blob.delete(if_generation_match=blob.generation)
 
 
 def check_writable(address: str) -> None:
@@ -153,7 +163,7 @@ def check_writable(address: str) -> None:
     with one_line_errors(address, "written"):
         probe = make_handles(address, [name])[name]
         probe.upload_from_string(b"")
-        probe.delete()
+        delete_object(probe)
 
 
 @contextmanager

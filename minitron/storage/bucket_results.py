@@ -1,18 +1,28 @@
-"""Results in a bucket: a directory is complete when it has its record, `stage.json`, which is uploaded last.
+"""Results in a bucket: one small object, the record, names the directory beside it that holds the files.
 
-The record lists the generations of its objects. A concurrent upload or a later change is detected without a download.
-`stage.json.partial` marks a directory whose upload has not ended.
+    gs://bucket/path/stage.json                    the record, with `directory` and the generations of its `objects`
+    gs://bucket/path/9f86d081884c7d65-0/…          model.safetensors, config.json, stage.json as the stage wrote it, …
+
+A writer uploads into a directory of its own, named by the hash of its record and the generation of the record that it
+replaces (0: none), and then writes its record over that generation. Google Cloud Storage lets one writer do that: the
+others take its result. So once a record names a directory `…-0`, no other `…-0` can ever be named: they are deleted.
+A directory that was named once is never deleted, and no object but the record is ever replaced.
 """
 
+import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import RunError
 from minitron.storage import bucket
-from minitron.storage.layout import AWAITED, RECORD, is_record
+from minitron.storage.layout import RECORD, is_record, result_address
 from minitron.storage.transfers import upload_files
+
+_DIRECTORY = re.compile(r"([0-9a-f]{16})-([0-9]+)/")
+"""A writer's directory: the hash of its record, and the generation of the record that it replaces."""
 
 
 def read_record_at(address: str) -> dict[str, Any] | None:
@@ -21,87 +31,92 @@ def read_record_at(address: str) -> dict[str, Any] | None:
     Raises:
         RunError: the bucket cannot be read.
     """
-    return _read_intact_record(address, bucket.list_objects(address))
+    return _read_intact_record(address)[0]
 
 
 def commit_result(directory: Path, address: str, replace: bool) -> dict[str, Any]:
-    """Upload a result, its record last; return the record that is in the bucket afterwards.
+    """Upload a result, then write its record; return the record that is in the bucket afterwards.
 
-    Objects that an interrupted attempt has uploaded are not uploaded again. If another process has committed a result
-    with the same key, that result is kept.
+    Objects that an interrupted attempt at the same result has uploaded are not uploaded again. If another process has
+    committed a result with the same key, that result is kept.
 
     Args:
         directory: a result with its record.
         address: gs://bucket/path; it holds this result alone.
-        replace: replace a committed result with the same key.
+        replace: replace a result with the same key, unless it is committed while this one is uploaded.
 
     Raises:
-        RunError: another process uploads there, this account may not write to the bucket, or the connection broke.
+        RunError: this account may not write to the bucket, or the connection broke.
     """
-    record = json.loads((directory / RECORD).read_text())
-    objects = bucket.list_objects(address)
-    committed = _read_intact_record(address, objects)
-    if committed and committed["key"] == record["key"] and not replace:
-        return committed
-    if RECORD in objects:  # from here on the directory is not complete
-        bucket.delete_object(objects.pop(RECORD))
-    bucket.create_json(address, AWAITED, {"key": record["key"]})
+    text = (directory / RECORD).read_bytes()
+    record, name = json.loads(text), hashlib.sha256(text).hexdigest()[:16]
+    while True:
+        committed, generation = _read_intact_record(address)
+        if committed:
+            _delete_lost_directories(address, committed)
+            is_ours = committed.get("directory", "").startswith(f"{name}-")
+            if is_ours or (committed["key"] == record["key"] and not replace):
+                return committed
+        target = f"{name}-{generation}"
+        objects = _upload_directory(directory, f"{address}/{target}")
+        bucket.write_json(address, RECORD, record | {"directory": target, "objects": objects}, generation)
+        replace = False  # the record is this one now, or that of a writer who was faster
+
+
+def _upload_directory(directory: Path, address: str) -> dict[str, int]:
+    """Upload a result's files, its record last; return the generations of the objects."""
     files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    del files[RECORD]
-    generations = upload_files(files, address, objects)
-    for name in objects.keys() - files.keys() - {AWAITED}:
-        bucket.delete_object(objects[name])
-    return _publish_record(address, record | {"objects": generations})
+    record = {RECORD: files.pop(RECORD)}
+    return upload_files(files, address) | upload_files(record, address)
 
 
-def _publish_record(address: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the record unless the uploaded objects have changed meanwhile."""
+def _delete_lost_directories(address: str, record: dict[str, Any]) -> None:
+    """Delete the directories that no record can name any more: the named one replaced the same generation."""
+    name, _, generation = record.get("directory", "").partition("-")
     objects = bucket.list_objects(address)
-    marker = objects.pop(AWAITED, None)
-    if {name: blob.generation for name, blob in objects.items() if name != RECORD} != record["objects"]:
-        raise _conflict_error(address)
-    if not bucket.create_json(address, RECORD, record):
-        committed = read_record_at(address)
-        if not committed or committed["key"] != record["key"]:
-            raise _conflict_error(address)
-        return committed
-    if marker:
-        bucket.delete_object(marker)
-    return record
+    for path in sorted(objects, key=lambda path: not path.endswith(RECORD)):  # first what makes a directory complete
+        lost = _DIRECTORY.match(path)
+        if lost and lost[1] != name and lost[2] == generation:
+            bucket.delete_object(objects[path])
 
 
-def check_complete(address: str, names: set[str]) -> None:
-    """Check that the upload of a result has ended.
+def take_snapshot(address: str) -> str:
+    """Return the snapshot of a directory in a bucket; of a result, that of the directory which its record names.
 
     Raises:
-        RunError: it has not.
+        ConfigError: there are no objects.
+        RunError: the upload of the result has not ended, or the bucket cannot be read.
     """
-    if AWAITED in names and RECORD not in names:
+    address = address.rstrip("/")
+    record, _ = bucket.read_json(address, RECORD)
+    if is_record(record):
+        address = result_address(address, record)
+    objects = bucket.require_objects(address)
+    paths = {f"{address.rpartition('/')[2]}/"} if RECORD not in objects else set()
+    if any(_DIRECTORY.match(path) for path in paths | objects.keys()):
         raise RunError(f"{address}: its upload is not complete; wait for it, or run the stage that writes it again")
+    return bucket.format_snapshot(address, objects)
 
 
 def inspect_output(address: str) -> tuple[dict[str, Any] | None, bool]:
     """Return the record at an address, and whether a stage may write there: it is empty or holds a result."""
-    objects = bucket.list_objects(address)
-    record = _read_any_record(objects)
-    return record, not objects or record is not None or AWAITED in objects
+    paths = bucket.list_objects(address)  # before the record: one that is written meanwhile is no foreign object
+    record, _ = bucket.read_json(address, RECORD)
+    if is_record(record):
+        return record, True
+    return None, all(_DIRECTORY.match(path) for path in paths)
 
 
-def _read_any_record(objects: bucket.Objects) -> dict[str, Any] | None:
-    content = bucket.read_json(objects[RECORD]) if RECORD in objects else None
-    return content if is_record(content) else None
-
-
-def _read_intact_record(address: str, objects: bucket.Objects) -> dict[str, Any] | None:
-    """Return the record if its objects still have the generations that it lists; else warn, and return None."""
-    if (record := _read_any_record(objects)) is None:
-        return None
-    generations = {name: blob.generation for name, blob in objects.items() if name not in (RECORD, AWAITED)}
+def _read_intact_record(address: str) -> tuple[dict[str, Any] | None, int]:
+    """Return the record if its objects have the generations that it lists, else None; and the record's generation."""
+    record, generation = bucket.read_json(address, RECORD)
+    if not is_record(record):
+        return None, generation
+    objects = bucket.list_objects(result_address(address, record))
+    if "directory" not in record:
+        objects = {path: blob for path, blob in objects.items() if path != RECORD and not _DIRECTORY.match(path)}
+    generations = {path: blob.generation for path, blob in objects.items()}
     if record.get("objects", generations) == generations:
-        return record
+        return record, generation
     print(f"warning: {address}: damaged or changed since it was written; it is made again", file=sys.stderr)
-    return None
-
-
-def _conflict_error(address: str) -> RunError:
-    return RunError(f"{address}: another process writes there; wait for it, and run it again")
+    return None, generation

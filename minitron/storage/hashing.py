@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage.layout import AWAITED, RECORD, read_record
+from minitron.storage.layout import RECORD, read_record
 
 
 def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
@@ -22,7 +22,7 @@ def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256()
     for file in list_files(path, leave_out):
         name = file.relative_to(path)
-        if str(name) not in (RECORD, AWAITED):
+        if str(name) != RECORD:
             digest.update(f"{name}\0{_file_hash(file)}\n".encode())
     return digest.hexdigest()
 

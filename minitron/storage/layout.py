@@ -7,9 +7,6 @@ from typing import Any, TypeGuard
 RECORD = "stage.json"
 """A stage's record. It makes the directory complete: it is written last and is not part of the content hash."""
 
-AWAITED = f"{RECORD}.partial"
-"""Stands for the record while a directory is uploaded to a bucket."""
-
 REFERENCE = "reference.json"
 """The address, hash and key of a result that lies elsewhere."""
 
@@ -65,6 +62,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if is_record(record) else None
+
+
+def result_address(location: str, record: dict[str, Any]) -> str:
+    """Return the address of a result's files: in a bucket, the directory that the record beside it names.
+
+    Version 0.1.0 wrote the files beside the record in buckets, too.
+    """
+    return f"{location}/{record['directory']}" if "directory" in record else location
 
 
 def is_record(content: Any) -> TypeGuard[dict[str, Any]]:

@@ -17,7 +17,7 @@ from minitron.storage.bucket import is_bucket, take_snapshot
 from minitron.storage.cache import result_cache_path
 from minitron.storage.files import replace_directory, write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import RECORD, REFERENCE, read_record
+from minitron.storage.layout import RECORD, REFERENCE, read_record, result_address
 from minitron.storage.staging import download_then_publish
 
 
@@ -32,11 +32,12 @@ class Reference:
 
 def make_reference(location: Path | str, record: dict[str, Any]) -> Reference:
     """Return the reference to a result at a path or in a bucket."""
-    return Reference(format_address(location), record["output_sha256"], record["key"])
+    return Reference(result_address(format_address(location), record), record["output_sha256"], record["key"])
 
 
 def write_reference(directory: Path, reference: Reference, record: dict[str, Any]) -> None:
     """Make a directory a reference to a result."""
+    record = {name: value for name, value in record.items() if name != "directory"}  # it is beside the result alone
     if read_reference(directory) == reference and read_record(directory) == record:
         return
     with replace_directory(directory) as staging:

@@ -1,11 +1,10 @@
 """Move files from and to a bucket: many at a time, large ones in chunks, each checked by CRC32C.
 
 A download has the generations of its snapshot. A file is `NAME.part` until its size and CRC32C are right, and files
-that are complete stay when another one fails. An upload replaces only objects that were listed before.
+that are complete stay when another one fails. An upload replaces no object: it creates what is not there.
 """
 
 import base64
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,14 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from tqdm import tqdm
 
 from minitron.errors import RunError
-from minitron.storage.bucket import CHUNK, Objects, format_snapshot, make_handles, one_line_errors, require_objects
+from minitron.storage.bucket import (
+    CHUNK,
+    format_snapshot,
+    list_objects,
+    make_handles,
+    one_line_errors,
+    require_objects,
+)
 
 RETRY = DEFAULT_RETRY
 """The library's default: broken connections and 408, 429, 5xx are retried for two minutes, with growing pauses."""
@@ -25,6 +31,9 @@ RETRY = DEFAULT_RETRY
 WORKERS = 8
 _BATCH_FILES, _BATCH_BYTES = 64, 256 << 20
 """Small objects are fetched in batches of at most this size: a kill loses at most one batch."""
+
+_ATTEMPTS = 3
+"""An object that comes with another size or CRC32C than the bucket lists is fetched this often."""
 
 _Transfers = list[tuple[Any, Path]]
 
@@ -48,34 +57,30 @@ def download_objects(identity: str, target: Path) -> None:
             bar.update(sum(blob.size for blob, _ in batch))
 
 
-def upload_files(files: dict[str, Path], address: str, listed: Objects) -> dict[str, int]:
-    """Upload files below an address, unless an equal object is there; a concurrent change is an error.
+def upload_files(files: dict[str, Path], address: str) -> dict[str, int]:
+    """Create the objects of files below an address, unless equal ones are there.
 
     Args:
         files: the files by their paths below the address.
         address: gs://bucket/path.
-        listed: the objects there, as `list_objects` returned them.
 
     Returns:
         The generation of every file's object.
 
     Raises:
-        RunError: another process writes there, this account may not write to the bucket, or the connection broke.
+        RunError: an object with other content is there, this account may not write to the bucket, or the connection
+            broke.
     """
-    missing = [name for name, path in files.items() if not (name in listed and _is_same(path, listed[name]))]
-    generations = {name: listed[name].generation for name in files.keys() - missing}
-    sizes = {name: files[name].stat().st_size for name in missing}
-    by_generation: dict[int, list[str]] = defaultdict(list)
-    for name in sorted(missing, key=lambda name: -sizes[name]):
-        by_generation[listed[name].generation if name in listed else 0].append(name)
+    objects = list_objects(address)
+    for name in sorted(files.keys() & objects.keys()):
+        _check_same(files[name], objects[name])
+    sizes = {name: path.stat().st_size for name, path in files.items() if name not in objects}
+    blobs = make_handles(address, sizes)
     with one_line_errors(address, "uploaded"), _progress_bar(address, sum(sizes.values())) as bar:
-        for generation, names in by_generation.items():
-            blobs = make_handles(address, names)
-            for batch in _batch_uploads(names, sizes):
-                _send_batch([(blobs[name], files[name]) for name in batch], generation)
-                bar.update(sum(sizes[name] for name in batch))
-            generations |= {name: blobs[name].generation for name in names}
-    return generations
+        for batch in _batch_uploads(sorted(sizes, key=lambda name: -sizes[name]), sizes):
+            _send_batch([(blobs[name], files[name]) for name in batch])
+            bar.update(sum(sizes[name] for name in batch))
+    return {name: (objects | blobs)[name].generation for name in files}
 
 
 def _batch_uploads(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
@@ -118,18 +123,22 @@ def _batch_downloads(missing: _Transfers) -> Iterator[_Transfers]:
 
 
 def _fetch_batch(address: str, batch: _Transfers) -> None:
-    """Fetch a batch; objects that arrived get their names even if others fail."""
-    large = len(batch) == 1 and batch[0][0].size > CHUNK
-    failures = [_fetch_large(*batch[0])] if large else _fetch_small(batch)
-    for (blob, path), failure in zip(batch, failures, strict=True):
-        if failure is None:
-            _finish_download(address, blob, path)
-    for failure in failures:
-        match failure:
-            case NotFound() | PreconditionFailed():
-                raise _changed_error(address) from failure
-            case Exception():
-                raise failure
+    """Fetch a batch. Objects that arrived get their names even if others fail; corrupt ones are fetched again."""
+    for _ in range(_ATTEMPTS):
+        large = len(batch) == 1 and batch[0][0].size > CHUNK
+        failures = [_fetch_large(*batch[0])] if large else _fetch_small(batch)
+        outcomes = list(zip(batch, failures, strict=True))
+        batch = [transfer for transfer, failure in outcomes if not failure and not _finish_download(*transfer)]
+        for failure in failures:
+            match failure:
+                case NotFound() | PreconditionFailed():
+                    raise _changed_error(address) from failure
+                case Exception():
+                    raise failure
+        if not batch:
+            return
+    names = ", ".join(path.name for _, path in batch)
+    raise RunError(f"{address}: {names} did not come as size and CRC32C say, {_ATTEMPTS} times; run it again")
 
 
 def _fetch_small(batch: _Transfers) -> list[Exception | None]:
@@ -158,22 +167,38 @@ def _fetch_large(blob: Any, path: Path) -> Exception | None:
     return None
 
 
-def _finish_download(address: str, blob: Any, path: Path) -> None:
+def _finish_download(blob: Any, path: Path) -> bool:
+    """Give a fetched file its name if it has the object's size and CRC32C; else delete it, and return False."""
     part = _part_path(path)
     if not _is_same(part, blob):
         part.unlink()
-        raise RunError(f"{address}: {path.name} did not come as its size and CRC32C say; run it again")
+        return False
     part.rename(path)
+    return True
 
 
-def _send_batch(batch: list[tuple[Any, Path]], generation: int) -> None:
-    transfer_manager.upload_many(
+def _send_batch(batch: _Transfers) -> None:
+    """Create the objects of a batch; one that is there already is right if it is equal.
+
+    It is there if the answer to its upload was lost, or if another process uploads the same result.
+    """
+    failures = transfer_manager.upload_many(
         [(str(path), blob) for blob, path in batch],
-        upload_kwargs={"checksum": "crc32c", "if_generation_match": generation, "retry": RETRY},
+        upload_kwargs={"checksum": "crc32c", "if_generation_match": 0, "retry": RETRY},
         worker_type=transfer_manager.THREAD,
         max_workers=WORKERS,
-        raise_exception=True,
     )
+    for (blob, path), failure in zip(batch, failures, strict=True):
+        if isinstance(failure, PreconditionFailed):
+            blob.reload()
+            _check_same(path, blob)
+        elif failure:
+            raise failure
+
+
+def _check_same(path: Path, blob: Any) -> None:
+    if not _is_same(path, blob):
+        raise RunError(f"gs://{blob.bucket.name}/{blob.name}: other content is there; delete it and run it again")
 
 
 def _part_path(path: Path) -> Path:

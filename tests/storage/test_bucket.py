@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
 
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.storage import bucket, transfers
-from tests.servers.gcs import CUT, DAMAGE, STALL, World
+from tests.servers.gcs import CUT, DAMAGE, LOST, STALL, World
 
 ADDRESS = "gs://bucket/data"
 MB = 1 << 20
@@ -158,50 +159,108 @@ def test_a_connection_that_stays_broken_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["part-3.txt", "deep/er/large.bin"])
-def test_a_damaged_object_is_refused(world: World, content: dict[str, bytes], tmp_path: Path, name: str) -> None:
-    world.fault = lambda request: DAMAGE if request.path.endswith(name) else None
-    with pytest.raises(RunError, match=r"did not come as its size and CRC32C say; run it again"):
-        transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
-    assert not (tmp_path / name).exists() and not list(tmp_path.rglob(f"{Path(name).name}.part"))
+def test_a_damaged_object_is_fetched_again(
+    world: World, content: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The others of its batch come once. After three times it is an error, and they stay."""
+    monkeypatch.setattr(transfers, "_BATCH_FILES", 64)
+    monkeypatch.setattr(transfers, "CHUNK", 4 * MB)
+    times: list[str] = []
+
+    def damage(request: Any) -> Any:
+        if not request.path.endswith(name):
+            return None
+        times.append(name)
+        return DAMAGE if len(times) <= limit else None
+
+    world.fault = damage
+    identity = bucket.take_snapshot(ADDRESS)
+    limit = 2
+    transfers.download_objects(identity, tmp_path / "data")
+    assert read(tmp_path / "data") == content
+    once = {path for path, text in content.items() if text}
+    assert sorted(world.fetched()) == sorted([f"data/{path}" for path in once] + [f"data/{name}"] * 2)
+    limit, times = 3, []
+    message = rf"data: {Path(name).name} did not come as size and CRC32C say, 3 times; run it again"
+    with pytest.raises(RunError, match=message):
+        transfers.download_objects(identity, tmp_path / "again")
+    assert read(tmp_path / "again") == {path: text for path, text in content.items() if path != name}
+
+
+def test_a_damaged_large_object_is_fetched_again(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
+    """A chunk of it is wrong, once."""
+    damaged: list[str] = []
+
+    def damage(request: Any) -> Any:
+        if request.path.endswith("large.bin") and not damaged:
+            damaged.append(request.path)
+            return DAMAGE
+        return None
+
+    identity = bucket.take_snapshot(ADDRESS)
+    world.fault = damage
+    transfers.download_objects(identity, tmp_path)
+    assert damaged and read(tmp_path) == content
 
 
 def test_files_are_uploaded_and_equal_ones_are_left(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
     transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
-    (tmp_path / "part-1.txt").write_bytes(b"new text")
+    (tmp_path / "new.txt").write_bytes(b"new text")
     (tmp_path / "huge.bin").write_bytes(os.urandom(9 * MB))  # more than what the library sends in one request
     files = {name: tmp_path / name for name in read(tmp_path)}
     world.log.clear()
-    transfers.upload_files(files, ADDRESS, bucket.list_objects(ADDRESS))
+    generations = transfers.upload_files(files, ADDRESS)
     assert 9 * MB < world.uploaded < 9 * MB + 10_000
     assert sum(entry.method == "PUT" for entry in world.log) == 9, "in chunks"
+    assert generations == {name: int(world.generation("bucket", f"data/{name}")) for name in files}
     transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path / "again")
     assert read(tmp_path / "again") == {name: path.read_bytes() for name, path in files.items()}
 
 
-def test_an_upload_replaces_only_what_was_listed(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
-    listed = bucket.list_objects(ADDRESS)
-    for name in ("part-1.txt", "new.txt"):
-        (tmp_path / name).write_bytes(b"mine")
-        world.put(f"data/{name}", b"of another")
-        with pytest.raises(RunError, match=r"data: not uploaded \(412 .*another process writes there: wait for it"):
-            transfers.upload_files({name: tmp_path / name}, ADDRESS, listed)
-        assert world.storage.get_file("bucket", f"data/{name}") == b"of another"
+@pytest.mark.parametrize(("place", "size"), [("listed", 4), ("appears", 4), ("appears in a resumable upload", 9 * MB)])
+def test_an_upload_replaces_nothing(world: World, tmp_path: Path, place: str, size: int) -> None:
+    (tmp_path / "new.txt").write_bytes(b"m" * size)
+    there: list[str] = []
+
+    def put(request: Any) -> None:
+        if request.uploaded and not there:
+            there.append(request.path)
+            world.put("data/new.txt", b"of another")
+
+    world.fault = put
+    if place == "listed":
+        world.put("data/new.txt", b"of another")
+    with pytest.raises(RunError, match=r"gs://bucket/data/new.txt: other content is there; delete it and run it again"):
+        transfers.upload_files({"new.txt": tmp_path / "new.txt"}, ADDRESS)
+    assert there and world.storage.get_file("bucket", "data/new.txt") == b"of another"
 
 
-def test_an_upload_that_breaks_once_goes_on(world: World, tmp_path: Path) -> None:
+def test_an_upload_that_breaks_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "RETRY", transfers.DEFAULT_RETRY.with_delay(0.1))
     (tmp_path / "huge.bin").write_bytes(os.urandom(9 * MB))
     broken: list[str] = []
 
-    def once(request: Any) -> Any:
-        if request.method == "PUT" and len(broken) < 2:
+    def break_four_times(request: Any) -> Any:
+        if request.method == "PUT" and len(broken) < 4 and request.uploaded:
             broken.append(request.path)
-            return 503 if len(broken) == 1 else CUT
+            return [503, CUT, LOST, LOST][len(broken) - 1]
         return None
 
-    world.fault = once
-    transfers.upload_files({"huge.bin": tmp_path / "huge.bin"}, ADDRESS, {})
-    assert len(broken) == 2
+    world.fault = break_four_times
+    transfers.upload_files({"huge.bin": tmp_path / "huge.bin"}, ADDRESS)
+    assert len(broken) == 4
     assert world.storage.get_file("bucket", "data/huge.bin") == (tmp_path / "huge.bin").read_bytes()
+
+
+@pytest.mark.parametrize("size", [1000, 9 * MB], ids=["multipart", "resumable"])
+def test_a_damaged_upload_is_refused_and_can_be_repeated(world: World, tmp_path: Path, size: int) -> None:
+    (tmp_path / "file.bin").write_bytes(os.urandom(size))
+    world.fault = lambda request: DAMAGE if request.uploaded > 900 else None
+    with pytest.raises(RunError, match=r"data: not uploaded \(400 "):
+        transfers.upload_files({"file.bin": tmp_path / "file.bin"}, ADDRESS)
+    world.fault = lambda request: None
+    transfers.upload_files({"file.bin": tmp_path / "file.bin"}, ADDRESS)
+    assert world.storage.get_file("bucket", "data/file.bin") == (tmp_path / "file.bin").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +290,7 @@ def test_a_bucket_that_may_not_be_written_is_one_line(world: World, tmp_path: Pa
     (tmp_path / "file").write_text("text")
     world.fault = lambda request: 403 if request.method == "POST" else None
     with pytest.raises(RunError, match=r"data: not uploaded \(403 .*role Storage Object User") as caught:
-        transfers.upload_files({"file": tmp_path / "file"}, ADDRESS, {})
+        transfers.upload_files({"file": tmp_path / "file"}, ADDRESS)
     one_line(caught)
 
 
@@ -242,3 +301,30 @@ def test_without_credentials_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"not fetched \(.*name a service account's key in GOOGLE_APPLICATION_CRED"):
         bucket.take_snapshot(ADDRESS)
+
+
+@pytest.mark.parametrize("size", [1000, 9 * MB], ids=["multipart", "resumable"])
+def test_the_server_keeps_to_generations(world: World, size: int) -> None:
+    """The stand-in refuses what googleapis/storage-testbench refuses, and what it does not know."""
+
+    def make() -> Any:
+        return bucket.make_handles(ADDRESS, ["object"])["object"]
+
+    def refuse(error: type[Exception], act: Any, **options: Any) -> None:
+        with pytest.raises(error):
+            act(**options)
+
+    first, second = make(), make()
+    refuse(NotFound, first.delete, if_generation_match=5)
+    first.upload_from_string(b"x" * size, if_generation_match=0)
+    refuse(PreconditionFailed, second.upload_from_string, data=b"y" * size, if_generation_match=0)
+    second.upload_from_string(b"y" * size, if_generation_match=first.generation)
+    assert second.generation > first.generation
+    refuse(PreconditionFailed, make().upload_from_string, data=b"z" * size, if_generation_match=first.generation)
+    refuse(PreconditionFailed, make().delete, if_generation_match=first.generation)
+    refuse(PreconditionFailed, make().download_as_bytes, if_generation_match=first.generation)
+    refuse(NotFound, first.download_as_bytes)
+    assert make().download_as_bytes(if_generation_match=second.generation) == b"y" * size
+    refuse(GoogleAPICallError, make().delete, if_metageneration_match=2)
+    make().delete(if_generation_match=second.generation)
+    refuse(NotFound, make().download_as_bytes)

@@ -54,6 +54,11 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+def find_files(record: dict[str, Any]) -> str:
+    """Return the name of the directory in the bucket that a record of prepare names."""
+    return f"ws/prepare/{record['key'][:16]}/{record['directory']}"
+
+
 def test_a_volume_on_another_file_system_is_referred_to(make: Callable[..., Any], volume: Path, tmp_path: Path) -> None:
     record = stage.run(make("prepare", volume, tmp_path / "out"), work)
     home = volume / "prepare" / record["key"][:16]
@@ -125,8 +130,9 @@ def test_a_workspace_in_a_bucket_keeps_results_for_every_machine(
     make: Callable[..., Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = stage.run(make("prepare", "gs://bucket/ws", tmp_path / "out"), work)
-    place = f"ws/prepare/{record['key'][:16]}"
-    assert world.names("ws/prepare") == [f"{place}/model.safetensors", f"{place}/{RECORD}"]
+    place = find_files(record)
+    files = [f"{place}/model.safetensors", f"{place}/{RECORD}"]
+    assert world.names("ws/prepare") == [*files, f"ws/prepare/{record['key'][:16]}/{RECORD}"]
     assert json.loads((tmp_path / "out" / REFERENCE).read_text())["address"] == f"gs://bucket/{place}"
     assert names(tmp_path / "out") == {REFERENCE, RECORD}
     world.log.clear()
@@ -153,10 +159,10 @@ def test_without_caching_it_is_made_and_uploaded_again(make: Callable[..., Any],
 
 def test_a_result_damaged_in_the_bucket_is_made_again(make: Callable[..., Any], world: World, tmp_path: Path) -> None:
     first = stage.run(make("prepare", "gs://bucket/ws", tmp_path / "out"), work)
-    world.put(f"ws/prepare/{first['key'][:16]}/model.safetensors", b"damaged")
+    world.put(f"{find_files(first)}/model.safetensors", b"damaged")
     second = stage.run(make("prepare", "gs://bucket/ws", tmp_path / "out"), work)
     assert second["started"] > first["started"]
-    assert world.storage.get_file("bucket", f"ws/prepare/{first['key'][:16]}/model.safetensors") == b"1234" * 12_500
+    assert world.storage.get_file("bucket", f"{find_files(second)}/model.safetensors") == b"1234" * 12_500
 
 
 def test_a_result_that_was_made_and_not_uploaded_is_uploaded(
@@ -164,7 +170,7 @@ def test_a_result_that_was_made_and_not_uploaded_is_uploaded(
 ) -> None:
     config = make("prepare", "gs://bucket/ws", tmp_path / "out")
     world.fault = lambda request: 403 if request.uploaded else None
-    with pytest.raises(RunError, match=r"gs://bucket/ws/prepare/\w{16}: not uploaded \(403"):
+    with pytest.raises(RunError, match=r"gs://bucket/ws/prepare/\w{16}/\w{16}-0: not uploaded \(403"):
         stage.run(config, work)
     assert not (tmp_path / "out").exists()
     world.fault = lambda request: None
@@ -194,7 +200,10 @@ def test_an_output_in_a_bucket_refers_to_the_workspaces_result(
     make: Callable[..., Any], world: World, tmp_path: Path
 ) -> None:
     record = stage.run(make("prepare", "gs://bucket/ws", "gs://bucket/out"), work)
-    assert world.names("out") == [f"out/{REFERENCE}", f"out/{RECORD}"]
+    assert [Path(name).name for name in world.names("out")] == [REFERENCE, RECORD, RECORD]
+    assert stage.run(make("prepare", "gs://bucket/ws", "gs://bucket/out"), work) == record
+    assert len(world.names("out")) == 3, "an equal reference is not written again"
+    record = stage.run(make("prepare", "gs://bucket/ws", "gs://bucket/out", caching=False), work)
     pruned = stage.run(make("prune", "gs://bucket/ws", "gs://bucket/pruned", dataset="gs://bucket/out"), work)
     assert pruned["inputs"]["dataset"] == {"address": "gs://bucket/out", "sha256": record["output_sha256"]}
     assert content_hash(Path(pruned["seen"])) == record["output_sha256"]
@@ -204,9 +213,11 @@ def test_a_changed_result_in_the_bucket_is_not_taken_for_the_one_referred_to(
     make: Callable[..., Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = stage.run(make("prepare", "gs://bucket/ws", tmp_path / "out"), work)
-    world.put(f"ws/prepare/{record['key'][:16]}/model.safetensors", b"changed")
+    world.put(f"{find_files(record)}/model.safetensors", b"changed")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "elsewhere"))
-    with pytest.raises(RunError, match=r"gs://bucket/ws/prepare/\w+: holds content \w{12}, not the \w{12} referred to"):
+    with pytest.raises(
+        RunError, match=r"gs://bucket/ws/prepare/\w+/\w+-0: holds content \w{12}, not the \w{12} referred to"
+    ):
         stage.run(make("prune", "gs://bucket/ws", tmp_path / "pruned", dataset=tmp_path / "out"), work)
     assert not list((tmp_path / "elsewhere").rglob("model.safetensors"))
 
