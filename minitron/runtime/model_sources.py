@@ -83,8 +83,9 @@ def read_architecture(address: str) -> dict[str, Any]:
         case "hf":
             content = _read_json(fetch_hub_file(address, "config.json"))
         case "gs":
-            (blob,) = bucket.require_objects(f"{address.rstrip('/')}/config.json").values()
-            content = bucket.read_json(blob)
+            from minitron.storage import bucket_results
+
+            content, _ = bucket.read_json(bucket_results.find_files(address), "config.json")
         case _:
             raise ConfigError(f"{address}: nothing of a {scheme}:/ model is read before a stage fetches it")
     if not isinstance(content, dict):

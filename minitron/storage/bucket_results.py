@@ -18,6 +18,7 @@ from typing import Any
 
 from minitron.errors import RunError
 from minitron.storage import bucket
+from minitron.storage.hashing import list_files
 from minitron.storage.layout import RECORD, is_record, result_address
 from minitron.storage.transfers import upload_files
 
@@ -65,7 +66,7 @@ def commit_result(directory: Path, address: str, replace: bool) -> dict[str, Any
 
 def _upload_directory(directory: Path, address: str) -> dict[str, int]:
     """Upload a result's files, its record last; return the generations of the objects."""
-    files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(directory)): path for path in list_files(directory)}
     record = {RECORD: files.pop(RECORD)}
     return upload_files(files, address) | upload_files(record, address)
 
@@ -80,6 +81,13 @@ def _delete_lost_directories(address: str, record: dict[str, Any]) -> None:
             bucket.delete_object(objects[path])
 
 
+def find_files(address: str) -> str:
+    """Return the address of a result's files, which its record names; of anything else, the address itself."""
+    address = address.rstrip("/")
+    record, _ = bucket.read_json(address, RECORD)
+    return result_address(address, record) if is_record(record) else address
+
+
 def take_snapshot(address: str) -> str:
     """Return the snapshot of a directory in a bucket; of a result, that of the directory which its record names.
 
@@ -87,10 +95,7 @@ def take_snapshot(address: str) -> str:
         ConfigError: there are no objects.
         RunError: the upload of the result has not ended, or the bucket cannot be read.
     """
-    address = address.rstrip("/")
-    record, _ = bucket.read_json(address, RECORD)
-    if is_record(record):
-        address = result_address(address, record)
+    address = find_files(address)
     objects = bucket.require_objects(address)
     paths = {f"{address.rpartition('/')[2]}/"} if RECORD not in objects else set()
     if any(_DIRECTORY.match(path) for path in paths | objects.keys()):

@@ -63,6 +63,7 @@ def test_the_record_comes_last_and_names_the_directory(world: World, tmp_path: P
     assert content_hash(local) == record["output_sha256"] and read_record(local) == read_record(home)
     address = make_reference(ADDRESS, record).address
     assert address == f"{ADDRESS}/{record['directory']}", "a directory that other tools read, too"
+    assert bucket_results.find_files(ADDRESS) == bucket_results.find_files(address) == address
     assert take_snapshot(address) == bucket_results.take_snapshot(ADDRESS) == bucket_results.take_snapshot(address)
 
 
