@@ -34,10 +34,16 @@ _TTL_SINCE = (2, 17)
 
 _TTLS = ("resourceTtlOnCompletion", "resourceTtlOnSuccess", "resourceTtlOnFailure")
 
-_CLUSTER_NAMES = dict.fromkeys(
-    ("workspace_claim", "credentials_secret", "image_pull_secret"), r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
-) | dict.fromkeys(("trainer_image", "tools_image", "workspace", "experiment"), r"\S(.*\S)?")
-"""Parameters that may not be empty, and what they may be: names of objects in Kubernetes, or any text."""
+_CLUSTER_NAMES = (
+    dict.fromkeys(("credentials_secret", "image_pull_secret"), r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+    | {"workspace_claim": r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"}
+    | dict.fromkeys(("trainer_image", "tools_image", "workspace", "experiment"), r"\S(.*\S)?")
+)
+"""Parameters that may not be empty, and what they may be: names of objects in Kubernetes, or any text.
+
+Kubeflow's driver names the volume in the pod after the claim (backend/src/v2/driver/k8s.go: makeVolumeMountPatch), and a
+volume's name is shorter, without dots.
+"""
 
 
 @dataclass(frozen=True)

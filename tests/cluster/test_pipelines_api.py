@@ -370,6 +370,10 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
             ["--set", "workspace_claim=''"],
             "workspace_claim: '' is not one; leave it out for its default, minitron-work",
         ),
+        (
+            ["--set", "workspace_claim=team.workspace"],
+            "workspace_claim: 'team.workspace' is not one; leave it out for i",
+        ),
         (["--set", "credentials_secret=''"], "credentials_secret: '' is not one; leave it out for its default, minit"),
         (["--set", "image_pull_secret=My_Secret"], "image_pull_secret: 'My_Secret' is not one; leave it out for its"),
         (["--set", "tools_image=''"], "tools_image: '' is not one; leave it out for its default, minitron-pipelines"),
