@@ -1,6 +1,8 @@
 """The commands that talk to a cluster: submit, schedule, unschedule, runs, doctor."""
 
 import os
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,29 +213,31 @@ def _wait_for_end(kubeflow: Any, run_id: str, stages: list[str], arguments: dict
     if run.state == "SUCCEEDED":
         print(f"run {run_id}: succeeded")
         return
-    reason = run.state == "FAILED" and (
-        _find_reason_in_mlflow(run_id, arguments)
-        or runs.find_pod_failure(kubeflow.tasks_namespace, run_id)
-        or (run.error.message if run.error else "Kubeflow gives no reason")
-    )
+    reason = _find_reason(kubeflow, run_id, arguments) or (run.error and run.error.message)
     raise RunError(
-        "; ".join(filter(None, (f"run {run_id}: {run.state.lower()}", reason, f"see {kubeflow.run_url(run_id)}")))
+        f"run {run_id}: {run.state.lower()}; {reason or 'Kubeflow gives no reason'}; see {kubeflow.run_url(run_id)}"
     )
 
 
-def _find_reason_in_mlflow(run_id: str, arguments: dict[str, Any]) -> str | None:
-    """Return what a failed run's stages told MLflow, at its address in the cluster or at the one it has for you."""
+def _find_reason(kubeflow: Any, run_id: str, arguments: dict[str, Any]) -> str | None:
+    """Return what a failed run's stages told MLflow, else what its pods say; None if neither can be asked or knows."""
+    from minitron.cluster import runs
+
+    uris = filter(None, (os.environ.get("MLFLOW_TRACKING_URI"), arguments["tracking_uri"]))
+    sources = [partial(_ask_mlflow, uri, _experiment_name(arguments), run_id) for uri in uris]
+    for ask in (*sources, partial(runs.find_pod_failure, kubeflow.tasks_namespace, run_id)):
+        with suppress(Exception):  # the run's failure is what is reported, whatever is wrong with MLflow or Kubernetes
+            if reason := ask():
+                return reason
+    return None
+
+
+def _ask_mlflow(uri: str, experiment: str, run_id: str) -> str | None:
     from minitron.tracking.client import connect, fail_fast
     from minitron.tracking.pipeline_run import find_reason
 
-    for uri in dict.fromkeys(filter(None, (os.environ.get("MLFLOW_TRACKING_URI"), arguments["tracking_uri"]))):
-        try:
-            with fail_fast():
-                if reason := find_reason(connect(uri), _experiment_name(arguments), run_id):
-                    return reason
-        except Exception:  # the run's failure is what is reported, whatever is wrong with this server
-            continue
-    return None
+    with fail_fast():
+        return find_reason(connect(uri), experiment, run_id)
 
 
 def _refuse_samples(sample: str, arguments: dict[str, Any]) -> None:

@@ -277,6 +277,12 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 TRAIN_JOB_QUEUE_LABEL = "minitron.io/train-job-queue"
 """Label of a task's pod that does not wait itself: the queue of the TrainJob that it starts."""
 
+_NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
+"""What Kubernetes takes as the name of an object."""
+
+_LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+"""What it takes as a label's value, and as its key behind the prefix."""
+
 _QUEUE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 """A name as Kueue's LocalQueueName requires it (apis/kueue/v1beta2/localqueue_types.go); a label has 63 characters."""
 
@@ -287,19 +293,35 @@ class ClusterConfig(Settings):
     In a preset it is the section `cluster`.
     """
 
-    service_account: str | None = Field(None, description="Service account of the tasks; none: Kubeflow's default.")
+    service_account: str | None = Field(
+        None, pattern=_NAME, description="Service account of the tasks; none: Kubeflow's default."
+    )
     shared_memory: str = Field(
         "16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task; it counts as memory."
     )
     retries: Annotated[int, Field(ge=0)] = Field(3, description="Attempts after the first one, for lost (spot) nodes.")
     timeout_hours: PositiveInt = Field(168, description="Hours that one attempt at a task may take.")
-    ttl_hours: PositiveInt = Field(168, description="Hours that a run's pods and their logs are kept after its end.")
-    labels: dict[str, str] = Field({}, description="Labels of the tasks' pods, for cost accounting, say.")
+    ttl_hours: PositiveInt = Field(
+        168,
+        description="Hours that a run's pods and their logs are kept after its end. Kubeflow Pipelines knows it from 2.17 "
+        "on; before, Argo's own settings count.",
+    )
+    labels: dict[str, Annotated[str, Field(pattern=rf"^({_LABEL})?$")]] = Field(
+        {}, description="Labels of the tasks' pods, for cost accounting, say."
+    )
     queue: str | None = Field(
         None,
         description="LocalQueue of Kueue, where every pod and TrainJob with GPUs waits; none: nothing waits. The wait "
         "of a TrainJob counts in timeout_hours.",
     )
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: dict[str, str]) -> dict[str, str]:
+        for key in labels:
+            if not re.fullmatch(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL}", key):
+                raise ValueError(f"{key!r} cannot be a label; give at most 63 letters, digits, '-', '_' and '.'")
+        return labels
 
     @field_validator("queue")
     @classmethod

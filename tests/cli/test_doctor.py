@@ -53,6 +53,18 @@ def test_a_cluster_that_has_everything(cluster: KubernetesServer, mlflow_server:
     }  # fmt: skip
 
 
+def test_an_old_server_is_refused_and_one_without_a_version_is_noted(cluster: KubernetesServer) -> None:
+    with kubeflow_server(version="2.14.3") as kubeflow:
+        status, lines = run_doctor("--host", kubeflow.url)
+    assert status == 1 and lines["Kubeflow Pipelines"].startswith("✗")
+    assert "2.14.3, but minitron needs 2.15.0 or newer" in lines["Kubeflow Pipelines"]
+    for version in ("unknown", "master", "4244448d8f"):
+        with kubeflow_server(version=version) as kubeflow:
+            status, lines = run_doctor("--host", kubeflow.url)
+        assert status == 0 and lines["Kubeflow Pipelines"].startswith("✓")
+        assert f"version {version}, one user; it names no release: it must have" in lines["Kubeflow Pipelines"]
+
+
 def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
     for kind in ("namespaces", "persistentvolumeclaims", "secrets", "clustertrainingruntimes", "configmaps"):
         cluster.objects[kind].clear()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from minitron.cluster import pipelines_api, runs
+from minitron.config.pipelines import compiled_pipeline, list_dags
 from minitron.tracking import pipeline_run, write_once
 from minitron.tracking.client import connect, find_or_create_experiment
 from tests.cluster.commands import JOB, run_minitron, run_ok, run_refused
@@ -70,6 +71,17 @@ def test_a_run_is_followed_to_its_end_a_line_per_stage(server: KubeflowServer) -
         "prune: succeeded", "distill: running", "distill: succeeded", "evaluate: succeeded", "register: succeeded",
     ]  # fmt: skip
     assert shown.rstrip().endswith(": succeeded") and "executor" not in shown and "driver" not in shown
+
+
+@pytest.mark.parametrize("pipeline", ["compress", "retrain", "promote"])
+def test_no_two_stages_of_a_pipeline_run_at_a_time(pipeline: str) -> None:
+    """An attempt is named after no stage: it belongs to the one that started last."""
+    for dag in list_dags(compiled_pipeline(pipeline)[0]):
+        tasks = dag["dag"]["tasks"]
+        before = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
+        for _ in tasks:
+            before = {name: names.union(*(before[other] for other in names)) for name, names in before.items()}
+        assert sorted(map(len, before.values())) == list(range(len(tasks))), "each waits for all that are before it"
 
 
 def test_the_attempts_at_a_stage_are_counted(server: KubeflowServer) -> None:
@@ -202,6 +214,16 @@ def test_where_pods_may_not_be_seen_kubeflow_gives_no_reason(
         kubernetes.forbidden |= forbidden
         fail_in_prune(server)
         assert wait_for_failure(server, "--namespace", "team") == "Kubeflow gives no reason"
+
+
+@pytest.mark.parametrize("config", ["{", "clusters: 3", "users: [{name: ann, user: {exec: {command: /none}}}]"])
+def test_where_the_access_to_kubernetes_is_broken_kubeflow_gives_no_reason(
+    server: KubeflowServer, config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    fail_in_prune(server)
+    assert wait_for_failure(server) == "Kubeflow gives no reason"
 
 
 @pytest.mark.parametrize(("status", "text"), [(200, "<html>Sign in</html>"), (500, "{}"), (403, "no")])
