@@ -41,8 +41,8 @@ _CLUSTER_NAMES = (
 )
 """Parameters that may not be empty, and what they may be: names of objects in Kubernetes, or any text.
 
-Kubeflow's driver names the volume in the pod after the claim (backend/src/v2/driver/k8s.go: makeVolumeMountPatch), and a
-volume's name is shorter, without dots.
+Kubeflow's driver names the volume in the pod after the claim (backend/src/v2/driver/k8s.go: makeVolumeMountPatch), and
+a volume's name is shorter, without dots.
 """
 
 

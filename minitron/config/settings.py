@@ -303,8 +303,8 @@ class ClusterConfig(Settings):
     timeout_hours: PositiveInt = Field(168, description="Hours that one attempt at a task may take.")
     ttl_hours: PositiveInt = Field(
         168,
-        description="Hours that a run's pods and their logs are kept after its end. Kubeflow Pipelines knows it from 2.17 "
-        "on; before, Argo's own settings count.",
+        description="Hours that a run's pods and their logs are kept after its end. Kubeflow Pipelines knows it from "
+        "2.17 on; before, Argo's own settings count.",
     )
     labels: dict[str, Annotated[str, Field(pattern=rf"^({_LABEL})?$")]] = Field(
         {}, description="Labels of the tasks' pods, for cost accounting, say."
