@@ -2,17 +2,19 @@
 
 Answers and faults are those of googleapis/storage-testbench 0.45.0:
 
-    which precondition gives which status, 404 before 412  testbench/common.py make_json_preconditions,
+    the status of a precondition, 404 before 412           testbench/common.py make_json_preconditions,
                                                            testbench/database.py insert_object, __get_object
-    a resumable upload is checked when it ends, gets its    testbench/rest_server.py resumable_upload_chunk
+    a resumable upload is checked when it ends, gets its   testbench/rest_server.py resumable_upload_chunk
     generation then, may send bytes again, and answers
     again after its end
-    an upload with another checksum is refused              gcs/object.py init_multipart, gcs/upload.py
-    503 and a broken connection before a request works,     testbench/common.py handle_retry_test_instruction
+    an upload with another checksum is refused             gcs/object.py init_multipart, gcs/upload.py
+    503 or a broken connection before a request works,     testbench/common.py handle_retry_test_instruction
     a broken answer after it worked, a stall
-    a wrong byte                                            testbench/common.py corrupt_media
+    a wrong byte                                           testbench/common.py corrupt_media
 
-A request with another precondition than ifGenerationMatch is answered with 501, so that none is passed over.
+Two things differ. A replaced generation is gone, as in a bucket without versioning; the testbench keeps it. A wrong
+checksum is answered with 400, as the emulator does it, not with 412. A precondition other than ifGenerationMatch is
+answered with 501, so that none is passed over.
 
 `World.fault` returns the fault for a request: a status to answer with; CUT: the connection breaks before an upload
 arrives, or in the middle of an answer; LOST: it breaks after the request worked, before the answer; STALL: the answer
@@ -195,7 +197,8 @@ class _Handler(RequestHandler):
     def _send(self, answer: bytes, fault: Any) -> None:
         if fault == DAMAGE:
             answer = answer[:-1] + bytes([answer[-1] ^ 1])
-        part = {LOST: 0, CUT: len(answer) // 2, STALL: len(answer) // 2}.get(fault, len(answer))
+        middle = (len(answer) + answer.index(b"\r\n\r\n") + 4) // 2  # of the body, as the testbench cuts it
+        part = {LOST: 0, CUT: middle, STALL: middle}.get(fault, len(answer))
         try:
             self.wfile.write(answer[:part])
             self.wfile.flush()
