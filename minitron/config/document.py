@@ -42,8 +42,8 @@ class PipelineSettings(Settings):
         "gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
     )
     corpus: str = Field(
-        description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
-        "or hf://dataset[/config]."
+        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of them, "
+        "gs://bucket/path of either, or hf://dataset[/config]."
     )
     sequence_length: PositiveInt = _copy_field(SequenceSettings, "sequence_length")
     seed: int = _copy_field(StageSettings, "seed")

@@ -52,8 +52,22 @@ class PrepareSettings(StageSettings):
     """Corpus → deduplicated, split, tokenised dataset."""
 
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
-    validation_fraction: Fraction = Field(0.01, description="Share of the documents kept for validation.")
-    test_fraction: Fraction = Field(0.01, description="Share of the documents kept for the test.")
+    document_separator: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Text between two documents of a .txt file, a blank line, say; none: the file is one document, "
+        "or WikiText's articles.",
+    )
+    own_splits: bool = Field(
+        True,
+        description="Use the corpus's own validation and test, where it has them, as they are; False: divide all of it "
+        "by the fractions.",
+    )
+    validation_fraction: Fraction = Field(
+        0.01, description="Share of the documents kept for validation, unless the corpus has its own."
+    )
+    test_fraction: Fraction = Field(
+        0.01, description="Share of the documents kept for the test, unless the corpus has its own."
+    )
     licence: str = Field("unknown", description="License of the corpus, copied to manifest and model card.")
 
 

@@ -41,8 +41,8 @@ class PrepareConfig(PrepareSettings, StageConfig):
 
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
         min_length=1,
-        description="Text: .txt, .jsonl(.gz/.zst), .json or .parquet, a directory of them, gs://bucket/path of either, "
-        "or hf://dataset[/config].",
+        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of them, "
+        "gs://bucket/path of either, or hf://dataset[/config].",
     )
     teacher: ModelAddress = Field(description="Model whose tokenizer is used; the same address as finetune's.")
 

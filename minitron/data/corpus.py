@@ -2,37 +2,40 @@
 
 Every corpus is read as a stream, one record at a time. A document is
 
-- a record of a .jsonl, .json or .parquet file, or of a hub's dataset (of its split `train`);
-- the text between two blank lines of a .txt file;
+- a record of a .jsonl, .ndjson, .json or .parquet file, or of a hub's dataset;
+- the text of a .txt file, or the texts between the separators that the settings name;
 - an article, if the records, or the lines of a .txt file, are WikiText's. It reaches from its ` = Title = ` line to the
   next one, even into the next file: an article may be split between two shards.
 
-Every kind but .parquet may be compressed: .gz, .zst.
+corpus_files.py says which files are read. If the corpus has splits of its own, they are read in the order test,
+validation, train: Selection drops from a split what it has seen in another one.
 """
 
 import io
 import json
+import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow
 from pyarrow import parquet
 
+from minitron.data.corpus_files import COMPRESSIONS, SPLIT_NAMES, file_kind, list_corpus_files, shorten
+from minitron.data.indexed import SPLITS
 from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.storage.hub import HubDataset, resolve_hub_dataset, resolve_local_path
-from minitron.storage.layout import RECORD
+from minitron.storage.hub import HubDataset, resolve_hub_dataset
 
 Numbered = Iterator[tuple[int, Any]]
 
-_KINDS = (".txt", ".jsonl", ".json", ".parquet")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_SUPPORTED = ".txt, .jsonl or .json (each also .gz or .zst) or .parquet"
 _TITLE = re.compile(r"\s*= [^=](?:.*[^=])? =\s*")
 _LOOK_AHEAD = 1 << 20
 """Characters to search for the first title of a WikiText file: more than its longest article has."""
+_LONGEST = 1 << 26
+"""Characters of a whole .txt file: it is held in memory, and its tokens take far more."""
 _CHUNK = 1 << 20
 _ROWS = 256
 
@@ -42,19 +45,36 @@ class Corpus:
 
     Attributes:
         size: bytes of all files; None for a dataset on a hub.
+        files: number of files; None for a dataset on a hub.
+        left_out: what is not read, with the reason.
+        own_splits: the splits that the corpus has of its own, train among them; else empty.
     """
 
-    def __init__(self, address: str, text_field: str) -> None:
+    def __init__(self, address: str, text_field: str, separator: str | None = None, own_splits: bool = True) -> None:
         """Find the files.
 
+        Args:
+            address: a local path, or hf://org/name[@revision][/config].
+            text_field: the field of a record that has the text.
+            separator: the text between two documents of a .txt file; None: the file is one document.
+            own_splits: False: the names of files and of a hub's splits say nothing.
+
         Raises:
-            ConfigError: the address does not exist, or has no file of a supported kind.
+            ConfigError: nothing is there, or a file can neither be read nor be left out.
             RunError: the hub cannot be reached.
         """
-        self._address, self._field = address, text_field
-        self._dataset = resolve_hub_dataset(address)
-        self._files = [] if self._dataset else _list_files(resolve_local_path(address))
-        self.size = None if self._dataset else sum(file.stat().st_size for file in self._files)
+        self._address, self._field, self._separator = address, text_field, separator
+        dataset = resolve_hub_dataset(address)
+        listed = None if dataset else list_corpus_files(address)
+        self._hub_splits = _load_hub_splits(address, dataset) if dataset else {}
+        sources: dict[Any, str | None] = dict(listed.files) if listed else {}
+        sources |= {name: SPLIT_NAMES[name] for name in self._hub_splits if name in SPLIT_NAMES}
+        unused = {f"split {name}": "of another name" for name in self._hub_splits if name not in sources}
+        self.left_out = listed.left_out if listed else unused
+        self.files = len(sources) if listed else None
+        self.size = sum(file.stat().st_size for file in sources) if listed else None
+        self.own_splits = _find_own_splits(address, sources) if own_splits else ()
+        self._sources = _order_sources(sources) if self.own_splits else [(source, None) for source in sources]
         self._done = 0
         self._position_in_file: Callable[[], int] = lambda: 0
 
@@ -64,83 +84,76 @@ class Corpus:
         return self._done + self._position_in_file()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the documents, in the order of the file names.
+        """Yield the documents, as `read_documents`, without their splits."""
+        return (text for _, text in self.read_documents())
+
+    def read_documents(self) -> Iterator[tuple[str | None, str]]:
+        """Yield the split, if it is the corpus's own, and the text of every document, in the order of the file names.
 
         Raises:
             ConfigError: a record has no text field.
             RunError: a file is damaged, or the hub cannot be reached any more.
         """
         document: list[str] = []
-        for begins, piece in self._read_pieces():
-            if begins and document:
-                yield "".join(document)
+        previous = None
+        for split, begins, piece in self._read_pieces():
+            if document and (begins or split != previous):
+                yield previous, "".join(document)
                 document = []
+            previous = split
             if begins or document or piece.strip():
                 document.append(piece)
         if document:
-            yield "".join(document)
+            yield previous, "".join(document)
 
-    def _read_pieces(self) -> Iterator[tuple[bool, str]]:
-        """Yield pieces of text; for each, say whether it begins a document."""
-        for lines_of_text, records in self._open_sources():
-            head, is_wikitext = _look_ahead(records)
+    def _read_pieces(self) -> Iterator[tuple[str | None, bool, str]]:
+        """Yield pieces of text; for each, its split and whether it begins a document."""
+        for source, split in self._sources:
+            is_text = isinstance(source, Path) and file_kind(source.name) == ".txt"
+            records = self._file_records(source) if isinstance(source, Path) else self._hub_records(source)
+            head, is_wikitext = _look_ahead(records) if not (is_text and self._separator) else ([], False)
             records = chain(head, records)
             if is_wikitext:
                 for record, begins in _mark_titles(records):
-                    yield begins, record if record.endswith("\n") else record + "\n"
-            elif lines_of_text:
-                yield from _split_paragraphs(records)
+                    yield split, begins, record if record.endswith("\n") else record + "\n"
             else:
-                yield from ((True, record) for record in records)
-
-    def _open_sources(self) -> Iterator[tuple[bool, Iterator[str]]]:
-        """Yield for every file whether its records are the lines of one text, and the records."""
-        if self._dataset:
-            yield False, self._hub_records(self._dataset)
-        for file in self._files:
-            yield _file_kind(file) == ".txt", self._file_records(file)
-            self._position_in_file = lambda: 0
-            self._done += file.stat().st_size
+                one_document = is_text and not self._separator
+                records = _limit_length(records, source) if one_document else records
+                yield from ((split, not (one_document and number), record) for number, record in enumerate(records))
+            if isinstance(source, Path):
+                self._position_in_file = lambda: 0
+                self._done += source.stat().st_size
 
     def _file_records(self, path: Path) -> Iterator[str]:
-        number, is_text = 0, _file_kind(path) == ".txt"
+        number, is_text = 0, file_kind(path.name) == ".txt"
         try:
             for number, record in self._read_records(path):
                 yield record if is_text else self._get_text(record, f"{path}: record {number}")
         except MinitronError:
             raise
-        except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
+        except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pyarrow.ArrowException) as error:
             remedy = "save it as UTF-8" if isinstance(error, UnicodeError) else "repair the file or get it again"
             raise RunError(
                 f"{path}: cannot be read after record {number} ({_one_line_reason(error)}); {remedy}"
             ) from error
 
-    def _hub_records(self, dataset: HubDataset) -> Iterator[str]:
-        from datasets import load_dataset
-
-        try:
-            settings = {"split": "train", "streaming": True, "revision": dataset.commit}
-            for number, record in enumerate(load_dataset(dataset.repository, dataset.config, **settings), 1):
-                text = self._get_text(record, f"{self._address}: record {number}")
+    def _hub_records(self, split: str) -> Iterator[str]:
+        with _hub_errors(self._address):
+            for number, record in enumerate(self._hub_splits[split], 1):
+                text = self._get_text(record, f"{self._address}: {split}: record {number}")
                 self._done += len(text)
                 yield text
-        except MinitronError:
-            raise
-        except Exception as error:  # each dataset builder and network library has its own classes
-            remedy = "check the configuration after the name, and the network, or give a local path"
-            raise RunError(f"{self._address}: cannot be read ({_one_line_reason(error)}); {remedy}") from error
 
     def _read_records(self, path: Path) -> Numbered:
-        """Yield numbered records: the lines of a .txt file, or the values of JSON or Parquet."""
+        """Yield numbered records: lines or documents of a .txt file, or the values of JSON or Parquet."""
         with path.open("rb") as raw:
             self._position_in_file = raw.tell
-            compression = _COMPRESSIONS.get(path.suffix.lower())
-            # pyarrow, unlike zstandard, detects a truncated stream.
-            stream = io.BufferedReader(pyarrow.input_stream(raw, compression=compression)) if compression else raw
-            match _file_kind(path):
+            stream = _decompress(raw, COMPRESSIONS.get(path.suffix.lower()))
+            match file_kind(path.name):
                 case ".txt":
-                    yield from enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1)
-                case ".jsonl":
+                    text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+                    yield from enumerate(_split_text(text, self._separator) if self._separator else text, 1)
+                case ".jsonl" | ".ndjson":
                     yield from _json_lines(stream)
                 case ".json":
                     yield from enumerate(_json_values(io.TextIOWrapper(stream, encoding="utf-8-sig")), 1)
@@ -170,29 +183,88 @@ class Corpus:
         return text or ""
 
 
-def _list_files(path: Path) -> list[Path]:
-    """Return the supported files in a directory, or the file itself.
+def _load_hub_splits(address: str, dataset: HubDataset) -> dict[str, Iterable[Any]]:
+    """Return the splits of a hub's dataset, to be read as streams.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is no split for training.
+        RunError: the hub cannot be reached, or has no such configuration.
     """
-    if path.is_file():
-        candidates = [path]
-    else:
-        candidates = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    files = [file for file in candidates if _file_kind(file) in _KINDS and file.name != RECORD]
-    if not files:
-        names = ", ".join(file.name for file in candidates[:3]) or "nothing"
-        raise ConfigError(f"{path}: no file of a supported kind (found: {names}); give {_SUPPORTED}")
-    return files
+    from datasets import load_dataset
+
+    with _hub_errors(address):
+        splits = load_dataset(dataset.repository, dataset.config, streaming=True, revision=dataset.commit)
+    if not any(SPLIT_NAMES.get(name) == "train" for name in splits):
+        raise ConfigError(
+            f"{address}: no split train (found: {shorten(list(splits))}); give a configuration that has one after the "
+            "name, or fetch the files and give their directory"
+        )
+    return dict(splits)
 
 
-def _file_kind(path: Path) -> str:
-    """Return the suffix of a file without its compression; a compressed .parquet is not supported."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes = [suffix for suffix in suffixes[:-1] if suffix != ".parquet"]
-    return suffixes[-1] if suffixes else ""
+@contextmanager
+def _hub_errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except MinitronError:
+        raise
+    except Exception as error:  # each dataset builder and network library has its own classes
+        remedy = "check the configuration after the name, and the network, or give a local path"
+        raise RunError(f"{address}: cannot be read ({_one_line_reason(error)}); {remedy}") from error
+
+
+def _find_own_splits(address: str, sources: dict[Any, str | None]) -> tuple[str, ...]:
+    """Return the splits that the names in a corpus give it: none, unless train and another one are there.
+
+    Raises:
+        ConfigError: some names give a split, and others do not.
+    """
+    splits = tuple(split for split in SPLITS if split in sources.values())
+    if "train" not in splits or len(splits) == 1:
+        return ()
+    if nameless := [source.name for source, split in sources.items() if split is None]:
+        raise ConfigError(
+            f"{address}: has files for {' and '.join(splits)}, but the names of {shorten(nameless)} give no split; "
+            "rename them, or set own_splits to false: then all documents are divided by the fractions"
+        )
+    return splits
+
+
+def _order_sources(sources: dict[Any, str | None]) -> list[tuple[Any, str | None]]:
+    """Return the sources with their splits: those of test first, then of validation, then of train."""
+    return [(source, split) for name in reversed(SPLITS) for source, split in sources.items() if split == name]
+
+
+def _decompress(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    """Return the stream of a file's content. All of these detect a truncated file; zstandard's own would not."""
+    match compression:
+        case None:
+            return raw
+        case "xz":
+            return io.BufferedReader(lzma.open(raw))
+        case _:
+            return io.BufferedReader(pyarrow.input_stream(raw, compression=compression))
+
+
+def _split_text(stream: TextIO, separator: str) -> Iterator[str]:
+    """Yield the texts between separators, while reading the stream."""
+    rest = ""
+    while chunk := stream.read(_CHUNK):
+        *documents, rest = (rest + chunk).split(separator)
+        yield from documents
+    yield rest
+
+
+def _limit_length(lines: Iterator[str], path: Path) -> Iterator[str]:
+    length = 0
+    for line in lines:
+        length += len(line)
+        if length > _LONGEST:
+            raise ConfigError(
+                f"{path}: one document of more than {_LONGEST / 1e6:.0f} million characters; set document_separator to "
+                r"what stands between its documents: '\n\n', a blank line, say"
+            )
+        yield line
 
 
 def _look_ahead(records: Iterator[str]) -> tuple[list[str], bool]:
@@ -205,16 +277,6 @@ def _look_ahead(records: Iterator[str]) -> tuple[list[str], bool]:
         if begins or size > _LOOK_AHEAD or "\n" in record.strip():
             return head, begins
     return head, False
-
-
-def _split_paragraphs(lines: Iterable[str]) -> Iterator[tuple[bool, str]]:
-    """Yield each line that is not blank; say whether it begins a paragraph."""
-    blank = True
-    for line in lines:
-        filled = bool(line.strip())
-        if filled:
-            yield blank, line
-        blank = not filled
 
 
 def _mark_titles(records: Iterable[str]) -> Iterator[tuple[str, bool]]:

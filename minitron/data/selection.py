@@ -19,7 +19,8 @@ class Selection:
     Attributes:
         digests: per split, the digests of its documents.
         empty: documents dropped because no text was left.
-        duplicates: documents dropped because an earlier one has the same text.
+        duplicates: documents dropped because an earlier one of their split has the same text.
+        overlaps: per split, documents dropped because one of another split, read earlier, has the same text.
         characters: per split, characters of the documents.
         bytes: per split, their bytes in UTF-8.
     """
@@ -29,20 +30,23 @@ class Selection:
         self.corpus, self._config = corpus, config
         self.digests: dict[str, set[bytes]] = {split: set() for split in SPLITS}
         self.empty = self.duplicates = 0
+        self.overlaps = Counter(dict.fromkeys(SPLITS, 0))
         self.characters, self.bytes = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yield split and text of every document, in the order of the corpus."""
-        for raw in self.corpus:
+        own_splits = self.corpus.own_splits
+        for own, raw in self.corpus.read_documents():
             text = normalise_text(raw)
             if not text:
                 self.empty += 1
                 continue
             content = text.encode()
             digest = hashlib.blake2b(content, digest_size=16).digest()
-            split = assign_split(digest, self._config)
-            if digest in self.digests[split]:
-                self.duplicates += 1
+            split = own if own in ("validation", "test") else assign_split(digest, self._config, own_splits)
+            if seen := [name for name, digests in self.digests.items() if digest in digests]:
+                self.duplicates += seen == [split]
+                self.overlaps[split] += seen != [split]
                 continue
             self.digests[split].add(digest)
             self.characters[split] += len(text)
@@ -51,12 +55,14 @@ class Selection:
 
     def summarize_counts(self) -> dict[str, Any]:
         """Return the counts of selected and dropped documents, for the manifest and the metrics."""
+        overlaps = {"overlaps": dict(self.overlaps)} if self.corpus.own_splits else {}
         return {
             "documents": {split: len(digests) for split, digests in self.digests.items()},
             "characters": dict(self.characters),
             "bytes": dict(self.bytes),
             "duplicates": self.duplicates,
             "empty": self.empty,
+            **overlaps,
         }
 
     def check_splits(self) -> None:
@@ -73,19 +79,36 @@ class Selection:
         if not total:
             raise ConfigError(f"corpus {corpus}: no text ({self.empty} empty documents); give one that has text")
         for split in SPLITS:
-            share = getattr(self._config, f"{split}_fraction", 1.0)
+            share = 1.0 if split in self.corpus.own_splits else getattr(self._config, f"{split}_fraction", 1.0)
             if share and not self.digests[split]:
-                remedy = f"raise {split}_fraction" if split != "train" else "lower the fractions of the other splits"
                 raise ConfigError(
-                    f"corpus {corpus}: {split} gets none of its {total} distinct documents; {remedy}, or give more "
-                    "documents (blank lines separate those of a .txt file)"
+                    f"corpus {corpus}: {split} gets none of its {total} distinct documents; {self._suggest_more(split)}"
                 )
 
+    def _suggest_more(self, split: str) -> str:
+        """Return the remedy for a split without a document."""
+        if split in self.corpus.own_splits:
+            dropped = self.overlaps[split]
+            return f"all of its own ({dropped}) are in another split: set own_splits to false"
+        remedy = f"raise {split}_fraction" if split != "train" else "lower the fractions of the other splits"
+        return (
+            f"{remedy}, or give more documents (a .txt file is one document unless document_separator says what stands "
+            "between them)"
+        )
 
-def assign_split(digest: bytes, config: PrepareConfig) -> str:
-    """Return the split of a document. It depends on its text and the seed only, not on the rest of the corpus."""
+
+def assign_split(digest: bytes, config: PrepareConfig, own_splits: tuple[str, ...] = ()) -> str:
+    """Return the split of a document. It depends on its text and the seed only, not on the rest of the corpus.
+
+    Args:
+        digest: the digest of the document's text.
+        config: gives the seed, and the shares of validation and test.
+        own_splits: splits that get no share, since the corpus has them.
+    """
     key = hashlib.sha256(str(config.seed).encode()).digest()
     position = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=key).digest()) / 2**64
-    if position < config.validation_fraction:
+    validation = 0 if "validation" in own_splits else config.validation_fraction
+    test = 0 if "test" in own_splits else config.test_fraction
+    if position < validation:
         return "validation"
-    return "test" if position < config.validation_fraction + config.test_fraction else "train"
+    return "test" if position < validation + test else "train"

@@ -1,5 +1,7 @@
 """A model's tokenizer: its files, its loading, and the hash that identifies it."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+_SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Files of tokenizers that are no tokenizer.json; some libraries make one of them."""
+
+_UNKNOWN_FORMAT = ("did not match any variant", "Unknown tokenizer version", "unknown variant", "missing field")
+"""What tokenizers says of a tokenizer.json that a newer version wrote."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""The beginning of a file that `git lfs pull` replaces."""
+
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load a fast tokenizer that has an end-of-sequence token.
@@ -30,15 +41,67 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    _check_tokenizer_file(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        remedy = "put its tokenizer.json beside the weights"
-        raise ConfigError(f"{directory}: no tokenizer ({reason}); {remedy}") from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ConfigError(f"{directory}: the tokenizer is not a fast one with an EOS token; give one that is")
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # tokenizers, written in Rust, has no other class
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{directory}: {_explain_fault(directory, reason)}") from error
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        raise ConfigError(f"{directory}: {kind} is no fast tokenizer; give a model that has one")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{directory}: the tokenizer has no EOS token, which ends every document; name one of its tokens as "
+            "eos_token in tokenizer_config.json"
+        )
+    if not tokenizer.backend_tokenizer.encode("a b", add_special_tokens=False).ids:
+        raise ConfigError(
+            f"{directory}: the tokenizer makes no tokens of text (vocabulary of {tokenizer.vocab_size}); get its "
+            "tokenizer.json again"
+        )
     return tokenizer
+
+
+def _check_tokenizer_file(directory: Path) -> None:
+    """Check that the directory has a tokenizer.json, and that it is JSON.
+
+    Raises:
+        ConfigError: it has none, or another file in its place.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        slow = [name for name in _SLOW if (directory / name).is_file()]
+        if not slow:
+            raise ConfigError(f"{directory}: no tokenizer; put its tokenizer.json beside the weights")
+        raise ConfigError(
+            f"{directory}: no tokenizer.json, only {' and '.join(slow)}; make it where sentencepiece and tiktoken are "
+            "installed: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        pointer = path.read_bytes().startswith(LFS_POINTER)
+        fault = "a pointer of Git LFS, not the tokenizer; run `git lfs pull`" if pointer else "no JSON; get it again"
+        raise ConfigError(f"{path}: {fault}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: {type(content).__name__}, no tokenizer; get it again")
+
+
+def _explain_fault(directory: Path, reason: str) -> str:
+    """Return why a tokenizer cannot be loaded, and the remedy."""
+    if not any(text in reason for text in _UNKNOWN_FORMAT):
+        return f"the tokenizer cannot be loaded ({reason}); get its files again, or save it again as a fast tokenizer"
+    versions = {name: version(name) for name in ("tokenizers", "transformers")}
+    try:
+        saved = json.loads((directory / "config.json").read_text()).get("transformers_version", "an unnamed version")
+    except (OSError, ValueError, AttributeError):
+        saved = "an unnamed version"
+    return (
+        f"tokenizer.json is of a format that tokenizers {versions['tokenizers']} does not know ({reason}); the model "
+        f"was saved with transformers {saved}: install the tokenizers of that version or a newer one, or save the "
+        f"tokenizer again with transformers {versions['transformers']}"
+    )
 
 
 def tokenizer_hash(directory: Path) -> str:

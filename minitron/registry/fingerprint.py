@@ -48,8 +48,9 @@ def fingerprint_plan(plan: Plan, corpus: str, teacher: str) -> Fingerprint:
 
 
 def _build_fingerprint(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, method: str) -> Fingerprint:
-    settings = {
-        stage: {name: config[name] for name in _list_decisive_settings(stage)} for stage, config in configs.items()
+    settings = {  # a record of an earlier version lacks the settings that came later
+        stage: {name: config[name] for name in _list_decisive_settings(stage) if name in config}
+        for stage, config in configs.items()
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {"corpus": corpus, "teacher": teacher, "settings": digest, "minitron": method}

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
+from minitron.data.corpus_files import shorten, sort_names
 from minitron.data.indexed import SPLITS, IndexedWriter
 from minitron.data.selection import Selection
 from minitron.data.text import configure_for_plain_text
@@ -63,12 +64,14 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     teacher = Path(config.teacher)
     with many_imports():  # those of transformers
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
-    selection = Selection(Corpus(fetch_corpus(config.corpus, config), config.text_field), config)
+    selection = Selection(_open_corpus(config), config)
+    print(f"prepare: {_describe_corpus(config.corpus, selection.corpus)}", flush=True)
     started = time.monotonic()
     tokens = write_dataset(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
     selection.check_splits()
     counts = selection.summarize_counts() | {"tokens": tokens}
+    print(f"prepare: {_describe_counts(counts)}", flush=True)
     manifest = counts | {
         "sha256": {split: content_hash(directory / f"{split}.bin") for split in SPLITS},
         **_identify_corpus(config.corpus),
@@ -77,9 +80,47 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
         "eos_token_id": tokenizer.eos_token_id,
         "licence": config.licence,
         "seed": config.seed,
+        **_describe_reading(config, selection.corpus),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return {"metrics": _flatten_counts(counts) | {"tokens_per_second": round(speed)}}
+    files = {} if selection.corpus.files is None else {"files": selection.corpus.files}
+    return {"metrics": _flatten_counts(counts) | files | {"tokens_per_second": round(speed)}}
+
+
+def _open_corpus(config: PrepareConfig) -> Corpus:
+    if bucket.is_bucket(config.corpus):  # before any of it is fetched
+        sort_names(config.corpus, bucket.pin_objects(config.corpus)[1])
+    address = fetch_corpus(config.corpus, config)
+    return Corpus(address, config.text_field, config.document_separator, config.own_splits)
+
+
+def _describe_corpus(address: str, corpus: Corpus) -> str:
+    """Return a line for the log: what is read, which splits are used, and what is left out."""
+    what = "a dataset on a hub" if corpus.files is None else f"{corpus.files} files"
+    splits = f"own splits {', '.join(corpus.own_splits)}" if corpus.own_splits else "splits by fractions"
+    left_out = shorten([f"{name} ({reason})" for name, reason in corpus.left_out.items()]) or "nothing"
+    return f"{address}: {what}, {splits}; left out: {left_out}"
+
+
+def _describe_counts(counts: dict[str, Any]) -> str:
+    documents = ", ".join(f"{count} {split}" for split, count in counts["documents"].items())
+    dropped = f"{counts['duplicates']} duplicates and {counts['empty']} empty ones dropped"
+    overlaps = [f"{count} of {split}" for split, count in counts.get("overlaps", {}).items() if count]
+    held_out = f"; {' and '.join(overlaps)} dropped, since held-out text has them" if overlaps else ""
+    return f"documents: {documents}; {dropped}{held_out}"
+
+
+def _describe_reading(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
+    """Return what the manifest says of the reading where it is not the plain case.
+
+    The manifest of a plain corpus stays what it was: its hash is in the key of every model made from it.
+    """
+    entries = {
+        "document_separator": config.document_separator,
+        "own_splits": list(corpus.own_splits),
+        "left_out": corpus.left_out,
+    }
+    return {name: value for name, value in entries.items() if value}
 
 
 def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker) -> dict[str, int]:

@@ -57,6 +57,10 @@ def retrain(directory: Path, *settings: str, start: Callable[..., Any] = forked)
     return Run(seconds, output, done.returncode, summary, aliases(directory))
 
 
+def write_sentences(path: Path, count: int, seed: int) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_sentences(count, seed)))
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the README's command."""
@@ -80,7 +84,7 @@ def second(first: Run, directory: Path) -> Run:
 def worse(second: Run, directory: Path) -> Run:
     """A run with more data, whose student is not trained."""
     more = shutil.copytree(directory / "inputs" / NAME / "corpus", directory / "more")
-    (more / "more.txt").write_text("\n\n".join(tiny_sentences(20, seed=1)))
+    write_sentences(more / "more.jsonl", 20, seed=1)
     return retrain(directory, f"corpus={more}", *WORSE)
 
 
@@ -88,7 +92,7 @@ def worse(second: Run, directory: Path) -> Run:
 def better(worse: Run, directory: Path) -> Run:
     """A run on another language, which only its student has learnt."""
     (directory / "other").mkdir()
-    (directory / "other" / "other.txt").write_text("\n\n".join(tiny_sentences(600, seed=2)))
+    write_sentences(directory / "other" / "other.jsonl", 600, seed=2)
     return retrain(directory, f"corpus={directory / 'other'}")
 
 
@@ -142,7 +146,7 @@ def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Pa
 def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) -> None:
     third = directory / "third"
     third.mkdir()
-    (third / "third.txt").write_text("\n\n".join(tiny_sentences(600, seed=3)))
+    write_sentences(third / "third.jsonl", 600, seed=3)
     client = connect(uri(directory))
     other = client.create_run(find_or_create_experiment(client, "minitron"), run_name="the nightly run")
     made_from = json.loads(tags(directory, 1)[fingerprint.TAG]) | {"corpus": content_hash(third), "name": NAME}

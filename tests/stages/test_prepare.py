@@ -1,8 +1,10 @@
 """prepare on small real corpora: what counts as a document, the splits, the tokens, and input that is refused."""
 
+import bz2
 import gzip
 import http.server
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -12,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pytest
@@ -31,10 +33,14 @@ from minitron.data.text import normalise_text
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.stages import prepare
+from minitron.storage.bucket import pin_objects
 from minitron.storage.hub import resolve_hub_dataset
 from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
 from tests.servers import forks
+
+if TYPE_CHECKING:  # engine nemo's environment has no emulator
+    from tests.servers.gcs import World
 
 WIKITEXT = """
  = Robert Boulter = 
@@ -73,8 +79,8 @@ ARTICLES = [
 ]
 
 
-def read_documents(address: Path, field: str = "text") -> list[str]:
-    return [text for raw in Corpus(str(address), field) if (text := normalise_text(raw))]
+def read_documents(address: Path, field: str = "text", separator: str | None = None) -> list[str]:
+    return [text for raw in Corpus(str(address), field, separator) if (text := normalise_text(raw))]
 
 
 def json_lines(texts: list[str]) -> str:
@@ -131,13 +137,19 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         "a.jsonl": records.encode(),
         "a.jsonl.gz": gzip.compress(records.encode()),
         "a.jsonl.zst": zstandard.compress(records.encode()),
+        "a.jsonl.bz2": bz2.compress(records.encode()),
+        "a.ndjson": records.encode(),
+        "a.ndjson.xz": lzma.compress(records.encode()),
+        "two members.jsonl.xz": b"".join(map(lzma.compress, records.encode().splitlines(keepends=True))),
+        "two members.jsonl.bz2": b"".join(map(bz2.compress, records.encode().splitlines(keepends=True))),
         "a.json": array.encode(),
         "a.JSON.gz": gzip.compress(json.dumps([{"text": text} for text in texts], indent=2).encode()),
         "a.txt": "\n\n".join(texts).encode(),
-        "windows.txt": b"\xef\xbb\xbf" + "\r\n \r\n\r\n".join(texts).encode(),
+        "a.txt.gz": gzip.compress("\n\n".join(texts).encode()),
+        "windows.txt": b"\xef\xbb\xbf" + "\r\n\r\n\r\n".join(texts).encode(),
     }
     for name, content in contents.items():
-        assert read_documents(write_corpus(tmp_path / name, content)) == texts, name
+        assert read_documents(write_corpus(tmp_path / name, content), separator="\n\n") == texts, name
     table = pyarrow.table({"id": list(range(300)), "text": texts})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
     assert read_documents(tmp_path / "a.parquet") == texts
@@ -145,12 +157,29 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
 
 def test_a_directory_is_read_recursively_in_the_order_of_names(tmp_path: Path) -> None:
     write_corpus(tmp_path / "b" / "2.jsonl", json_lines(["four"]))
-    write_corpus(tmp_path / "b" / "1.txt", "two\nlines of it\n\nthree")
+    write_corpus(tmp_path / "b" / "1.txt", "two\nlines of it\n\n\nand a paragraph")
     write_corpus(tmp_path / "a.jsonl", json_lines(["one"]))
     write_corpus(tmp_path / "c.jsonl.gz", gzip.compress(json_lines(["five"]).encode()))
-    write_corpus(tmp_path / "README.md", "not a document")
-    write_corpus(tmp_path / ".hidden.txt", "not a document")
-    assert read_documents(tmp_path) == ["one", "two\nlines of it", "three", "four", "five"]
+    assert read_documents(tmp_path) == ["one", "two\nlines of it\n\n\nand a paragraph", "four", "five"]
+
+
+def test_the_separator_of_a_text_file_is_what_it_says(tmp_path: Path) -> None:
+    text = "one\n\nof two paragraphs\n<|end|>\n = Title = \n\nlong" + " long" * 300_000 + "<|end|>three"
+    documents = read_documents(write_corpus(tmp_path / "a.txt", text), separator="<|end|>")
+    assert [document[:25] for document in documents] == [
+        "one\n\nof two paragraphs",
+        " = Title =\n\nlong long lon",
+        "three",
+    ]
+    assert len(documents[1]) > 1_500_000, "longer than what is read at once"
+
+
+def test_a_text_file_that_is_no_one_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.data.corpus._LONGEST", 1000)
+    path = write_corpus(tmp_path / "a.txt", "a line\n" * 300)
+    with pytest.raises(ConfigError, match=r"a\.txt: one document of more than 0 million characters; set document_sep"):
+        read_documents(path)
+    assert len(read_documents(path, separator="\n")) == 300
 
 
 def test_articles_of_wikitext_in_a_text_file(tmp_path: Path) -> None:
@@ -256,7 +285,7 @@ def test_the_split_of_a_document_depends_on_its_text_and_the_seed_alone(
         tmp_path / "b" / "b.txt", "\n\n".join(random.Random(1).sample(texts, 300)) + "\n\nanother one"
     )
     one, two, three = (
-        decode_documents(prepared(corpus, name, seed=seed)[0], teacher)
+        decode_documents(prepared(corpus, name, seed=seed, document_separator="\n\n")[0], teacher)
         for corpus, name, seed in ((plain, "one", 1), (shuffled, "two", 1), (plain, "three", 2))
     )
     for split in SPLITS:
@@ -286,6 +315,55 @@ def test_a_split_that_is_not_asked_for_is_empty(prepared: Callable, tmp_path: Pa
     directory, manifest, _ = prepared(corpus, validation_fraction=0.3, test_fraction=0.0)
     assert manifest["documents"]["test"] == 0
     assert len(IndexedDataset(directory / "test")) == 0
+
+
+def test_own_splits_are_used_and_what_they_hold_is_no_training_text(
+    prepared: Callable, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_words(100)
+    root = tmp_path / "corpus" / "data"
+    parts = {
+        "train-00000-of-00002": [*texts[:40], texts[90]],
+        "train-00001-of-00002": [*texts[40:80], texts[81], texts[0]],
+        "validation-00000-of-00001": [*texts[80:90], texts[91]],
+        "test-00000-of-00001": [*texts[90:], texts[99]],
+    }
+    for name, part in parts.items():
+        write_corpus(root / f"{name}.jsonl", json_lines(part))
+    write_corpus(tmp_path / "corpus" / "README.md", "# A dataset")
+    directory, manifest, metrics = prepared(tmp_path / "corpus")
+    by_split = decode_documents(directory, teacher)
+    assert by_split == {"train": texts[:80], "validation": texts[80:90], "test": texts[90:]}
+    assert manifest["documents"] == {"train": 80, "validation": 10, "test": 10}
+    assert manifest["overlaps"] == {"train": 2, "validation": 1, "test": 0}
+    assert (manifest["duplicates"], metrics["train_overlaps"], metrics["files"]) == (2, 2, 4)
+    assert manifest["own_splits"] == ["train", "validation", "test"]
+    assert manifest["left_out"] == {"README.md": "companion"}
+    output = capsys.readouterr().out
+    assert "corpus: 4 files, own splits train, validation, test; left out: README.md (companion)\n" in output
+    assert (
+        "documents: 80 train, 10 validation, 10 test; 2 duplicates and 0 empty ones dropped; 2 of train and 1 of "
+        in output
+    )
+
+    _, pooled, _ = prepared(tmp_path / "corpus", "pooled", own_splits=False)
+    assert "own_splits" not in pooled and "overlaps" not in pooled
+    assert sum(pooled["documents"].values()) == 100 and pooled["documents"]["test"] != 10
+
+
+def test_a_split_of_its_own_that_holds_nothing_new_is_refused(prepared: Callable, tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        write_corpus(tmp_path / "corpus" / f"{name}.jsonl", json_lines(make_words(10 if name == "train" else 3)))
+    with pytest.raises(ConfigError, match=r"validation gets none of its 10 distinct documents; all of its own \(3\) "):
+        prepared(tmp_path / "corpus")
+
+
+def test_the_manifest_of_a_plain_corpus_is_what_it_was(prepared: Callable, tmp_path: Path) -> None:
+    _, manifest, _ = prepared(write_corpus(tmp_path / "a.jsonl", json_lines(make_words(100))))
+    assert list(manifest) == [
+        *("documents", "characters", "bytes", "duplicates", "empty", "tokens", "sha256", "corpus_sha256"),
+        *("tokenizer_sha256", "vocab_size", "eos_token_id", "licence", "seed"),
+    ]
 
 
 def test_words_that_look_like_special_tokens_are_text(prepared: Callable, teacher: Path, tmp_path: Path) -> None:
@@ -371,8 +449,13 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
     card = """---
 configs:
-- {config_name: plain, data_files: [{split: train, path: plain/a.jsonl}, {split: test, path: other/a.jsonl}]}
+- config_name: plain
+  data_files:
+  - {split: train, path: plain/a.jsonl}
+  - {split: test, path: other/a.jsonl}
+  - {split: extra, path: other/a.jsonl}
 - {config_name: wiki, data_files: [{split: train, path: wiki/a.jsonl}]}
+- {config_name: heldout, data_files: [{split: test, path: other/a.jsonl}]}
 ---
 """
     files = {  # noqa: RUF012
@@ -439,34 +522,48 @@ def run_apart(settings: dict[str, Any], directory: Path, **environment: str) -> 
 
 
 def test_a_dataset_on_a_hub(hub: str, teacher: Path, tmp_path: Path) -> None:
-    corpora = {"plain": "hf://org/name/plain", "wiki": "hf://org/name@main/wiki", "wrong": "hf://org/name/plian"}
+    corpora = {"plain": "hf://org/name/plain", "wiki": "hf://org/name@main/wiki"}
+    corpora |= {"heldout": "hf://org/name/heldout", "wrong": "hf://org/name/plian"}
     shared = {"teacher": str(teacher), "validation_fraction": 0.1, "test_fraction": 0, "seed": 3}
     jobs = [shared | {"corpus": address, "output": str(tmp_path / name)} for name, address in corpora.items()]
     jobs[1]["validation_fraction"] = 0
     script = write_corpus(
         tmp_path / "script.py",
         f"""
+from minitron.errors import MinitronError
 from minitron.stages import prepare
+from minitron.storage.bucket import pin_objects
 from minitron.config.stages import PrepareConfig
 for job in {jobs!r}:
-    prepare.run(PrepareConfig(**job))
+    try:
+        prepare.run(PrepareConfig(**job))
+    except MinitronError as error:
+        print(error.exit_status, error)
 """,
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
     by_split = decode_documents(tmp_path / "plain", teacher)
-    assert {text for documents in by_split.values() for text in documents} == set(make_words(200))
+    assert by_split["test"] == ["of another split"]
+    assert set(by_split["train"] + by_split["validation"]) == set(make_words(200))
+    assert 5 <= len(by_split["validation"]) <= 40, "the dataset has none of its own: by the fraction"
+    manifest = json.loads((tmp_path / "plain" / MANIFEST).read_text())
+    assert (manifest["own_splits"], manifest["left_out"]) == (["train", "test"], {"split extra": "of another name"})
+    assert "own splits train, test; left out: split extra (of another name)" in done.stdout
     record = json.loads((tmp_path / "plain" / "stage.json").read_text())
     assert record["inputs"]["corpus"] == {
         "address": "hf://org/name/plain",
         "sha256": f"{COMMIT}/plain",
         "pinned": f"hf://org/name@{COMMIT}/plain",
     }
-    assert json.loads((tmp_path / "plain" / MANIFEST).read_text())["corpus_sha256"] == f"{COMMIT}/plain"
+    assert manifest["corpus_sha256"] == f"{COMMIT}/plain"
     assert decode_documents(tmp_path / "wiki", teacher)["train"] == ARTICLES
-    complaint = done.stderr.splitlines()[-1]
-    assert complaint.startswith("minitron.errors.RunError: hf://org/name/plian: cannot be read (BuilderConfig 'plian'")
-    assert "Available: ['plain', 'wiki']" in complaint and "check the configuration after the name" in complaint
+    no_train, wrong = [line for line in done.stdout.splitlines() if line[0] in "12"]
+    assert no_train.startswith(
+        "2 hf://org/name/heldout: no split train (found: test); give a configuration that has one"
+    )
+    assert wrong.startswith("1 hf://org/name/plian: cannot be read (BuilderConfig 'plian'")
+    assert "'plain', 'wiki'" in wrong and "check the configuration after the name" in wrong
     assert not (tmp_path / "wrong").exists() and not (tmp_path / "wrong.partial").exists()
 
 
@@ -514,7 +611,20 @@ BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] 
     "truncated zst": ("a.jsonl.zst", zstandard.compress(GOOD.encode())[:-9], RunError, ["a.jsonl.zst: cannot be read"]),
     "no parquet": ("a.parquet", GOOD, RunError, ["a.parquet: cannot be read after record 0", "get it again"]),
     "not UTF-8": ("a.txt", "Ärger".encode("latin-1"), RunError, ["a.txt: cannot be read", "save it as UTF-8"]),
-    "one document": ("a.txt", "one\ntext", ConfigError, ["gets none of its 1 distinct documents", "more documents"]),
+    "truncated bz2": ("a.txt.bz2", bz2.compress(GOOD.encode())[:-9], RunError, ["a.txt.bz2: cannot be read", "get it"]),
+    "truncated xz": (
+        "a.jsonl.xz",
+        lzma.compress(GOOD.encode())[:-9],
+        RunError,
+        ["a.jsonl.xz: cannot be read", "get it"],
+    ),
+    "no xz": ("a.jsonl.xz", GOOD, RunError, ["a.jsonl.xz: cannot be read after record 0", "get it again"]),
+    "one document": (
+        "a.txt",
+        "one\n\ntext",
+        ConfigError,
+        ["gets none of its 1 distinct documents", "a .txt file is one document unless document_separator says"],
+    ),
 }
 
 
@@ -536,6 +646,24 @@ def test_damaged_gzip_content_is_refused(prepared: Callable, tmp_path: Path) -> 
     write_corpus(tmp_path / "corpus" / "a.jsonl.gz", bytes(content))
     with pytest.raises(RunError, match=r"a\.jsonl\.gz: cannot be read after record \d+"):
         prepared(tmp_path / "corpus")
+
+
+def test_a_corpus_in_a_bucket_keeps_the_same_rules(prepared: Callable, world: "World", tmp_path: Path) -> None:
+    for name in ("train.jsonl", "validation.jsonl", "README.md", ".cache/x", "table.csv"):
+        texts = make_words(30, seed=len(name))
+        world.put(f"corpus/{name}", json_lines(texts if name.endswith("jsonl") else texts[:1]).encode())
+    world.log.clear()
+    with pytest.raises(
+        ConfigError, match=r"gs://bucket/corpus: 1 of 3 files are of no supported kind \(table\.csv\); g"
+    ):
+        prepared("gs://bucket/corpus")
+    assert world.fetched() == [], "refused before any of it is fetched"
+
+    pin_objects.cache_clear()
+    del world.storage.objects["bucket"]["corpus/table.csv"]
+    _, manifest, _ = prepared("gs://bucket/corpus", test_fraction=0.2)
+    assert manifest["left_out"] == {".cache": "hidden", "README.md": "companion"}
+    assert manifest["own_splits"] == ["train", "validation"] and manifest["documents"]["validation"] == 30
 
 
 def test_a_parquet_file_without_the_field(prepared: Callable, tmp_path: Path) -> None:
@@ -567,9 +695,86 @@ def test_a_teacher_without_a_tokenizer(prepared: Callable, teacher: Path, tmp_pa
     other = tmp_path / "teacher"
     other.mkdir()
     (other / "config.json").write_text((teacher / "config.json").read_text())
-    with pytest.raises(ConfigError, match=r"teacher: no tokenizer.*; put its tokenizer\.json beside the weights"):
+    with pytest.raises(ConfigError, match=r"teacher: no tokenizer; put its tokenizer\.json beside the weights"):
         prepared(corpus, teacher=str(other))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "teacher"]
+
+
+def _edit_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        content = json.loads((directory / name).read_text())
+        change(content)
+        (directory / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def _replace_tokenizer(name: str, content: str) -> Callable[[Path], None]:
+    def replace(directory: Path) -> None:
+        (directory / "tokenizer.json").unlink()
+        (directory / name).write_text(content)
+
+    return replace
+
+
+CODE = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "newer model": (
+        _edit_json("tokenizer.json", lambda content: content["model"].update(type="SomethingNewer")),
+        r"tokenizer\.json is of a format that tokenizers [\d.]+ does not know \(data did not match .*; the model was "
+        r"saved with transformers [\d.]+: install the tokenizers of that version or a newer one, or save the tokenizer",
+    ),
+    "newer pre-tokenizer": (
+        _edit_json("tokenizer.json", lambda content: content["pre_tokenizer"].update(type="SomethingNewer")),
+        r"is of a format that tokenizers [\d.]+ does not know",
+    ),
+    "newer version": (
+        _edit_json("tokenizer.json", lambda content: content.update(version="2.0")),
+        r"does not know \(Unknown tokenizer version '2\.0'",
+    ),
+    "damaged": (
+        _edit_json("tokenizer.json", lambda content: content["model"]["merges"].append(["zzzz", "qq"])),
+        r"the tokenizer cannot be loaded \(Token `zzzz` out of vocabulary.*\); get its files again",
+    ),
+    "no EOS": (
+        _edit_json("tokenizer_config.json", lambda content: content.pop("eos_token")),
+        r"the tokenizer has no EOS token, which ends every document; name one of its tokens as eos_token in",
+    ),
+    "no vocabulary": (
+        _edit_json("tokenizer.json", lambda content: content["model"].update(vocab={}, merges=[])),
+        r"the tokenizer makes no tokens of text \(vocabulary of \d+\); get its tokenizer\.json again",
+    ),
+    "code of its own": (
+        _edit_json("tokenizer_config.json", lambda content: content.update(CODE)),
+        r"the tokenizer cannot be loaded \(The repository .* contains custom code.*save it again as a fast tokenizer",
+    ),
+    "SentencePiece only": (
+        _replace_tokenizer("tokenizer.model", "\n\x0e"),
+        r"no tokenizer\.json, only tokenizer\.model; make it where sentencepiece and tiktoken are installed: Auto",
+    ),
+    "chat template only": (_replace_tokenizer("chat_template.jinja", "{{ messages }}"), r"no tokenizer; put its tok"),
+    "LFS pointer": (
+        _replace_tokenizer("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
+        r"tokenizer\.json: a pointer of Git LFS, not the tokenizer; run `git lfs pull`",
+    ),
+    "half of it": (_replace_tokenizer("tokenizer.json", '{"version": '), r"tokenizer\.json: no JSON; get it again"),
+    "a list": (_replace_tokenizer("tokenizer.json", "[]"), r"tokenizer\.json: list, no tokenizer; get it again"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_used_is_refused(
+    case: str, prepared: Callable, teacher: Path, tmp_path: Path
+) -> None:
+    change, message = BAD_TOKENIZERS[case]
+    other = tmp_path / "teacher"
+    other.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_bytes((teacher / name).read_bytes())
+    change(other)
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepared(write_corpus(tmp_path / "a.jsonl", GOOD), teacher=str(other))
+    assert "\n" not in str(caught.value) and caught.value.exit_status == 2
 
 
 def test_a_fraction_out_of_range() -> None:
