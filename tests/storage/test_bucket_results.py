@@ -130,6 +130,7 @@ def test_a_killed_upload_is_no_result_and_goes_on(world: World, tmp_path: Path) 
     world.fault = lambda request: None
     ((directory, files),) = names(world).items()
     assert bucket_results.read_record_at(ADDRESS) is None and len(files) == 3
+    assert bucket_results.inspect_output(ADDRESS) == (None, True), "a stage may write there"
     for address in (ADDRESS, f"{ADDRESS}/{directory}"):
         with pytest.raises(RunError, match=r"its upload is not complete; wait for it, or run the stage that writes"):
             local_model(address, FinetuneConfig(teacher=address, dataset=home, output=tmp_path / "out"))
