@@ -87,11 +87,12 @@ def schedule(
 ) -> None:
     """Run a pipeline on a cluster by a schedule. Idempotent; other settings replace the schedule of that name."""
     with one_line_errors(debug):
-        from minitron.cluster import cron
+        from minitron.cluster import cron, pipelines_api
 
         first = cron.first_run_time(expression)
         documents, arguments, cluster = _read_run(pipeline, presets or [], settings or [])
         name = name or "-".join([pipeline, *(Path(preset).stem for preset in (presets or [])[:1])])
+        pipelines_api.check_schedule_name(name)
         kubeflow = _connect_kubeflow(host, namespace, token)
         kubeflow.check_version()
         version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(documents, cluster, kubeflow.release))

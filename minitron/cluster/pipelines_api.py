@@ -23,8 +23,22 @@ POLL_SECONDS = 10
 PATIENCE_SECONDS = 600
 """How long `wait_for_run` retries a server that does not answer; meanwhile the run continues."""
 
-LONGEST_EXPERIMENT, LONGEST_SCHEDULE = 128, 255
-"""Characters of a name that the server's database takes."""
+LONGEST_NAME = 255
+"""Characters of a schedule's name that the server's database takes."""
+
+
+def check_schedule_name(name: str) -> None:
+    """Check that the server can make a row in its database, and an object in Kubernetes, of a schedule's name.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise ConfigError(f"--name: {len(name)} characters, but a schedule's name has 1 to {LONGEST_NAME}; change it")
+    if re.sub(r"[^a-z0-9-]+", "", name.lower()).startswith("-"):
+        raise ConfigError(
+            f"--name {name}: Kubernetes takes no name that begins with '-'; begin it with a letter or digit"
+        )
 
 
 class Version(NamedTuple):
@@ -120,10 +134,8 @@ class Kubeflow(Connection):
         run is created before the old one is deleted, so that a changed schedule has no gap.
 
         Raises:
-            ConfigError: the server does not take this name.
             RunError: the server, older than 2.17, gives schedules no account but its own.
         """
-        _check_schedule_name(name)
         description = _describe_content(cron, version.version_id, arguments, account)
         old = self.list_schedules(name)
         if same := [entry for entry in old if entry.mode == "ENABLE" and entry.description == description]:
@@ -176,10 +188,6 @@ class Kubeflow(Connection):
         """Return the id of an experiment; the client's own search does not find a name with % or +."""
         from kfp_server_api import V2beta1Experiment
 
-        if not 0 < len(name) <= LONGEST_EXPERIMENT:
-            raise ConfigError(
-                f"experiment: {len(name)} characters, but Kubeflow Pipelines takes 1 to {LONGEST_EXPERIMENT}; rename it"
-            )
         found = self._client.list_experiments(filter=_name_filter(name), namespace=self.namespace).experiments
         if found:
             return found[0].experiment_id
@@ -191,16 +199,6 @@ def _name_filter(name: str, key: str = "display_name") -> str:
     """Return a filter, escaped: the server unescapes it once more than the URL that it is in."""
     predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
     return quote(json.dumps({"predicates": [predicate]}), safe="")
-
-
-def _check_schedule_name(name: str) -> None:
-    """Refuse a name of which the server can make no row in its database, or no object in Kubernetes."""
-    if not 0 < len(name) <= LONGEST_SCHEDULE:
-        raise ConfigError(f"--name: {len(name)} characters, but a schedule's name has 1 to {LONGEST_SCHEDULE}")
-    if re.sub(r"[^a-z0-9-]+", "", name.lower()).startswith("-"):
-        raise ConfigError(
-            f"--name {name}: Kubernetes takes no name that begins with '-'; begin it with a letter or digit"
-        )
 
 
 def _describe_content(*content: Any) -> str:

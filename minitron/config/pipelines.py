@@ -37,9 +37,12 @@ _TTLS = ("resourceTtlOnCompletion", "resourceTtlOnSuccess", "resourceTtlOnFailur
 _CLUSTER_NAMES = (
     dict.fromkeys(("credentials_secret", "image_pull_secret"), r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
     | {"workspace_claim": r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"}
-    | dict.fromkeys(("trainer_image", "tools_image", "workspace", "experiment"), r"\S(.*\S)?")
+    | dict.fromkeys(("trainer_image", "tools_image", "workspace"), r"\S+")
+    | {"experiment": r"\S(.{0,126}\S)?"}
 )
 """Parameters that may not be empty, and what they may be: names of objects in Kubernetes, or any text.
+
+An experiment's name is a VARCHAR(128) (backend/src/apiserver/model/experiment.go).
 
 Kubeflow's driver names the volume in the pod after the claim (backend/src/v2/driver/k8s.go: makeVolumeMountPatch), and
 a volume's name is shorter, without dots.
@@ -134,16 +137,18 @@ def check_for_cluster(arguments: Mapping[str, Any], parameters: Mapping[str, Any
     """
     values = {name: entry.get("defaultValue") for name, entry in parameters.items()} | dict(arguments)
     text = {name: str(value or "") for name, value in values.items()}
-    for name in text.keys() & {"teacher", "corpus"}:
-        if text[name] and not re.match(r"/|\w+:/", text[name]):
+    for name in ("teacher", "corpus"):
+        if text.get(name) and not re.match(r"/|\w+:/", text[name]):
             raise ConfigError(
                 f"{name}: {text[name]} is a path of this machine, which the cluster's tasks cannot see; give "
                 "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
             )
-    for name in text.keys() & _CLUSTER_NAMES.keys():
-        if not re.fullmatch(_CLUSTER_NAMES[name], text[name]):
+    for name, pattern in _CLUSTER_NAMES.items():
+        if name in text and not re.fullmatch(pattern, text[name]):
             default = parameters[name]["defaultValue"]
-            raise ConfigError(f"{name}: {text[name]!r} is not one; leave it out for its default, {default}")
+            raise ConfigError(
+                f"{name}: should match pattern '{pattern}' (found {text[name]!r}); its default is {default}"
+            )
     _check_tracking_uri(text["tracking_uri"])
 
 
