@@ -78,6 +78,13 @@ class Corpus:
         self._done = 0
         self._position_in_file: Callable[[], int] = lambda: 0
 
+    def describe(self) -> str:
+        """Return what is read, which splits are used, and what is left out."""
+        what = "a dataset on a hub" if self.files is None else f"{self.files} files"
+        splits = f"own splits {', '.join(self.own_splits)}" if self.own_splits else "no splits of its own"
+        left_out = shorten([f"{name} ({reason})" for name, reason in self.left_out.items()]) or "nothing"
+        return f"{what}, {splits}; left out: {left_out}"
+
     @property
     def position(self) -> int:
         """Bytes read so far, in the unit of `size`; characters for a dataset on a hub."""
@@ -261,8 +268,9 @@ def _limit_length(lines: Iterator[str], path: Path) -> Iterator[str]:
         length += len(line)
         if length > _LONGEST:
             raise ConfigError(
-                f"{path}: one document of more than {_LONGEST / 1e6:.0f} million characters; set document_separator to "
-                r"what stands between its documents: '\n\n', a blank line, say"
+                f"{path}: one document of more than {_LONGEST / 1e6:.0f} million characters; if it has several, set "
+                r"prepare.document_separator to what stands between them ('\n\n', a blank line, say), or save them as "
+                ".jsonl"
             )
         yield line
 

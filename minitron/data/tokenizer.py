@@ -92,15 +92,18 @@ def _explain_fault(directory: Path, reason: str) -> str:
     """Return why a tokenizer cannot be loaded, and the remedy."""
     if not any(text in reason for text in _UNKNOWN_FORMAT):
         return f"the tokenizer cannot be loaded ({reason}); get its files again, or save it again as a fast tokenizer"
-    versions = {name: version(name) for name in ("tokenizers", "transformers")}
+    installed = {name: version(name) for name in ("tokenizers", "transformers")}
     try:
-        saved = json.loads((directory / "config.json").read_text()).get("transformers_version", "an unnamed version")
-    except (OSError, ValueError, AttributeError):
-        saved = "an unnamed version"
+        saved_with = json.loads((directory / "config.json").read_text())["transformers_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        saved_with = None
+    newer = saved_with and saved_with != installed["transformers"]
+    reader = (
+        f"the tokenizers of transformers {saved_with}, which saved the model," if newer else "a newer version of it,"
+    )
     return (
-        f"tokenizer.json is of a format that tokenizers {versions['tokenizers']} does not know ({reason}); the model "
-        f"was saved with transformers {saved}: install the tokenizers of that version or a newer one, or save the "
-        f"tokenizer again with transformers {versions['transformers']}"
+        f"tokenizer.json is of a format that tokenizers {installed['tokenizers']} does not know ({reason}); install "
+        f"{reader} or save the tokenizer again with transformers {installed['transformers']}"
     )
 
 

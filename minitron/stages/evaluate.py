@@ -169,6 +169,7 @@ def _open_splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iter
             documents = Corpus(
                 fetch_corpus(config.out_of_domain, config), PrepareConfig.model_fields["text_field"].default
             )
+            print(f"evaluate: {config.out_of_domain}: {documents.describe()}", flush=True)
             tokens = config.evaluation_sequences * config.sequence_length + 1
             write_first_documents(documents, load_tokenizer(teacher), prefixes["out_of_domain"], tokens)
         yield {name: PackedDataset(prefix, config.sequence_length, config.seed) for name, prefix in prefixes.items()}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
-from minitron.data.corpus_files import shorten, sort_names
+from minitron.data.corpus_files import sort_names
 from minitron.data.indexed import SPLITS, IndexedWriter
 from minitron.data.selection import Selection
 from minitron.data.text import configure_for_plain_text
@@ -65,7 +65,7 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     with many_imports():  # those of transformers
         tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
     selection = Selection(_open_corpus(config), config)
-    print(f"prepare: {_describe_corpus(config.corpus, selection.corpus)}", flush=True)
+    print(f"prepare: {config.corpus}: {selection.corpus.describe()}", flush=True)
     started = time.monotonic()
     tokens = write_dataset(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
@@ -92,14 +92,6 @@ def _open_corpus(config: PrepareConfig) -> Corpus:
         sort_names(config.corpus, bucket.pin_objects(config.corpus)[1])
     address = fetch_corpus(config.corpus, config)
     return Corpus(address, config.text_field, config.document_separator, config.own_splits)
-
-
-def _describe_corpus(address: str, corpus: Corpus) -> str:
-    """Return a line for the log: what is read, which splits are used, and what is left out."""
-    what = "a dataset on a hub" if corpus.files is None else f"{corpus.files} files"
-    splits = f"own splits {', '.join(corpus.own_splits)}" if corpus.own_splits else "splits by fractions"
-    left_out = shorten([f"{name} ({reason})" for name, reason in corpus.left_out.items()]) or "nothing"
-    return f"{address}: {what}, {splits}; left out: {left_out}"
 
 
 def _describe_counts(counts: dict[str, Any]) -> str:

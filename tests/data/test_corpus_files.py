@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -188,8 +189,31 @@ def test_a_directory_of_companions_has_nothing_to_read(tmp_path: Path) -> None:
         ("a.jsonl", None),
     ],
 )
-def test_the_split_of_a_name_is_that_of_the_library_datasets(name: str, split: str | None) -> None:
+def test_the_split_of_a_name(name: str, split: str | None) -> None:
     assert name_split(name) == split
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.parquet", "validation-00000-of-00001.parquet", "test-00000-of-00001.parquet"],
+        ["train/0.jsonl", "valid/0.jsonl", "eval/1.jsonl"],
+        ["wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"],
+        ["split-train/x.txt", "my_dev_set/a.txt", "test-set/a.txt"],
+    ],
+)
+def test_the_library_finds_the_same_splits(names: list[str], tmp_path: Path) -> None:
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    for name in names:
+        write(tmp_path / name)
+    found: dict[str, str] = {}
+    for split, patterns in get_data_patterns(str(tmp_path)).items():
+        for pattern in patterns:
+            with suppress(FileNotFoundError):  # a pattern that fits nothing
+                for path in resolve_pattern(pattern, str(tmp_path)):
+                    found[os.path.relpath(path, tmp_path)] = str(split)
+    assert found == {name: name_split(name) for name in names}
 
 
 def test_own_splits_are_read_with_the_held_out_ones_first(tmp_path: Path) -> None:

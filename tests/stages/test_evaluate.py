@@ -309,13 +309,14 @@ def judged(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dic
     """An evaluation against a champion, with text of another kind, and gates: its configuration, record and result."""
     root = tmp_path_factory.mktemp("judged")
     champion = save_llama(Path(job["teacher_before"]), root / "champion", 3, seed=4)
-    (root / "other.txt").write_text("\n\n".join(f"dilu bako {number} a c d b" for number in range(400)))
+    texts = [f"dilu bako {number} a c d b" for number in range(400)]
+    (root / "other.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     gates = [
         {"metric": "parameters", "against": "teacher", "by": "ratio", "at_most": 0.9},
         {"metric": "validation_loss", "against": "champion", "at_most": -100},
         {"metric": f"{TASK}_acc", "at_least": 0.0},
     ]
-    settings = job | {"champion": str(champion), "out_of_domain": str(root / "other.txt"), "gates": gates}
+    settings = job | {"champion": str(champion), "out_of_domain": str(root / "other.jsonl"), "gates": gates}
     record = evaluate.run(EvaluateConfig(output=root / "out", **settings))
     return {"settings": settings, "record": record, "found": json.loads((root / "out" / "evaluation.json").read_text())}
 
@@ -334,7 +335,8 @@ def test_the_champion_is_measured_on_the_same_text(job: dict[str, Any], judged: 
 def test_text_of_another_kind_is_scored_as_plain_transformers_does(job: dict[str, Any], judged: dict[str, Any]) -> None:
     """The stream of its documents, each with its EOS, in the seeded order, cut into sequences."""
     tokenizer = AutoTokenizer.from_pretrained(job["student"])
-    documents, texts, tokens = [], Path(judged["settings"]["out_of_domain"]).read_text().split("\n\n"), 0
+    lines = Path(judged["settings"]["out_of_domain"]).read_text().splitlines()
+    documents, texts, tokens = [], [json.loads(line)["text"] for line in lines], 0
     while tokens < SEQUENCES * 32 + 1:
         documents.append([*tokenizer(texts[len(documents)])["input_ids"], tokenizer.eos_token_id])
         tokens += len(documents[-1])
