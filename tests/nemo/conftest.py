@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.models.checkpoint import save_model
-from tests.nemo.nemo_support import CUT, run_distill, run_finetune, run_prune
+from tests.nemo.nemo_support import CUT, DISTILLATION, run_distill, run_finetune, run_prune
 
 SHIM = Path(__file__).parent / "cpu"
 if not torch.cuda.is_available():  # under this process and every one that it starts
@@ -69,7 +69,6 @@ def distilled(
 ) -> dict[str, dict[str, Any]]:
     """The records of one distillation: by engine hf, by engine nemo, and by it in two processes of either kind."""
     root = tmp_path_factory.mktemp("distilled")
-    weights = {"cross_entropy_weight": 0.5, "temperature": 2.0}
     runs = {
         "hf": {},
         "nemo": {"engine": "nemo"},
@@ -77,6 +76,6 @@ def distilled(
         "pipeline": {"engine": "nemo", "pipeline_parallel_size": 2},
     }
     return {
-        name: run_distill(root / name, dataset, wide, pruned["hf"], **weights, **settings)
+        name: run_distill(root / name, dataset, wide, pruned["hf"], **DISTILLATION, **settings)
         for name, settings in runs.items()
     }

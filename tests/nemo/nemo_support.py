@@ -25,6 +25,9 @@ TRAINING = {
 """12 sequences are a batch and a half: the second is filled up. 3 does not divide 8: the intervals do not coincide."""
 
 
+DISTILLATION = {"cross_entropy_weight": 0.5, "temperature": 2.0}
+"""Of the distillations that are compared: both losses count."""
+
 CUT = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -19,7 +19,16 @@ from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.data.packed import open_training_data
 from minitron.data.tokenizer import load_tokenizer
-from tests.nemo.nemo_support import TRAINING, curves, logits, run_distill, run_finetune, run_prune, weights
+from tests.nemo.nemo_support import (
+    DISTILLATION,
+    TRAINING,
+    curves,
+    logits,
+    run_distill,
+    run_finetune,
+    run_prune,
+    weights,
+)
 
 SCORES = ("layers", "hidden", "intermediate", "heads", "key_value")
 
@@ -129,28 +138,44 @@ def test_two_processes_give_the_losses_of_one(distilled: dict[str, dict[str, Any
 def test_killed_in_mid_training_it_resumes_and_ends_with_the_same_loss(
     teacher: Path, dataset: Path, finetuned: dict[str, Path], tmp_path: Path
 ) -> None:
-    output = tmp_path / "killed"
-    settings = TRAINING | {"teacher": str(teacher), "dataset": str(dataset), "output": str(output), "engine": "nemo"}
-    parse("finetune", settings)
+    resumed = _kill_and_resume("finetune", "step-3", tmp_path, teacher=str(teacher), dataset=str(dataset))
+    _check_same_course(json.loads((finetuned["nemo"] / "stage.json").read_text()), resumed)
+    for name, weight in weights(finetuned["nemo"]).items():
+        assert torch.allclose(weights(tmp_path / "killed")[name], weight, atol=1e-6), name
+
+
+def test_killed_while_it_writes_a_checkpoint_a_distillation_resumes_at_the_one_before(
+    wide: Path, pruned: dict[str, Path], dataset: Path, distilled: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    models = {"teacher": str(wide), "student": str(pruned["hf"]), "dataset": str(dataset)}
+    resumed = _kill_and_resume("distill", "step-6.saving", tmp_path, **models, **DISTILLATION)
+    _check_same_course(distilled["nemo"], resumed)
+
+
+def _kill_and_resume(stage: str, checkpoint: str, tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    """Kill a training as soon as it has a checkpoint of that name, and start it again; return its record."""
+    settings = TRAINING | settings | {"output": str(tmp_path / "killed"), "engine": "nemo"}
+    parse(stage, settings)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "minitron.finetune", "--config", str(tmp_path / "job.yaml")]
+    command = [sys.executable, "-m", f"minitron.{stage}", "--config", str(tmp_path / "job.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work = tmp_path / "killed.partial" / "checkpoints"
-    while not (work / "step-3").exists():
+    while not (work / checkpoint).exists():
         assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_until_no_worker_is_left(work)
     (work / "step-9.saving").mkdir()  # what a kill during a save leaves
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    whole, resumed = (json.loads((path / "stage.json").read_text()) for path in (finetuned["nemo"], output))
+    return json.loads((tmp_path / "killed" / "stage.json").read_text())
+
+
+def _check_same_course(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
     assert [row["step"] for row in resumed["history"]] == [row["step"] for row in whole["history"]]
     for name, values in curves(whole).items():
         assert curves(resumed)[name] == pytest.approx(values, rel=1e-6), name
-    for name, weight in weights(finetuned["nemo"]).items():
-        assert torch.allclose(weights(output)[name], weight, atol=1e-6), name
 
 
 def _wait_until_no_worker_is_left(work: Path) -> None:

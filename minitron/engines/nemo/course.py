@@ -1,10 +1,12 @@
 """The course of a training inside NeMo: losses balanced, validations, the best state, checkpoints, progress."""
 
+import ctypes
 import json
 import math
 import resource
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +128,6 @@ class Course(pl.Callback):
             self._validating += time.perf_counter() - started
         if step % config.checkpoint_interval == 0 and step < config.max_steps:
             self._save_checkpoint(trainer, self._work / f"step-{step}", weights_only=False)
-            if trainer.is_global_zero:
-                _delete_all_but(self._work, step)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Tensor, *_: Any) -> None:
         """Add up the losses, each weighted by its sequences: the last batch may be filled up."""
@@ -138,14 +138,16 @@ class Course(pl.Callback):
         self._validated += size
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the seconds that training took, and the memory of the largest worker."""
+        """Complete the last checkpoint; write the seconds that training took, and the memory of the largest worker."""
+        seconds = time.perf_counter() - self._started - self._validating
+        _finish_saving(trainer)
         peaks = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _read_peak_gpu_mb()])
         peaks = peaks.to(get_device())
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         rss, gpu = (round(peak, 1) for peak in peaks.tolist())
         end = {
             "steps": trainer.global_step - self._first_step,
-            "seconds": time.perf_counter() - self._started - self._validating,
+            "seconds": seconds,
             "peak_rss_mb": rss,
             "peak_gpu_mb": gpu or None,
         }
@@ -187,20 +189,39 @@ class Course(pl.Callback):
     def _save_checkpoint(
         self, trainer: Any, path: Path, weights_only: bool, note: dict[str, float] | None = None
     ) -> None:
-        """Write a checkpoint under another name and rename it when complete; the untrained state is not copied."""
+        """Start to write a checkpoint under another name; the untrained state is not copied.
+
+        Forked processes write it, from a copy in the host's memory, while the training goes on. They report to one
+        queue per process (megatron/core/dist_checkpointing/strategies/filesystem_async.py), so that of two checkpoints
+        at a time each could get the other's report: the one before is completed first.
+        """
+        _finish_saving(trainer)
         saving = path.with_name(f"{path.name}.saving")
+        publish = partial(self._publish_checkpoint, trainer, saving, path, note)
         if note is None or note["step"]:
-            trainer.save_checkpoint(saving, weights_only=weights_only)
-        torch.distributed.barrier()
-        if trainer.is_global_zero:
-            saving.mkdir(exist_ok=True)
-            if note is not None:
-                if note["step"]:
-                    shutil.copytree(self._work / "student" / "context", saving / "context")
-                (saving / "best.json").write_text(json.dumps(note))
-            shutil.rmtree(path, ignore_errors=True)
-            saving.rename(path)
-        torch.distributed.barrier()
+            trainer.save_checkpoint(saving, weights_only=weights_only, storage_options={"finalize_fn": publish})
+        else:
+            publish()
+
+    def _publish_checkpoint(self, trainer: Any, saving: Path, path: Path, note: dict[str, float] | None) -> None:
+        """Rename a checkpoint that all processes have written; delete the one that it replaces."""
+        if not trainer.is_global_zero:
+            return
+        saving.mkdir(exist_ok=True)
+        if note is not None:
+            if note["step"]:
+                shutil.copytree(self._work / "student" / "context", saving / "context")
+            (saving / "best.json").write_text(json.dumps(note))
+        shutil.rmtree(path, ignore_errors=True)
+        saving.rename(path)
+        if note is None:
+            _delete_all_but(self._work, parse_step(path))
+
+
+def _finish_saving(trainer: Any) -> None:
+    """Wait until the checkpoint that is being written is complete, and free its copy; all processes call this."""
+    trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed tensors below 32 MB, and the next copy would come on top
 
 
 def _delete_all_but(work: Path, step: int) -> None:

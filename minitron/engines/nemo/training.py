@@ -52,11 +52,24 @@ def train(config: Any, weights: LossWeights, work: Path) -> None:
         "tokenizer": "model",
     }
     if isinstance(config, DistillConfig):
+        _leave_out_modelopt_state()
         settings = work / "distillation.yaml"
         settings.write_text(yaml.safe_dump(_make_distillation_settings(config)))
         llm.distill(work / "student", work / "teacher", distillation_config_path=settings, **common)
     else:
         llm.finetune(load_context(work / "student" / "context", subpath="model"), **common)
+
+
+def _leave_out_modelopt_state() -> None:
+    """Let NeMo save a distillation's student as it saves any model, without Model-Optimizer's state.
+
+    NeMo waits for every checkpoint of a converted model before it adds that state (llm/modelopt/model_utils.py,
+    save_modelopt_state): the GPUs would idle. Nothing reads it: a resumed distillation converts its student itself,
+    and the export is of a plain model.
+    """
+    from nemo.collections.llm.modelopt import model_utils
+
+    model_utils.save_modelopt_state = lambda *_: None
 
 
 class Batches(Dataset):
@@ -131,7 +144,7 @@ def _make_trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
             overlap_grad_reduce=on_gpu,
             overlap_param_gather=on_gpu,
         ),
-        ckpt_async_save=False,
+        ckpt_async_save=True,  # Course completes it
         ckpt_optim_fully_reshardable=True,  # a retried task may get another number of GPUs
     )
     return nl.Trainer(

@@ -27,6 +27,7 @@ def main() -> None:
     from minitron.engines.launcher import end_with_parent, leave_group, report_failure
 
     end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)  # the writers of checkpoints
     path = Path(sys.argv[1]).absolute()
     job = json.loads(path.read_text())
     try:
