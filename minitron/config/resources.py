@@ -206,7 +206,7 @@ def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> 
     part of the model, in fp32 (megatron/core/optimizer/distrib_optimizer.py, get_parameter_state_dp_zero). The writers
     copy that, since it is a view (dist_checkpointing/strategies/filesystem_async.py, prepare_write_data). Exchanged
     parts and, later, the weights in pinned memory, whose sizes PyTorch rounds up to powers of two, take as much again
-    at most: on a CPU the peak was 35 bytes per parameter (docs/deploy.md).
+    at most: on a CPU the peaks were 35 to 37 bytes per parameter.
     """
     trained = _count_trained(settings, models)
     workers = gpus or settings.model_parallel_size
