@@ -75,6 +75,7 @@ class Corpus:
         self.size = sum(file.stat().st_size for file in sources) if listed else None
         self.own_splits = _find_own_splits(address, sources) if own_splits else ()
         self._sources = _order_sources(sources) if self.own_splits else [(source, None) for source in sources]
+        self._separated: set[bool] = set()
         self._done = 0
         self._position_in_file: Callable[[], int] = lambda: 0
 
@@ -98,7 +99,7 @@ class Corpus:
         """Yield the split, if it is the corpus's own, and the text of every document, in the order of the file names.
 
         Raises:
-            ConfigError: a record has no text field.
+            ConfigError: a record has no text field, or no .txt file has the separator.
             RunError: a file is damaged, or the hub cannot be reached any more.
         """
         document: list[str] = []
@@ -130,6 +131,11 @@ class Corpus:
             if isinstance(source, Path):
                 self._position_in_file = lambda: 0
                 self._done += source.stat().st_size
+        if self._separated == {False}:
+            raise ConfigError(
+                f"{self._address}: document_separator {self._separator!r} is in none of its .txt files; correct it, or "
+                "leave it out: then a file is one document"
+            )
 
     def _file_records(self, path: Path) -> Iterator[str]:
         number, is_text = 0, file_kind(path.name) == ".txt"
@@ -159,13 +165,23 @@ class Corpus:
             match file_kind(path.name):
                 case ".txt":
                     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-                    yield from enumerate(_split_text(text, self._separator) if self._separator else text, 1)
+                    yield from enumerate(self._split_text(text, self._separator) if self._separator else text, 1)
                 case ".jsonl" | ".ndjson":
                     yield from _json_lines(stream)
                 case ".json":
                     yield from enumerate(_json_values(io.TextIOWrapper(stream, encoding="utf-8-sig")), 1)
                 case _:
                     yield from self._read_rows(path)
+
+    def _split_text(self, stream: TextIO, separator: str) -> Iterator[str]:
+        """Yield the texts between separators, while reading the stream; note whether there were any."""
+        rest, found = "", False
+        while chunk := stream.read(_CHUNK):
+            *documents, rest = (rest + chunk).split(separator)
+            found = found or bool(documents)
+            yield from documents
+        self._separated.add(found)
+        yield rest
 
     def _read_rows(self, path: Path) -> Numbered:
         with parquet.ParquetFile(path) as file:
@@ -232,7 +248,7 @@ def _find_own_splits(address: str, sources: dict[Any, str | None]) -> tuple[str,
     if nameless := [source.name for source, split in sources.items() if split is None]:
         raise ConfigError(
             f"{address}: has files for {' and '.join(splits)}, but the names of {shorten(nameless)} give no split; "
-            "rename them, or set own_splits to false: then all documents are divided by the fractions"
+            "rename them, or set prepare.own_splits to false: then all documents are divided by the fractions"
         )
     return splits
 
@@ -251,15 +267,6 @@ def _decompress(raw: BinaryIO, compression: str | None) -> BinaryIO:
             return io.BufferedReader(lzma.open(raw))
         case _:
             return io.BufferedReader(pyarrow.input_stream(raw, compression=compression))
-
-
-def _split_text(stream: TextIO, separator: str) -> Iterator[str]:
-    """Yield the texts between separators, while reading the stream."""
-    rest = ""
-    while chunk := stream.read(_CHUNK):
-        *documents, rest = (rest + chunk).split(separator)
-        yield from documents
-    yield rest
 
 
 def _limit_length(lines: Iterator[str], path: Path) -> Iterator[str]:

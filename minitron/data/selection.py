@@ -89,7 +89,7 @@ class Selection:
         """Return the remedy for a split without a document."""
         if split in self.corpus.own_splits:
             dropped = self.overlaps[split]
-            return f"all of its own ({dropped}) are in another split: set own_splits to false"
+            return f"all of its own ({dropped}) are in another split: set prepare.own_splits to false"
         remedy = f"raise {split}_fraction" if split != "train" else "lower the fractions of the other splits"
         return (
             f"{remedy}, or give more documents (a .txt file is one document unless document_separator says what stands "

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from minitron.cli import lineage_tree
 from minitron.cli.app import app
 from minitron.config.parse import parse
+from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
-from minitron.registry import lineage, reproduce
+from minitron.registry import fingerprint, lineage, reproduce
 from minitron.stages import evaluate, register
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import LINEAGE
@@ -78,6 +79,20 @@ def test_evaluate_writes_the_licences_of_the_base_model_and_of_the_data(evaluati
 def test_a_model_card_is_read_as_it_comes(tmp_path: Path, text: str, licence: dict[str, str]) -> None:
     (tmp_path / "README.md").write_text(text)
     assert lineage.read_model_license(tmp_path) == licence
+
+
+def test_a_record_without_a_later_setting_has_another_fingerprint() -> None:
+    """A dataset of an earlier version may hold other documents; its record is no traceback."""
+    config = {stage: SETTINGS[stage]().model_dump(mode="json") for stage in fingerprint.MADE_BY}
+    inputs = {name: {"sha256": name} for name in ("corpus", "teacher")}
+    records = {
+        stage: {"config": values, "inputs": inputs, "versions": {"minitron": "0.2.0", "method": "0.1.0"}}
+        for stage, values in config.items()
+    }
+    present = fingerprint.fingerprint_records(records)
+    del config["prepare"]["document_separator"]
+    earlier = fingerprint.fingerprint_records(records)
+    assert present and earlier and present | {"settings": earlier["settings"]} == earlier != present
 
 
 def test_a_version_has_its_lineage(

@@ -174,6 +174,18 @@ def test_the_separator_of_a_text_file_is_what_it_says(tmp_path: Path) -> None:
     assert len(documents[1]) > 1_500_000, "longer than what is read at once"
 
 
+def test_a_separator_that_is_nowhere_is_refused(prepared: Callable, tmp_path: Path) -> None:
+    for number, text in enumerate(make_words(100)):
+        write_corpus(tmp_path / "corpus" / f"{number}.txt", f"{text}\n\nand more")
+    with pytest.raises(
+        ConfigError, match=r"document_separator '\\\\n\\\\n' is in none of its \.txt files; correct it, or"
+    ):
+        prepared(tmp_path / "corpus", document_separator=r"\n\n")
+    write_corpus(tmp_path / "corpus" / "one.txt", r"has\n\nit")
+    _, manifest, _ = prepared(tmp_path / "corpus", document_separator=r"\n\n")
+    assert sum(manifest["documents"].values()) == 102 and manifest["document_separator"] == r"\n\n"
+
+
 def test_a_text_file_that_is_no_one_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minitron.data.corpus._LONGEST", 1000)
     path = write_corpus(tmp_path / "a.txt", "a line\n" * 300)
