@@ -4,14 +4,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
 from minitron.errors import ConfigError
 from tests.nemo.nemo_support import CUT, curves, run_distill, run_finetune, run_prune
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
-from tests.servers.processes import wait_until
 from tests.servers.trainer_server import trainer_server
 
 
@@ -25,20 +24,16 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernet
 NODES = {"engine": "nemo", "num_nodes": 2, "gpus_per_node": 1, "tensor_parallel_size": 2}
 
 
-def admit_and_preempt_once(server: KubernetesServer, workspace: Path) -> None:
-    """Be Kueue: admit the job that scores and the one that trains; preempt that one after its checkpoint."""
-
-    def is_suspended() -> bool:
-        return any(job["spec"].get("suspend") for job in server.objects["trainjobs"].values())
-
-    for _ in range(2):
-        wait_until(is_suspended)
-        time.sleep(0.3)
-        server.admit()
-    wait_until(lambda: any(workspace.rglob("step-3")), 300)
-    server.preempt()
-    time.sleep(0.3)
-    server.admit()
+def admit_and_preempt_once(server: KubernetesServer, workspace: Path, ended: Event) -> None:
+    """Be Kueue: admit every job, and preempt the one that trains after its checkpoint."""
+    preempted = False
+    while not ended.wait(0.05):
+        if any(job["spec"].get("suspend") for job in list(server.objects["trainjobs"].values())):
+            time.sleep(0.5)  # the task sees that its job waits
+            server.admit()
+        elif not preempted and any(workspace.rglob("step-3")):
+            server.preempt()
+            preempted = True
 
 
 def test_two_nodes_give_the_curve_of_engine_hf(
@@ -59,8 +54,10 @@ def test_two_nodes_give_the_curve_of_engine_hf(
         server.variables = trainer.variables
         for name in trainer.variables:  # Trainer sets them in the nodes alone
             task.delenv(name)
-        Thread(target=admit_and_preempt_once, args=(server, workspace), daemon=True).start()
+        ended = Event()
+        Thread(target=admit_and_preempt_once, args=(server, workspace, ended), daemon=True).start()
         record = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **weights, **NODES)
+        ended.set()
     for name, values in curves(expected).items():
         assert curves(record)[name] == pytest.approx(values, rel=1e-3), name
     assert record["gpus"] == 2
