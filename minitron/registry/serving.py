@@ -16,7 +16,7 @@ from minitron.errors import ConfigError
 from minitron.registry import lineage
 from minitron.registry.versions import pin_version
 from minitron.storage.bucket import is_bucket
-from minitron.storage.layout import result_path
+from minitron.storage.layout import result_address, result_path
 from minitron.tracking.client import connect, fail_fast, one_line_errors
 
 if TYPE_CHECKING:
@@ -126,4 +126,4 @@ def _find_directory(result: str) -> str:
     record = bucket_results.read_record_at(result)
     if record is None:
         raise ConfigError(f"{result}: there is no result any more; run the pipeline again, and register its student")
-    return f"{result}/{record['directory']}" if "directory" in record else result
+    return result_address(result, record)
