@@ -15,13 +15,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset, open_training_data
 from minitron.engines.trainer_status import TrainerStatus
-from minitron.models.checkpoint import copy_model, load_model, read_config, save_model
+from minitron.models.checkpoint import copy_model, load_model, save_derived_model
+from minitron.models.checks import read_config
 from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
@@ -95,7 +104,7 @@ def prune(
     teacher_config = read_config(config.teacher)
     importance, sequences = _measure_importance(config, teacher_config, shape)
     plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
-    save_model(cut_model(load_model(config.teacher), plan), directory, tokenizer_from=config.teacher)
+    save_derived_model(cut_model(load_model(config.teacher), plan), directory, config.teacher)
     return plan, importance, sequences
 
 
@@ -140,12 +149,12 @@ class BestModel:
         staging.rename(self._directory)
 
     def write(self, model: Any, step: int, directory: Path) -> None:
-        """Write the best model in the dtype of the initial one; `model` is its state at `step`."""
+        """Write the best model in the dtypes of the initial one; `model` is its state at `step`."""
         if not self.step:
             copy_model(self._initial, directory)
             return
         model = model.cpu().eval() if step == self.step else load_model(self._directory, torch.float32)
-        save_model(model.to(read_config(self._initial).dtype), directory, tokenizer_from=self._initial)
+        save_derived_model(model, directory, self._initial)
 
 
 class _LinearLossTrainer(Trainer):
@@ -161,6 +170,7 @@ class _LinearLossTrainer(Trainer):
         validate_first: bool,
     ) -> None:
         model.config.use_cache = False
+        model.generation_config = GenerationConfig()  # transformers 4.57 cannot save each that it loads
         # nothing is padded here; a padding index would freeze the embedding of a token that also ends documents
         model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
         if config.gradient_checkpointing:

@@ -11,10 +11,20 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from minitron.data.tokenizer import TOKENIZER_FILES
-from minitron.errors import ConfigError, RunError
+from minitron.errors import RunError
+from minitron.models.checks import (
+    CONFIG,
+    EMBEDDING,
+    FLOATS,
+    GENERATION_CONFIG,
+    HEAD,
+    check_architecture,
+    check_weights,
+    read_headers,
+)
 from minitron.storage.files import link_or_copy
 from minitron.storage.hashing import list_files
 from minitron.storage.layout import RECORD
@@ -23,49 +33,57 @@ if TYPE_CHECKING:  # register's image has neither torch nor transformers
     import torch
     from transformers import PreTrainedModel
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures that prune can cut."""
-
-_OUTER = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
+_CUT_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "head_dim",
+    "layer_types",
+    "max_window_layers",
+)
+"""Keys of config.json that pruning changes, or makes explicit."""
 
-def load_model(directory: Path, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
+    ".onnx_data", ".npz", ".tflite", ".mlmodel", ".distcp", ".pkl",
+)  # fmt: skip
+"""Ends of the names of weight files in any format: those of one model are not those of another."""
+
+CARD, TEACHER_CARD = "README.md", "README.teacher.md"
+"""The card of a model, and its name beside a model that was cut out of that one."""
+
+
+def load_model(directory: Path, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """Load a causal language model in eval mode, on the CPU.
 
+    Args:
+        directory: a Hugging Face directory.
+        dtype: None: that of the stored weights; float32 if they have several.
+
     Raises:
-        ConfigError: not a model directory, or not one of the SUPPORTED architectures.
+        ConfigError: not a model directory, not one of the SUPPORTED architectures, or not what its config.json says.
         RunError: a weight file is damaged or missing.
     """
     from transformers import AutoModelForCausalLM
 
     check_architecture(directory)
+    check_weights(directory)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or _find_stored_dtype(directory)).eval()
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
-    return model.eval()
 
 
-def check_architecture(directory: Path) -> dict[str, Any]:
-    """Return the content of a model directory's config.json.
+def _find_stored_dtype(directory: Path) -> "torch.dtype":
+    import torch
 
-    Raises:
-        ConfigError: not a model directory, or not one of the SUPPORTED architectures.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{directory}: no config.json; give a Hugging Face model directory")
-    config = json.loads(path.read_text())
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED:
-        known = ", ".join(SUPPORTED)
-        raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {known}")
-    return config
+    dtypes = {header.dtype for header in read_headers(directory).values()}
+    return getattr(torch, FLOATS[dtypes.pop()]) if len(dtypes) == 1 else torch.float32
 
 
 def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) -> None:
@@ -84,14 +102,69 @@ def finish_model(directory: Path, tokenizer_from: Path) -> None:
             shutil.copy2(tokenizer_from / name, directory / name)
 
 
+def save_derived_model(model: "PreTrainedModel", directory: Path, source: Path) -> None:
+    """Write a model that was trained or cut: everything but that is as in the model `source`, which it was made from.
+
+    The weights have the dtypes that they have there. `model` is changed.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    headers = read_headers(source)
+    for name, parameter in model.named_parameters():
+        if name in headers:
+            parameter.data = parameter.data.to(getattr(torch, FLOATS[headers[name].dtype]))
+    if getattr(model.config, "head_dim", None) is None:
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
+    model.generation_config = GenerationConfig()  # the source's file is taken; transformers 4.57 cannot write each
+    model.save_pretrained(directory)
+    finish_derived_model(directory, source)
+
+
+def finish_derived_model(directory: Path, source: Path) -> None:
+    """Give saved weights of a trained or cut model the config, dtypes and files of the model that it was made from."""
+    path = directory / CONFIG
+    written, original = (json.loads((place / CONFIG).read_text()) for place in (directory, source))
+    changed = {key: written[key] for key in _CUT_KEYS if key in written}
+    path.write_text(json.dumps(original | changed, indent=2) + "\n")
+    _write_for_both_transformers(path)
+    _restore_dtypes(directory, source)
+    (directory / GENERATION_CONFIG).unlink(missing_ok=True)
+    is_cut = any(original.get(key, value) != value for key, value in changed.items() if original.get(key) is not None)
+    for name in _list_model_files(source):
+        if str(name) == CONFIG or name.name.endswith(_WEIGHT_SUFFIXES):
+            continue
+        target = directory / (TEACHER_CARD if is_cut and str(name) == CARD else name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        link_or_copy(source / name, target)
+
+
+def _restore_dtypes(directory: Path, source: Path) -> None:
+    """Store every tensor in the dtype that it has in `source`; an engine may have written another one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    written, original = read_headers(directory), read_headers(source)
+    differing = {name for name, header in written.items() if name in original and header.dtype != original[name].dtype}
+    for file in {written[name].file for name in differing}:
+        tensors = load_file(file)
+        for name in differing & tensors.keys():
+            tensors[name] = tensors[name].to(getattr(torch, FLOATS[original[name].dtype]))
+        save_file(tensors, file, {"format": "pt"})
+
+
 def copy_model(source: Path, directory: Path) -> None:
     """Put the files of a model directory into another one, by hard links if the file system allows them."""
-    for path in list_files(source):
-        name = path.relative_to(source)
-        if name.name == RECORD or any(part.startswith(".") for part in name.parts):
-            continue
+    for name in _list_model_files(source):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(path, directory / name)
+        link_or_copy(source / name, directory / name)
+
+
+def _list_model_files(directory: Path) -> list[Path]:
+    """Return the names of a model's files: all but a stage's record and hidden ones."""
+    names = [path.relative_to(directory) for path in list_files(directory)]
+    return [name for name in names if name.name != RECORD and not any(part.startswith(".") for part in name.parts)]
 
 
 def _write_for_both_transformers(path: Path) -> None:
@@ -127,33 +200,11 @@ def count_stored_parameters(directory: Path) -> int:
         RunError: a weight file is damaged or missing, or lacks weights.
     """
     config = check_architecture(directory)
-    try:
-        shapes = _read_stored_shapes(directory)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
+    shapes = {name: header.shape for name, header in read_headers(directory).items()}
     if config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = [0]
+        shapes[HEAD] = [0]
     parts = {match[1] for name in shapes if (match := _LAYER.fullmatch(name))}
     expected = {f"model.layers.{layer}.{part}" for layer in range(config["num_hidden_layers"]) for part in parts}
-    if missing := sorted((expected | _OUTER) - set(shapes)):
+    if missing := sorted((expected | {EMBEDDING, "model.norm.weight", HEAD}) - set(shapes)):
         raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _read_stored_shapes(directory: Path) -> dict[str, list[int]]:
-    """Return the shape of every tensor in a model's safetensors files, whose sizes safe_open checks."""
-    index = directory / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    shapes: dict[str, list[int]] = {}
-    for name in sorted(names):
-        with safe_open(directory / name, "numpy") as weights:
-            shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
-    return shapes
-
-
-def read_config(directory: Path) -> Any:
-    """Return the transformers config of a model directory."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(directory)

@@ -9,6 +9,7 @@ from typing import Any
 from minitron import engines
 from minitron.config.stages import DistillConfig
 from minitron.data.manifest import check_tokenizer
+from minitron.models.checks import check_finite, check_model, check_sequence_length
 from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
@@ -22,7 +23,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         The stage's record; its history holds the loss terms of every step and the validations, step 0 included.
 
     Raises:
-        ConfigError: a model is not supported, or its tokenizer is not the dataset's.
+        ConfigError: a model is not supported or not what its config says, or its tokenizer is not the dataset's.
         RunError: weights or the dataset are damaged.
     """
     return stage.run(config, work)
@@ -31,6 +32,9 @@ def run(config: DistillConfig) -> dict[str, Any]:
 def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Train the student."""
     for model in (config.teacher, config.student):
+        check_model(model)
+        check_sequence_length("distill", config.sequence_length, model)
+        check_finite(model)
         check_tokenizer(config.dataset, model)
     weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)
     return engines.get_engine(config.engine).train(config, config.student, weights, directory, tracker, config.teacher)

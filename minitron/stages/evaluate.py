@@ -28,7 +28,8 @@ from minitron.data.text import write_first_documents
 from minitron.data.tokenizer import load_tokenizer
 from minitron.engines import hf
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, count_model_parameters, load_model
+from minitron.models.checkpoint import count_model_parameters, load_model
+from minitron.models.checks import check_architecture
 from minitron.models.downstream_tasks import load_tasks, score_tasks
 from minitron.models.generation import continue_prompts
 from minitron.models.scoring import score_models

@@ -10,6 +10,7 @@ from minitron import engines
 from minitron.config.stages import FinetuneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.models.checkpoint import copy_model
+from minitron.models.checks import check_finite, check_model, check_sequence_length
 from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
@@ -23,7 +24,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         The stage's record; `metrics["corrected"]` is 0 if the teacher was kept as it was.
 
     Raises:
-        ConfigError: the model is not supported, or its tokenizer is not the dataset's.
+        ConfigError: the model is not supported or not what its config says, or its tokenizer is not the dataset's.
         RunError: the weights or the dataset are damaged.
     """
     return stage.run(config, work)
@@ -32,6 +33,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Train, or copy the teacher."""
     teacher = Path(config.teacher)
+    check_model(teacher)
+    if config.enabled:
+        check_sequence_length("finetune", config.sequence_length, teacher)
+    check_finite(teacher)
     check_tokenizer(config.dataset, teacher)
     result: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:

@@ -27,8 +27,9 @@ from minitron.data.corpus_files import sort_names
 from minitron.data.indexed import SPLITS, IndexedWriter
 from minitron.data.selection import Selection
 from minitron.data.text import configure_for_plain_text
-from minitron.data.tokenizer import load_tokenizer, tokenizer_hash
+from minitron.data.tokenizer import tokenizer_hash
 from minitron.fast_imports import many_imports
+from minitron.models.checks import check_model
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.runtime.model_sources import fetch_corpus
@@ -53,7 +54,8 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         The stage's record; its metrics have the counts of the manifest.
 
     Raises:
-        ConfigError: there is no text, no text field or no tokenizer, or a split gets no document.
+        ConfigError: there is no text, no text field or no tokenizer, a split gets no document, or the teacher is not
+            the model that its config says.
         RunError: a file is damaged.
     """
     return stage.run(config, work)
@@ -63,7 +65,7 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     """Write the dataset."""
     teacher = Path(config.teacher)
     with many_imports():  # those of transformers
-        tokenizer, tokenizer_sha256 = load_tokenizer(teacher), tokenizer_hash(teacher)
+        tokenizer, tokenizer_sha256 = check_model(teacher), tokenizer_hash(teacher)
     selection = Selection(_open_corpus(config), config)
     print(f"prepare: {config.corpus}: {selection.corpus.describe()}", flush=True)
     started = time.monotonic()

@@ -15,7 +15,8 @@ from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.engines import get_engine
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, count_config_parameters, read_config
+from minitron.models.checkpoint import count_config_parameters
+from minitron.models.checks import check_finite, check_model, read_config
 from minitron.models.importance import Importance
 from minitron.models.surgery import Plan, Shape
 from minitron.runtime import stage
@@ -32,14 +33,15 @@ def run(config: PruneConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: a target does not fit the teacher, or the dataset was made with another tokenizer.
-        RunError: the teacher's weights cannot be read, or its activations are not finite.
+        RunError: the teacher's weights cannot be read, or they or its activations are not finite.
     """
     return stage.run(config, work)
 
 
 def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Cut the student out of the teacher."""
-    check_architecture(config.teacher)
+    check_model(config.teacher)
+    check_finite(config.teacher)
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)
     shape = compute_target_shape(config, teacher_config)
@@ -162,6 +164,7 @@ def _round_values(values: Any) -> Any:
 def _write_lines(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with one line per entry; with an indent every index would take a line."""
     entries = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+    path.unlink(missing_ok=True)  # it may be a link to a file of the teacher, which was pruned before
     path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, count_stored_parameters
+from minitron.models.checkpoint import count_stored_parameters
+from minitron.models.checks import check_architecture
 from minitron.registry import fingerprint, lineage
 from minitron.registry import versions as registry_versions
 from minitron.report.card import write_card

@@ -15,7 +15,7 @@ from minitron.engines.nemo import checks, files
 from minitron.engines.nemo import engine as nemo
 from minitron.engines.nemo.progress import Progress
 from minitron.errors import ConfigError
-from minitron.models.checkpoint import check_architecture, read_config
+from minitron.models.checks import check_architecture, read_config
 from minitron.models.importance import measure_importance
 from minitron.stages import finetune, prune
 from minitron.tracking.stage_run import Tracker

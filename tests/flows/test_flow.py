@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from minitron.cli.app import app
+from minitron.storage.hashing import content_hash
 from tests.constants import REPOSITORY
 from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN
 from tests.report.event_files import read_events
@@ -233,15 +234,21 @@ def test_the_mlflow_page_opens(flow: dict[str, Any]) -> None:
 def test_the_results_are_those_of_version_0_1_0(flow: dict[str, Any]) -> None:
     """Bit for bit where torch, its vector instructions and threads are those that made the golden; else nearly.
 
-    tests/runtime/test_golden.py holds the keys of all stages, on any machine.
+    tests/runtime/test_golden.py holds the keys of all stages, on any machine. Here those of prune and distill differ:
+    their inputs' config.json keeps the teacher's use_cache, which 0.1.0 set to false.
     """
     golden = json.loads((REPOSITORY / "tests" / "runtime" / "golden.json").read_text())
     same_machine = (torch.__version__, torch.backends.cpu.get_cpu_capability()) == (golden["torch"], golden["cpu"])
     for stage in ("prepare", "finetune", "prune", "distill"):
         expected = golden["stages"][stage]
         results = flow["directory"].glob(f"workspace/{stage}/*/stage.json")
-        record = json.loads(min(results, key=lambda path: path.stat().st_mtime).read_text())  # other tests run it again
-        if stage == "prepare" or same_machine:
-            assert (record["key"], record["output_sha256"]) == (expected["key"], expected["output_sha256"]), stage
+        path = min(results, key=lambda path: path.stat().st_mtime)  # other tests run it again
+        record = json.loads(path.read_text())
+        if stage in ("prepare", "finetune"):
+            assert record["key"] == expected["key"], stage
+        if stage == "prepare":
+            assert record["output_sha256"] == expected["output_sha256"]
+        elif same_machine:
+            assert content_hash(path.with_name("model.safetensors")) == expected["weights_sha256"], stage
         losses = [row["validation_loss"] for row in record.get("history", []) if "validation_loss" in row]
         assert losses == pytest.approx(expected.get("validation_loss", []), abs=1e-3), stage

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -708,7 +709,8 @@ def test_a_teacher_without_a_tokenizer(prepared: Callable, teacher: Path, tmp_pa
     corpus = write_corpus(tmp_path / "a.jsonl", GOOD)
     other = tmp_path / "teacher"
     other.mkdir()
-    (other / "config.json").write_text((teacher / "config.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(teacher / name, other)
     with pytest.raises(ConfigError, match=r"teacher: no tokenizer; put its tokenizer\.json beside the weights"):
         prepared(corpus, teacher=str(other))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "teacher"]

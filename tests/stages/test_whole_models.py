@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from minitron.config.stages import FinetuneConfig, PruneConfig
+from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
 from minitron.engines.nemo import engine as nemo
+from minitron.models.checkpoint import finish_derived_model
 from minitron.models.surgery import Shape
-from minitron.stages import finetune
+from minitron.stages import distill, finetune, prune
 from minitron.storage.hashing import content_hash
 
 TRAINING: dict[str, Any] = {
@@ -73,3 +77,106 @@ def test_engine_nemo_passes_a_hub_model_on_as_real_files(
     (tmp_path / "out").mkdir()
     nemo.prune(config, shape, None, tmp_path / "out")
     assert_real_files(tmp_path / "out", teacher)
+
+
+FILES = {
+    "LICENSE": "the licence",
+    "USE_POLICY.md": "the policy",
+    "README.md": "---\nlicense: llama3.1\n---\nthe teacher's card",
+    "chat_template.jinja": "{{ messages }}",
+    "generation_config.json": json.dumps({"temperature": 0.6, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": [1]}),
+    "original/params.json": "{}",
+    "original/consolidated.00.pth": "weights of the teacher in another format",
+}
+"""What models have beside weights, config and tokenizer. transformers 4.57 loads this generation_config, but saves none
+that has a temperature without do_sample."""
+
+OWN_KEYS = {"use_cache": True, "custom": {"a": 1}, "attention_dropout": 0.0, "_name_or_path": "org/name"}
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with all that a model can have: bfloat16 with norms in float32, though its config names no dtype."""
+    directory = tmp_path_factory.mktemp("whole") / "teacher"
+    shutil.copytree(teacher, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights = {name: weight if "norm" in name else weight.bfloat16() for name, weight in weights.items()}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | OWN_KEYS
+    del config["dtype"], config["torch_dtype"]
+    (directory / "config.json").write_text(json.dumps(config))
+    for name, text in FILES.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def made(whole: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What every stage makes of it."""
+    root = tmp_path_factory.mktemp("made")
+    common = {"dataset": dataset} | TRAINING
+    sequences = {"dataset": dataset, "sequence_length": 32, "micro_batch_size": 2, "calibration_sequences": 2}
+    cut = {"hidden_size": 48, "intermediate_size": 96, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    worse = {"learning_rate": 3.0, "min_learning_rate": 3.0}
+    before = content_hash(whole)
+    trained = finetune.run(FinetuneConfig(output=root / "finetune", teacher=str(whole), **common))
+    kept = finetune.run(FinetuneConfig(output=root / "better", teacher=str(whole), **common | worse))
+    finetune.run(FinetuneConfig(output=root / "disabled", teacher=str(whole), dataset=dataset, enabled=False))
+    prune.run(PruneConfig(output=root / "prune", teacher=root / "finetune", **sequences, **cut))
+    inputs = {"teacher": root / "finetune", "student": root / "prune"}
+    distilled = distill.run(DistillConfig(output=root / "distill", **inputs, **common))
+    assert [record["metrics"]["best_step"] for record in (trained, kept, distilled)] == [2, 0, 2]
+    assert content_hash(whole) == before, "the teacher was changed"
+    return {name: root / name for name in ("finetune", "better", "disabled", "prune", "distill")}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def assert_kept(directory: Path, source: Path, cut: tuple[str, ...] = ()) -> None:
+    """Compare two models file by file, key by key and dtype by dtype; `cut` are the keys that differ."""
+    for path in source.rglob("*"):
+        name = path.relative_to(source)
+        if path.is_dir() or name.suffix in (".safetensors", ".pth") or name.name in ("config.json", "stage.json"):
+            continue
+        there = directory / ("README.teacher.md" if cut and str(name) == "README.md" else name)
+        assert there.read_bytes() == path.read_bytes(), name
+    expected, found = read_config(source), read_config(directory)
+    assert {key for key in expected if found[key] != expected[key]} == set(cut)
+    assert found.keys() - expected.keys() <= {"head_dim"}
+    stored, written = (load_file(place / "model.safetensors") for place in (source, directory))
+    assert (written.keys() <= stored.keys() and len(written) == len(stored)) or cut
+    assert all(weight.dtype == stored[name].dtype for name, weight in written.items())
+
+
+@pytest.mark.parametrize("stage", ["finetune", "better", "disabled"])
+def test_a_corrected_teacher_has_every_file_key_and_dtype_of_the_teacher(
+    whole: Path, made: dict[str, Path], stage: str
+) -> None:
+    assert_kept(made[stage], whole)
+    trained, before = (load_file(place / "model.safetensors") for place in (made[stage], whole))
+    assert (stage == "finetune") != all(torch.equal(trained[name], before[name]) for name in before)
+
+
+def test_a_pruned_model_has_every_file_and_key_but_those_that_the_cut_changed(made: dict[str, Path]) -> None:
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    assert_kept(made["prune"], made["finetune"], sizes)
+    assert not (made["prune"] / "README.md").exists(), "the teacher's card says what is not so of the student"
+    assert not list(made["prune"].rglob("*.pth")), "weights of the teacher"
+
+
+def test_a_distilled_model_has_every_file_key_and_dtype_of_the_student(made: dict[str, Path]) -> None:
+    assert_kept(made["distill"], made["prune"])
+    student = AutoModelForCausalLM.from_pretrained(made["distill"])
+    assert student.config.use_cache and student.config.custom == {"a": 1}
+
+
+def test_what_engine_nemo_exports_gets_files_keys_and_dtypes_of_the_model_it_was_made_from(
+    whole: Path, tmp_path: Path
+) -> None:
+    """NeMo writes weights in another dtype, and config and generation_config of its own."""
+    AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).save_pretrained(tmp_path / "exported")
+    finish_derived_model(tmp_path / "exported", whole)
+    assert_kept(tmp_path / "exported", whole)

@@ -27,7 +27,8 @@ from minitron.engines.nemo.checks import (
 )
 from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, SCORES, TEACHER, forget_lost_steps
 from minitron.engines.nemo.progress import Progress
-from minitron.models.checkpoint import check_architecture, copy_model, finish_model, load_model, read_config
+from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
+from minitron.models.checks import check_architecture, read_config
 from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
 from minitron.models.scoring import validate_teacher
@@ -204,13 +205,13 @@ def _import_models(models: dict[str, Path], work: Path) -> None:
 
 
 def _export_model(checkpoint: Path, like: Path, directory: Path) -> None:
-    """Write a NeMo checkpoint as a Hugging Face directory with the settings and tokenizer of the model `like`."""
+    """Write a NeMo checkpoint as a Hugging Face directory that has all but weights and sizes from the model `like`."""
     work = directory / CHECKPOINTS
     exported = work / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     exports = [{"checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}]
     _run_job({"job": "export", "exports": exports}, work)
-    finish_model(exported, tokenizer_from=like)
+    finish_derived_model(exported, like)
     copy_model(exported, directory)
 
 

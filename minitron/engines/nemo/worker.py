@@ -60,7 +60,7 @@ def export_models(job: dict[str, Any], work: Path) -> None:
     from nemo.collections.llm.api import load_connector_from_trainer_ckpt
     from nemo.lightning.io import load_context
 
-    from minitron.models.checkpoint import read_config
+    from minitron.models.checks import read_config
 
     for export in job["exports"]:
 

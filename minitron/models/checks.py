@@ -1,0 +1,331 @@
+"""Check that a directory holds the model that its config.json describes: configs, headers of the weights, tokenizer.
+
+Two tied matrices are read, and `check_finite` reads all weights; else their headers suffice. register imports this in
+an image without torch.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from minitron.data.tokenizer import load_tokenizer
+from minitron.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures that prune can cut."""
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes of weights: their names in safetensors and in torch."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_BUFFER = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+"""Tensors of older checkpoints that transformers computes from config.json."""
+
+_SCALE = re.compile(r".*(scale(s|_inv|_\d)?|zeros?|zero_points?|qweight|g_idx|absmax|quant_map|SCB)|.*quant_state.*")
+"""Names of what quantisation tools store beside the weights."""
+
+_OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+
+_UNQUANTISED = "give the model in bfloat16, float16 or float32, as it was before it was quantised"
+
+
+class Header(NamedTuple):
+    """A tensor as the header of its safetensors file describes it."""
+
+    dtype: str
+    shape: list[int]
+    file: Path
+
+
+def check_model(directory: Path) -> "PreTrainedTokenizerBase":
+    """Check configs, headers of the weights, and tokenizer; return the tokenizer.
+
+    Raises:
+        ConfigError: no model that can be compressed, or parts that do not belong to each other.
+        RunError: a weight file is damaged or missing, or lacks weights.
+    """
+    config = check_architecture(directory)
+    read_config(directory)
+    tokenizer = load_tokenizer(directory)
+    check_weights(directory)
+    _check_token_ids(directory, config, tokenizer)
+    return tokenizer
+
+
+def read_config(directory: Path) -> Any:
+    """Return the transformers config of a model directory.
+
+    Raises:
+        ConfigError: transformers refuses its values.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # the classes differ between versions of transformers
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{directory}: {CONFIG} describes no model ({reason}); correct it") from error
+
+
+def check_sequence_length(stage: str, length: int, directory: Path) -> None:
+    """Refuse sequences that a model has no positions for.
+
+    Raises:
+        ConfigError: `length` is above the max_position_embeddings of the model.
+    """
+    longest = check_architecture(directory).get("max_position_embeddings")
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"{stage}.sequence_length: {length} is above max_position_embeddings {longest} of {directory}; "
+            f"choose at most {longest}"
+        )
+
+
+def check_architecture(directory: Path) -> dict[str, Any]:
+    """Return the content of a model directory's config.json.
+
+    Raises:
+        ConfigError: no model directory, an adapter, quantised, or not one of the SUPPORTED architectures.
+    """
+    _refuse_adapter(directory)
+    if not (directory / CONFIG).is_file():
+        _refuse_other_formats(directory, CONFIG)
+        raise ConfigError(f"{directory}: no {CONFIG}; give a Hugging Face model directory")
+    config = _read_json(directory / CONFIG)
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in SUPPORTED:
+        known = ", ".join(SUPPORTED)
+        raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {known}")
+    _refuse_quantised_config(directory, config)
+    return config
+
+
+def check_weights(directory: Path) -> None:
+    """Compare the headers of the weight files with config.json.
+
+    Raises:
+        ConfigError: quantised, or tensors whose names or shapes are not those that config.json asks for.
+        RunError: a weight file is damaged or missing, or lacks weights.
+    """
+    headers = read_headers(directory)
+    for name, header in headers.items():
+        if header.dtype not in FLOATS:
+            raise ConfigError(f"{directory}: {name} has the dtype {header.dtype}, a quantised one; {_UNQUANTISED}")
+    expected, is_tied = _compute_expected_shapes(directory)
+    _refuse_unexpected(directory, headers.keys() - expected.keys())
+    either = {EMBEDDING, HEAD} if is_tied and headers.keys() & {EMBEDDING, HEAD} else set()
+    if missing := sorted(expected.keys() - headers.keys() - either):
+        raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
+    for name, header in headers.items():
+        if header.shape != expected[name]:
+            raise ConfigError(
+                f"{directory}: {name} has the shape {header.shape}, but {CONFIG} asks for {expected[name]}; "
+                f"give the {CONFIG} of these weights"
+            )
+    if is_tied and {EMBEDDING, HEAD} <= headers.keys():
+        _check_tied(directory, headers)
+
+
+def check_finite(directory: Path) -> None:
+    """Read all weights once and refuse those with NaN or infinity: about 3 s for 8 billion in bfloat16.
+
+    Raises:
+        RunError: a weight is not finite.
+    """
+    import torch
+
+    for file in list_weight_files(directory):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # it is no mapping
+                tensor = weights.get_tensor(name)
+                if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                    count = int((~torch.isfinite(tensor)).sum())
+                    raise RunError(
+                        f"{directory}: {name} has {count} values that are NaN or infinite, of {tensor.numel()}; "
+                        "get the model again, or an earlier state of it"
+                    )
+
+
+def read_headers(directory: Path) -> dict[str, Header]:
+    """Return what the headers of a model's weight files say; buffers that transformers computes are left out.
+
+    Raises:
+        ConfigError: the weights are in another format, or index and files do not belong to each other.
+        RunError: a weight file is damaged or missing.
+    """
+    headers: dict[str, Header] = {}
+    for file in list_weight_files(directory):
+        try:
+            with safe_open(file, "numpy") as weights:
+                for name in weights.keys():  # noqa: SIM118  # it is no mapping
+                    if not _BUFFER.fullmatch(name):
+                        part = weights.get_slice(name)
+                        headers[name] = Header(part.get_dtype(), part.get_shape(), file)
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"{directory}: weights cannot be read ({reason}); get the model again") from error
+    return headers
+
+
+def list_weight_files(directory: Path) -> list[Path]:
+    """Return the weight files that transformers reads.
+
+    Raises:
+        ConfigError: there are none, or an index names other files than those that are there.
+        RunError: a file that the index names is missing.
+    """
+    index, single = directory / INDEX, directory / WEIGHTS
+    if not index.is_file():
+        if not single.is_file():
+            _refuse_other_formats(directory, WEIGHTS)
+            raise ConfigError(f"{directory}: no {WEIGHTS}; give a Hugging Face model directory with its weights")
+        return [single]
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    if single.is_file() and names != [WEIGHTS]:
+        raise ConfigError(
+            f"{directory}: both {WEIGHTS} and {INDEX}, which names other files ({_shorten(names)}); "
+            "remove what does not belong to the model"
+        )
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        others = sorted({path.name for path in directory.glob("*.safetensors")} - set(names))
+        found = f", found {_shorten(others)}" if others else ""
+        raise RunError(
+            f"{directory}: {len(missing)} of the {len(names)} files that {INDEX} names are missing "
+            f"({_shorten(missing)}{found}); get the model again"
+        )
+    return [directory / name for name in names]
+
+
+def _refuse_adapter(directory: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (directory / name).exists():
+            raise ConfigError(
+                f"{directory}: {name} is of an adapter (LoRA), which is no model; merge it into its model (peft's "
+                "merge_and_unload), save that, and give its directory, or remove the adapter's files"
+            )
+
+
+def _refuse_other_formats(directory: Path, absent: str) -> None:
+    others = sorted(path.name for path in directory.glob("*") if path.suffix in _OTHER_FORMATS)
+    if any(name.endswith(".gguf") for name in others):
+        raise ConfigError(
+            f"{directory}: no {absent}, but {_shorten(others)}; GGUF is not read: give the Hugging Face directory that "
+            "it was made from"
+        )
+    if others:
+        raise ConfigError(
+            f"{directory}: no {absent}, but {_shorten(others)}; only safetensors are read: load the model with "
+            "transformers' from_pretrained, save it with save_pretrained, and give that directory"
+        )
+
+
+def _refuse_quantised_config(directory: Path, config: dict[str, Any]) -> None:
+    """Refuse what a config or a quantisation tool's own file says to be quantised."""
+    for key in ("quantization_config", "compression_config"):
+        if settings := config.get(key):
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+            raise ConfigError(f"{directory}: quantised ({key} of {CONFIG}: {method}); {_UNQUANTISED}")
+    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+        if (directory / name).is_file():
+            settings = _read_json(directory / name)
+            settings = settings.get("quantization", settings)
+            method = settings.get("quant_algo", settings.get("quant_method", "unknown"))
+            if method is not None:  # Model-Optimizer writes the file for an unquantised model, too
+                raise ConfigError(f"{directory}: quantised ({name}: {method}); {_UNQUANTISED}")
+
+
+def _refuse_unexpected(directory: Path, names: Iterable[str]) -> None:
+    unexpected = sorted(names)
+    if scales := [name for name in unexpected if _SCALE.fullmatch(name)]:
+        raise ConfigError(f"{directory}: quantised: beside the weights it has {_shorten(scales)}; {_UNQUANTISED}")
+    if unexpected:
+        raise ConfigError(
+            f"{directory}: {len(unexpected)} tensors that {CONFIG} does not ask for ({_shorten(unexpected)}); they "
+            f"would be dropped: give the {CONFIG} of these weights, or take the tensors out of the files"
+        )
+
+
+def _compute_expected_shapes(directory: Path) -> tuple[dict[str, list[int]], bool]:
+    """Return the shape of every tensor that config.json asks for, and whether embedding and head are one matrix."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, bool(config.tie_word_embeddings)
+
+
+def _check_tied(directory: Path, headers: dict[str, Header]) -> None:
+    import torch
+
+    matrices = []
+    for name in (EMBEDDING, HEAD):
+        with safe_open(headers[name].file, "pt") as weights:
+            matrices.append(weights.get_tensor(name))
+    embedding, head = matrices
+    if not torch.equal(embedding, head.to(embedding.dtype)):
+        raise ConfigError(
+            f"{directory}: {CONFIG} says tie_word_embeddings, but {HEAD} and {EMBEDDING} are two different matrices, "
+            f"of which one would be dropped; set tie_word_embeddings to false in {CONFIG}"
+        )
+
+
+def _check_token_ids(directory: Path, config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse tokens that have no row in the embedding."""
+    rows, ids = config["vocab_size"], tokenizer.get_vocab()
+    named = _list_named_tokens(directory) | {tokenizer.eos_token}
+    beyond = sorted(token for token in named & ids.keys() if ids[token] >= rows)
+    if beyond:
+        raise ConfigError(
+            f"{directory}: the tokenizer's token {beyond[0]} has the id {ids[beyond[0]]}, but the embedding has {rows} "
+            "rows; enlarge it with transformers' resize_token_embeddings, or take the token out of the tokenizer"
+        )
+    for name in (CONFIG, GENERATION_CONFIG):
+        settings = _read_json(directory / name) if (directory / name).is_file() else {}
+        for key, value in settings.items():
+            values = value if isinstance(value, list) else [value]
+            if key.endswith("_token_id") and any(isinstance(number, int) and number >= rows for number in values):
+                raise ConfigError(
+                    f"{directory}: {key} of {name} is {value}, but the embedding has {rows} rows; correct it"
+                )
+
+
+def _list_named_tokens(directory: Path) -> set[str]:
+    """Return the tokens that the tokenizer's files name: transformers adds its classes' own, which no text gives."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    names = set(Tokenizer.from_file(str(path)).get_vocab()) if path.is_file() else set()
+    path = directory / "tokenizer_config.json"
+    settings = _read_json(path) if path.is_file() else {}
+    entries = [*settings.get("added_tokens_decoder", {}).values()]
+    entries += [value for key, value in settings.items() if key.endswith("_token")]
+    return names | {entry["content"] if isinstance(entry, dict) else str(entry) for entry in entries}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: no JSON ({error}); get the model again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not a JSON object; get the model again")
+    return content
+
+
+def _shorten(names: list[str]) -> str:
+    """Return the first names, and that there are more."""
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
