@@ -223,7 +223,7 @@ def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> 
 
 
 def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
-    """Return what engine hf holds: on a GPU while it loads, on a CPU all of the training and a checkpoint's copy."""
+    """Return what engine hf holds: on a GPU while it loads, on a CPU all of the training."""
     trained = _count_trained(settings, models)
     teacher = models.teacher if isinstance(settings, DistillSettings) else 0
     if gpus:
@@ -232,7 +232,7 @@ def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> li
             [Term("weights and Adam's moments of a checkpoint, fp32", ADAM * trained)],
         ]
     training = Term("weights, gradients and Adam's moments, fp32", (FP32 + ADAM) * trained)
-    return [[training, Term("weights on their way to the disk, fp32", FP32 * trained), Term("teacher", FP32 * teacher)]]
+    return [[training, Term("the best state, read at the end, fp32", FP32 * trained), Term("teacher", FP32 * teacher)]]
 
 
 def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> list[list[Term]]:

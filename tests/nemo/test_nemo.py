@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -138,31 +139,45 @@ def test_two_processes_give_the_losses_of_one(distilled: dict[str, dict[str, Any
 def test_killed_in_mid_training_it_resumes_and_ends_with_the_same_loss(
     teacher: Path, dataset: Path, finetuned: dict[str, Path], tmp_path: Path
 ) -> None:
-    resumed = _kill_and_resume("finetune", "step-3", tmp_path, teacher=str(teacher), dataset=str(dataset))
+    resumed = _kill_and_resume(
+        "finetune", lambda work: (work / "step-3").exists(), tmp_path, teacher=str(teacher), dataset=str(dataset)
+    )
     _check_same_course(json.loads((finetuned["nemo"] / "stage.json").read_text()), resumed)
     for name, weight in weights(finetuned["nemo"]).items():
         assert torch.allclose(weights(tmp_path / "killed")[name], weight, atol=1e-6), name
 
 
-def test_killed_while_it_writes_a_checkpoint_a_distillation_resumes_at_the_one_before(
+def test_it_trains_on_while_it_writes_and_killed_then_it_resumes_at_the_checkpoint_before(
     wide: Path, pruned: dict[str, Path], dataset: Path, distilled: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
+    """Of a distillation, on a slow disk: step 7 is done before the checkpoint of step 6 is written."""
     models = {"teacher": str(wide), "student": str(pruned["hf"]), "dataset": str(dataset)}
-    resumed = _kill_and_resume("distill", "step-6.saving", tmp_path, **models, **DISTILLATION)
+
+    def is_writing(work: Path) -> bool:
+        history = work / "history.jsonl"
+        if not history.is_file() or '{"step": 7, ' not in history.read_text():
+            return False
+        assert (work / "step-6.saving").is_dir() and (work / "step-3").is_dir()
+        return True
+
+    resumed = _kill_and_resume("distill", is_writing, tmp_path, slow_disk=10, **models, **DISTILLATION)
     _check_same_course(distilled["nemo"], resumed)
 
 
-def _kill_and_resume(stage: str, checkpoint: str, tmp_path: Path, **settings: Any) -> dict[str, Any]:
-    """Kill a training as soon as it has a checkpoint of that name, and start it again; return its record."""
+def _kill_and_resume(
+    stage: str, is_time: Callable[[Path], bool], tmp_path: Path, slow_disk: float = 0, **settings: Any
+) -> dict[str, Any]:
+    """Kill a training when `is_time` says so of its checkpoints' directory, start it again, and return its record."""
     settings = TRAINING | settings | {"output": str(tmp_path / "killed"), "engine": "nemo"}
     parse(stage, settings)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", f"minitron.{stage}", "--config", str(tmp_path / "job.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"SLOW_DISK_SECONDS": str(slow_disk)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     work = tmp_path / "killed.partial" / "checkpoints"
-    while not (work / checkpoint).exists():
+    while not is_time(work):
         assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_until_no_worker_is_left(work)

@@ -3,7 +3,9 @@
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
+import time
 from pathlib import Path
 
 HERE = str(Path(__file__).parent)
@@ -34,3 +36,12 @@ class _Shim(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, _Shim())
+
+if seconds := float(os.environ.get("SLOW_DISK_SECONDS", 0)):  # a disk that takes its time to keep a file
+    fsync = os.fsync
+
+    def fsync_slowly(descriptor):
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = fsync_slowly
