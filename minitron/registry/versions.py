@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
 from minitron.storage.hashing import list_files
+from minitron.tracking.artifacts import check_uploaded
 from minitron.tracking.client import connect, defer_sigterm, is_missing, one_line_errors, set_environment
 from minitron.tracking.stage_run import MlflowTracker
 
@@ -116,21 +117,23 @@ def upload_model(
     Args:
         tracker: its pipeline's run gets the model.
         directory: a Hugging Face directory.
-        card: a model card, used if the directory has none.
+        card: a model card, CARD; one in the directory takes its place.
         code: a module with `_load_pyfunc(model_directory)` that needs nothing but `requirements`.
         requirements: packages, as pip takes them.
     """
     client = tracker.client
     model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
     try:
+        client.log_model_artifact(model.model_id, str(card))
+        check_uploaded(client, model, {card.name: card})  # before gigabytes go where nobody finds them
         # Uploaded from the directory itself, so the weights are not copied on this disk.
         client.log_model_artifacts(model.model_id, str(directory))
         size = sum(path.stat().st_size for path in list_files(directory))
         with tempfile.TemporaryDirectory() as name:
             _write_mlmodel(Path(name), code, model.model_id, tracker.pipeline_run_id, size, requirements)
-            if not (directory / CARD).exists():
-                shutil.copy(card, Path(name) / CARD)
             client.log_model_artifacts(model.model_id, name)
+            files = [(path, folder) for folder in (directory, Path(name)) for path in list_files(folder)]
+            check_uploaded(client, model, {path.relative_to(folder).as_posix(): path for path, folder in files})
         client.finalize_logged_model(model.model_id, "READY")
         yield model.model_id
     except BaseException:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minitron.config.metrics import find_not_finite
 from minitron.config.stages import RegisterConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.errors import ConfigError
@@ -59,19 +60,20 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     tags = _build_tags(config, tracker, origin) | {"gates": _GATES[evaluation.get("passed")]}
     write_atomically(directory / LINEAGE, origin)
     write_card(directory / registry_versions.CARD, config, evaluation, origin)
-    with one_line_errors(config.tracking_uri), default_retries():
+    with (
+        one_line_errors(config.tracking_uri),
+        default_retries(),
+        registry_versions.upload_model(
+            tracker,
+            config.student,
+            directory / registry_versions.CARD,
+            _find_generator(),
+            _list_requirements(config.student),
+        ) as model_id,
+        registry_versions.ensure_registered_model(tracker, config.name),
+    ):
         _log_results(config, directory, tracker)
-        with (
-            registry_versions.upload_model(
-                tracker,
-                config.student,
-                directory / registry_versions.CARD,
-                _find_generator(),
-                _list_requirements(config.student),
-            ) as model_id,
-            registry_versions.ensure_registered_model(tracker, config.name),
-        ):
-            version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
+        version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
     registered = {
         "name": config.name,
         "version": version,
@@ -87,6 +89,13 @@ def _check_inputs(config: RegisterConfig) -> None:
     for path in (config.evaluation / REPORT, config.evaluation / EVALUATION):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; give a directory that evaluate wrote")
+    measured = {
+        config.evaluation / EVALUATION: json.loads((config.evaluation / EVALUATION).read_text()),
+        config.student: (read_record(config.student) or {}).get("metrics"),
+    }
+    for path, numbers in measured.items():
+        if reason := find_not_finite(numbers):
+            raise ConfigError(f"{path}: {reason}; such a model is not registered: train it again, at a lower rate")
     check_architecture(config.student)
     check_tokenizer(config.dataset, config.student)
 

@@ -31,7 +31,7 @@ USERS = {
     "kfp": {"cluster/pipelines_client.py", "cli/local.py"},
     "kfp_server_api": {"cluster/pipelines_client.py", "cluster/pipelines_api.py"},
     "kubernetes": {"cluster/kubernetes_api.py"},
-    "mlflow": {"tracking/client.py", "tracking/stage_run.py", "registry/versions.py"},
+    "mlflow": {"tracking/client.py", "tracking/artifacts.py", "tracking/stage_run.py", "registry/versions.py"},
     "google.cloud": {"storage/bucket.py", "storage/transfers.py"},
     "google_crc32c": {"storage/transfers.py"},
 }

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from minitron.stages import distill, register
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
+from tests.servers.http_server import free_port
+from tests.servers.mlflow_server import mlflow_serving
 
 TEXTS = ["hello there", "abc"]
 WEIGHTS = "model.safetensors"
@@ -344,3 +346,82 @@ def test_a_version_that_was_deleted_is_made_anew(mlflow_file: str, make: Any, tm
     client.delete_model_version(first["name"], str(first["version"]))
     again = register.run(make(mlflow_file))["registered"]
     assert client.get_model_version_by_alias(first["name"], "challenger").version == again["version"]
+
+
+@pytest.fixture(scope="module")
+def server_with_a_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A real server that serves no artifacts: its URI, and its directory, in which its artifact root lies.
+
+    The root is a path which leads each process to its own working directory, as one path leads two machines to their
+    own disks.
+    """
+    port, directory = free_port(), tmp_path_factory.mktemp("server")
+    options = ("--no-serve-artifacts", "--default-artifact-root", "/proc/self/cwd/artifacts")
+    with mlflow_serving(directory, port, *options):
+        yield f"http://127.0.0.1:{port}", directory
+
+
+def test_weights_that_only_this_disk_has_are_refused(
+    server_with_a_disk: tuple[str, Path],
+    make: Callable[..., RegisterConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri, _ = server_with_a_disk
+    (tmp_path / "client").mkdir()
+    monkeypatch.chdir(tmp_path / "client")
+    with pytest.raises(
+        RunError, match=r"README.md was uploaded to /proc/self/cwd/artifacts/.*, but cannot be read"
+    ) as caught:
+        register.run(make(uri))
+    assert "start the server with --serve-artifacts and --artifacts-destination, and give a new" in str(caught.value)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    _assert_nothing_is_registered(uri, tmp_path.name)
+    assert not list((tmp_path / "client").rglob(WEIGHTS)), "gigabytes went where nobody finds them"
+
+
+def test_a_disk_that_the_server_shares_is_as_good_as_another(
+    server_with_a_disk: tuple[str, Path],
+    make: Callable[..., RegisterConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri, directory = server_with_a_disk
+    monkeypatch.chdir(directory)
+    assert register.run(make(uri))["registered"]["version"] == 1
+    assert list(directory.rglob(WEIGHTS))
+
+
+def test_an_upload_that_arrived_in_part_is_no_version(
+    uri: str, make: Callable[..., RegisterConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = type(connect(uri))
+    upload = client.log_model_artifacts
+
+    def upload_half(self: Any, model_id: str, directory: str) -> None:
+        half = Path(shutil.copytree(directory, tmp_path / "half", dirs_exist_ok=True))
+        for path in half.glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:1000])
+        upload(self, model_id, str(half))
+
+    monkeypatch.setattr(client, "log_model_artifacts", upload_half)
+    with pytest.raises(RunError, match=r"model.safetensors was uploaded to .*, but cannot be read back; check the"):
+        register.run(make(uri))
+    _assert_nothing_is_registered(uri, tmp_path.name)
+
+
+@pytest.mark.parametrize("place", ["evaluation", "student"])
+def test_a_model_whose_loss_is_not_a_number_is_not_registered(
+    make: Callable[..., RegisterConfig], student: Path, tmp_path: Path, place: str
+) -> None:
+    config = make(f"sqlite:///{tmp_path}/mlflow.db", student=shutil.copytree(student, tmp_path / "copy"))
+    if place == "evaluation":
+        evaluation = {"student": {"parameters": 213568, "validation_loss": float("nan")}}
+        (config.evaluation / "evaluation.json").write_text(json.dumps(evaluation))
+    else:
+        record = json.loads((student / "stage.json").read_text()) | {"metrics": {"validation_loss": float("nan")}}
+        (config.student / "stage.json").write_text(json.dumps(record))
+    with pytest.raises(
+        ConfigError, match=r"validation_loss is nan; such a model is not registered: train it again"
+    ) as caught:
+        register.run(config)
+    assert caught.value.exit_status == 2 and not (tmp_path / "mlflow.db").exists()
