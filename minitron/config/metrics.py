@@ -52,6 +52,35 @@ def parse_number(value: Any) -> float | None:
     return value if is_number and math.isfinite(value) else None
 
 
+def find_not_finite(content: Any, name: str = "") -> str | None:
+    """Find the first number in nested dicts and lists that is infinite or not a number.
+
+    Args:
+        content: what a JSON file holds.
+        name: name of the content; the keys below it are added.
+
+    Returns:
+        Its name and value, such as "student.kl is nan"; None if all numbers are finite.
+    """
+    if isinstance(content, float):
+        return None if math.isfinite(content) else f"{name} is {content}"
+    if isinstance(content, dict):
+        entries = [(f"{name}.{key}".lstrip("."), value) for key, value in content.items()]
+    elif isinstance(content, list | tuple):
+        entries = [(f"{name}[{number}]", value) for number, value in enumerate(content)]
+    else:
+        return None
+    return next(filter(None, (find_not_finite(value, key) for key, value in entries)), None)
+
+
+def compute_perplexity(loss: float) -> float | None:
+    """Return exp(loss); None where that is no finite number, as above a loss of 709 nats."""
+    try:
+        return parse_number(math.exp(loss))
+    except OverflowError:
+        return None
+
+
 def parse_percent(value: Any) -> float | None:
     """Return a fraction in percent, or None."""
     return None if (fraction := parse_number(value)) is None else 100 * fraction

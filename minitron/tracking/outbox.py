@@ -120,7 +120,9 @@ class Outbox:
             if messages:
                 self._file = self._file or self._create_file()
                 self._file.seek(0, 2)
-                self._file.write("\n".join(["", *(json.dumps(message) for message in _merge_points(messages)), ""]))
+                self._file.write(
+                    "\n".join(["", *(json.dumps(message, allow_nan=False) for message in _merge_points(messages)), ""])
+                )
                 self._file.flush()
         except OSError as error:
             self._complain(error)

@@ -11,6 +11,7 @@ Watch a local run:
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -88,6 +89,7 @@ class MlflowTracker(Tracker):
         super().__init__(identity)
         self.client = client
         self._attempt, self._last_step = str(_now_milliseconds()), 0
+        self._latest: dict[str, tuple[int, float]] = {}  # of each metric
         parent = join_pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
         self.experiment_id = (
@@ -101,18 +103,32 @@ class MlflowTracker(Tracker):
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Queue metrics; they are sent within two seconds, or kept while the server is away."""
         now = _now_milliseconds()
-        points = [[name, float(value), now, step] for name, value in metrics.items() if isinstance(value, int | float)]
-        self._outbox.put({"run": self.run_id, "points": points})
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        for name in numbers.keys() - finite.keys():
+            self._warn(f"{name} is {numbers[name]} at step {step}: not logged")
+        self._outbox.put({"run": self.run_id, "points": [[name, value, now, step] for name, value in finite.items()]})
+        self._latest |= {name: (step, value) for name, value in finite.items()}
         self._last_step = max(self._last_step, step)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Send the record; if that fails, store it and retry as often as MLFLOW_HTTP_REQUEST_MAX_RETRIES allows."""
-        self.log(record["metrics"], self._last_step)
-        self._outbox.put({"run": self.run_id, "file": RECORD, "text": json.dumps(record, indent=2)})
+        self.log(self._name_results(record), self._last_step)
+        self._outbox.put({"run": self.run_id, "file": RECORD, "text": json.dumps(record, indent=2, allow_nan=False)})
         with defer_sigterm():
             if not self._outbox.flush():
                 with default_retries():
                     self._outbox.flush()
+
+    def _name_results(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the record's metrics under the names that MLflow gets.
+
+        A metric whose curve is in the history is the best point of that curve: it is `best_` and the name, so that the
+        curve does not end with it. A number that was logged already is left out.
+        """
+        curves = {name for row in record.get("history", []) for name in row}
+        named = {f"best_{name}" if name in curves else name: value for name, value in record["metrics"].items()}
+        return {name: value for name, value in named.items() if self._latest.get(name, (0, None))[1] != value}
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.

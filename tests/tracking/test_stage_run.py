@@ -19,6 +19,7 @@ from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.runtime import stage
+from minitron.stages import finetune
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
@@ -104,6 +105,35 @@ def test_stages_are_nested_under_one_parent(uri: str, make: Callable[..., StageC
     assert runs["finetune"].data.params["max_steps"] == "30"
     assert runs["finetune"].data.params["learning_rate"] == "0.0001"
     assert runs["finetune"].data.params["enabled"] == "true" and "tracking_uri" not in runs["finetune"].data.params
+
+
+def test_a_validation_curve_has_each_step_once_with_its_own_value(
+    uri: str, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    values = {"teacher": str(teacher), "dataset": dataset, "output": tmp_path / "out", "tracking_uri": uri}
+    values |= {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 6}
+    values |= {"validation_interval": 2, "validation_sequences": 4, "experiment": tmp_path.name, "learning_rate": 0.2}
+    record = finetune.run(parse("finetune", values))
+    (run,) = _runs(uri, tmp_path.name)
+    curve = [(row["step"], row["validation_loss"]) for row in record["history"] if "validation_loss" in row]
+    assert [step for step, _ in curve] == [0, 2, 4, 6] and min(loss for _, loss in curve) != curve[-1][1]
+    assert _history(uri, run.info.run_id, "validation_loss") == curve
+    for name, value in record["metrics"].items():
+        logged = "best_validation_loss" if name == "validation_loss" else name
+        assert _history(uri, run.info.run_id, logged) == [(6, value)], name
+
+
+def test_a_number_that_is_not_finite_is_not_logged(
+    mlflow_file: str, make: Callable[..., StageConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
+        tracker.log({"loss": 3.0, "speed": float("inf")}, 1)
+        return {"metrics": {}}
+
+    stage.run(make("prepare", mlflow_file), work)
+    (run,) = _runs(mlflow_file, tmp_path.name)
+    assert run.data.metrics == {"loss": 3.0}
+    assert "prepare: MLflow: speed is inf at step 1: not logged" in capsys.readouterr().err
 
 
 def test_mlflow_run_id_is_joined(
