@@ -128,6 +128,12 @@ class TrainingSettings(SequenceSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_gpus(self) -> "TrainingSettings":
+        if self.engine == "hf":
+            _check_one_gpu("engine hf", self.gpus, "use engine nemo, or set gpus to 1")
+        return self
+
+    @model_validator(mode="after")
     def _check_parallelism(self) -> "TrainingSettings":
         if self.engine == "hf" and self.model_parallel_size > 1:
             raise ValueError(
@@ -155,6 +161,16 @@ class TrainingSettings(SequenceSettings):
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
 
+def _check_one_gpu(what: str, gpus: int, remedy: str) -> None:
+    """Refuse GPUs that would be paid for and stand idle.
+
+    Raises:
+        ValueError: there are more than one.
+    """
+    if gpus > 1:
+        raise ValueError(f"gpus is {gpus}, but {what} runs in one process, on one GPU: {remedy}")
+
+
 class FinetuneSettings(TrainingSettings):
     """Teacher → corrected teacher (cross-entropy on the corpus)."""
 
@@ -180,6 +196,11 @@ class PruneSettings(SequenceSettings):
         None, description="Numbers of the layers to drop, from 1, chosen by hand."
     )
     calibration_sequences: PositiveInt = Field(1024, description="Training sequences that importance is measured on.")
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> "PruneSettings":
+        _check_one_gpu("prune", self.gpus, "set gpus to 1")
+        return self
 
     @model_validator(mode="after")
     def _check_layer_choice(self) -> "PruneSettings":
@@ -247,6 +268,11 @@ class EvaluateSettings(SequenceSettings):
         [],
         description="Bounds that a promoted student must meet: {metric, against, by, at_most or at_least} each.",
     )
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> "EvaluateSettings":
+        _check_one_gpu("evaluate", self.gpus, "set gpus to 1")
+        return self
 
     @model_validator(mode="after")
     def _check_gates(self) -> "EvaluateSettings":
