@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset, open_training_data
+from minitron.engines.divergence import Diverged, check_step, check_untrained, name_last_good
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
@@ -35,7 +36,8 @@ from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
-from minitron.storage.staging import CHECKPOINTS
+from minitron.storage.files import replace_directory
+from minitron.storage.staging import CHECKPOINTS, last_good_path
 from minitron.tracking.stage_run import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
@@ -55,6 +57,11 @@ def get_compute_dtype() -> torch.dtype:
     return torch.bfloat16 if get_device().type == "cuda" else torch.float32
 
 
+def _say_that_one_gpu_works() -> None:
+    if (visible := torch.cuda.device_count()) > 1:
+        print(f"engine hf: {visible} GPUs are visible, it uses one; engine nemo trains on all of them", flush=True)
+
+
 def _autocast_on_gpu() -> torch.autocast:
     return torch.autocast(get_device().type, get_compute_dtype(), enabled=get_device().type == "cuda")
 
@@ -69,19 +76,27 @@ def train(
 ) -> dict[str, Any]:
     """Train the model in `initial`; write its best state by validation loss: see `engines.Engine.train`."""
     set_seed(config.seed)
+    _say_that_one_gpu_works()
     teacher_model: Any = None
     if teacher is not None:
         teacher_model = load_model(teacher, get_compute_dtype()).requires_grad_(False)
     metrics = {} if teacher_model is None else validate_teacher(config, teacher_model.to(get_device()))
+    if teacher is not None:
+        check_untrained(teacher, metrics["teacher_validation_loss"])
     checkpoints = directory / CHECKPOINTS
     last = _find_last_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
     trainer = _LinearLossTrainer(
         config, load_model(initial, torch.float32), weights, teacher_model, checkpoints, last is None
     )
-    trainer.add_callback(_Report(config, tracker, best))
+    report = _Report(config, tracker, best)
+    trainer.add_callback(report)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except Diverged as error:
+        report.on_train_end()
+        raise name_last_good(error, config, best.keep_for_later(directory), best.step, best.loss) from error
     seconds = time.perf_counter() - started - trainer.validation_seconds
     step_tokens = config.global_batch_size * config.sequence_length
     steps_done = config.max_steps - (int(last.name.partition("-")[2]) if last else 0)
@@ -128,7 +143,7 @@ class BestModel:
 
     def __init__(self, directory: Path, initial: Path) -> None:
         """Read the state that an earlier attempt left in `directory`."""
-        self._directory, self._initial = directory, initial
+        self._directory, self.initial = directory, initial
         self.step, self.loss = 0, float("inf")
         if (directory / "best.json").is_file():
             best = json.loads((directory / "best.json").read_text())
@@ -151,10 +166,18 @@ class BestModel:
     def write(self, model: Any, step: int, directory: Path) -> None:
         """Write the best model in the dtypes of the initial one; `model` is its state at `step`."""
         if not self.step:
-            copy_model(self._initial, directory)
+            copy_model(self.initial, directory)
             return
         model = model.cpu().eval() if step == self.step else load_model(self._directory, torch.float32)
-        save_derived_model(model, directory, self._initial)
+        save_derived_model(model, directory, self.initial)
+
+    def keep_for_later(self, directory: Path) -> Path:
+        """Keep the best state of the failed work in `directory` as a model, and return its directory."""
+        if not self.step:
+            return self.initial
+        with replace_directory(last_good_path(directory)) as target:
+            save_derived_model(load_model(self._directory, torch.float32), target, self.initial)
+        return last_good_path(directory)
 
 
 class _LinearLossTrainer(Trainer):
@@ -230,7 +253,7 @@ class _LinearLossTrainer(Trainer):
         sequences, micro_batch_size = self._config.validation_sequences, self._config.micro_batch_size
         with _autocast_on_gpu():
             scores = score_models(models, self._validation_set, sequences, micro_batch_size)
-        metrics = {f"validation_{name}": value for name, value in scores["model"].items()}
+        metrics = {f"validation_{name}": value for name, value in scores["model"].items() if value is not None}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.validation_seconds += time.perf_counter() - started
@@ -246,6 +269,7 @@ class _Report(TrainerCallback):
     def __init__(self, config: TrainingConfig, tracker: Tracker, best: BestModel) -> None:
         self._step_tokens = config.global_batch_size * config.sequence_length
         self._tracker, self._best = tracker, best
+        self._vocabulary = read_config(best.initial).vocab_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         total, done = state.max_steps * self._step_tokens, state.global_step * self._step_tokens
@@ -258,6 +282,9 @@ class _Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         numbers = {name: value for name, value in logs.items() if name in LOGGED}
+        if not state.global_step and "validation_loss" in numbers:
+            check_untrained(self._best.initial, numbers["validation_loss"])
+        check_step(state.global_step, numbers, self._vocabulary, self._best.loss)
         self._tracker.log(numbers, state.global_step)
         self._status.report(state.global_step, numbers)
         if "loss" in logs:
@@ -275,8 +302,20 @@ class _Report(TrainerCallback):
         self._status.close()
 
 
+class _OneGpuArguments(TrainingArguments):
+    """Trainer's arguments for one GPU, however many are visible.
+
+    Trainer would multiply the batch by their number, and split it among them by DataParallel, past `compute_loss`.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """The number of GPUs that Trainer uses in this process."""
+        return min(super().n_gpu, 1)
+
+
 def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: bool) -> TrainingArguments:
-    return TrainingArguments(
+    return _OneGpuArguments(
         output_dir=str(checkpoints),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,

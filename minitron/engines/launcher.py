@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minitron.engines.divergence import Diverged
 from minitron.errors import ConfigError, MinitronError, RunError
 
 _PR_SET_PDEATHSIG = 1
@@ -101,6 +102,8 @@ def explain_failure(job: str, log: Path, failure: Path) -> MinitronError:
     entry = json.loads(failure.read_text())
     if entry["kind"] == ConfigError.__name__:
         return ConfigError(entry["message"])
+    if entry["kind"] == Diverged.__name__:
+        return Diverged(entry["message"])
     message = " ".join(entry["message"].split())[:500]
     if "OutOfMemory" in entry["kind"]:
         message += "; lower micro_batch_size, raise tensor_parallel_size, or set gradient_checkpointing"

@@ -1,13 +1,14 @@
 """Scores of models on packed sequences: loss, perplexity, and closeness to a reference model."""
 
-import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from minitron.config.metrics import compute_perplexity
 from minitron.config.stages import TrainingConfig
 from minitron.data.packed import PackedDataset
 from minitron.models.losses import LossWeights, linear_loss
@@ -32,7 +33,7 @@ def score_models(
     micro_batch_size: int,
     reference: PreTrainedModel | None = None,
     description: str = "validation",
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Score models on the first sequences of a split, in one pass: each model runs once per batch.
 
     Args:
@@ -45,7 +46,8 @@ def score_models(
         description: label of the progress bar.
 
     Returns:
-        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity`, and the terms of the reference.
+        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity` (None if it is no finite number),
+        and the terms of the reference.
     """
     weights = LossWeights(cross_entropy=1.0)
     modes = {name: model.training for name, model in models.items()}
@@ -81,9 +83,9 @@ def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[s
     return {"teacher_validation_loss": scores["teacher"]["loss"]}
 
 
-def _make_scores(means: Tensor, with_reference: bool) -> dict[str, float]:
+def _make_scores(means: Tensor, with_reference: bool) -> dict[str, Any]:
     loss, kl, agreement = means.tolist()
-    scores = {"loss": loss, "perplexity": math.exp(loss)}
+    scores: dict[str, Any] = {"loss": loss, "perplexity": compute_perplexity(loss)}
     return scores | {"kl": kl, "top1_agreement": agreement} if with_reference else scores
 
 

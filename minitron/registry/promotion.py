@@ -159,6 +159,11 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
     evaluation = _read_evaluation(client, name, version)
     if evaluation is None:
         raise NotJudged(f"{name} version {version}: its MLflow run has no {EVALUATION}; {_ANEW}")
+    if reason := metrics.find_not_finite(evaluation):
+        raise NotJudged(
+            f"{name} version {version}: {reason} in its {EVALUATION}, so it is not promoted; make it anew by the "
+            "pipeline retrain, at a lower learning_rate"
+        )
     rows = evaluation.get("gates", [])
     today = f"models:/{name}/{champion}" if champion else None
     compared = (evaluation.get(CHAMPION) or {}).get("address")
@@ -168,6 +173,11 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
     if champion is None:
         return gates.judge_student(rows, evaluation, None)
     other = _read_evaluation(client, name, champion)
+    if reason := metrics.find_not_finite(other):
+        raise NotJudged(
+            f"{name} version {version}: {reason} in {EVALUATION} of the champion, version {champion}: nothing can be "
+            f"compared with it; take it back by minitron rollback, then {_ANEW}"
+        )
     test_set = evaluation.get("test_set")
     same_test = test_set is not None and other is not None and other.get("test_set") == test_set
     if other is None or not same_test or metrics.SPEED in measures:  # speeds of two machines do not compare

@@ -15,9 +15,11 @@ from typing import Any
 
 from minitron import METHOD_VERSION
 from minitron.config.fields import EXECUTION
+from minitron.config.metrics import find_not_finite
 from minitron.config.parse import find_marked_fields
 from minitron.config.stages import STAGES, StageConfig
 from minitron.engines import gpus
+from minitron.errors import RunError
 from minitron.runtime import inputs, outputs
 from minitron.runtime.record import run_facts
 from minitron.storage.files import disk_errors, write_atomically
@@ -71,6 +73,7 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
                 record = outputs.commit_result(location, replace=not config.caching)
         else:
             address = result_address(location.remote or str(location.directory), record)
+            _check_finite(stage, record, f"{address}: ")
             print(f"{stage}: result {key[:12]} is already in {address}", flush=True)
     with disk_errors(config.output):
         outputs.publish_output(stage, config, location, record)
@@ -93,6 +96,7 @@ def _make_result(
         disk_errors(result),
     ):
         results = work(local, directory, tracker)
+        _check_finite(identity["stage"], results)
         record = identity | run_facts(config, tracker, started) | results
         record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
         write_atomically(directory / RECORD, record)
@@ -100,6 +104,18 @@ def _make_result(
         record = read_record(result) or record
         tracker.finish(record)
     return record
+
+
+def _check_finite(stage: str, results: dict[str, Any], where: str = "") -> None:
+    """Refuse a result that has a number which is infinite or not a number: later stages would build on it.
+
+    Raises:
+        RunError: there is one; the message names it.
+    """
+    if reason := find_not_finite({name: results.get(name) for name in ("metrics", "history")}):
+        raise RunError(
+            f"{where}no result of {stage}, because {reason}; change its settings, or those of a stage before"
+        )
 
 
 def _compute_key(stage: str, config: StageConfig, stage_inputs: dict[str, inputs.Input]) -> str:

@@ -8,6 +8,7 @@ Writes `evaluation.json`, `lineage.json`, `report.html` and `tensorboard/`. Mode
 import gc
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from minitron.config.metrics import CHAMPION, MODELS, NUMBERS
+from minitron.config.metrics import CHAMPION, MODELS, NUMBERS, find_not_finite
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import IndexedDataset
@@ -27,7 +28,7 @@ from minitron.data.packed import PackedDataset
 from minitron.data.text import write_first_documents
 from minitron.data.tokenizer import load_tokenizer
 from minitron.engines import hf
-from minitron.errors import ConfigError
+from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import count_model_parameters, load_model
 from minitron.models.checks import check_architecture
 from minitron.models.downstream_tasks import load_tasks, score_tasks
@@ -185,6 +186,8 @@ def _measure_models(
     models = {name: _load_model(paths[name]) for name in dict.fromkeys(sources.values())}
     sequences = {name: min(config.evaluation_sequences, len(dataset)) for name, dataset in splits.items()}
     measurements = _score_models(config, splits, models, models[sources["teacher"]])
+    for name in _list_incomparable(paths, measurements):
+        del models[name], sources[name]
     losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
     tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
     tokenizer = load_tokenizer(paths["teacher"])
@@ -199,6 +202,24 @@ def _measure_models(
         "sequences": {"validation": 0, "test": 0} | sequences,
         "prompts": config.prompts,
     }
+
+
+def _list_incomparable(paths: dict[str, Path], measurements: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the champion, with a warning, if one of its numbers is not finite: then nothing can be compared with it.
+
+    Raises:
+        RunError: it is a number of another model.
+    """
+    incomparable = []
+    by_loss = sorted(measurements, key=lambda name: math.isfinite(measurements[name]["validation_loss"]))
+    for name in by_loss:  # a bad teacher spoils the divergence of all others: it is named first
+        if reason := find_not_finite(measurements[name], name):
+            message = f"evaluate: {paths[name]}: {reason}; the weights are damaged, or a training diverged"
+            if name != CHAMPION:
+                raise RunError(f"{message}: make the model again, at a lower learning_rate")
+            print(f"warning: {message}: not compared with the champion", file=sys.stderr, flush=True)
+            incomparable.append(name)
+    return incomparable
 
 
 def _find_equal_models(paths: dict[str, Path]) -> dict[str, str]:

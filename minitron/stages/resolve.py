@@ -4,6 +4,7 @@ The first task of the pipeline `retrain`, without a GPU: `minitron run retrain -
 """
 
 import json
+import math
 from typing import Any
 
 from minitron.config.document import read_plan
@@ -68,10 +69,19 @@ def _find_same_version(versions: list[Any], aliases: dict[int, list[str]], made_
     for version in versions:
         names = aliases.get(int(version.version), [])
         outcome = version.tags.get(GATE_OUTCOME_TAG) or _describe_promotion(version, names)
-        if _read_fingerprint(version) == made_from and outcome:
+        if _read_fingerprint(version) == made_from and outcome and not _describe_bad_loss(version):
             named = f", {' and '.join(names)}," if names else ""
             return f"version {version.version}{named} is made from the same data, teacher and settings; {outcome}"
     return None
+
+
+def _describe_bad_loss(version: Any) -> str | None:
+    """Say that a version has no finite loss, as a training that diverged left it with minitron 0.2; None if it has."""
+    loss = version.tags.get("validation_loss", "")
+    try:
+        return None if math.isfinite(float(loss)) else f"has a validation loss of {loss}"
+    except ValueError:  # "unknown", or a tag of another tool
+        return None
 
 
 def _describe_promotion(version: Any, names: list[str]) -> str | None:
@@ -86,6 +96,8 @@ def _describe_changes(champion: Any, made_from: Fingerprint) -> str:
     before = _read_fingerprint(champion)
     if before is None:
         return f"the champion (version {champion.version}) has no record of its inputs"
+    if bad := _describe_bad_loss(champion):
+        return f"the champion (version {champion.version}) {bad}"
     changed = [name for name, value in made_from.items() if before.get(name) != value]
     return f"changed since the champion (version {champion.version}): {', '.join(changed)}"
 

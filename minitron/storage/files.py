@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minitron.config.metrics import find_not_finite
 from minitron.errors import MinitronError, RunError
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -59,10 +60,19 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that no reader sees half of the file."""
+    """Write JSON so that no reader sees half of the file.
+
+    Raises:
+        RunError: a number is infinite or not a number, for which JSON has no word.
+    """
+    try:
+        text = json.dumps(content, indent=2, default=_to_json_value, allow_nan=False)
+    except ValueError as error:
+        reason = find_not_finite(content) or error
+        raise RunError(f"{path}: not written, because {reason}; find out where that number comes from") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=_to_json_value))
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -62,6 +62,14 @@ def partial_directory(output: Path, key: str) -> Iterator[Path]:
             raise
 
 
+def last_good_path(directory: Path) -> Path:
+    """Return the directory for the last good state of a failed work in progress, beside the result.
+
+    It is a model, but never a result: it has no record. No later attempt deletes it, whatever its settings.
+    """
+    return directory.with_name(f"{directory.name.removesuffix('.partial')}.last-good")
+
+
 def download_then_publish(output: Path, identity: str, fetch: Callable[[Path], None]) -> None:
     """Fill a directory and publish it in one rename.
 

@@ -168,3 +168,14 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
     ]  # fmt: skip
     assert len(ended) == 1 and ended[0].info.status == "FAILED"
     assert training_lock._describe_active_run(client, ended[0].info.run_id) is None
+
+
+def test_a_training_that_diverges_is_told_and_does_not_stand_in_the_way(first: Run, directory: Path) -> None:
+    """Not even of the same training in the next night."""
+    before = aliases(directory)
+    for _ in range(2):
+        run = retrain(directory, "finetune.learning_rate=1e38")
+        assert run.status == 1 and "error: finetune: the training diverged at step 2: loss is nan; " in run.output
+        assert "makes the same already" not in run.output and run.aliases == before
+        page = (directory / "report.html").read_text()
+        assert "Retraining: failed" in page and "lower learning_rate (1e+38)" in page

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,11 @@ from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.data.packed import open_training_data
 from minitron.data.tokenizer import load_tokenizer
+from minitron.engines.divergence import Diverged
+from minitron.engines.nemo import engine as nemo_engine
+from minitron.engines.nemo.progress import Progress
+from minitron.errors import RunError
+from minitron.models.checkpoint import load_model, save_model
 from tests.nemo.nemo_support import (
     DISTILLATION,
     TRAINING,
@@ -203,9 +209,46 @@ def _wait_until_no_worker_is_left(work: Path) -> None:
     raise AssertionError("workers outlive their parent")
 
 
-def test_a_failing_worker_is_one_line(wide: Path, dataset: Path, tmp_path: Path) -> None:
-    from minitron.errors import RunError
+def test_a_loss_far_above_guessing_is_a_divergence(teacher: Path, dataset: Path, tmp_path: Path) -> None:
+    """At the step, and with the message, of engine hf."""
+    messages = set()
+    for engine in ("hf", "nemo"):
+        with pytest.raises(RunError, match=r"^the training diverged at step [1-3]: cross_entropy is ") as caught:
+            run_finetune(tmp_path / engine, dataset, teacher, engine=engine, learning_rate=3.0, min_learning_rate=3.0)
+        messages.add(re.sub(r"\d+\.\d+", "N", str(caught.value)))
+        assert not (tmp_path / engine).exists()
+    assert len(messages) == 1 and f"the untrained model (validation loss N), is in {teacher}" in messages.pop()
 
+
+def test_a_model_whose_loss_is_not_a_number_is_refused_before_step_1(wide: Path, dataset: Path, tmp_path: Path) -> None:
+    model = load_model(wide)
+    model.model.norm.weight.data[3] = float("nan")
+    save_model(model, tmp_path / "broken", tokenizer_from=wide)
+    with pytest.raises(RunError, match=f"^{tmp_path / 'broken'}: its validation loss is nan before any training; "):
+        run_finetune(tmp_path / "out", dataset, tmp_path / "broken", engine="nemo")
+
+
+def test_a_training_that_diverges_keeps_its_last_good_state(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers train; that the numbers after the second validation were bad is made up."""
+
+    class BadAfterValidation(Progress):
+        def __call__(self) -> None:
+            super().__call__()
+            best = self._path.parent / "best" / "best.json"
+            if best.is_file() and json.loads(best.read_text())["step"]:
+                raise Diverged("the training diverged at step 5: loss is nan")
+
+    monkeypatch.setattr(nemo_engine, "Progress", BadAfterValidation)
+    output = tmp_path / "out"
+    with pytest.raises(RunError, match=rf"the last good state, step \d+ \(.*\), is in {output}\.last-good; lower"):
+        run_finetune(output, dataset, teacher, engine="nemo", max_steps=400)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "out.last-good")
+    assert kept.config.num_hidden_layers == 4 and not output.exists()
+
+
+def test_a_failing_worker_is_one_line(wide: Path, dataset: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     import shutil
 

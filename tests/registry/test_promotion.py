@@ -341,3 +341,22 @@ def _expected(directory: Path) -> list[str]:
     tokens = tokenizer("hello there", return_tensors="pt", return_token_type_ids=False)
     found = model.generate(**tokens, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return [tokenizer.decode(found[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+def test_a_version_whose_loss_is_not_a_number_is_not_promoted(mlflow_file: str, name: str) -> None:
+    """And the pipeline retrain may make it again: it was not judged."""
+    register_versions(mlflow_file, name, make_evaluation(float("nan")))
+    with pytest.raises(
+        NotJudged, match=r"version 1: student.validation_loss is nan in its evaluation.json, so it is not"
+    ):
+        promote(mlflow_file, name)
+    assert "champion" not in read_aliases(mlflow_file, name)
+
+
+def test_a_champion_whose_loss_is_not_a_number_is_named(mlflow_file: str, name: str) -> None:
+    """An earlier version of this package made it the champion."""
+    nan = make_evaluation(float("nan"))
+    register_versions(mlflow_file, name, nan, make_evaluation(1.0, against="champion"))
+    connect(mlflow_file).set_registered_model_alias(name, "champion", "1")
+    with pytest.raises(NotJudged, match=r"is nan in evaluation.json of the champion, version 1: nothing .* rollback"):
+        promote(mlflow_file, name)

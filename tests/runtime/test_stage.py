@@ -466,3 +466,24 @@ def test_a_task_whose_result_is_there_imports_no_torch(inputs: dict[str, Path], 
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == loaded
         assert (tmp_path / output / "stage.json").is_file()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), torch.tensor(float("nan"))])
+def test_a_number_that_is_not_finite_is_no_result(make: Callable[..., PrepareConfig], number: Any) -> None:
+    config = make()
+    results = {"metrics": {"words": 3}, "history": [{"step": 1, "loss": number}]}
+    with pytest.raises(RunError, match=r"history\[0\]\.loss is (nan|inf)|not JSON compliant: nan") as caught:
+        stage.run(config, lambda *_: results)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    assert not config.output.exists()
+
+
+def test_an_earlier_result_with_such_a_number_is_not_reused(make: Callable[..., PrepareConfig], work: Counting) -> None:
+    """Version 0.2 wrote them."""
+    config = make()
+    record = stage.run(config, work)
+    (config.output / "stage.json").write_text(json.dumps(record | {"metrics": {"words": float("nan")}}))
+    with pytest.raises(
+        RunError, match=r"out: no result of prepare, because metrics\.words is nan; change its settings"
+    ):
+        stage.run(config, work)

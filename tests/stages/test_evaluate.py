@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -528,3 +529,27 @@ def test_a_gate_on_what_a_task_does_not_measure_ends_the_stage(job: dict[str, An
     with pytest.raises(ConfigError, match=f"{TASK}_accuracy is not measured; give one of {TASK}_acc, {TASK}_acc_"):
         evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"gates": gates}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["teacher", "student", "champion"])
+def test_a_model_whose_loss_is_not_a_number_is_not_measured(
+    place: str, job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A champion is left out, so that gates against it are not met; any other ends the stage, which names it."""
+    broken = save_llama(job["teacher"], tmp_path / "broken", 2, seed=4)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    gates = [{"metric": "validation_loss", "against": "champion", "at_most": 0.0}]
+    values = job | {"output": tmp_path / "out", "tasks": [], "task_directory": None, "gates": gates}
+    config = EvaluateConfig(**values | {place: str(broken) if place == "champion" else broken})
+    message = f"evaluate: {broken}: {place}.validation_loss is nan; the weights are damaged, or a training diverged"
+    if place == "champion":
+        evaluate.run(config)
+        assert f"warning: {message}: not compared with the champion" in capsys.readouterr().err
+        found = json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=pytest.fail)
+        assert found["gates"][0]["outcome"] == "not measured" and found["passed"] is False
+    else:
+        with pytest.raises(RunError, match=f"^{message}: make the model again, at a lower learning_rate$") as caught:
+            evaluate.run(config)
+        assert caught.value.exit_status == 1 and not (tmp_path / "out").exists()

@@ -134,3 +134,13 @@ def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
 def test_a_tag_of_another_tool_is_no_origin(ask: Ask, mlflow_file: str, tmp_path: Path, tag: str) -> None:
     register_version(mlflow_file, tmp_path.name, "champion", {fingerprint.TAG: tag})
     assert ask()["reason"] == "the champion (version 1) has no record of its inputs"
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_version_with_a_loss_that_is_not_finite_is_made_again(
+    ask: Ask, mlflow_file: str, tmp_path: Path, loss: str
+) -> None:
+    tags = {fingerprint.TAG: json.dumps(ask(model_name="other")["made_from"]), "validation_loss": loss}
+    register_version(mlflow_file, tmp_path.name, "champion", tags | {GATE_OUTCOME_TAG: "no gates were declared"})
+    found = ask()
+    assert found["train"] and found["reason"] == f"the champion (version 1) has a validation loss of {loss}"

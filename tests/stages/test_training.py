@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
+from minitron.engines import hf
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score_models
@@ -97,11 +98,83 @@ def test_the_recorded_loss_is_the_loss_of_the_saved_model(corrected: Path, datas
 
 
 def test_finetune_keeps_the_base_model_when_it_gets_worse(corrected: Path, dataset: Path, tmp_path: Path) -> None:
-    settings = SHORT | {"learning_rate": 3.0, "min_learning_rate": 3.0}
+    settings = SHORT | {"learning_rate": 0.1, "min_learning_rate": 0.1}
     record = finetune.run(FinetuneConfig(teacher=str(corrected), dataset=dataset, output=tmp_path / "kept", **settings))
     assert record["metrics"]["corrected"] == 0 and record["metrics"]["best_step"] == 0
     assert record["metrics"]["validation_loss"] == record["metrics"]["validation_loss_before"]
     assert_same_weights(tmp_path / "kept", corrected)
+
+
+@pytest.fixture(scope="module")
+def broken(corrected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corrected teacher with one weight that is not a number."""
+    model = load_model(corrected)
+    model.model.norm.weight.data[3] = float("nan")
+    output = tmp_path_factory.mktemp("broken") / "broken"
+    save_model(model, output, tokenizer_from=corrected)
+    return output
+
+
+def test_a_training_that_diverges_ends_and_keeps_its_last_good_state(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step, the value, the last good state and the remedy are named; another setting does not lose the state."""
+    compute_loss = hf._LinearLossTrainer.compute_loss
+
+    def compute_nan_after_step_4(trainer: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        loss = compute_loss(trainer, *arguments, **named)
+        return loss * float("nan") if trainer.state.global_step == 4 else loss
+
+    with monkeypatch.context() as patch, pytest.raises(RunError) as caught:
+        patch.setattr(hf._LinearLossTrainer, "compute_loss", compute_nan_after_step_4)
+        distill.run(DistillConfig(**job))
+    kept = tmp_path / "student.last-good"
+    assert str(caught.value).startswith("the training diverged at step 5: loss is nan; the last good state, step 3 (")
+    assert str(caught.value).endswith(
+        f"), is in {kept}; lower learning_rate (0.003), or raise warmup_steps (2) or global_batch_size (8)"
+    )
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    assert not job["output"].exists() and not (kept / "stage.json").exists()
+    before = content_hash(kept)
+    assert AutoModelForCausalLM.from_pretrained(kept).config.num_hidden_layers == 2
+    distill.run(DistillConfig(**job | {"learning_rate": 1e-3, "max_steps": 2}))
+    assert content_hash(kept) == before
+
+
+@pytest.mark.parametrize("learning_rate", [3.0, 1e38])
+def test_a_loss_far_above_guessing_is_a_divergence(job: dict[str, Any], learning_rate: float, tmp_path: Path) -> None:
+    """And no later than after the step at fault; the untrained student needs no copy."""
+    rates = {"learning_rate": learning_rate, "min_learning_rate": learning_rate}
+    with pytest.raises(RunError, match=r"^the training diverged at step [1-3]: ") as caught:
+        distill.run(DistillConfig(**job | rates))
+    assert "the last good state, the untrained model (validation loss " in str(caught.value)
+    assert f"is in {job['student']}; lower learning_rate ({learning_rate:g})" in str(caught.value)
+    assert not job["output"].exists() and not (tmp_path / "student.last-good").exists()
+
+
+@pytest.mark.parametrize("place", ["base model", "teacher", "student"])
+def test_a_model_whose_loss_is_not_a_number_is_refused_before_step_1(
+    job: dict[str, Any], broken: Path, dataset: Path, tmp_path: Path, place: str
+) -> None:
+    with pytest.raises(RunError, match=f"^{broken}: its validation loss is nan before any training; ") as caught:
+        if place == "base model":
+            finetune.run(FinetuneConfig(teacher=str(broken), dataset=dataset, output=tmp_path / "out", **SHORT))
+        else:
+            distill.run(DistillConfig(**job | {place: broken}))
+    assert caught.value.exit_status == 1
+    assert not list(tmp_path.glob("*.last-good")) and not (tmp_path / "out").exists()
+
+
+def test_a_loss_too_high_for_a_perplexity_is_trained(corrected: Path, dataset: Path, tmp_path: Path) -> None:
+    """exp(710) is more than a float holds: the loss is there, the perplexity is left out."""
+    model = load_model(corrected)
+    model.lm_head.weight.data *= 5000
+    save_model(model, tmp_path / "loud", tokenizer_from=corrected)
+    config = FinetuneConfig(teacher=str(tmp_path / "loud"), dataset=dataset, output=tmp_path / "out", **SHORT)
+    record = finetune.run(config)
+    validations = [row for row in record["history"] if "validation_loss" in row]
+    assert validations[0]["validation_loss"] > 710 and "validation_perplexity" not in validations[0]
+    json.loads((tmp_path / "out" / "stage.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_finetune_switched_off_passes_the_base_model_on(teacher: Path, dataset: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import math
 import resource
 import shutil
 import time
@@ -18,10 +17,13 @@ from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor
 
+from minitron.config.metrics import compute_perplexity
 from minitron.config.stages import DistillConfig
+from minitron.engines.divergence import check_step, check_untrained
 from minitron.engines.hf import get_device
 from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, parse_step
 from minitron.engines.trainer_status import TrainerStatus
+from minitron.models.checkpoint import read_config
 from minitron.models.losses import LossWeights
 
 LOSS_TERMS = ("kl", "cross_entropy", "intermediate")
@@ -78,9 +80,10 @@ class Course(pl.Callback):
     checkpoint intervals both equal the number of steps.
     """
 
-    def __init__(self, config: Any, work: Path, sequences: int, balancer: Balancer, step: int) -> None:
-        """Go on after `step`; validate on `sequences` sequences."""
+    def __init__(self, config: Any, work: Path, initial: Path, sequences: int, balancer: Balancer, step: int) -> None:
+        """Go on after `step`; validate on `sequences` sequences; `initial` is the untrained model."""
         self._config, self._work, self._balancer = config, work, balancer
+        self._initial, self._vocabulary = initial, read_config(initial).vocab_size
         self._sequences, self._first_step = sequences, step
         self._best = float("inf")
         self._sum, self._validated = 0.0, 0
@@ -167,8 +170,13 @@ class Course(pl.Callback):
         return row | ({"grad_norm": metrics["grad_norm"].item()} if "grad_norm" in metrics else {})
 
     def _write_row(self, trainer: Any, row: dict[str, Any]) -> None:
+        """Append a row to the history, unless it says that the training diverged; then the worker ends here."""
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        if not row["step"]:
+            check_untrained(self._initial, row["validation_loss"])
+        check_step(row["step"], numbers, self._vocabulary, self._best)
         if trainer.is_global_zero:
-            self._status.report(row["step"], {name: value for name, value in row.items() if name != "step"})
+            self._status.report(row["step"], numbers)
             with (self._work / HISTORY).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
 
@@ -181,7 +189,8 @@ class Course(pl.Callback):
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first
         loss = self._sum / self._sequences
-        self._write_row(trainer, {"step": step, "validation_loss": loss, "validation_perplexity": math.exp(loss)})
+        row, perplexity = {"step": step, "validation_loss": loss}, compute_perplexity(loss)
+        self._write_row(trainer, row if perplexity is None else row | {"validation_perplexity": perplexity})
         if loss < self._best:
             self._best = loss
             self._save_checkpoint(trainer, self._work / BEST, weights_only=True, note={"step": step, "loss": loss})

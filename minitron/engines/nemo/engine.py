@@ -16,6 +16,7 @@ import torch
 
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
+from minitron.engines.divergence import Diverged, check_untrained, name_last_good
 from minitron.engines.launcher import launch
 from minitron.engines.nemo.checks import (
     check_convertible,
@@ -33,7 +34,8 @@ from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
 from minitron.models.scoring import validate_teacher
 from minitron.models.surgery import Plan, Shape, choose_plan
-from minitron.storage.staging import CHECKPOINTS, KEY
+from minitron.storage.files import replace_directory
+from minitron.storage.staging import CHECKPOINTS, KEY, last_good_path
 from minitron.tracking.stage_run import Tracker
 
 WORKER = "minitron.engines.nemo.worker"
@@ -64,22 +66,39 @@ def train(
     if config.num_nodes > 1:
         check_shared(config, [config.dataset, *models])
     metrics: dict[str, Any] = {} if teacher is None else _score_teacher_near_gpus(config, teacher, work)
+    if teacher is not None:
+        check_untrained(teacher, metrics["teacher_validation_loss"])
     _import_models(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
+    job["model"] = str(initial)
     if not (work / FINISHED).is_file():  # else an earlier attempt was killed while it exported
         forget_lost_steps(work)
-        with Progress(config, work, tracker) as progress:
-            if config.num_nodes == 1:
-                _run_job(job, work, count_workers(config), progress)
-            else:
-                _run_job_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
+        try:
+            with Progress(config, work, tracker) as progress:
+                if config.num_nodes == 1:
+                    _run_job(job, work, count_workers(config), progress)
+                else:
+                    _run_job_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
+        except Diverged as error:
+            raise _keep_last_good(error, config, work, initial, directory) from error
     best = json.loads((work / BEST / "best.json").read_text())
     if best["step"]:
-        _export_model(work / BEST, initial, directory)
+        _export_model(work, work / BEST, initial, directory)
     else:
         copy_model(initial, directory)
     return _read_result(config, work, best, metrics)
+
+
+def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial: Path, directory: Path) -> Diverged:
+    """Keep the best state of a training that diverged as a model; return the error that names it."""
+    best = json.loads((work / BEST / "best.json").read_text())
+    path = initial
+    if best["step"]:
+        path = last_good_path(directory)
+        with replace_directory(path) as target:
+            _export_model(work, work / BEST, initial, target)
+    return name_last_good(error, config, path, best["step"], best["loss"])
 
 
 def _read_result(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +154,7 @@ def _prune_to(config: PruneConfig, sizes: dict[str, int], teacher_config: Any, d
     work.mkdir(exist_ok=True)
     _import_models({"teacher": config.teacher}, work)
     _run_job({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
-    _export_model(work / "pruned", config.teacher, directory)
+    _export_model(work, work / "pruned", config.teacher, directory)
     return None if config.drop_layers else _read_importance(work / SCORES, teacher_config)
 
 
@@ -204,9 +223,8 @@ def _import_models(models: dict[str, Path], work: Path) -> None:
         _run_job({"job": "import", "models": missing}, work)
 
 
-def _export_model(checkpoint: Path, like: Path, directory: Path) -> None:
+def _export_model(work: Path, checkpoint: Path, like: Path, directory: Path) -> None:
     """Write a NeMo checkpoint as a Hugging Face directory that has all but weights and sizes from the model `like`."""
-    work = directory / CHECKPOINTS
     exported = work / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     exports = [{"checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}]

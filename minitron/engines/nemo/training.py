@@ -31,8 +31,8 @@ from minitron.models.losses import LossWeights
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 
-def train(config: Any, weights: LossWeights, work: Path) -> None:
-    """Fine-tune or distil the model in `<work>/student`, from the last checkpoint if there is one."""
+def train(config: Any, weights: LossWeights, work: Path, initial: Path) -> None:
+    """Fine-tune or distil `<work>/student`, made of the model `initial`, from the last checkpoint if there is one."""
     train_set, validation_set = open_training_data(config)
     sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
     validations = math.ceil(sequences / batch)
@@ -40,7 +40,8 @@ def train(config: Any, weights: LossWeights, work: Path) -> None:
     trainer = _make_trainer(config, validations)
     balancer = Balancer(weights)
     last = find_last_checkpoint(work)
-    trainer.callbacks.append(Course(config, work, sequences, balancer, 0 if last is None else parse_step(last)))
+    first_step = 0 if last is None else parse_step(last)
+    trainer.callbacks.append(Course(config, work, initial, sequences, balancer, first_step))
     if last:
         trainer.ckpt_path = last / "weights"
     common: dict[str, Any] = {
@@ -139,7 +140,7 @@ def _make_trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
         pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,  # Course ends a training that diverged, and names the step
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=on_gpu,
             overlap_param_gather=on_gpu,

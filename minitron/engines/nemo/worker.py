@@ -138,7 +138,7 @@ def train(job: dict[str, Any], work: Path) -> None:
 
     if os.environ["RANK"] == "0":  # Kueue may have stopped these workers after a step that is done again
         forget_lost_steps(work)
-    training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work)
+    training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work, Path(job["model"]))
 
 
 def score_teacher_job(job: dict[str, Any], work: Path) -> None:
