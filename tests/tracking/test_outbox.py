@@ -227,7 +227,7 @@ def test_a_batch_whose_answer_was_lost_arrives_once(
 ) -> None:
     def work(config: StageConfig, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
         for step in range(10):
-            tracker.log({"loss": 1.0, "nan": float("nan")}, step)
+            tracker.log({"loss": 1.0, "large": 1e308}, step)
         wait_until(lambda: handler.lost == 2)
         return {"metrics": {}}
 
@@ -238,7 +238,7 @@ def test_a_batch_whose_answer_was_lost_arrives_once(
         forwarder.shutdown()
     run = _runs(server.uri, tmp_path.name)["one"]
     assert [step for step, _, _ in _points(server.uri, run)] == list(range(10)) and handler.lost == 2
-    assert len(connect(server.uri).get_metric_history(run.info.run_id, "nan")) == 10
+    assert len(connect(server.uri).get_metric_history(run.info.run_id, "large")) == 10
     assert run.info.status == "FINISHED" and not _left(tmp_path)
 
 
