@@ -126,6 +126,8 @@ def test_intermediate_layers_are_matched_too(
 def test_distillation_gives_the_curve_of_engine_hf(distilled: dict[str, dict[str, Any]]) -> None:
     expected, actual = distilled["hf"], distilled["nemo"]
     first = [next(row for row in record["history"] if "loss" in row) for record in (actual, expected)]
+    assert first[1].keys() - first[0].keys() == {"teacher_loss", "top1_agreement"}, "README says what differs"
+    assert first[0].keys() <= first[1].keys()
     for term in ("loss", "kl", "cross_entropy"):
         assert first[0][term] == pytest.approx(first[1][term], rel=1e-3), term
     for name, values in curves(expected).items():
@@ -210,13 +212,14 @@ def _wait_until_no_worker_is_left(work: Path) -> None:
 
 
 def test_a_loss_far_above_guessing_is_a_divergence(teacher: Path, dataset: Path, tmp_path: Path) -> None:
-    """At the step, and with the message, of engine hf."""
+    """At the step, and with the message, of engine hf; in two processes, of which one has the loss, too."""
     messages = set()
-    for engine in ("hf", "nemo"):
+    rates = {"learning_rate": 3.0, "min_learning_rate": 3.0}
+    for settings in ({"engine": "hf"}, {"engine": "nemo"}, {"engine": "nemo", "pipeline_parallel_size": 2}):
         with pytest.raises(RunError, match=r"^the training diverged at step [1-3]: cross_entropy is ") as caught:
-            run_finetune(tmp_path / engine, dataset, teacher, engine=engine, learning_rate=3.0, min_learning_rate=3.0)
+            run_finetune(tmp_path / "out", dataset, teacher, **rates | settings)
         messages.add(re.sub(r"\d+\.\d+", "N", str(caught.value)))
-        assert not (tmp_path / engine).exists()
+        assert not (tmp_path / "out").exists()
     assert len(messages) == 1 and f"the untrained model (validation loss N), is in {teacher}" in messages.pop()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minitron.config.metrics import compute_perplexity
 from minitron.config.stages import DistillConfig
-from minitron.engines.divergence import check_step, check_untrained
+from minitron.engines.divergence import Diverged, check_step, check_untrained
 from minitron.engines.hf import get_device
 from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, parse_step
 from minitron.engines.trainer_status import TrainerStatus
@@ -174,11 +174,30 @@ class Course(pl.Callback):
         numbers = {name: value for name, value in row.items() if name != "step"}
         if not row["step"]:
             check_untrained(self._initial, row["validation_loss"])
-        check_step(row["step"], numbers, self._vocabulary, self._best)
+        self._check_row(trainer, row["step"], numbers)
         if trainer.is_global_zero:
             self._status.report(row["step"], numbers)
             with (self._work / HISTORY).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+
+    def _check_row(self, trainer: Any, step: int, numbers: dict[str, Any]) -> None:
+        """End this worker if the training diverged, once the best state is on disk; all processes call this.
+
+        Not every pipeline stage has the loss: those without it wait for their end, so that the message is of one that
+        has it.
+        """
+        error = None
+        try:
+            check_step(step, numbers, self._vocabulary, self._best)
+        except Diverged as found:
+            error = found
+        diverged = torch.tensor(float(error is not None), device=get_device())
+        torch.distributed.all_reduce(diverged, op=torch.distributed.ReduceOp.MAX)
+        if diverged.item():
+            _finish_saving(trainer)
+            if error:
+                raise error
+            torch.distributed.barrier()
 
     def _validate_model(self, trainer: Any, step: int) -> None:
         """Run Lightning's validation loop, as Lightning does between two steps; keep the state if it is the best."""
