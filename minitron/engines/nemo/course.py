@@ -23,7 +23,7 @@ from minitron.engines.divergence import Diverged, check_step, check_untrained
 from minitron.engines.hf import get_device
 from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, parse_step
 from minitron.engines.trainer_status import TrainerStatus
-from minitron.models.checkpoint import read_config
+from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights
 
 LOSS_TERMS = ("kl", "cross_entropy", "intermediate")
