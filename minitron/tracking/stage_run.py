@@ -13,6 +13,8 @@ import hashlib
 import json
 import math
 import os
+import posixpath
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -50,6 +52,7 @@ earlier process is ignored."""
 
 # MLflow's limits: characters of a parameter and of a tag, parameters per request.
 _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL = 6000, 5000, 100
+_METRIC_LENGTH = 250
 
 
 class Tracker:
@@ -247,8 +250,32 @@ def _send_or_drop(client: "MlflowClient", message: Message, attempt: str | None 
             client.get_run(message["run"])  # the server answers: its artifact store fails
         elif not is_refusal(error):
             raise
+        elif len({name for name, *_ in message.get("points", [])}) > 1:
+            _send_apart(client, message, attempt)
+            return
         kind = next(name for name in message if name != "run")
-        print(f"warning: MLflow: run {message['run']}: {kind} dropped: {error_reason(error)}", file=sys.stderr)
+        what = f"metric {message['points'][0][0]}" if kind == "points" and message["points"] else kind
+        print(f"warning: MLflow: run {message['run']}: {what} dropped: {error_reason(error)}", file=sys.stderr)
+
+
+def _send_apart(client: "MlflowClient", message: Message, attempt: str | None) -> None:
+    """Send a refused batch of points metric by metric, so that only the refused metric is lost."""
+    points: dict[str, list[Any]] = {}
+    for point in message["points"]:
+        points.setdefault(point[0], []).append(point)
+    for group in points.values():
+        _send_or_drop(client, message | {"points": group}, attempt)
+
+
+def make_metric_name(name: str) -> str:
+    """Return a metric's name as MLflow takes it: lm-eval's pass@1 is pass_at_1, other characters become underscores.
+
+    MLflow takes letters, digits, and _ . - / : and spaces, at most 250 in all; a name is also a path.
+    """
+    valid = re.sub(r"[^/\w.\- :]", "_", name.replace("@", "_at_"))[:_METRIC_LENGTH]
+    if posixpath.normpath(valid) != valid or valid.startswith(("/", "..")) or valid == ".":
+        return valid.replace("/", "_").strip(".") or "_"
+    return valid
 
 
 def _make_request(client: "MlflowClient", message: Message, attempt: str | None) -> None:
@@ -257,7 +284,7 @@ def _make_request(client: "MlflowClient", message: Message, attempt: str | None)
     run = message["run"]
     match message:
         case {"points": points}:
-            metrics = [Metric(*point) for point in points]
+            metrics = [Metric(make_metric_name(name), *point) for name, *point in points]
             sign = RunTag(ALIVE_TAG, str(max(metric.timestamp for metric in metrics) / 1000))
             client.log_batch(run, metrics=metrics, tags=[sign])
         case {"file": name, "text": text}:
