@@ -56,7 +56,11 @@ def gates_table(gates: list[dict[str, Any]]) -> Table:
     table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
     for gate in map(render_gate, gates):
         table.add_row(
-            gate["label"], gate["found"], gate["threshold"], gate["margin"], f"{gate['mark']} {gate['outcome']}"
+            gate["label"],
+            f"{gate['found']} {gate['interval']}".strip(),
+            gate["threshold"],
+            gate["margin"],
+            f"{gate['mark']} {gate['outcome']}",
         )
     return table
 

@@ -15,12 +15,16 @@ from minitron.config.metrics import NUMBERS
 
 
 class Gate(BaseModel):
-    """A bound on a number of the student, or on its difference from or ratio to another model's."""
+    """A bound on a number of the student, or on its difference from or ratio to another model's.
+
+    `teacher_before` is the teacher that you give, `teacher` the corrected one. The champion changes with every
+    promotion: only a bound against a teacher limits what a chain of promotions loses.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
-    against: Literal["teacher", "champion"] | None = None
+    against: Literal["teacher_before", "teacher", "champion"] | None = None
     by: Literal["difference", "ratio"] | None = None
     at_most: FiniteFloat | None = None
     at_least: FiniteFloat | None = None
@@ -37,7 +41,9 @@ class Gate(BaseModel):
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"gate on {self.metric}: needs one bound; give either at_most or at_least")
         if self.by and not self.against:
-            raise ValueError(f"gate on {self.metric}: by={self.by} needs `against` (teacher or champion)")
+            raise ValueError(
+                f"gate on {self.metric}: by={self.by} needs `against` (teacher_before, teacher or champion)"
+            )
         return self
 
     @model_serializer(mode="wrap")

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-SPEED = "generation_tokens_per_second"
+SPEED, BATCH_SPEED = "generation_tokens_per_second", "batch_generation_tokens_per_second"
+SPEEDS = (SPEED, BATCH_SPEED)
+SPEED_BATCH = 8
+"""Texts that a model continues at a time where BATCH_SPEED is measured."""
 
-NUMBERS = (
-    "parameters", "weights_mb", SPEED, "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl",
-    "top1_agreement",
-)  # fmt: skip
+COSTS = ("parameters", "weights_mb", *SPEEDS)
+"""Metrics of what a model costs; all others, those of tasks too, are of its quality."""
+
+NUMBERS = (*COSTS, "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl", "top1_agreement")
 """Metrics of every model; downstream tasks add theirs, such as `arc_easy_acc`."""
 
 MODELS = {
@@ -32,7 +35,15 @@ MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
     # better direction (-1: less is better)
     ("parameters", "Parameters", "", "count", "relative", -1),
     ("weights_mb", "Weights", "", "megabytes", "relative", -1),
-    ("generation_tokens_per_second", "Generation speed", "tokens per second", "decimal", "relative", 1),
+    (SPEED, "Generation speed", "tokens per second, one text at a time", "decimal", "relative", 1),
+    (
+        BATCH_SPEED,
+        "Generation speed in batches",
+        f"tokens per second, {SPEED_BATCH} texts at a time",
+        "decimal",
+        "relative",
+        1,
+    ),
     ("validation_loss", "Validation loss", "nats per token", "loss", "loss", -1),
     ("test_loss", "Test loss", "nats per token", "loss", "loss", -1),
     ("out_of_domain_loss", "Out-of-domain loss", "nats per token, on other text", "loss", "loss", -1),
@@ -42,6 +53,11 @@ MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
 )
 
 TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalized"}
+
+ITEMS_OF = {"perplexity": "validation_loss"}
+"""Metrics that are computed from another one's sequences: the perplexity is e to the power of the mean loss."""
+
+Interval = tuple[float, float]
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
@@ -79,6 +95,11 @@ def compute_perplexity(loss: float) -> float | None:
         return parse_number(math.exp(loss))
     except OverflowError:
         return None
+
+
+def contains(interval: Interval | None, value: float) -> bool:
+    """Say whether an interval contains a value; False without an interval."""
+    return interval is not None and interval[0] <= value <= interval[1]
 
 
 def parse_percent(value: Any) -> float | None:

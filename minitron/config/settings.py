@@ -9,7 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from minitron.config.fields import (
     EXECUTION,
@@ -251,6 +259,17 @@ class EvaluateSettings(SequenceSettings):
         None, description="Directory of local lm-eval task files."
     )
     task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all.")
+    num_fewshot: NonNegativeInt | dict[str, NonNegativeInt] | None = Field(
+        None,
+        description="Solved examples before each question: a number for all tasks, or one per task, such as "
+        "{mmlu: 5, arc_challenge: 25}; none: each task's own.",
+        exclude_if=lambda value: value is None,  # a key that 0.1.0 gave stays
+    )
+    unsafe_tasks: list[str] = Field(
+        [],
+        description="Tasks that may run the code that a model writes, such as humaneval; without it they are refused.",
+        exclude_if=lambda value: not value,
+    )
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         ["The history of the city began", "In physics, energy is"],
         min_length=1,
@@ -277,6 +296,18 @@ class EvaluateSettings(SequenceSettings):
     @model_validator(mode="after")
     def _check_gates(self) -> "EvaluateSettings":
         check_gates(self.gates, self.tasks, self.out_of_domain is not None)
+        return self
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> "EvaluateSettings":
+        shots = self.num_fewshot if isinstance(self.num_fewshot, dict) else {}
+        for setting, names in (("num_fewshot", [*shots]), ("unsafe_tasks", self.unsafe_tasks)):
+            for name in names:
+                if name not in self.tasks:
+                    raise ValueError(
+                        f"{setting}: {name} is not in evaluate.tasks ({', '.join(self.tasks) or 'none'}); correct or "
+                        "remove it"
+                    )
         return self
 
 

@@ -51,7 +51,8 @@ def load_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
         directory: gets the temporary files.
 
     Raises:
-        ConfigError: a task is unknown, or the files of a local task cannot be used.
+        ConfigError: a task is unknown, or runs code that models write without being named in `unsafe_tasks`, or has no
+            examples for `num_fewshot`; or the files of a local task cannot be used.
         RunError: the data of a task in lm-eval's catalogue cannot be fetched.
     """
     if not config.tasks:
@@ -83,13 +84,23 @@ def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -
     """Load the tasks; file names in them are relative to `directory`."""
     if unknown := [name for name in config.tasks if name not in manager.all_tasks]:
         raise ConfigError(_explain_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
+    for name in config.tasks:  # before they are loaded, since that runs code of theirs
+        entry = manager.task_index[name]
+        tagged = [manager.task_index[part] for part in entry.tags if part in manager.task_index]
+        _check_code(config, name, any((each.cfg or {}).get("unsafe_code") for each in (entry, *tagged)))
     _silence_lm_eval()
     try:
         with chdir(directory), redirect_stderr(io.StringIO()):
-            tasks = manager.load(config.tasks)
+            parts = {name: manager.load([name]) for name in config.tasks}
+            for name, part in parts.items():
+                for task in part["tasks"].values():
+                    _configure_task(config, name, task)
+            tasks = _merge_tasks(parts)
+            _seed_examples(tasks, config.seed)
             for task in tasks["tasks"].values():
-                task.set_fewshot_seed(config.seed)
                 task.build_all_requests(limit=1, rank=0, world_size=1)  # fails when templates do not fit the data
+    except ConfigError:
+        raise
     except Exception as error:  # a task file can name anything
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -100,6 +111,63 @@ def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -
             raise RunError(f"{reason}check the network and HF_TOKEN, or give a task_directory") from error
         raise ConfigError(f"{reason}correct the files in {config.task_directory}") from error
     return tasks
+
+
+def _configure_task(config: EvaluateConfig, name: str, task: Any) -> None:
+    """Check a task, and set its examples; `name` is its own or that of its group in the settings."""
+    _check_code(config, name, getattr(task, "UNSAFE_CODE", False))
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"evaluate.tasks: {name} needs images or sound, which the models cannot read; remove it")
+    shots = config.num_fewshot
+    if isinstance(shots, dict):
+        shots = shots.get(name)
+    elif task.get_config("num_fewshot") == 0:
+        return  # the task forbids examples; a number for all tasks is not meant for it
+    if shots is None:
+        return
+    if shots and _shows_answers(task):
+        raise ConfigError(
+            f"evaluate.num_fewshot: {name} has no examples apart from its questions; give the task a training_split or "
+            "fewshot_split, or set its number to 0"
+        )
+    task.set_config("num_fewshot", shots)
+
+
+def _shows_answers(task: Any) -> bool:
+    """Say whether a task's examples would be its own questions, which lm-eval tells apart in a test split only."""
+    split, settings = task.fewshot_cfg.split, task.config
+    if split is None and task.fewshot_cfg.samples is not None:
+        return False
+    examples = split or settings.training_split or settings.validation_split or settings.test_split
+    questions = settings.test_split or settings.validation_split
+    return examples == questions and split != settings.test_split
+
+
+def _check_code(config: EvaluateConfig, name: str, unsafe: bool) -> None:
+    if unsafe and name not in config.unsafe_tasks:
+        raise ConfigError(
+            f"evaluate.tasks: {name} runs code that the models write; remove it, or name it in evaluate.unsafe_tasks "
+            "where that code can do no harm"
+        )
+
+
+def _merge_tasks(parts: dict[str, Any]) -> Any:
+    """Return the tasks of all names in one, as lm-eval's `evaluate` takes them."""
+    merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name, part in parts.items():
+        if twice := merged["tasks"].keys() & part["tasks"].keys():
+            raise ConfigError(
+                f"evaluate.tasks: {name} has {min(twice)}, which another one has, too; remove one of them"
+            )
+        for kind, entries in merged.items():
+            entries |= part.get(kind, {})
+    return merged
+
+
+def _seed_examples(tasks: Any, seed: int) -> None:
+    """Let the choice of examples begin anew, so that every model sees the same ones."""
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed)
 
 
 def _explain_unknown_task(name: str, known: list[str], directory: Path | None) -> str:
@@ -117,31 +185,60 @@ def _silence_lm_eval() -> None:
 
 
 def score_tasks(
-    tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None, description: str
-) -> dict[str, dict[str, float]]:
+    config: EvaluateConfig, tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     """Score a model on the tasks.
 
     Args:
+        config: its `task_limit` is the number of questions per task, its `seed` chooses the examples before them.
         tasks: the tasks that `load_tasks` gives.
         model: the model in eval mode, on the device to compute on.
         tokenizer: its tokenizer.
-        limit: questions per task; None: all of them.
         description: label of the progress bar.
 
     Returns:
-        Per task, metrics by name, each with its `_stderr` if it has one; a group replaces its tasks.
+        Per task, metrics by name, each with its `_stderr` if it has one; a group replaces its tasks. Then the values of
+        every question by TASK_METRIC, for the metrics that are means of them.
     """
     if tasks is None:
-        return {}
+        return {}, {}
     _silence_lm_eval()
+    _seed_examples(tasks, config.seed)
     with tqdm(desc=description, unit="answer", file=sys.stderr) as bar, redirect_stderr(io.StringIO()):
         # lm-eval would draw a bar for every task and step, most of them nameless.
         answerer = SharedContextLM(bar, pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
-        results = evaluate(answerer, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
-    assert results is not None  # it is None on ranks above 0 only
-    parts = {part for group in results.get("groups", {}) for part in results["group_subtasks"][group]}
+        results: Any = evaluate(
+            answerer,
+            tasks,
+            limit=config.task_limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            confirm_run_unsafe_code=True,  # load_tasks has refused those that the settings do not name
+        )
+    subtasks = results["group_subtasks"]
+    parts = {part for group in results.get("groups", {}) for part in subtasks[group]}
     numbers = {task: _rename_metrics(row) for task, row in results["results"].items() if task not in parts}
-    return {task: metrics for task, metrics in numbers.items() if metrics}
+    scores = {task: metrics for task, metrics in numbers.items() if metrics}
+    items = {
+        f"{task}_{metric}": values
+        for task, metrics in scores.items()
+        for metric, values in _list_items(task, subtasks, results["samples"]).items()
+        if metric in metrics and math.isclose(math.fsum(values) / len(values), metrics[metric], abs_tol=1e-9)
+    }
+    return scores, items
+
+
+def _list_items(task: str, subtasks: dict[str, list[str]], samples: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the values of every question by metric; a group has those of its tasks, one after the other."""
+    items: dict[str, list[float]] = {}
+    if task not in samples:
+        for part in subtasks.get(task, []):
+            for metric, values in _list_items(part, subtasks, samples).items():
+                items.setdefault(metric, []).extend(values)
+    for sample in samples.get(task, []):
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], int | float):
+                items.setdefault(_name_metric(metric, sample["filter"]), []).append(float(sample[metric]))
+    return items
 
 
 def _rename_metrics(row: dict[str, Any]) -> dict[str, float]:
@@ -150,9 +247,13 @@ def _rename_metrics(row: dict[str, Any]) -> dict[str, float]:
     for key, value in row.items():
         metric, comma, variant = key.partition(",")
         if comma and isinstance(value, int | float) and math.isfinite(value):
-            name = metric.removesuffix("_stderr") + ("" if variant == "none" else f"_{variant}")
+            name = _name_metric(metric.removesuffix("_stderr"), variant)
             numbers[f"{name}_stderr" if metric.endswith("_stderr") else name] = float(value)
     return numbers
+
+
+def _name_metric(metric: str, variant: str) -> str:
+    return metric if variant == "none" else f"{metric}_{variant}"
 
 
 class SharedContextLM(HFLM):
@@ -271,7 +372,8 @@ def _iterate_batches(
 ) -> Iterator[list[list[int]]]:
     """Yield groups of requests that together have at most `most` tokens, or one request that has more.
 
-    A group that does not fit is divided, and its context repeated.
+    A group that does not fit is divided, and its context repeated; but a context that is longer than all of them, as
+    with many examples before the question, does not count.
     """
     batch: list[list[int]] = []
     total = 0
@@ -279,7 +381,8 @@ def _iterate_batches(
         start = True  # of a group: lay out its context
         for index in group:
             size = len(requests[index][2]) - 1
-            if batch and total + size + start * len(context) > most:
+            alone = len(batch) == 1 and not start
+            if batch and total + size + start * len(context) - alone * len(context) > most:
                 yield batch
                 batch, total, start = [], 0, True
             if start:

@@ -25,7 +25,6 @@ def get_output_head(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
-@torch.no_grad()
 def score_models(
     models: dict[str, PreTrainedModel],
     dataset: PackedDataset,
@@ -34,7 +33,32 @@ def score_models(
     reference: PreTrainedModel | None = None,
     description: str = "validation",
 ) -> dict[str, dict[str, Any]]:
-    """Score models on the first sequences of a split, in one pass: each model runs once per batch.
+    """Score models on the first sequences of a split: see `score_sequences`.
+
+    Returns:
+        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity` (None if it is no finite number),
+        and the terms of the reference.
+    """
+    scores = score_sequences(models, dataset, sequences, micro_batch_size, reference, description)
+    return {name: average_scores(terms) for name, terms in scores.items()}
+
+
+def average_scores(terms: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the means of a model's scores over the sequences, and the perplexity."""
+    means: dict[str, Any] = {name: sum(values) / len(values) for name, values in terms.items()}
+    return means | {"perplexity": compute_perplexity(means["loss"])}
+
+
+@torch.no_grad()
+def score_sequences(
+    models: dict[str, PreTrainedModel],
+    dataset: PackedDataset,
+    sequences: int,
+    micro_batch_size: int,
+    reference: PreTrainedModel | None = None,
+    description: str = "validation",
+) -> dict[str, dict[str, list[float]]]:
+    """Score models on each of the first sequences of a split, in one pass: each model runs once per batch.
 
     Args:
         models: models by name, on one device; they are scored in eval mode and left in the mode they had.
@@ -46,13 +70,12 @@ def score_models(
         description: label of the progress bar.
 
     Returns:
-        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity` (None if it is no finite number),
-        and the terms of the reference.
+        Per model the values of every sequence: `loss` (cross-entropy of the next token, nats per token), and the terms
+        of the reference.
     """
     weights = LossWeights(cross_entropy=1.0)
     modes = {name: model.training for name, model in models.items()}
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
-    tokens = 0
+    sums: dict[str, list[Tensor]] = {name: [] for name in models}
     for model in models.values():
         model.eval()
     device = next(iter(models.values())).device
@@ -62,15 +85,24 @@ def score_models(
         if reference is not None and reference_states is None:
             reference_states = compute_hidden_states(reference, input_ids)
         reference_head = None if reference is None else get_output_head(reference)
-        for name, model in models.items():
-            terms = linear_loss(
-                states[id(model)], get_output_head(model), labels, weights, reference_states, reference_head
-            )
-            sums[name] += torch.stack([terms.cross_entropy, terms.kl, terms.agreements]).double().cpu()
-        tokens += labels.numel()
+        for start in range(0, len(labels), dataset.sequence_length):
+            sequence = slice(start, start + dataset.sequence_length)
+            guide = None if reference_states is None else reference_states[sequence]
+            for name, model in models.items():
+                terms = linear_loss(
+                    states[id(model)][sequence],
+                    get_output_head(model),
+                    labels[sequence],
+                    weights,
+                    guide,
+                    reference_head,
+                )
+                sums[name].append(torch.stack([terms.cross_entropy, terms.kl, terms.agreements]))
     for name, model in models.items():
         model.train(modes[name])
-    return {name: _make_scores(total / tokens, reference is not None) for name, total in sums.items()}
+    terms_of = ("loss", "kl", "top1_agreement")[: 1 if reference is None else 3]
+    means = {name: torch.stack(rows).double().cpu() / dataset.sequence_length for name, rows in sums.items()}
+    return {name: dict(zip(terms_of, rows.T.tolist(), strict=False)) for name, rows in means.items()}
 
 
 def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:
@@ -81,12 +113,6 @@ def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[s
         "teacher validation",
     )  # fmt: skip
     return {"teacher_validation_loss": scores["teacher"]["loss"]}
-
-
-def _make_scores(means: Tensor, with_reference: bool) -> dict[str, Any]:
-    loss, kl, agreement = means.tolist()
-    scores: dict[str, Any] = {"loss": loss, "perplexity": compute_perplexity(loss)}
-    return scores | {"kl": kl, "top1_agreement": agreement} if with_reference else scores
 
 
 def _iterate_batches(

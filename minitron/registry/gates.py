@@ -5,21 +5,32 @@
         - {metric: validation_loss, at_most: 3.9}
         - {metric: validation_loss, against: champion, at_most: 0.0}
         - {metric: parameters, against: teacher, by: ratio, at_most: 0.7}
-        - {metric: arc_easy_acc, against: teacher, at_least: -0.05}
+        - {metric: arc_easy_acc, against: teacher_before, at_least: -0.05}
+
+A gate against the champion alone lets every promotion lose a little. A gate against a teacher bounds the sum.
 
 Used by `python -m minitron.evaluate --config FILE` and `minitron promote NAME`.
 """
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from minitron.config.metrics import DASH, FORMS, MEASURES, MINUS, MODELS, NUMBERS, TASK_METRICS, format_signed
+from minitron.config.metrics import (
+    CHAMPION,
+    COSTS,
+    DASH,
+    FORMS,
+    ITEMS_OF,
+    MEASURES,
+    MINUS,
+    MODELS,
+    NUMBERS,
+    TASK_METRICS,
+    Interval,
+    format_signed,
+)
 
 if TYPE_CHECKING:
     from minitron.config.settings import EvaluateSettings
-
-DEVIATIONS = 1.96
-"""Half the width of a normal distribution's 95 % interval, in standard errors."""
 
 MET = ("passed", "within error", "no champion")
 """The outcomes that allow a promotion."""
@@ -39,20 +50,22 @@ def judge_student(
 ) -> list[dict[str, Any]]:
     """Judge a student by its gates.
 
-    A gate on a task's accuracy fails only if the whole 95 % interval of the measured value misses the threshold.
+    A gate fails only if the whole 95 % interval of the measured value misses the threshold. Two models are compared on
+    the same questions and sequences, item by item.
 
     Args:
         gates: from `read_gates`, or judged gates of an earlier call.
-        evaluation: evaluation.json: its `student` is judged, its `teacher` is a reference.
+        evaluation: evaluation.json: its `student` is judged, its two teachers are references. A model has the values
+            of its questions and sequences under `items`; without them there is no interval.
         champion: the numbers of the champion on the same test set; None if there is no champion.
 
     Returns:
         The gates with these keys added: `student` and `reference`, the two values; `found`, the number that is
         compared with the threshold; `margin`, its distance to the threshold, positive on the good side;
-        `error`, half the width of its 95 % interval or None;
+        `interval`, its 95 % interval or None;
         `outcome`: passed, within error, failed, no champion, or not measured.
     """
-    models = {"teacher": evaluation["teacher"], "champion": champion}
+    models = {name: evaluation.get(name) or {} for name in MODELS} | {CHAMPION: champion}
     return [_judge_gate(gate, evaluation["student"], models) for gate in gates]
 
 
@@ -61,54 +74,55 @@ def are_gates_met(rows: list[dict[str, Any]]) -> bool | None:
     return all(row["outcome"] in MET for row in rows) if rows else None
 
 
+def is_quality_judged(rows: list[dict[str, Any]]) -> bool:
+    """Say whether a gate on a loss, a divergence, an agreement or a task was judged, not only on size or speed."""
+    return any(row["metric"] not in COSTS and row["found"] is not None for row in rows)
+
+
 def _judge_gate(
     gate: dict[str, Any], student: dict[str, Any], models: dict[str, dict[str, Any] | None]
 ) -> dict[str, Any]:
-    metric, against = gate["metric"], gate["against"]
+    from minitron.registry.intervals import compare_items, estimate_interval  # numpy: to show gates needs none
+
+    metric, against, by = gate["metric"], gate["against"], gate["by"]
+    value, items = _read_metric(student, metric)
     row = {name: gate[name] for name in ("metric", "against", "by", "bound", "threshold")} | {
-        "student": _read_value(student, metric)[0], "reference": None, "found": None, "margin": None, "error": None,
+        "student": value, "reference": None, "found": None, "margin": None, "interval": None,
     }  # fmt: skip
+    interval: Interval | None
     if against and models[against] is None:
         return row | {"outcome": "no champion"}
-    reference = _read_value(models[against] or {}, metric) if against else (None, None)
-    found, error = _compare_values(gate["by"], _read_value(student, metric), reference)
+    if against:
+        other, other_items = _read_metric(models[against] or {}, metric)
+        row["reference"] = other
+        found, interval = _compare_values(value, other, by), compare_items(metric, items, other_items, by)
+    else:
+        found, interval = value, estimate_interval(metric, items)
     if found is None:
-        return row | {"reference": reference[0], "outcome": "not measured"}
-    margin = gate["threshold"] - found if gate["bound"] == "at_most" else found - gate["threshold"]
-    outcome = "passed" if margin >= 0 else "within error" if margin + (error or 0) >= 0 else "failed"
-    return row | {
-        "reference": reference[0], "found": found, "margin": margin, "error": error, "outcome": outcome,
-    }  # fmt: skip
+        return row | {"outcome": "not measured"}
+    at_most, threshold = gate["bound"] == "at_most", gate["threshold"]
+    margin = threshold - found if at_most else found - threshold
+    within = interval is not None and (interval[0] <= threshold if at_most else interval[1] >= threshold)
+    outcome = "passed" if margin >= 0 else "within error" if within else "failed"
+    return row | {"found": found, "margin": margin, "interval": interval, "outcome": outcome}
 
 
-def _compare_values(
-    by: str | None, student: tuple[float | None, float | None], reference: tuple[float | None, float | None]
-) -> tuple[float | None, float | None]:
-    """Return the number to compare with the threshold, and half the width of its 95 % interval."""
-    (value, error), (other, other_error) = student, reference
-    if value is None or (by and other is None) or (by == "ratio" and not other):
-        return None, None
-    deviation = None if error is None else math.hypot(error, other_error or 0)
-    if by == "difference":
-        value -= other or 0
-    elif by == "ratio":
-        assert other is not None
-        ratio = value / other
-        deviation = None if error is None else math.hypot(error, ratio * (other_error or 0)) / abs(other)
-        value = ratio
-    return value, None if deviation is None else DEVIATIONS * deviation
+def _compare_values(value: float | None, other: float | None, by: str) -> float | None:
+    if value is None or other is None or (by == "ratio" and not other):
+        return None
+    return value - other if by == "difference" else value / other
 
 
-def _read_value(model: dict[str, Any], metric: str) -> tuple[float | None, float | None]:
-    """Return a metric of a model and its standard error; None for a missing one."""
+def _read_metric(model: dict[str, Any], metric: str) -> tuple[float | None, list[float]]:
+    """Return a metric of a model, None for a missing one, and its items."""
+    items = model.get("items", {}).get(ITEMS_OF.get(metric, metric), [])
     if metric in NUMBERS:
-        return model.get(metric), None
+        return model.get(metric), items
     for task, numbers in model.get("tasks", {}).items():
         name = metric.removeprefix(f"{task}_")
         if name != metric and name in numbers:
-            error = numbers.get(f"{name}_stderr")
-            return numbers[name], error if isinstance(error, int | float) else None  # lm-eval may say "N/A"
-    return None, None
+            return numbers[name], items
+    return None, []
 
 
 PASSED, FAILED = "\N{CHECK MARK}", "\N{MULTIPLICATION X}"
@@ -123,17 +137,20 @@ def render_gate(gate: dict[str, Any]) -> dict[str, str]:
         gate: a judged gate, as `judge_student` returns it and evaluation.json holds it.
 
     Returns:
-        `label`, `student`, `reference`, `found`, `threshold`, `margin`, `outcome`, and the `mark` of the outcome.
+        `label`, `student`, `reference`, `found` and its `interval` (empty without one), `threshold`, `margin`,
+        `outcome`, and the `mark` of the outcome.
     """
     metric, by, bound = gate["metric"], gate["by"], gate["bound"].replace("_", " ")
     against = MODELS.get(gate["against"], gate["against"] or "").lower()
     compared = f", {'difference from' if by == 'difference' else 'ratio to'} the {against}'s" if against else ""
-    error = f" ± {_format_value(metric, by, gate['error'])}" if gate["error"] else ""
+    interval = gate.get("interval")  # gates that an earlier version judged have none
+    ends = [_format_value(metric, by, end) for end in interval or ()]
     return {
         "label": f"{_get_label(metric)}{compared}",
         "student": _format_value(metric, None, gate["student"]),
         "reference": f"{against}: {_format_value(metric, None, gate['reference'])}" if against else DASH,
-        "found": _format_value(metric, by, gate["found"]) + error,
+        "found": _format_value(metric, by, gate["found"]),
+        "interval": f"({format_range(*ends)})" if ends else "",
         "threshold": f"{bound} {_format_value(metric, by, gate['threshold'])}",
         "margin": _format_margin(metric, by, gate["margin"]),
         "outcome": gate["outcome"],
@@ -141,13 +158,20 @@ def render_gate(gate: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def format_range(low: str, high: str) -> str:
+    """Write the ends of an interval; a unit that both have stands once."""
+    unit = next((unit for unit in (" %", " points") if low.endswith(unit) and high.endswith(unit)), "")
+    return f"{low.removesuffix(unit)} to {high}"
+
+
 def describe_gate(gate: dict[str, Any]) -> str:
     """Return a judged gate in one line, for a log or a message."""
     text = render_gate(gate)
     if gate["found"] is None:
         return f"{text['label']}: {text['outcome']} ({text['threshold']})"
+    found = " ".join(filter(None, (text["found"], text["interval"])))
     values = f" (student: {text['student']}, {text['reference']})" if gate["against"] else ""
-    return f"{text['label']}: {text['found']}{values}, {text['threshold']}: {text['outcome']}"
+    return f"{text['label']}: {found}{values}, {text['threshold']}: {text['outcome']}"
 
 
 def _get_label(metric: str) -> str:

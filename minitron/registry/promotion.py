@@ -4,7 +4,8 @@
     minitron rollback minitron --why "wrong license"
 
 The judged gates are in evaluation.json of the version's MLflow run. They are judged again if the champion has changed
-since. The promotion log holds who moved which alias when.
+since. A version whose quality no gate has judged is never promoted by a pipeline, only by a person who names it. The
+promotion log holds who moved which alias when.
 """
 
 import getpass
@@ -20,7 +21,7 @@ from minitron.config.settings import RegisterSettings
 from minitron.errors import ConfigError, RunError
 from minitron.registry import gates
 from minitron.registry.promotion_log import CHAMPION, PREVIOUS, Move, PromotionLog
-from minitron.storage.layout import EVALUATION
+from minitron.storage.layout import EVALUATION, ITEMS
 from minitron.tracking.client import (
     connect,
     defer_sigterm,
@@ -42,6 +43,10 @@ _ANEW = "run the pipeline retrain, which evaluates it anew"
 
 class GatesFailed(RunError):
     """The version does not meet its gates."""
+
+
+class NoQualityGate(GatesFailed):
+    """No gate has judged the version's quality; only a person promotes it."""
 
 
 class NotJudged(GatesFailed):
@@ -70,6 +75,8 @@ def promote(
 ) -> Promotion:
     """Make a version the champion, and the champion the previous one.
 
+    A pipeline run that gives no reason promotes by itself. Then a gate must have judged the version's quality.
+
     Args:
         uri: MLflow's server or database.
         name: registered model.
@@ -80,6 +87,7 @@ def promote(
     Raises:
         ConfigError: there is no registry at such a URI, or the reason is too long.
         GatesFailed: a gate is not met.
+        NoQualityGate: a pipeline run asks, without a reason, for a version whose quality no gate has judged.
         NotJudged: the version was not compared with today's champion, or not evaluated by this package.
         RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
     """
@@ -98,7 +106,19 @@ def promote(
         if gates.are_gates_met(rows) is False:
             failed = "; ".join(gates.describe_gate(row) for row in rows if row["outcome"] not in gates.MET)
             raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
+        if pipeline_run_id and not why and not gates.is_quality_judged(rows):
+            raise NoQualityGate(
+                f"{name} version {version}: {_explain_missing_gate(rows)}, so no pipeline promotes it; declare a gate "
+                "in evaluate.gates, such as {metric: validation_loss, against: teacher, at_most: 1}, or promote it "
+                f"yourself: minitron promote {name} --version {version}"
+            )
         return Promotion(name, version, log.move(state, version, author, why), rows)
+
+
+def _explain_missing_gate(rows: list[dict[str, Any]]) -> str:
+    if any(row["outcome"] == "no champion" and row["metric"] not in metrics.COSTS for row in rows):
+        return "its gates on quality are against a champion, and there is none"
+    return "no gate judged its quality (a loss, kl, top1_agreement or a task)"
 
 
 def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None) -> Promotion:
@@ -180,7 +200,7 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
         )
     test_set = evaluation.get("test_set")
     same_test = test_set is not None and other is not None and other.get("test_set") == test_set
-    if other is None or not same_test or metrics.SPEED in measures:  # speeds of two machines do not compare
+    if other is None or not same_test or measures & {*metrics.SPEEDS}:  # speeds of two machines do not compare
         raise NotJudged(
             f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
             f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
@@ -189,11 +209,18 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
 
 
 def _read_evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
-    """Return evaluation.json of a version's run; None if there is none."""
+    """Return evaluation.json of a version's run, with the student's items if they are there; None without the file."""
     run_id = client.get_model_version(name, str(version)).run_id
-    if not run_id or EVALUATION not in {file.path for file in client.list_artifacts(run_id)}:
+    files = {file.path for file in client.list_artifacts(run_id)} if run_id else set()
+    if not run_id or EVALUATION not in files:
         return None
-    return read_artifact(client, run_id, EVALUATION)
+    evaluation = read_artifact(client, run_id, EVALUATION)
+    if ITEMS in files:
+        from minitron.registry.intervals import unpack_items  # numpy
+
+        for model, items in unpack_items(read_artifact(client, run_id, ITEMS)).items():
+            evaluation[model]["items"] = items
+    return evaluation
 
 
 def _name_author(why: str | None, pipeline_run_id: str | None) -> str:

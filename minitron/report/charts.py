@@ -206,7 +206,7 @@ def draw_grouped_bars(
     axis: str,
     groups: list[str],
     series: dict[str, list[float | None]],
-    errors: dict[str, list[float | None]] | None = None,
+    errors: dict[str, list[tuple[float, float] | None]] | None = None,
     digits: int = 3,
 ) -> Markup:
     """Draw one bar per series in each group.
@@ -216,7 +216,7 @@ def draw_grouped_bars(
         axis: quantity and unit.
         groups: names under the axis.
         series: values by name, one per group, in the order of MODEL_COLOURS; None leaves a gap.
-        errors: half the length of each error bar.
+        errors: the ends of each error bar.
         digits: after the point of a value.
     """
     figure, axes = _create_figure(width=max(WIDTH, 1.6 * len(groups)))
@@ -238,14 +238,17 @@ def draw_grouped_bars(
     return _render_svg(figure, label)
 
 
-def _annotate_bar(axes: Axes, centre: float, value: float, error: float | None, digits: int) -> str:
+def _annotate_bar(axes: Axes, centre: float, value: float, error: tuple[float, float] | None, digits: int) -> str:
     """Draw a bar's error bar and value; return the two as text."""
     text = f"{value:.{digits}f}"
-    axes.annotate(text, (centre, value + (error or 0)), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+    top = max(value, error[1]) if error else value
+    axes.annotate(text, (centre, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
     if error is None:
         return text
-    axes.errorbar(centre, value, error, color=INK, linewidth=1, capsize=2.5)
-    return f"{text} ± {error:.{digits}f}"
+    low, high = error
+    lengths = [[max(value - low, 0)], [max(high - value, 0)]]
+    axes.errorbar(centre, value, lengths, color=INK, linewidth=1, capsize=2.5)
+    return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def downsample(values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -8,9 +8,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from minitron.config.metrics import MODELS, format_count, format_loss, format_share, parse_number, parse_percent
+from minitron.config.metrics import (
+    MODELS,
+    Interval,
+    format_count,
+    format_loss,
+    format_share,
+    parse_number,
+    parse_percent,
+)
 from minitron.report import charts
-from minitron.report.tables import compute_half_width, list_tasks
+from minitron.report.tables import list_tasks, read_interval
 
 
 def draw_comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -24,27 +32,38 @@ def _draw_losses(evaluation: dict[str, Any]) -> dict[str, Any]:
     losses = {
         name: [parse_number(evaluation[model][f"{split}_loss"]) for split in splits] for model, name in MODELS.items()
     }
+    errors = _list_intervals(evaluation, [f"{split}_loss" for split in splits])
     chart = charts.draw_grouped_bars(
-        _describe_series("Loss in nats per token", losses, splits), "nats per token", splits, losses
+        _describe_series("Loss in nats per token", losses, splits), "nats per token", splits, losses, errors
     )
-    return _build_figure("Loss, lower is better", chart, "Mean next-token cross-entropy on held-out text.")
+    counts = ", ".join(f"{format_count(evaluation['sequences'][split])} {split}" for split in splits)
+    caption = f"Mean next-token cross-entropy on held-out text ({counts} sequences). {_ERROR_BARS}"
+    return _build_figure("Loss, lower is better", chart, caption)
+
+
+_ERROR_BARS = (
+    "Error bars are 95 % intervals of each model alone. Two models are compared on the same text and questions, "
+    "so their difference is known better than either value: the table says which is no chance."
+)
 
 
 def _draw_accuracy(evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    def read_metric(metric: str) -> dict[str, list[float | None]]:
-        return {
-            name: [parse_percent(evaluation[model]["tasks"].get(task, {}).get(metric)) for task in tasks]
-            for model, name in MODELS.items()
-        }
-
-    accuracy = read_metric("acc")
-    errors = {
-        name: [compute_half_width(error) for error in values] for name, values in read_metric("acc_stderr").items()
+    accuracy = {
+        name: [parse_percent(evaluation[model]["tasks"].get(task, {}).get("acc")) for task in tasks]
+        for model, name in MODELS.items()
     }
+    errors = _list_intervals(evaluation, [f"{task}_acc" for task in tasks], 100)
     label = _describe_series("Accuracy in percent", accuracy, tasks)
     chart = charts.draw_grouped_bars(label, "accuracy (%)", tasks, accuracy, errors, digits=1)
-    caption = "Error bars are 95 % intervals: differences within them may be chance."
-    return _build_figure("Accuracy on downstream tasks, higher is better", chart, caption)
+    return _build_figure("Accuracy on downstream tasks, higher is better", chart, _ERROR_BARS)
+
+
+def _list_intervals(evaluation: dict[str, Any], metrics: list[str], scale: int = 1) -> dict[str, list[Interval | None]]:
+    def read(model: str, metric: str) -> Interval | None:
+        interval = read_interval(evaluation[model], metric)
+        return (scale * interval[0], scale * interval[1]) if interval else None
+
+    return {name: [read(model, metric) for metric in metrics] for model, name in MODELS.items()}
 
 
 def _describe_series(title: str, series: dict[str, list[float | None]], groups: list[str]) -> str:
@@ -70,12 +89,18 @@ _TEACHERS_TERMS = (
 )
 
 
-def draw_training(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the curves of the training stages that ran: the loss, and for distill the terms against the teacher."""
+def draw_training(records: dict[str, dict[str, Any]], sequences: int, limit: int) -> list[dict[str, Any]]:
+    """Return the curves of the training stages that ran: the loss, and for distill the terms against the teacher.
+
+    Args:
+        records: of the stages, by name.
+        sequences: of the validation split that the evaluation read; a training may have read fewer or more of them.
+        limit: the setting evaluation_sequences; if the evaluation read fewer, the split has no more.
+    """
     figures = []
     for stage, title in _STAGES.items():
         if history := records.get(stage, {}).get("history"):
-            figures += [_draw_loss(stage, title, records[stage])]
+            figures += [_draw_loss(stage, title, records[stage], sequences, limit)]
             figures += [
                 _draw_loss_term(title, history, *term)
                 for term in _TEACHERS_TERMS
@@ -84,7 +109,7 @@ def draw_training(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return figures
 
 
-def _draw_loss(stage: str, title: str, record: dict[str, Any]) -> dict[str, Any]:
+def _draw_loss(stage: str, title: str, record: dict[str, Any], sequences: int, limit: int) -> dict[str, Any]:
     metrics, history = record["metrics"], record["history"]
     steps, validation = _select_points(history, "cross_entropy"), _select_points(history, "validation_loss")
     floor, kept = metrics.get("teacher_validation_loss"), metrics["best_step"]
@@ -93,16 +118,22 @@ def _draw_loss(stage: str, title: str, record: dict[str, Any]) -> dict[str, Any]
     label += f"; corrected teacher {format_loss(floor)}" if floor is not None else ""
     chart = charts.draw_curves(label, "cross-entropy (nats per token)", steps, validation, floor, kept)
     return _build_figure(
-        f"{title}: next-token loss, lower is better", chart, _write_loss_caption(record, len(steps[0]))
+        f"{title}: next-token loss, lower is better",
+        chart,
+        _write_loss_caption(record, len(steps[0]), sequences, limit),
     )
 
 
-def _write_loss_caption(record: dict[str, Any], points: int) -> str:
-    metrics = record["metrics"]
+def _write_loss_caption(record: dict[str, Any], points: int, sequences: int, limit: int) -> str:
+    metrics, own = record["metrics"], record["config"]["validation_sequences"]
+    own = min(own, sequences) if sequences < limit else own
     before, after = format_loss(metrics["validation_loss_before"]), format_loss(metrics["validation_loss"])
     text = f"{record['config']['max_steps']:,} optimizer steps over {format_count(metrics['tokens'])} tokens. The "
     text += f"validation loss, always on the same held-out sequences, went from {before} before training to {after} at "
     text += f"step {metrics['best_step']:,}, which was kept."
+    if own != sequences:
+        text += f" This training validates on {own:,} sequences, the evaluation above on {sequences:,}: "
+        text += "its validation loss is another number."
     if "teacher_validation_loss" in metrics:
         text += " Dashed: the loss of the corrected teacher, which the student learns from."
     if points > charts.MOST_POINTS:

@@ -17,6 +17,7 @@ from minitron.config.metrics import (
     DASH,
     FORMS,
     MODELS,
+    contains,
     format_count,
     format_decimal,
     format_loss,
@@ -49,7 +50,11 @@ _GLOSSARY = {
     "Block influence": "How much a layer changes its input. The layers with the lowest block influence are dropped "
     "first.",
     "Gate": "A bound that the student must keep before it replaces the champion, the model in use. The margin is the "
-    "distance to the bound, positive on the good side. Within error means that the 95 % interval contains the bound.",
+    "distance to the bound, positive on the good side. Within error means that the 95 % interval reaches the good "
+    "side.",
+    "95 % interval": "What another sample of text and questions could give. For accuracies it is Wilson's, for losses "
+    "a bootstrap over the sequences, for speeds the slowest and the fastest round. Two models are compared on the same "
+    "sequences, questions and rounds, so their difference can be certain though the two intervals overlap.",
     "Accuracy": "Share of multiple-choice questions for which the model finds the right answer the most likely. "
     "Length-normalized means that likelihoods are compared per character.",
 }
@@ -77,10 +82,11 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
         "evaluation": evaluation,
         "headline": _build_headline(evaluation),
         "verdict": _build_verdict(evaluation),
+        "idle": _explain_idle_distillation(records),
         "gates": [gates.render_gate(gate) for gate in evaluation.get("gates") or []],
         "rows": tables.build_model_rows(evaluation),
         "comparison": figures.draw_comparison(evaluation),
-        "training": figures.draw_training(records),
+        "training": figures.draw_training(records, evaluation["sequences"]["validation"], config.evaluation_sequences),
         "pruning": pruning,
         "cuts": _list_cuts(pruning) if pruning else [],
         "importance": figures.draw_importance(pruning) if pruning else [],
@@ -107,30 +113,59 @@ def _read_pruning(pruned: Path) -> dict[str, Any] | None:
 def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the headline's numbers, the sentence under it, and the figures on cards."""
     teacher, student, gap = evaluation["teacher"], evaluation["student"], evaluation["gap_closed"]
+    interval = evaluation.get("gap_closed_interval")
     if gap is None:
         text = "Pruning alone cost no validation loss, so there was no gap to close."
+    elif contains(interval, 0):
+        text = "Distillation closed no measurable part of the gap in validation loss that pruning had opened: "
+        text += f"{_write_gap(evaluation)}."
     elif gap < 0:
         text = f"Distillation did harm: the gap in validation loss that pruning opened grew by {format_share(-gap)}."
     else:
-        text = f"Distillation closed {format_share(gap)} of the gap in validation loss that pruning had opened."
+        text = f"Distillation closed {_write_gap(evaluation)} of the gap in validation loss that pruning had opened."
     cost = student["validation_loss"] - teacher["validation_loss"]
+    differs = not contains(tables.read_interval(student, "validation_loss", "differences"), 0)
     text += (
         f" What remains: a validation loss {format_loss(abs(cost))} nats per token {'above' if cost > 0 else 'below'} "
-        f"the corrected teacher's, a perplexity of {format_decimal(student['perplexity'])} against "
-        f"{format_decimal(teacher['perplexity'])}."
+        f"the corrected teacher's{'' if differs else ', which is within the error'}, a perplexity of "
+        f"{format_decimal(student['perplexity'])} against {format_decimal(teacher['perplexity'])}."
     )
     return {"ratio": student["parameters"] / teacher["parameters"], "gap": gap, "text": text} | {
         "facts": [fact for fact in _list_facts(evaluation) if fact]
     }
 
 
+def _write_gap(evaluation: dict[str, Any]) -> str:
+    """Write the gap closed and its 95 % interval."""
+    interval = evaluation.get("gap_closed_interval")
+    ends = f" (95 % interval: {gates.format_range(*map(format_share, interval))})" if interval else ""
+    return f"{format_share(evaluation['gap_closed'])}{ends}"
+
+
+def _explain_idle_distillation(records: dict[str, dict[str, Any]]) -> str | None:
+    """Return a warning if no step of distillation was better than the pruned student, which was kept then."""
+    if records.get("distill", {}).get("metrics", {}).get("best_step") != 0:
+        return None
+    steps = records["distill"]["config"]["max_steps"]
+    return (
+        f"Distillation did nothing: none of its {steps:,} steps had a lower validation loss than the pruned student, "
+        "which was kept. Train longer, or with another learning rate."
+    )
+
+
 def _build_verdict(evaluation: dict[str, Any]) -> dict[str, str]:
     """Return the outcome of all gates together: its mark, its style and its text."""
     passed = evaluation.get("passed")
     if passed is None:
-        return {"mark": DASH, "style": "", "text": "No verdict: no gates were set"}
+        return {
+            "mark": DASH,
+            "style": "",
+            "text": "No verdict: no gates were set, so no pipeline promotes this version",
+        }
     outcomes = Counter(gate["outcome"] for gate in evaluation["gates"])
     text = f"of {outcomes.total()} gates {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items())}"
+    if not gates.is_quality_judged(evaluation["gates"]):
+        text += "; no gate judged the quality, so no pipeline promotes this version"
     if passed:
         return {"mark": gates.PASSED, "style": "better", "text": f"Passed: {text}"}
     return {"mark": gates.FAILED, "style": "worse", "text": f"Not passed: {text}"}

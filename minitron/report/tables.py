@@ -3,7 +3,6 @@
 This module imports neither torch nor matplotlib: the tools image, where register writes the card, has neither.
 """
 
-import math
 from typing import Any
 
 from minitron.config.metrics import (
@@ -12,11 +11,12 @@ from minitron.config.metrics import (
     MEASURES,
     MODELS,
     TASK_METRICS,
-    format_share,
+    Interval,
+    contains,
     format_signed,
     parse_number,
 )
-from minitron.registry.gates import DEVIATIONS
+from minitron.registry.gates import format_range
 
 
 def label_models(evaluation: dict[str, Any]) -> dict[str, str]:
@@ -31,60 +31,57 @@ def list_tasks(evaluation: dict[str, Any]) -> list[str]:
     return list(evaluation.get("teacher", {}).get("tasks", {}))
 
 
-def compute_half_width(standard_error: Any) -> float | None:
-    """Return half of a 95 % interval, or None; lm-eval writes 'N/A' for a missing standard error."""
-    return None if (error := parse_number(standard_error)) is None else DEVIATIONS * error
+def read_interval(model: dict[str, Any], metric: str, of: str = "intervals") -> Interval | None:
+    """Return the 95 % interval of a metric, or that of its difference from the corrected teacher; None without one."""
+    return (model.get(of) or {}).get(metric)
 
 
 def build_model_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the table of models, without those that have no value.
 
     Returns:
-        Dicts with `label`, `note`, and `cells` in the order of `models_of`: `value`, `text`, `difference` from
-        the corrected teacher's value, and `trend` (better, worse, or empty: equal, or within the error).
+        Dicts with `label`, `note`, and `cells` in the order of `label_models`: `value`, `text`, `interval`,
+        `difference` from the corrected teacher's value, and `trend` (better, worse, or empty: equal, or within the
+        error).
     """
-    models = label_models(evaluation)
+    models = {model: evaluation[model] for model in label_models(evaluation)}
     rows: list[dict[str, Any]] = []
     for key, label, note, form, difference, better in MEASURES:
-        values = {model: parse_number(evaluation[model].get(key)) for model in models}
-        rows.append({"label": label, "note": note, "cells": _build_cells(values, form, difference, better)})
+        values = {model: parse_number(numbers.get(key)) for model, numbers in models.items()}
+        cells = _build_cells(models, values, key, form, difference, better)
+        rows.append({"label": label, "note": note, "cells": cells})
     for task in list_tasks(evaluation):
         for metric, note in TASK_METRICS.items():
-            cells = _build_score_cells(
-                {model: evaluation[model].get("tasks", {}).get(task, {}) for model in models}, metric
-            )
-            rows.append({"label": task, "note": f"{note}, 95 % interval", "cells": cells})
+            values = {model: parse_number(_read_scores(numbers, task).get(metric)) for model, numbers in models.items()}
+            cells = _build_cells(models, values, f"{task}_{metric}", "share", "points", 1)
+            rows.append({"label": task, "note": note, "cells": cells})
     return [row for row in rows if any(cell["value"] is not None for cell in row["cells"])]
 
 
-def _build_score_cells(scores: dict[str, dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Write a task's scores with their intervals; a difference within the joint interval of the two has no trend."""
-    cells = _build_cells(
-        {model: parse_number(metrics.get(metric)) for model, metrics in scores.items()}, "share", "points", 1
-    )
-    errors = {model: compute_half_width(metrics.get(f"{metric}_stderr")) for model, metrics in scores.items()}
-    teacher = parse_number(scores.get("teacher", {}).get(metric))
-    for cell, error in zip(cells, errors.values(), strict=True):
-        if error is None or cell["value"] is None:
-            continue
-        cell["text"] = f"{100 * cell['value']:.1f} ± {format_share(error)}"
-        if teacher is not None and abs(cell["value"] - teacher) <= math.hypot(error, errors.get("teacher") or 0):
-            cell["trend"] = ""
-    return cells
+def _read_scores(model: dict[str, Any], task: str) -> dict[str, Any]:
+    return model.get("tasks", {}).get(task, {})
 
 
 def _build_cells(
-    values: dict[str, float | None], form: str, difference: str | None, better: int
+    models: dict[str, dict[str, Any]],
+    values: dict[str, float | None],
+    metric: str,
+    form: str,
+    difference: str | None,
+    better: int,
 ) -> list[dict[str, Any]]:
-    """Write the values of the models, and their differences from the corrected teacher's."""
+    """Write the values of the models, their intervals, and their differences from the corrected teacher's."""
     teacher = values.get("teacher")
     cells: list[dict[str, Any]] = []
     for model, value in values.items():
-        cell = {"value": value, "text": FORMS[form](value), "difference": "", "trend": ""}
+        interval = read_interval(models[model], metric)
+        ends = format_range(*map(FORMS[form], interval)) if interval else ""
+        cell = {"value": value, "text": FORMS[form](value), "interval": ends, "difference": "", "trend": ""}
         if difference and value is not None and teacher and model != "teacher":
             cell["difference"] = _format_difference(value, teacher, difference)
             gain = (value - teacher) * better
-            cell["trend"] = "better" if gain > 0 else "worse" if gain < 0 else ""
+            if not contains(read_interval(models[model], metric, "differences"), 0):
+                cell["trend"] = "better" if gain > 0 else "worse" if gain < 0 else ""
         cells.append(cell)
     return cells
 

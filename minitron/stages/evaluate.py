@@ -2,13 +2,15 @@
 
     python -m minitron.evaluate --config FILE
 
-Writes `evaluation.json`, `lineage.json`, `report.html` and `tensorboard/`. Models with equal weights are measured once.
+Writes `evaluation.json`, `items.json`, `lineage.json`, `report.html` and `tensorboard/`. Models with equal weights are
+measured once.
 """
 
 import gc
 import hashlib
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from minitron.config.metrics import CHAMPION, MODELS, NUMBERS, find_not_finite
+from minitron.config.metrics import CHAMPION, ITEMS_OF, MODELS, NUMBERS, find_not_finite
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import IndexedDataset
@@ -32,9 +34,9 @@ from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import count_model_parameters, load_model
 from minitron.models.checks import check_architecture
 from minitron.models.downstream_tasks import load_tasks, score_tasks
-from minitron.models.generation import continue_prompts
-from minitron.models.scoring import score_models
-from minitron.registry import gates, lineage
+from minitron.models.generation import continue_prompts, time_generation
+from minitron.models.scoring import average_scores, score_sequences
+from minitron.registry import gates, intervals, lineage
 from minitron.report.page import write_report
 from minitron.report.tensorboard import write_events
 from minitron.runtime import stage
@@ -42,7 +44,7 @@ from minitron.runtime.entry import main
 from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import EVALUATION, LINEAGE
+from minitron.storage.layout import EVALUATION, ITEMS, LINEAGE
 from minitron.tracking.stage_run import Tracker
 
 
@@ -69,6 +71,8 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
     with _open_splits(config, directory, paths["teacher"]) as splits, load_tasks(config, directory) as tasks:
         evaluation = _measure_models(config, paths, splits, tasks, tracker)
     evaluation |= _judge_student(config, evaluation, tracker.identity["inputs"])
+    items = {name: evaluation[name].pop("items") for name in paths if "items" in evaluation[name]}
+    write_atomically(directory / ITEMS, intervals.pack_items(items))
     write_atomically(directory / EVALUATION, evaluation)
     origin = lineage.collect_lineage(config)
     write_atomically(directory / LINEAGE, origin)
@@ -110,10 +114,11 @@ def _hash_test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
         "seed",
         "tasks",
         "task_limit",
+        "num_fewshot",
         "prompts",
         "generation_tokens",
     }
-    settings = config.model_dump(mode="json", include=compared)
+    settings = config.model_dump(mode="json", include=compared)  # num_fewshot is there if it is set
     return hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()
 
 
@@ -191,14 +196,21 @@ def _measure_models(
     losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
     tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
     tokenizer = load_tokenizer(paths["teacher"])
+    for name, speeds in time_generation(config, models, tokenizer).items():
+        measurements[name]["items"] |= speeds
+        measurements[name] |= {metric: statistics.median(rates) for metric, rates in speeds.items()}
     for name in list(models):
         model = models.pop(name)
-        measurements[name] |= {"tasks": score_tasks(tasks, model, tokenizer, config.task_limit, f"{name}: tasks")}
-        measurements[name] |= continue_prompts(config, model, tokenizer)
+        scores, items = score_tasks(config, tasks, model, tokenizer, f"{name}: tasks")
+        measurements[name]["items"] |= items
+        measurements[name] |= {"tasks": scores} | continue_prompts(config, model, tokenizer)
         del model
         gc.collect()  # a model has reference cycles; free its memory before the next model runs
-    return {name: measurements[source] for name, source in sources.items()} | {
+    _estimate_intervals(measurements, measurements[sources["teacher"]]["items"])
+    items = {name: measurements[source]["items"]["validation_loss"] for name, source in sources.items()}
+    return {name: dict(measurements[source]) for name, source in sources.items()} | {
         "gap_closed": compute_gap_closed(losses["pruned"], losses["student"], losses["teacher"]),
+        "gap_closed_interval": intervals.estimate_gap(items["pruned"], items["student"], items["teacher"]),
         "sequences": {"validation": 0, "test": 0} | sequences,
         "prompts": config.prompts,
     }
@@ -220,6 +232,19 @@ def _list_incomparable(paths: dict[str, Path], measurements: dict[str, dict[str,
             print(f"warning: {message}: not compared with the champion", file=sys.stderr, flush=True)
             incomparable.append(name)
     return incomparable
+
+
+def _estimate_intervals(measurements: dict[str, dict[str, Any]], teacher: dict[str, list[float]]) -> None:
+    """Add to every model the 95 % `intervals` of its metrics, and of its `differences` from the corrected teacher's."""
+    for numbers in measurements.values():
+        items = numbers["items"] | {metric: numbers["items"][other] for metric, other in ITEMS_OF.items()}
+        others = teacher | {metric: teacher[other] for metric, other in ITEMS_OF.items()}
+        numbers["intervals"] = {metric: intervals.estimate_interval(metric, own) for metric, own in items.items()}
+        numbers["differences"] = {
+            metric: intervals.compare_items(metric, own, others[metric], "difference")
+            for metric, own in items.items()
+            if metric in others
+        }
 
 
 def _find_equal_models(paths: dict[str, Path]) -> dict[str, str]:
@@ -246,7 +271,7 @@ def _score_models(
 ) -> dict[str, dict[str, Any]]:
     """Score the models, one pass per split; against the teacher on validation only, as the report shows it."""
     scores = {
-        split: score_models(
+        split: score_sequences(
             models,
             dataset,
             config.evaluation_sequences,
@@ -257,17 +282,25 @@ def _score_models(
         for split, dataset in splits.items()
     }
     return {
-        name: {
-            "parameters": count_model_parameters(model),
-            "weights_mb": model.get_memory_footprint() / 2**20,
-            "validation_loss": scores["validation"][name]["loss"],
-            **{
-                f"{split}_loss": scores[split][name]["loss"] if split in scores else None
-                for split in ("test", "out_of_domain")
-            },
-            **{metric: scores["validation"][name][metric] for metric in ("perplexity", "kl", "top1_agreement")},
-        }
-        for name, model in models.items()
+        name: _describe_model(model, {split: scores[split][name] for split in splits}) for name, model in models.items()
+    }
+
+
+def _describe_model(model: PreTrainedModel, scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Return the measurements of a model on the splits, and their `items`."""
+    validation = scores["validation"]
+    means = average_scores(validation)
+    items = {f"{split}_loss": terms["loss"] for split, terms in scores.items()}
+    return {
+        "parameters": count_model_parameters(model),
+        "weights_mb": model.get_memory_footprint() / 2**20,
+        "validation_loss": means["loss"],
+        **{
+            f"{split}_loss": average_scores(scores[split])["loss"] if split in scores else None
+            for split in ("test", "out_of_domain")
+        },
+        **{metric: means[metric] for metric in ("perplexity", "kl", "top1_agreement")},
+        "items": items | {metric: validation[metric] for metric in ("kl", "top1_agreement")},
     }
 
 

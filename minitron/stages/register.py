@@ -24,7 +24,7 @@ from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.runtime.record import run_facts
 from minitron.storage.files import write_atomically
-from minitron.storage.layout import EVALUATION, EVENTS, LINEAGE, MANIFEST, REGISTERED, REPORT, read_record
+from minitron.storage.layout import EVALUATION, EVENTS, ITEMS, LINEAGE, MANIFEST, REGISTERED, REPORT, read_record
 from minitron.tracking.client import default_retries, one_line_errors
 from minitron.tracking.stage_run import MlflowTracker, Tracker
 
@@ -140,6 +140,7 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker
     for path, folder in (
         (config.evaluation / REPORT, None),
         (config.evaluation / EVALUATION, None),
+        *([(config.evaluation / ITEMS, None)] if (config.evaluation / ITEMS).is_file() else []),
         (directory / LINEAGE, None),
         (config.dataset / MANIFEST, "dataset"),
     ):

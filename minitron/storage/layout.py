@@ -19,6 +19,9 @@ PRUNING = "pruning.json"
 EVALUATION = "evaluation.json"
 """From evaluate: the measurements of all models, and the judged gates."""
 
+ITEMS = "items.json"
+"""From evaluate: every model's answers to the questions, losses of the sequences and speeds of the rounds, packed."""
+
 REPORT = "report.html"
 """From evaluate: the report. `minitron run` copies it into the run's directory."""
 

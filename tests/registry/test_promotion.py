@@ -16,7 +16,7 @@ from minitron.config.parse import parse
 from minitron.config.tasks import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import promotion_log
-from minitron.registry.promotion import GatesFailed, NotJudged, promote, rollback
+from minitron.registry.promotion import GatesFailed, NoQualityGate, NotJudged, promote, rollback
 from minitron.registry.promotion_log import PromotionLog
 from minitron.stages import promote as promotion
 from minitron.stages import register
@@ -171,7 +171,14 @@ def test_gates_decide(mlflow_file: str, name: str) -> None:
         promote(mlflow_file, name)
     assert read_aliases(mlflow_file, name) == {"challenger": 1} and _read_moves(mlflow_file, name) == []
     register_versions(mlflow_file, name, {"student": {}}, None)
-    assert promote(mlflow_file, name, 2).gates == [], "it declares none"
+    with pytest.raises(NoQualityGate) as caught:
+        promote(mlflow_file, name, 2, pipeline_run_id="run")
+    assert str(caught.value) == (
+        f"{name} version 2: no gate judged its quality (a loss, kl, top1_agreement or a task), so no pipeline promotes "
+        "it; declare a gate in evaluate.gates, such as {metric: validation_loss, against: teacher, at_most: 1}, or "
+        f"promote it yourself: minitron promote {name} --version 2"
+    )
+    assert promote(mlflow_file, name, 2).gates == [], "it declares none, but a person asks for it by name"
     with pytest.raises(GatesFailed, match=r"version 3: its MLflow run has no evaluation\.json; run the pipe"):
         promote(mlflow_file, name)
 
@@ -188,7 +195,9 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
         make_evaluation(1.0, "champion", test_set="b", champion=against),
         make_evaluation(1.0, "champion", test_set="b", champion={"address": f"models:/{name}/2"}),
     )
-    assert promote(mlflow_file, name, 3).gates[0]["outcome"] == "no champion"
+    with pytest.raises(NoQualityGate, match="its gates on quality are against a champion, and there is none, so no"):
+        promote(mlflow_file, name, 3, pipeline_run_id="run")
+    assert promote(mlflow_file, name, 3, "the first", "run").gates[0]["outcome"] == "no champion"
     promote(mlflow_file, name, 1)
     rows = promote(mlflow_file, name, 2).gates
     assert rows[0]["reference"] == 1.5 and rows[0]["outcome"] == "passed"

@@ -9,6 +9,16 @@ from minitron.config.stages import EvaluateConfig
 from minitron.registry import gates
 
 
+def answer(share: float) -> list[float]:
+    """A hundred answers, the first of them right."""
+    return [float(number < round(100 * share)) for number in range(100)]
+
+
+def spread(value: float, half: float) -> tuple[float, float]:
+    """An interval around a value."""
+    return value - half, value + half
+
+
 def make_model(parameters: int, loss: float, accuracy: float, speed: float, text: str) -> dict[str, Any]:
     return {
         "parameters": parameters,
@@ -18,6 +28,9 @@ def make_model(parameters: int, loss: float, accuracy: float, speed: float, text
         "kl": loss - 2,
         "top1_agreement": 1 / loss,
         "tasks": {"arc": {"acc": accuracy, "acc_stderr": 0.03, "acc_norm": accuracy + 0.01, "acc_norm_stderr": 0.02}},
+        "items": {"arc_acc": answer(accuracy), "arc_acc_norm": answer(accuracy + 0.01)},
+        "intervals": {"arc_acc": spread(accuracy, 0.1), "validation_loss": spread(loss, 0.05)},
+        "differences": {"arc_acc": spread(accuracy - 0.6, 0.04), "validation_loss": spread(loss - 2, 0.03)},
         "generation_tokens_per_second": speed,
         "weights_mb": parameters / 250_000,
         "samples": [f" {text} one", f" {text} two"],

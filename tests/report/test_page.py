@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minitron.config import metrics
+from minitron.config.metrics import SPEED
 from minitron.config.stages import EvaluateConfig, PruneConfig
 from minitron.registry import gates
 from minitron.report import charts
@@ -147,10 +148,40 @@ def test_headline_without_a_gain(
 def test_table_of_models(page: Page) -> None:
     text = page.text["models"]
     assert "Parameters 134.5 M +0.0 % 134.5 M 90.21 M ▲ −32.9 % 90.21 M ▲ −32.9 %" in text
-    assert "Validation loss nats per token 2.500 ▼ +0.500 2.000 6.000 ▼ +4.000 3.000 ▼ +1.000" in text
-    assert "tokens per second 20.0 +0.0 % 20.0 25.0 ▲ +25.0 % 30.0 ▲ +50.0 %" in text
+    assert "Validation loss nats per token 2.500 2.450 to 2.550 ▼ +0.500 2.000 1.950 to 2.050 6.000 5.950 to " in text
+    assert "tokens per second, one text at a time 20.0 +0.0 % 20.0 25.0 ▲ +25.0 % 30.0 ▲ +50.0 %" in text
     assert "same most likely next token 40.0 % 50.0 % 16.7 % 33.3 %" in text
-    assert "arc accuracy, 95 % interval 58.0 ± 5.9 % −2.0 points 60.0 ± 5.9 % 30.0 ± 5.9 % ▼ −30.0 points" in text
+    assert "arc accuracy 58.0 % 48.0 to 68.0 % −2.0 points 60.0 % 50.0 to 70.0 % 30.0 % 20.0 to 40.0 % ▼ −30.0" in text
+
+
+def test_a_difference_within_the_error_is_neither_better_nor_worse(compressed: EvaluateConfig, tmp_path: Path) -> None:
+    doubt = {"validation_loss": (-0.2, 1.2), "arc_acc": (-0.3, 0.1), SPEED: (-1.0, 20.0)}
+    evaluation = change_evaluation(student__differences=doubt, gap_closed_interval=(-0.1, 1.6))
+    text = write_page(tmp_path, compressed, evaluation).text
+    assert "3.000 2.950 to 3.050 +1.000" in text["models"] and "50.0 % 40.0 to 60.0 % −10.0 points" in text["models"]
+    assert "30.0 +50.0 %" in text["models"] and "3.050 ▼" not in text["models"]
+    assert "no measurable part of the gap in validation loss that pruning had opened: 75.0 % (95 % i" in text["verdict"]
+    assert "above the corrected teacher's, which is within the error, a perplexity" in text["verdict"]
+
+
+def test_a_distillation_that_did_nothing_is_said_first(compressed: EvaluateConfig, page: Page, tmp_path: Path) -> None:
+    student = shutil.copytree(compressed.student, tmp_path / "student")
+    record = read_record(student)
+    record["metrics"]["best_step"] = 0
+    (student / "stage.json").write_text(json.dumps(record))
+    idle = write_page(tmp_path, compressed.model_copy(update={"student": student}), EVALUATION)
+    words = f"Distillation did nothing: none of its {STEPS} steps had a lower validation loss than the pruned student"
+    assert words in idle.text["verdict"] and "did nothing" not in page.html
+
+
+def test_two_validation_losses_are_told_apart(compressed: EvaluateConfig, page: Page, tmp_path: Path) -> None:
+    """The trainings of these models validate on 8 sequences, this evaluation on 640 or 8."""
+    words = (
+        "This training validates on 8 sequences, the evaluation above on 640: its validation loss is another number."
+    )
+    assert page.text["training"].count(words) == 2 and "(640 validation, 320 test sequences)" in page.text["comparison"]
+    same = change_evaluation(sequences={"validation": 8, "test": 8})
+    assert "another number" not in write_page(tmp_path, compressed, same).text["training"]
 
 
 def test_a_value_that_was_not_measured_is_left_out(compressed: EvaluateConfig, tmp_path: Path) -> None:
@@ -160,14 +191,15 @@ def test_a_value_that_was_not_measured_is_left_out(compressed: EvaluateConfig, t
     )
     assert "Test loss" not in page.text["models"]
     assert "Perplexity 25.0 ▼ +5.0 20.0 – 30.0 ▼ +10.0" in page.text["models"]
+    assert "95 % interval What another sample" in page.text["words"]
     assert len([title for title in page.titles if "validation:" in title]) == 4
     assert not [title for title in page.titles if title.startswith("Distilled student, arc")]
 
 
 def test_bars_have_the_values_and_error_bars(page: Page) -> None:
-    assert "Pruned student, validation: 6.000" in page.titles
+    assert "Pruned student, validation: 6.000 (5.950 to 6.050)" in page.titles
     assert "Distilled student, test: 3.250" in page.titles
-    assert "Distilled student, arc: 50.0 ± 5.9" in page.titles
+    assert "Distilled student, arc: 50.0 (40.0 to 60.0)" in page.titles
     assert len([title for title in page.titles if re.match(r".*, (validation|test|arc): ", title)]) == 4 * 3
 
 
@@ -252,14 +284,14 @@ def test_generated_text_is_escaped(compressed: EvaluateConfig, tmp_path: Path) -
     attack = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
     evaluation = change_evaluation(prompts=[attack, attack], student__samples=[attack, attack])
     for name in ("teacher_before", "teacher", "pruned", "student"):
-        evaluation[name]["tasks"] = {f'"{attack}': {"acc": 0.5, "acc_stderr": 0.1}, "$a_1$": {"acc": 0.5}}
+        evaluation[name]["tasks"] = {f'"{attack}': {"acc": 0.5}, "$a_1$": {"acc": 0.5}}
     page = write_page(tmp_path, compressed, evaluation)
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert not page.read_attributes("onerror", "src")
     assert attack in page.text["samples"]
     assert attack in page.text["models"]
-    assert f'Teacher, "{attack}: 50.0 ± 19.6' in page.titles
+    assert f'Teacher, "{attack}: 50.0' in page.titles
     assert "Teacher, $a_1$: 50.0" in page.titles
 
 
@@ -380,9 +412,9 @@ def test_a_gate_is_a_sentence_with_its_numbers(gated: Page) -> None:
     text = gated.text["gates"].replace(gates.FAILED, "x").replace(gates.PASSED, "v")
     for row in (
         "Validation loss, difference from the champion's v passed 0.100 at most 0.150 +0.050 3.000 champion: 2.900",
-        "arc, accuracy, difference from the champion's x failed −5.0 points ± 8.3 points at least 5.0 points −10.0 "
-        "50.0 % champion: 55.0 %",
-        "arc, accuracy, length-normalized ≈ within error 51.0 % ± 3.9 % at least 53.0 % −2.0 51.0 % –",
+        "arc, accuracy, difference from the champion's x failed −5.0 points (−9.5 to −0.3 points) at least 5.0 points "
+        "−10.0 50.0 % champion: 55.0 %",
+        "arc, accuracy, length-normalized ≈ within error 51.0 % (41.3 to 60.6 %) at least 53.0 % −2.0 51.0 % –",
         "Perplexity, ratio to the corrected teacher's v passed 1.500 at most 1.600 +0.100 30.0 corrected teacher: 20.0",
         "Test loss – not measured – at most 3.500 – – –",
         "Out-of-domain loss v passed 3.100 at most 3.500 +0.400 3.100 –",
@@ -393,7 +425,7 @@ def test_a_gate_is_a_sentence_with_its_numbers(gated: Page) -> None:
 def test_the_champion_has_its_column(gated: Page, page: Page) -> None:
     text = gated.text["models"]
     assert "Distilled student Champion, small/3 Parameters" in text
-    assert "Validation loss nats per token 2.500 ▼ +0.500 2.000 6.000 ▼ +4.000 3.000 ▼ +1.000 2.900 ▼ +0.900" in text
+    assert "3.000 2.950 to 3.050 ▼ +1.000 2.900 2.850 to 2.950 ▼ +0.900" in text
     assert "Out-of-domain loss nats per token, on other text – – – 3.100 3.200" in text
     assert "Champion" not in page.text["models"] and "Out-of-domain" not in page.text["models"]
 
@@ -409,7 +441,15 @@ def test_without_a_champion_a_gate_against_it_is_passed_over(compressed: Evaluat
 
 def test_without_gates_there_is_no_verdict(compressed: EvaluateConfig, tmp_path: Path) -> None:
     page = write_page(tmp_path, compressed, judge_evaluation(EVALUATION))
-    assert "No verdict: no gates were set" in page.text["verdict"] and "gates" not in page.text
+    assert "No verdict: no gates were set, so no pipeline promotes this version" in page.text["verdict"]
+    assert "gates" not in page.text
+
+
+def test_gates_on_size_alone_are_no_verdict_on_quality(compressed: EvaluateConfig, tmp_path: Path) -> None:
+    smaller = {"metric": "parameters", "against": "teacher", "by": "ratio", "at_most": 0.9}
+    page = write_page(tmp_path, compressed, judge_evaluation(EVALUATION, smaller))
+    words = "Passed: of 1 gates 1 passed; no gate judged the quality, so no pipeline promotes this version"
+    assert words in page.text["verdict"]
 
 
 def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(

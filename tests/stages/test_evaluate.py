@@ -20,13 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from minitron.config.metrics import SPEED_BATCH, SPEEDS
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
-from minitron.models import downstream_tasks
+from minitron.models import downstream_tasks, generation
 from minitron.models.checkpoint import save_model
+from minitron.models.generation import ROUNDS
+from minitron.registry import gates, intervals
 from minitron.stages import evaluate
+from minitron.tracking.client import connect
 
 MODELS = ("teacher_before", "teacher", "pruned", "student")
 SEQUENCES = 6
@@ -181,13 +185,51 @@ def test_the_gap_is_the_share_of_the_damage_that_was_repaired() -> None:
 
 
 def test_the_layout_of_evaluation_json(found: dict[str, Any]) -> None:
-    assert set(found) == {*MODELS, "gap_closed", "sequences", "prompts", "test_set", "champion", "gates", "passed"}
+    assert set(found) == {
+        *MODELS, "gap_closed", "gap_closed_interval", "sequences", "prompts", "test_set", "champion", "gates", "passed",
+    }  # fmt: skip
     assert (found["champion"], found["gates"], found["passed"]) == (None, [], None)
     for model in MODELS:
         assert set(found[model]) == {
             "parameters", "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl", "top1_agreement",
-            "tasks", "generation_tokens_per_second", "weights_mb", "samples",
+            "tasks", "generation_tokens_per_second", "batch_generation_tokens_per_second", "weights_mb", "samples",
+            "intervals", "differences",
         }  # fmt: skip
+
+
+def test_every_question_sequence_and_round_is_kept(result: Path, job: dict[str, Any], found: dict[str, Any]) -> None:
+    packed = (result / "items.json").read_text()
+    assert len(packed) < 10_000
+    items = intervals.unpack_items(json.loads(packed))
+    assert items.keys() == set(MODELS)
+    for model, metrics in items.items():
+        own = found[model]
+        assert np.mean(metrics["validation_loss"]) == pytest.approx(own["validation_loss"], rel=1e-5)
+        assert len(metrics["test_loss"]) == len(metrics["kl"]) == SEQUENCES
+        assert len(metrics[f"{TASK}_acc"]) == job["task_limit"]
+        assert np.mean(metrics[f"{TASK}_acc"]) == pytest.approx(own["tasks"][TASK]["acc"])
+        assert np.median(metrics["generation_tokens_per_second"]) == pytest.approx(
+            own["generation_tokens_per_second"], rel=1e-5
+        )
+    rows, labels = split(job["dataset"], "validation")
+    per_token = F.cross_entropy(logits(job["student"], rows).transpose(1, 2), labels, reduction="none")
+    assert items["student"]["validation_loss"] == pytest.approx(per_token.mean(1).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "metric", ["validation_loss", "test_loss", "perplexity", "kl", "top1_agreement", f"{TASK}_acc"]
+)
+def test_every_value_lies_in_its_interval(metric: str, found: dict[str, Any]) -> None:
+    for model in MODELS:
+        low, high = found[model]["intervals"][metric]
+        value = found[model].get(metric, found[model]["tasks"][TASK]["acc"])
+        assert low <= value <= high and (low < high or (model, metric) == ("teacher", "kl") or value == 1)
+    low, high = found["student"]["differences"]["validation_loss"]
+    assert low < found["student"]["validation_loss"] - found["teacher"]["validation_loss"] < high
+    alone = [
+        end - start for start, end in (found[name]["intervals"]["validation_loss"] for name in ("student", "teacher"))
+    ]
+    assert high - low < sum(alone), "paired: what is hard for both does not count"
 
 
 def test_the_record_has_every_number_under_one_name(result: Path, found: dict[str, Any]) -> None:
@@ -202,7 +244,7 @@ def test_the_record_has_every_number_under_one_name(result: Path, found: dict[st
 
 def test_only_the_result_is_left(result: Path) -> None:
     assert sorted(path.name for path in result.parent.rglob("*")) == [
-        "evaluation", "evaluation.json", "lineage.json", "report.html", "stage.json",
+        "evaluation", "evaluation.json", "items.json", "lineage.json", "report.html", "stage.json",
     ]  # fmt: skip
 
 
@@ -225,8 +267,10 @@ def test_models_with_equal_weights_are_measured_once(
     assert found["teacher"] == found["teacher_before"] and found["student"] == found["pruned"]
     assert found["teacher"] != found["student"] and found["teacher"]["kl"] == 0
     for layers in (4, 3):
-        # Six sequences, four at a time, of two splits; of five new tokens the first comes with the prompt.
-        assert [calls.count((layers, *shape)) for shape in ((4, 32), (2, 32), (1, 1))] == [2, 2, 4]
+        # Six sequences, four at a time, of two splits; of five new tokens the first comes with the prompt. One text is
+        # a sample, one warms up, the others are timed.
+        assert [calls.count((layers, *shape)) for shape in ((4, 32), (2, 32), (1, 1))] == [2, 2, 4 * (2 + ROUNDS)]
+        assert calls.count((layers, SPEED_BATCH, 1)) == 4 * (1 + ROUNDS)
     assert {layers for layers, *_ in calls} == {4, 3}
 
 
@@ -486,6 +530,118 @@ class TestRefusedBeforeAModelIsLoaded:
     def test_no_prompt(self, prompts: list[str], job: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"evaluate\.prompts"):
             parse("evaluate", job | {"prompts": prompts, "output": tmp_path / "out"})
+
+
+CODE = {"output_type": "generate_until", "doc_to_target": "{{label}}", "doc_to_choice": None}
+CODE |= {"generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]}, "unsafe_code": True}
+FUNCTIONS = """
+def pass_at_k(references, predictions, k=(1,)):
+    return {f"pass@{n}": 0.5 for n in k}
+"""
+
+
+def write_code_task(directory: Path, **changes: Any) -> Path:
+    """Write a task as humaneval is: it runs generated code, and its metric is pass@1."""
+    tasks = write_task(directory, ROW * 2, **CODE | changes)
+    text = (tasks / "own.yaml").read_text()
+    begin = text.index("metric_list:")
+    end = text.index("output_type:")
+    metric = "metric_list:\n- {metric: !function utils.pass_at_k, aggregation: mean, higher_is_better: true, k: [1]}\n"
+    (tasks / "own.yaml").write_text(text[:begin] + metric + text[end:])
+    (tasks / "utils.py").write_text(FUNCTIONS)
+    return tasks
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_task_that_runs_code_is_refused_first(job: dict[str, Any], tmp_path: Path) -> None:
+    tasks = write_code_task(tmp_path / "tasks")
+    (tasks / "utils.py").write_text("raise SystemExit('it was run')\n")  # not even loaded
+    message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
+    assert message == (
+        "evaluate.tasks: own runs code that the models write; remove it, or name it in evaluate.unsafe_tasks where "
+        "that code can do no harm"
+    )
+
+
+def test_a_task_that_is_named_may_run_code_and_its_metric_reaches_mlflow(
+    job: dict[str, Any], tmp_path: Path, mlflow_file: str
+) -> None:
+    """The name pass@1 stays in evaluation.json and in gates; only MLflow, which refuses it, has another."""
+    tasks = write_code_task(tmp_path / "tasks")
+    gate = {"metric": "own_pass@1", "against": "teacher_before", "at_least": 0.0}
+    settings = job | {"tasks": ["own"], "unsafe_tasks": ["own"], "task_directory": tasks, "gates": [gate]}
+    record = evaluate.run(
+        EvaluateConfig(output=tmp_path / "out", tracking_uri=mlflow_file, experiment="code", **settings)
+    )
+    assert record["metrics"]["student_own_pass@1"] == 0.5
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["gates"][0]["outcome"] == "passed" and found["student"]["tasks"]["own"]["pass@1"] == 0.5
+    metrics = connect(mlflow_file).get_run(record["mlflow_run_id"]).data.metrics
+    assert metrics["student_own_pass_at_1"] == 0.5 and metrics["student_kl"] == record["metrics"]["student_kl"]
+
+
+def write_examples_task(directory: Path, **changes: Any) -> Path:
+    """Write a task of four questions, and eight solved ones in a split of their own."""
+    rows = "".join(json.dumps({"question": f"q{n}", "choices": ["c", "d"], "label": n % 2}) + "\n" for n in range(4))
+    tasks = write_task(directory, rows, **changes)
+    (tasks / "train.jsonl").write_text(rows.replace(': "q', ': "example '))
+    return tasks
+
+
+def test_examples_stand_before_every_question_the_same_for_every_model(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"data_files": {"test": "own.jsonl", "train": "train.jsonl"}}
+    tasks = write_examples_task(tmp_path / "tasks", dataset_kwargs=files, training_split="train", test_split="test")
+    contexts: list[list[str]] = []
+    score = downstream_tasks.SharedContextLM.loglikelihood
+
+    def record(self: Any, requests: list[Any], *arguments: Any) -> Any:
+        contexts.append([request.args[0] for request in requests])
+        return score(self, requests, *arguments)
+
+    monkeypatch.setattr(downstream_tasks.SharedContextLM, "loglikelihood", record)
+    settings = job | {"tasks": ["own"], "task_directory": tasks, "num_fewshot": {"own": 3}, "task_limit": None}
+    evaluate.run(EvaluateConfig(output=tmp_path / "out", **settings))
+    assert len(contexts) == len(MODELS) and all(context == contexts[0] for context in contexts)
+    assert {context.count("example ") for context in contexts[0]} == {3}
+    assert {context.split("\n\n")[-1] for context in contexts[0]} == {"q0", "q1", "q2", "q3"}
+    assert all(line[-1] in "cd" for line in contexts[0][0].split("\n\n")[:-1]), "an example has its answer"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_examples_that_would_be_the_questions_are_refused(job: dict[str, Any], tmp_path: Path) -> None:
+    tasks = write_examples_task(tmp_path / "tasks")
+    message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks, num_fewshot=2)
+    assert message == (
+        "evaluate.num_fewshot: own has no examples apart from its questions; give the task a training_split or "
+        "fewshot_split, or set its number to 0"
+    )
+
+
+@pytest.mark.parametrize("setting", [{"num_fewshot": {"mmlu": 5}}, {"unsafe_tasks": ["mmlu"]}])
+def test_a_setting_for_a_task_that_is_not_run_is_refused(setting: dict[str, Any], job: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"evaluate: {next(iter(setting))}: mmlu is not in evaluate\.tasks \({TASK}\)"
+    ):
+        parse("evaluate", job | setting | {"output": "out"})
+
+
+def test_two_models_of_one_shape_are_equally_fast(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rounds than usual, so that chance does not decide; a gate on their ratio holds both ways."""
+    monkeypatch.setattr(generation, "ROUNDS", 16)
+    twin = save_llama(Path(job["teacher_before"]), tmp_path / "twin", 2, seed=9)
+    bounds = [{"at_least": 1.0}, {"at_most": 1.0}]
+    declared = [
+        {"metric": metric, "against": "champion", "by": "ratio"} | bound for metric in SPEEDS for bound in bounds
+    ]
+    settings = job | {"tasks": [], "task_directory": None, "champion": str(twin), "gates": declared}
+    evaluate.run(EvaluateConfig(output=tmp_path / "out", **settings | {"generation_tokens": 12}))
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["passed"] is True, [gates.describe_gate(row) for row in found["gates"]]
+    assert all(row["interval"][0] <= 1 <= row["interval"][1] for row in found["gates"])
 
 
 def test_an_unknown_task_of_the_catalogue_is_answered_with_the_closest() -> None:
