@@ -55,11 +55,11 @@ def check_model(directory: Path) -> "PreTrainedTokenizerBase":
         ConfigError: no model that can be compressed, or parts that do not belong to each other.
         RunError: a weight file is damaged or missing, or lacks weights.
     """
-    config = check_architecture(directory)
-    read_config(directory)
+    check_architecture(directory)
+    rows = read_config(directory).vocab_size
     tokenizer = load_tokenizer(directory)
     check_weights(directory)
-    _check_token_ids(directory, config, tokenizer)
+    _check_token_ids(directory, rows, tokenizer)
     return tokenizer
 
 
@@ -78,17 +78,22 @@ def read_config(directory: Path) -> Any:
         raise ConfigError(f"{directory}: {CONFIG} describes no model ({reason}); correct it") from error
 
 
-def check_sequence_length(stage: str, length: int, directory: Path) -> None:
+def check_sequence_length(setting: str, length: int, config: dict[str, Any], model: Path | str) -> None:
     """Refuse sequences that a model has no positions for.
 
+    Args:
+        setting: the name of the setting that has the length.
+        length: tokens per sequence.
+        config: the model's config.json.
+        model: its address, for the message.
+
     Raises:
-        ConfigError: `length` is above the max_position_embeddings of the model.
+        ConfigError: the length is above the model's max_position_embeddings.
     """
-    longest = check_architecture(directory).get("max_position_embeddings")
+    longest = config.get("max_position_embeddings")
     if longest is not None and length > longest:
         raise ConfigError(
-            f"{stage}.sequence_length: {length} is above max_position_embeddings {longest} of {directory}; "
-            f"choose at most {longest}"
+            f"{setting}: {length} is above max_position_embeddings {longest} of {model}; choose at most {longest}"
         )
 
 
@@ -96,19 +101,34 @@ def check_architecture(directory: Path) -> dict[str, Any]:
     """Return the content of a model directory's config.json.
 
     Raises:
-        ConfigError: no model directory, an adapter, quantised, or not one of the SUPPORTED architectures.
+        ConfigError: no model directory, an adapter, or as for `check_config`.
     """
     _refuse_adapter(directory)
     if not (directory / CONFIG).is_file():
         _refuse_other_formats(directory, CONFIG)
         raise ConfigError(f"{directory}: no {CONFIG}; give a Hugging Face model directory")
     config = _read_json(directory / CONFIG)
+    check_config(config, directory)
+    _refuse_quantised_files(directory)
+    return config
+
+
+def check_config(config: dict[str, Any], model: Path | str) -> None:
+    """Check the content of a config.json; `model` is its address, for the message.
+
+    Raises:
+        ConfigError: not one of the SUPPORTED architectures, quantised, or with token ids beyond the embedding.
+    """
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED:
         known = ", ".join(SUPPORTED)
-        raise ConfigError(f"{directory}: architecture {architecture} is not supported; use one of {known}")
-    _refuse_quantised_config(directory, config)
-    return config
+        raise ConfigError(f"{model}: architecture {architecture} is not supported; use one of {known}")
+    for key in ("quantization_config", "compression_config"):
+        if settings := config.get(key):
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+            raise ConfigError(f"{model}: quantised ({key} of {CONFIG}: {method}); {_UNQUANTISED}")
+    if isinstance(rows := config.get("vocab_size"), int):
+        _refuse_ids_beyond(config, CONFIG, rows, model)
 
 
 def check_weights(directory: Path) -> None:
@@ -230,12 +250,8 @@ def _refuse_other_formats(directory: Path, absent: str) -> None:
         )
 
 
-def _refuse_quantised_config(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse what a config or a quantisation tool's own file says to be quantised."""
-    for key in ("quantization_config", "compression_config"):
-        if settings := config.get(key):
-            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-            raise ConfigError(f"{directory}: quantised ({key} of {CONFIG}: {method}); {_UNQUANTISED}")
+def _refuse_quantised_files(directory: Path) -> None:
+    """Refuse what a quantisation tool's own file says to be quantised."""
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
         if (directory / name).is_file():
             settings = _read_json(directory / name)
@@ -283,9 +299,9 @@ def _check_tied(directory: Path, headers: dict[str, Header]) -> None:
         )
 
 
-def _check_token_ids(directory: Path, config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _check_token_ids(directory: Path, rows: int, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse tokens that have no row in the embedding."""
-    rows, ids = config["vocab_size"], tokenizer.get_vocab()
+    ids = tokenizer.get_vocab()
     named = _list_named_tokens(directory) | {tokenizer.eos_token}
     beyond = sorted(token for token in named & ids.keys() if ids[token] >= rows)
     if beyond:
@@ -293,14 +309,15 @@ def _check_token_ids(directory: Path, config: dict[str, Any], tokenizer: "PreTra
             f"{directory}: the tokenizer's token {beyond[0]} has the id {ids[beyond[0]]}, but the embedding has {rows} "
             "rows; enlarge it with transformers' resize_token_embeddings, or take the token out of the tokenizer"
         )
-    for name in (CONFIG, GENERATION_CONFIG):
-        settings = _read_json(directory / name) if (directory / name).is_file() else {}
-        for key, value in settings.items():
-            values = value if isinstance(value, list) else [value]
-            if key.endswith("_token_id") and any(isinstance(number, int) and number >= rows for number in values):
-                raise ConfigError(
-                    f"{directory}: {key} of {name} is {value}, but the embedding has {rows} rows; correct it"
-                )
+    if (directory / GENERATION_CONFIG).is_file():
+        _refuse_ids_beyond(_read_json(directory / GENERATION_CONFIG), GENERATION_CONFIG, rows, directory)
+
+
+def _refuse_ids_beyond(settings: dict[str, Any], file: str, rows: int, model: Path | str) -> None:
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and any(isinstance(number, int) and number >= rows for number in values):
+            raise ConfigError(f"{model}: {key} of {file} is {value}, but the embedding has {rows} rows; correct it")
 
 
 def _list_named_tokens(directory: Path) -> set[str]:

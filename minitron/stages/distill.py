@@ -9,7 +9,7 @@ from typing import Any
 from minitron import engines
 from minitron.config.stages import DistillConfig
 from minitron.data.manifest import check_tokenizer
-from minitron.models.checks import check_finite, check_model, check_sequence_length
+from minitron.models.checks import check_architecture, check_finite, check_model, check_sequence_length
 from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
@@ -33,7 +33,7 @@ def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, 
     """Train the student."""
     for model in (config.teacher, config.student):
         check_model(model)
-        check_sequence_length("distill", config.sequence_length, model)
+        check_sequence_length("distill.sequence_length", config.sequence_length, check_architecture(model), model)
         check_finite(model)
         check_tokenizer(config.dataset, model)
     weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)

@@ -10,7 +10,7 @@ from minitron import engines
 from minitron.config.stages import FinetuneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.models.checkpoint import copy_model
-from minitron.models.checks import check_finite, check_model, check_sequence_length
+from minitron.models.checks import check_architecture, check_finite, check_model, check_sequence_length
 from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
@@ -35,7 +35,7 @@ def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str,
     teacher = Path(config.teacher)
     check_model(teacher)
     if config.enabled:
-        check_sequence_length("finetune", config.sequence_length, teacher)
+        check_sequence_length("finetune.sequence_length", config.sequence_length, check_architecture(teacher), teacher)
     check_finite(teacher)
     check_tokenizer(config.dataset, teacher)
     result: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}

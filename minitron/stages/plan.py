@@ -16,6 +16,7 @@ from minitron.config.resources import Models, Term
 from minitron.config.settings import RESOURCES, PruneSettings, Settings
 from minitron.config.tasks import PlanConfig
 from minitron.errors import MinitronError
+from minitron.models.checks import check_config, check_sequence_length
 from minitron.report import TEMPLATES
 from minitron.runtime.model_sources import read_architecture
 from minitron.storage.files import replace_directory, write_atomically
@@ -35,10 +36,10 @@ def run(config: PlanConfig) -> dict[str, Any]:
     """Write `plan.json` and `plan.html` to `config.output`; return the outputs of the task as `outputs`.
 
     Raises:
-        ConfigError: a setting is unknown, missing or has a value of the wrong kind.
+        ConfigError: a setting is unknown, missing or of the wrong kind, or the teacher cannot be compressed so.
     """
     plan = read_plan(config)
-    models, unknown = _count_models(plan)
+    models, unknown = _read_teacher(plan)
     memory = {stage: _request_memory(plan, stage, models) for stage in plan.stages}
     for warning in filter(None, (unknown, *(entry.warning for entry in memory.values()))):
         print(f"warning: plan: {warning}", flush=True)
@@ -52,17 +53,20 @@ def run(config: PlanConfig) -> dict[str, Any]:
     return {"metrics": {}, "outputs": outputs}
 
 
-def _count_models(plan: Plan) -> tuple[Models, str | None]:
-    """Count the parameters of teacher and student; without the teacher's config.json assume some, and say so."""
-    prune = plan.stages["prune"]
+def _read_teacher(plan: Plan) -> tuple[Models, str | None]:
+    """Check the teacher's config.json and count parameters; if it cannot be read yet assume some, and say so."""
+    prune, address = plan.stages["prune"], plan.pipeline.teacher
     assert isinstance(prune, PruneSettings)
     try:
-        return resources.count_models(read_architecture(plan.pipeline.teacher), prune), None
+        teacher = read_architecture(address)
     except MinitronError as error:
         return Models(), (
             f"the teacher's size is not known yet ({error}), so the memory is for {resources.UNKNOWN:,} parameters; "
             "set STAGE.memory if it has more"
         )
+    check_config(teacher, address)
+    check_sequence_length("sequence_length", plan.pipeline.sequence_length, teacher, address)
+    return resources.count_models(teacher, prune), None
 
 
 def _request_memory(plan: Plan, stage: str, models: Models) -> Memory:

@@ -115,6 +115,42 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
     assert (tmp_path / "out" / "plan.html").read_text().count(f"Warning: {warning}.") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (
+            {"max_position_embeddings": 4096},
+            {},
+            "sequence_length: 8192 is above max_position_embeddings 4096 of LLAMA; ",
+        ),
+        ({}, {"sequence_length": 131073}, "sequence_length: 131073 is above max_position_embeddings 131072 of LLAMA; "),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {},
+            "LLAMA: quantised (quantization_config of config.json: fp8)",
+        ),
+        (
+            {"eos_token_id": 128256},
+            {},
+            "LLAMA: eos_token_id of config.json is 128256, but the embedding has 128256 rows",
+        ),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            {},
+            "LLAMA: architecture GPT2LMHeadModel is not supported; use one of ",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_be_compressed_is_refused_by_its_config(
+    llama: str, tmp_path: Path, change: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    (Path(llama) / "config.json").write_text(json.dumps(LLAMA_3_1_8B | change))
+    with pytest.raises(ConfigError) as refused:
+        run_plan(tmp_path / "out", teacher=llama, document=settings)
+    assert str(refused.value).startswith(message.replace("LLAMA", llama))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("teacher", ["ngc://org/team/llama:1.0", "models:/llama@champion", "/nowhere", "hf://org/name"])
 def test_a_teacher_that_cannot_be_read_yet_is_assumed_to_be_of_a_stated_size(
     teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
