@@ -72,7 +72,7 @@ def read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)  # else it may ask at the terminal
     except Exception as error:  # the classes differ between versions of transformers
         reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: {CONFIG} describes no model ({reason}); correct it") from error
@@ -212,6 +212,8 @@ def list_weight_files(directory: Path) -> list[Path]:
             raise ConfigError(f"{directory}: no {WEIGHTS}; give a Hugging Face model directory with its weights")
         return [single]
     names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ConfigError(f"{directory}: {INDEX} names files outside the model ({_shorten(outside)}); put them into it")
     if single.is_file() and names != [WEIGHTS]:
         raise ConfigError(
             f"{directory}: both {WEIGHTS} and {INDEX}, which names other files ({_shorten(names)}); "

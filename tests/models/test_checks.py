@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron.config.stages import DistillConfig, FinetuneConfig, PrepareConfig, PruneConfig
 from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.models.checks import check_model, list_weight_files
+from minitron.models.checks import INDEX, check_model, list_weight_files
 from minitron.stages import distill, finetune, prepare, prune
 from tests.servers import forks
 
@@ -90,7 +90,7 @@ def leave_other_shards(model: Path) -> None:
         path.rename(model / path.name.replace("-of-00002", "-of-00003"))
 
 
-CASES: dict[str, tuple[Callable[[Path], None], type[MinitronError], str]] = {
+CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "gptq": (
         edit_config(quantization_config={"quant_method": "gptq"}),
         ConfigError,
@@ -157,7 +157,7 @@ CASES: dict[str, tuple[Callable[[Path], None], type[MinitronError], str]] = {
     ),
     "no model": (edit_config(hidden_size=63), ConfigError, r"config.json describes no model \(.*\); correct it"),
     "no JSON": (
-        lambda model: (model / "config.json").write_text("{") and None,
+        lambda model: (model / "config.json").write_text("{"),
         ConfigError,
         r"config.json: no JSON \(.*\); get the model again",
     ),
@@ -195,6 +195,11 @@ CASES: dict[str, tuple[Callable[[Path], None], type[MinitronError], str]] = {
         write_json("model.safetensors.index.json", {"weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}}),
         ConfigError,
         r"both model.safetensors and model.safetensors.index.json, which names other files",
+    ),
+    "outside": (
+        lambda model: (model / INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: "../other.safetensors"}})),
+        ConfigError,
+        r"model.safetensors.index.json names files outside the model \(../other.safetensors\); put them into it",
     ),
     "token": (
         add_token,

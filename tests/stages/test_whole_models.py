@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
 from minitron.engines.nemo import engine as nemo
@@ -177,6 +177,8 @@ def test_what_engine_nemo_exports_gets_files_keys_and_dtypes_of_the_model_it_was
     whole: Path, tmp_path: Path
 ) -> None:
     """NeMo writes weights in another dtype, and config and generation_config of its own."""
-    AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).save_pretrained(tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(tmp_path / "exported")
     finish_derived_model(tmp_path / "exported", whole)
     assert_kept(tmp_path / "exported", whole)
