@@ -144,8 +144,8 @@ def check_weights(directory: Path) -> None:
             raise ConfigError(f"{directory}: {name} has the dtype {header.dtype}, a quantised one; {_UNQUANTISED}")
     expected, is_tied = _compute_expected_shapes(directory)
     _refuse_unexpected(directory, headers.keys() - expected.keys())
-    either = {EMBEDDING, HEAD} if is_tied and headers.keys() & {EMBEDDING, HEAD} else set()
-    if missing := sorted(expected.keys() - headers.keys() - either):
+    optional = {HEAD} if is_tied else set()  # the embedding is needed: transformers 4.57 does not take it from the head
+    if missing := sorted(expected.keys() - headers.keys() - optional):
         raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
     for name, header in headers.items():
         if header.shape != expected[name]:
