@@ -54,7 +54,7 @@ def snapshot(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_snapshot(teacher, tmp_path_factory.mktemp("hub") / "models--org--name")
 
 
-@pytest.mark.parametrize("change", [{"enabled": False}, {"learning_rate": 3.0, "min_learning_rate": 3.0}])
+@pytest.mark.parametrize("change", [{"enabled": False}, {"learning_rate": 0.1, "min_learning_rate": 0.1}])
 def test_a_hub_model_that_is_passed_on_comes_out_as_real_files(
     snapshot: Path, teacher: Path, dataset: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -118,7 +118,7 @@ def made(whole: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
     common = {"dataset": dataset} | TRAINING
     sequences = {"dataset": dataset, "sequence_length": 32, "micro_batch_size": 2, "calibration_sequences": 2}
     cut = {"hidden_size": 48, "intermediate_size": 96, "num_key_value_heads": 1, "num_hidden_layers": 3}
-    worse = {"learning_rate": 3.0, "min_learning_rate": 3.0}
+    worse = {"learning_rate": 0.1, "min_learning_rate": 0.1}
     before = content_hash(whole)
     trained = finetune.run(FinetuneConfig(output=root / "finetune", teacher=str(whole), **common))
     kept = finetune.run(FinetuneConfig(output=root / "better", teacher=str(whole), **common | worse))
