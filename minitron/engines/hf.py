@@ -116,6 +116,7 @@ def prune(
     config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path
 ) -> tuple[Plan, Importance | None, int]:
     """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`."""
+    _say_that_one_gpu_works()
     teacher_config = read_config(config.teacher)
     importance, sequences = _measure_importance(config, teacher_config, shape)
     plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)

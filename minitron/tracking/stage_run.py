@@ -92,7 +92,7 @@ class MlflowTracker(Tracker):
         super().__init__(identity)
         self.client = client
         self._attempt, self._last_step = str(_now_milliseconds()), 0
-        self._latest: dict[str, tuple[int, float]] = {}  # of each metric
+        self._steps: dict[str, set[int]] = {}  # of each metric: those that MLflow has
         parent = join_pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
         self.experiment_id = (
@@ -104,14 +104,19 @@ class MlflowTracker(Tracker):
         self._outbox = Outbox(self._unsent, self._send_message, self._report_outage)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Queue metrics; they are sent within two seconds, or kept while the server is away."""
+        """Queue metrics; they are sent within two seconds, or kept while the server is away.
+
+        A step that the metric has already is left out: a resumed training repeats those after its last checkpoint.
+        """
         now = _now_milliseconds()
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         for name in numbers.keys() - finite.keys():
             self._warn(f"{name} is {numbers[name]} at step {step}: not logged")
-        self._outbox.put({"run": self.run_id, "points": [[name, value, now, step] for name, value in finite.items()]})
-        self._latest |= {name: (step, value) for name, value in finite.items()}
+        new = {name: value for name, value in finite.items() if step not in self._steps.get(name, ())}
+        self._outbox.put({"run": self.run_id, "points": [[name, value, now, step] for name, value in new.items()]})
+        for name in new:
+            self._steps.setdefault(name, set()).add(step)
         self._last_step = max(self._last_step, step)
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -127,11 +132,10 @@ class MlflowTracker(Tracker):
         """Return the record's metrics under the names that MLflow gets.
 
         A metric whose curve is in the history is the best point of that curve: it is `best_` and the name, so that the
-        curve does not end with it. A number that was logged already is left out.
+        curve does not end with it.
         """
         curves = {name for row in record.get("history", []) for name in row}
-        named = {f"best_{name}" if name in curves else name: value for name, value in record["metrics"].items()}
-        return {name: value for name, value in named.items() if self._latest.get(name, (0, None))[1] != value}
+        return {f"best_{name}" if name in curves else name: value for name, value in record["metrics"].items()}
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.
@@ -156,6 +160,9 @@ class MlflowTracker(Tracker):
         unfinished = [r for r in earlier if r.data.tags.get(PARENT_TAG) == parent_id and r.info.status != "FINISHED"]
         if unfinished:
             run = unfinished[0]
+            for name in run.data.metrics:
+                points = self.client.get_metric_history(run.info.run_id, name)
+                self._steps[name] = {point.step for point in points}
         else:
             run = self.client.create_run(self.experiment_id, tags=tags, run_name=self.identity["stage"])
         self._log_parameters(config, run)
