@@ -5,13 +5,13 @@
 KServe's runtime for `huggingface` loads a Hugging Face directory with vLLM. Another version is another manifest.
 """
 
-import math
 import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from minitron.config.pipelines import default_argument
+from minitron.config.resources import BASE, BF16, Term, format_request
 from minitron.errors import ConfigError
 from minitron.registry import lineage
 from minitron.registry.versions import pin_version
@@ -27,9 +27,6 @@ _READABLE = ("gs://", "s3://", "hdfs://", "webhdfs://")
 
 _GPU, _GPU_GB, _WEIGHTS_SHARE = "nvidia.com/gpu", 80, 0.6
 """Memory of an H100, and the share of it that the weights may take: the rest is vLLM's key-value cache."""
-
-_BYTES_PER_PARAMETER, _PROCESS_GIB = 2, 8
-"""Weights in bfloat16, and what the server takes beside them in the host's memory."""
 
 
 def render_service(uri: str, address: str, claim: str) -> str:
@@ -67,11 +64,12 @@ def render_service(uri: str, address: str, claim: str) -> str:
 
 def _make_predictor(storage: str, parameters: int) -> dict[str, Any]:
     """Return the predictor: its GPUs hold the weights and a key-value cache, its memory the weights once."""
-    weights = parameters * _BYTES_PER_PARAMETER
+    weights = parameters * BF16
     gpus = 1
     while weights > gpus * _GPU_GB * 1e9 * _WEIGHTS_SHARE:
         gpus *= 2
-    resources = {"cpu": str(4 * gpus), "memory": f"{math.ceil(weights / 2**30) + _PROCESS_GIB}Gi", _GPU: str(gpus)}
+    memory = format_request([Term("weights", weights), Term("the server", BASE)])
+    resources = {"cpu": str(4 * gpus), "memory": memory, _GPU: str(gpus)}
     model: dict[str, Any] = {"modelFormat": {"name": "huggingface"}, "storageUri": storage}
     if gpus > 1:
         model["args"] = [f"--tensor-parallel-size={gpus}"]
