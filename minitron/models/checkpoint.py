@@ -21,6 +21,7 @@ from minitron.models.checks import (
     FLOATS,
     GENERATION_CONFIG,
     HEAD,
+    INDEX,
     check_architecture,
     check_weights,
     read_headers,
@@ -151,7 +152,18 @@ def _restore_dtypes(directory: Path, source: Path) -> None:
         tensors = load_file(file)
         for name in differing & tensors.keys():
             tensors[name] = tensors[name].to(getattr(torch, FLOATS[original[name].dtype]))
-        save_file(tensors, file, {"format": "pt"})
+        save_file(
+            tensors, partial := file.with_suffix(".partial"), {"format": "pt"}
+        )  # the tensors are views of the file
+        partial.replace(file)
+    if differing and (directory / INDEX).is_file():
+        index = json.loads((directory / INDEX).read_text())
+        sizes = [
+            math.prod(header.shape) * getattr(torch, FLOATS[header.dtype]).itemsize
+            for header in read_headers(directory).values()
+        ]
+        index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes)}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_model(source: Path, directory: Path) -> None:

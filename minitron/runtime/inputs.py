@@ -65,7 +65,7 @@ def _find_input(config: StageConfig, name: str) -> Input:
     elif (reference := _read_reference(address)) and bucket.is_bucket(reference.address):
         return Input(address, reference.sha256, lambda: references.locate_result(reference, address))
     path, pinned = model_sources.pinned_local_model(address, config)
-    if config.output.absolute().is_relative_to(path.absolute()):
+    if config.output.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"output {config.output}: lies inside {name} {address} and would change it; move it out")
     sha256 = verified_hash(path)
     model_sources.check_unchanged(path, sha256)

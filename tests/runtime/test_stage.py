@@ -296,11 +296,13 @@ def test_another_stages_result_is_not_overwritten(
     assert (tmp_path / "out" / "words.txt").read_text() == "3"
 
 
+@pytest.mark.parametrize("place", ["teacher", "link"])
 def test_an_output_within_an_input_is_refused(
-    make: Callable[..., PrepareConfig], work: Counting, tmp_path: Path
+    make: Callable[..., PrepareConfig], work: Counting, tmp_path: Path, place: str
 ) -> None:
-    with pytest.raises(ConfigError, match=r"teacher/out: lies inside teacher .*teacher and would change it"):
-        stage.run(make(output=tmp_path / "teacher" / "out"), work)
+    (tmp_path / "link").symlink_to("teacher")
+    with pytest.raises(ConfigError, match=rf"{place}/out: lies inside teacher .*teacher and would change it"):
+        stage.run(make(output=tmp_path / place / "out"), work)
     assert [path.name for path in (tmp_path / "teacher").iterdir()] == ["config.json"]
 
 

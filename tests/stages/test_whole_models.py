@@ -179,6 +179,16 @@ def test_what_engine_nemo_exports_gets_files_keys_and_dtypes_of_the_model_it_was
     """NeMo writes weights in another dtype, and config and generation_config of its own."""
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     model.generation_config = GenerationConfig()
-    model.save_pretrained(tmp_path / "exported")
+    model.save_pretrained(tmp_path / "exported", max_shard_size="200KB")
     finish_derived_model(tmp_path / "exported", whole)
+    index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
+    shards = [load_file(tmp_path / "exported" / name) for name in sorted(set(index["weight_map"].values()))]
+    assert len(shards) > 1
+    weights = {name: weight for shard in shards for name, weight in shard.items()}
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights.values())
+    expected = load_file(whole / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].dtype == tensor.dtype for name, tensor in expected.items())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    save_file(weights, tmp_path / "exported" / "model.safetensors", {"format": "pt"})
     assert_kept(tmp_path / "exported", whole)
