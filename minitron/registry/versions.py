@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError
 from minitron.storage.hashing import list_files
-from minitron.tracking.artifacts import check_uploaded
+from minitron.tracking.artifacts import check_uploaded, warn_of_path
 from minitron.tracking.client import connect, defer_sigterm, is_missing, one_line_errors, set_environment
 from minitron.tracking.stage_run import MlflowTracker
 
@@ -126,6 +126,7 @@ def upload_model(
     try:
         client.log_model_artifact(model.model_id, str(card))
         check_uploaded(client, model, {card.name: card})  # before gigabytes go where nobody finds them
+        warn_of_path(client, model)
         # Uploaded from the directory itself, so the weights are not copied on this disk.
         client.log_model_artifacts(model.model_id, str(directory))
         size = sum(path.stat().st_size for path in list_files(directory))

@@ -5,6 +5,7 @@ server has nothing. Such files are asked for through the server.
 """
 
 import hashlib
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-__all__ = ["check_uploaded"]
+__all__ = ["check_uploaded", "warn_of_path"]
 
 _API = "mlflow/logged-models"
 
@@ -41,6 +42,17 @@ def check_uploaded(client: "MlflowClient", model: "LoggedModel", files: dict[str
         raise RunError(
             f"MLflow at {without_password(client.tracking_uri)}: {wrong[0]} was uploaded to "
             f"{model.artifact_location}, but cannot be read back; {_suggest_remedy(client, model)}"
+        )
+
+
+def warn_of_path(client: "MlflowClient", model: "LoggedModel") -> None:
+    """Warn if a model lies at a path behind a server, even if this machine and the server share the disk."""
+    if _lies_on_the_servers_disk(client, model):
+        print(
+            f"warning: MLflow keeps the model at {model.artifact_location}: "
+            "only machines that have this disk can load it",
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -384,11 +384,14 @@ def test_a_disk_that_the_server_shares_is_as_good_as_another(
     server_with_a_disk: tuple[str, Path],
     make: Callable[..., RegisterConfig],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """But other machines may lack it: a warning says so."""
     uri, directory = server_with_a_disk
     monkeypatch.chdir(directory)
     assert register.run(make(uri))["registered"]["version"] == 1
     assert list(directory.rglob(WEIGHTS))
+    assert "only machines that have this disk can load it" in capsys.readouterr().err
 
 
 def test_an_upload_that_arrived_in_part_is_no_version(
