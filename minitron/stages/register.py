@@ -98,6 +98,8 @@ def _check_inputs(config: RegisterConfig) -> None:
             raise ConfigError(f"{path}: {reason}; such a model is not registered: train it again, at a lower rate")
     check_architecture(config.student)
     check_tokenizer(config.dataset, config.student)
+    if linked := [path for path in config.student.rglob("*") if path.is_symlink() and path.is_dir()]:
+        raise ConfigError(f"{linked[0]}: a linked directory, which MLflow does not upload; put its files there")
 
 
 def _complete_lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:

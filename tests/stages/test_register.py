@@ -339,6 +339,17 @@ def test_an_evaluation_without_report_is_refused(make: Callable[..., RegisterCon
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_a_linked_directory_is_refused_since_mlflow_leaves_it_out(
+    make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
+) -> None:
+    linked = Path(shutil.copytree(student, tmp_path / "student", ignore=shutil.ignore_patterns("stage.json")))
+    (tmp_path / "elsewhere").mkdir()
+    (linked / "original").symlink_to("../elsewhere")
+    with pytest.raises(ConfigError, match=r"student/original: a linked directory, which MLflow does not upload; put"):
+        register.run(make(f"sqlite:///{tmp_path}/mlflow.db", student=linked))
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_a_version_that_was_deleted_is_made_anew(mlflow_file: str, make: Any, tmp_path: Path) -> None:
     first = register.run(make(mlflow_file))["registered"]
     client = connect(mlflow_file)
