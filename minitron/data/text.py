@@ -1,6 +1,9 @@
 """Turn text into tokens: all documents for prepare, the first documents of another corpus for evaluate.
 
-A document is plain text and ends with one EOS; special tokens are not recognised in it.
+A document is plain text and ends with one EOS; special tokens are not recognised in it. It begins with a BOS if the
+tokenizer sets one before a text, as Llama's does and SmolLM2's does not. Tasks, generation and servers call the
+tokenizer, so they set it, too: a model is trained, calibrated and scored on documents that begin as those texts do. A
+packed sequence that begins within a document has no BOS of its own.
 """
 
 import re
@@ -35,13 +38,19 @@ def configure_for_plain_text(tokenizer: Any) -> Tokenizer:
     return backend
 
 
+def find_document_start(tokenizer: Any) -> list[int]:
+    """Return the tokens before a document: the BOS, if the tokenizer sets it before a text, else none."""
+    ids = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
 def write_first_documents(texts: Iterable[str], tokenizer: Any, prefix: Path, count: int) -> None:
     """Write the first documents of a corpus, until they have `count` tokens, to `.bin` and `.idx`."""
-    backend = configure_for_plain_text(tokenizer)
+    backend, start = configure_for_plain_text(tokenizer), find_document_start(tokenizer)
     with closing(IndexedWriter(prefix, len(tokenizer))) as writer:
         for text in filter(None, map(normalise_text, texts)):
-            ids = backend.encode(text, add_special_tokens=False).ids
-            writer.add_documents([[*ids, tokenizer.eos_token_id]])
-            count -= len(ids) + 1
+            ids = [*start, *backend.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
+            writer.add_documents([ids])
+            count -= len(ids)
             if count <= 0:
                 break

@@ -2,9 +2,8 @@
 
 Run it: `python -m minitron.prepare --config prepare.yaml`.
 
-A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. There is no
-BOS, as in Megatron's own preprocessing (--append-eod): sequences are cut from a stream of documents, and only the EOS
-separates them.
+A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. It begins with
+a BOS if the tokenizer sets one before a text: see minitron/data/text.py. Sequences are cut from a stream of documents.
 
 Memory does not grow with the text: a few batches are held at a time. About 100 bytes per document stay: the
 digest that identifies duplicates.
@@ -26,7 +25,7 @@ from minitron.data.corpus import Corpus
 from minitron.data.corpus_files import sort_names
 from minitron.data.indexed import SPLITS, IndexedWriter
 from minitron.data.selection import Selection
-from minitron.data.text import configure_for_plain_text
+from minitron.data.text import configure_for_plain_text, find_document_start
 from minitron.data.tokenizer import tokenizer_hash
 from minitron.fast_imports import many_imports
 from minitron.models.checks import check_model
@@ -80,6 +79,7 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
+        **({"bos_token_id": tokenizer.bos_token_id} if find_document_start(tokenizer) else {}),
         "licence": config.licence,
         "seed": config.seed,
         **_describe_reading(config, selection.corpus),
@@ -146,24 +146,22 @@ def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict
     The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so
     reading, cleaning and writing cost time only if they are slower than it.
     """
-    backend, eos = configure_for_plain_text(tokenizer), tokenizer.eos_token_id
+    backend, start, eos = configure_for_plain_text(tokenizer), find_document_start(tokenizer), tokenizer.eos_token_id
     pending: deque[tuple[Batch, Future[Any]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
             texts = [text for _, text in batch]
             pending.append((batch, pool.submit(backend.encode_batch_fast, texts, add_special_tokens=False)))
             if len(pending) > _BATCHES_AHEAD:
-                yield _group_by_split(*pending.popleft(), eos)
+                yield _group_by_split(*pending.popleft(), start, eos)
         while pending:
-            yield _group_by_split(*pending.popleft(), eos)
+            yield _group_by_split(*pending.popleft(), start, eos)
 
 
-def _group_by_split(batch: Batch, encodings: "Future[Any]", eos: int) -> dict[str, list[list[int]]]:
+def _group_by_split(batch: Batch, encodings: "Future[Any]", start: list[int], eos: int) -> dict[str, list[list[int]]]:
     documents: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
     for (split, _), encoding in zip(batch, encodings.result(), strict=True):
-        ids = encoding.ids
-        ids.append(eos)
-        documents[split].append(ids)
+        documents[split].append([*start, *encoding.ids, eos])
     return documents
 
 
