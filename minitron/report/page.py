@@ -82,7 +82,7 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
         "evaluation": evaluation,
         "headline": _build_headline(evaluation),
         "verdict": _build_verdict(evaluation),
-        "idle": _explain_idle_distillation(records),
+        "idle": explain_idle_distillation(records),
         "gates": [gates.render_gate(gate) for gate in evaluation.get("gates") or []],
         "rows": tables.build_model_rows(evaluation),
         "comparison": figures.draw_comparison(evaluation),
@@ -142,7 +142,7 @@ def _write_gap(evaluation: dict[str, Any]) -> str:
     return f"{format_share(evaluation['gap_closed'])}{ends}"
 
 
-def _explain_idle_distillation(records: dict[str, dict[str, Any]]) -> str | None:
+def explain_idle_distillation(records: dict[str, dict[str, Any]]) -> str | None:
     """Return a warning if no step of distillation was better than the pruned student, which was kept then."""
     if records.get("distill", {}).get("metrics", {}).get("best_step") != 0:
         return None

@@ -37,7 +37,7 @@ from minitron.models.downstream_tasks import load_tasks, score_tasks
 from minitron.models.generation import continue_prompts, time_generation
 from minitron.models.scoring import average_scores, score_sequences
 from minitron.registry import gates, intervals, lineage
-from minitron.report.page import write_report
+from minitron.report.page import explain_idle_distillation, write_report
 from minitron.report.tensorboard import write_events
 from minitron.runtime import stage
 from minitron.runtime.entry import main
@@ -76,6 +76,8 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
     write_atomically(directory / EVALUATION, evaluation)
     origin = lineage.collect_lineage(config)
     write_atomically(directory / LINEAGE, origin)
+    if warning := explain_idle_distillation(origin["stages"]):
+        print(f"warning: evaluate: {warning}", file=sys.stderr, flush=True)
     write_events(directory, origin["stages"])
     write_report(directory, config, evaluation)
     return {"metrics": flatten_metrics(evaluation)}

@@ -2,8 +2,9 @@
 
 Run it: `python -m minitron.prepare --config prepare.yaml`.
 
-A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. It begins with
-a BOS if the tokenizer sets one before a text: see minitron/data/text.py. Sequences are cut from a stream of documents.
+A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. It begins
+with a BOS if the tokenizer sets one before a text: see minitron/data/text.py. Sequences are cut from a stream of
+documents.
 
 Memory does not grow with the text: a few batches are held at a time. About 100 bytes per document stay: the
 digest that identifies duplicates.
