@@ -51,7 +51,7 @@ def run_checks(
     """
     checks = [_check_pipelines(connect)]
     try:
-        core = kubernetes_api.core_api()
+        core = kubernetes_api.core_api(kubernetes_api.LAST_RETRY)
     except MinitronError as error:
         checks.append(
             Check(None, "Kubernetes", str(error), "run minitron doctor where kubectl works, to check the rest")

@@ -18,7 +18,7 @@ RETRY = Retry(20, backoff_factor=1, backoff_max=60, status_forcelist=_AWAY, allo
 """Waits about a quarter of an hour for an API server that is away; meanwhile the cluster's pods run on."""
 
 LAST_RETRY = Retry(4, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
-"""For requests at the end of a task: Kubernetes kills a task 30 seconds after it asked the task to end."""
+"""For a person who waits, and for the end of a task: Kubernetes kills it 30 seconds after it asked it to end."""
 
 
 class RefusedError(RunError):
@@ -37,7 +37,7 @@ class NotReadyError(RefusedError):
     """400: a container that has not started has no log."""
 
 
-def core_api(retries: Retry = RETRY) -> client.CoreV1Api:
+def core_api(retries: Retry) -> client.CoreV1Api:
     """Return the API of pods, claims and the like.
 
     Raises:

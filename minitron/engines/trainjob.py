@@ -104,7 +104,8 @@ class _TrainJob:
     def __init__(self, name: str, namespace: str, log: Path) -> None:
         self.name, self._namespace, self._log = name, namespace, log
         self._resource: dict[str, Any] = {**_API, "namespace": namespace, "plural": "trainjobs"}
-        self._jobs, self._core = kubernetes_api.custom_api(kubernetes_api.RETRY), kubernetes_api.core_api()
+        self._jobs = kubernetes_api.custom_api(kubernetes_api.RETRY)
+        self._core = kubernetes_api.core_api(kubernetes_api.RETRY)
         self._created = datetime.min.replace(tzinfo=UTC)
         self._last_line = ""
         self._stuck_since, self._refused, self._suspended = 0.0, False, False
@@ -267,7 +268,7 @@ def _read_own_pod() -> Any:
             "num_nodes: above 1 it needs a cluster, but this is no pod; run it on Kubeflow, or set it to 1"
         )
     with kubernetes_api.one_line_errors(f"pod {name}", namespace):
-        return kubernetes_api.core_api().read_namespaced_pod(name, namespace)
+        return kubernetes_api.core_api(kubernetes_api.RETRY).read_namespaced_pod(name, namespace)
 
 
 def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:

@@ -318,7 +318,7 @@ def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytes
         launch(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run in a pod, or set KUBECONFIG"):
-        kubernetes_api.core_api()
+        kubernetes_api.core_api(kubernetes_api.RETRY)
 
 
 @pytest.mark.parametrize("label", ["minitron.io/train-job-queue", "kueue.x-k8s.io/queue-name"])

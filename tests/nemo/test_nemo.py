@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from minitron.engines.nemo import engine as nemo_engine
 from minitron.engines.nemo.progress import Progress
 from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
+from minitron.stages import finetune
 from tests.nemo.nemo_support import (
     DISTILLATION,
     TRAINING,
@@ -254,13 +256,17 @@ def test_a_training_that_diverges_keeps_its_last_good_state(
     assert kept.config.num_hidden_layers == 4 and not output.exists()
 
 
-def test_a_failing_worker_is_one_line(wide: Path, dataset: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    import shutil
+def test_a_failing_worker_is_one_line(
+    wide: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is damaged once the stage has checked it."""
+    broken = shutil.copytree(wide, tmp_path / "broken")
 
-    shutil.copytree(wide, broken)
-    shard = broken / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1000])
+    def cut_off(model: Path) -> None:
+        shard = model / "model.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1000])
+
+    monkeypatch.setattr(finetune, "check_finite", cut_off)
     with pytest.raises(RunError) as caught:
         run_finetune(tmp_path / "out", dataset, broken, engine="nemo")
     assert "\n" not in str(caught.value) and "the whole log is" in str(caught.value)
