@@ -15,7 +15,9 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -263,12 +265,10 @@ class EvaluateSettings(SequenceSettings):
         None,
         description="Solved examples before each question: a number for all tasks, or one per task, such as "
         "{mmlu: 5, arc_challenge: 25}; none: each task's own.",
-        exclude_if=lambda value: value is None,  # a key that 0.1.0 gave stays
     )
     unsafe_tasks: list[str] = Field(
         [],
         description="Tasks that may run the code that a model writes, such as humaneval; without it they are refused.",
-        exclude_if=lambda value: not value,
     )
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         ["The history of the city began", "In physics, energy is"],
@@ -309,6 +309,13 @@ class EvaluateSettings(SequenceSettings):
                         "remove it"
                     )
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_newer(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings that 0.1.0 did not have, if they are not set: a key that it gave stays."""
+        newer: dict[str, Any] = {"num_fewshot": None, "unsafe_tasks": []}
+        values = serialize(self)
+        return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
 
 
 class RegisterSettings(StageSettings):
