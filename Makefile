@@ -22,16 +22,16 @@ setup: .venv/ready ## create .venv from constraints.txt
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-samples.txt
 	touch $@
 
-demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a laptop, about ten minutes
+demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a laptop, about eleven minutes
 	$(BIN)/minitron run compress --preset demo --work-dir runs/demo
 
-test: setup ## run the tests that a change of the package needs: about five minutes on two cores
+test: setup ## run the tests that a change of the package needs: about six minutes on two cores
 	$(PYTEST) $(ROOMS)
 
 test-flows: setup ## run whole pipelines, the deployment guide and the manifests: about three minutes
 	$(PYTEST) --dist loadfile tests/flows tests/deploy
 
-test-all: setup ## run both, with the limit of coverage: about eight minutes
+test-all: setup ## run both, with the limit of coverage: about nine minutes
 	$(PYTEST) $(ROOMS) --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
 	$(MAKE) test-flows
 
@@ -39,7 +39,7 @@ test-nightly: ## run what takes long and seldom breaks: the last NeMo that has l
 	$(MAKE) test-nemo NEMO="nemo_toolkit==2.7.3 megatron-core==0.15.3"
 	$(MAKE) test-images
 
-test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: ten minutes
+test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: fifteen minutes
 	.venv-nemo/bin/pip install --quiet --no-deps $(NEMO)
 	.venv-nemo/bin/pytest -n 2 --dist loadfile tests/nemo tests/flows/test_gpu.py
 
