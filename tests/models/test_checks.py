@@ -256,6 +256,18 @@ def test_an_adapter_alone_is_refused_as_such(tmp_path: Path) -> None:
         check_model(tmp_path)
 
 
+def run_stage(stage: str, model: Path, teacher: Path, dataset: Path, output: Path) -> None:
+    """Run a stage that changes the model."""
+    common = {"dataset": dataset, "output": output, "sequence_length": 64}
+    match stage:
+        case "finetune":
+            finetune.run(FinetuneConfig(teacher=str(model), **common))
+        case "prune":
+            prune.run(PruneConfig(teacher=model, num_hidden_layers=3, **common))
+        case "distill":
+            distill.run(DistillConfig(teacher=teacher, student=model, **common))
+
+
 @pytest.mark.parametrize("stage", ["finetune", "prune", "distill"])
 @pytest.mark.parametrize("case", ["biases", "token", "fp8"])
 def test_every_stage_that_changes_a_model_refuses_it(
@@ -263,15 +275,8 @@ def test_every_stage_that_changes_a_model_refuses_it(
 ) -> None:
     spoil, error, message = CASES[case]
     spoil(model)
-    common = {"dataset": dataset, "output": tmp_path / "out", "sequence_length": 64}
     with pytest.raises(error, match=message):
-        match stage:
-            case "finetune":
-                finetune.run(FinetuneConfig(teacher=str(model), **common))
-            case "prune":
-                prune.run(PruneConfig(teacher=model, num_hidden_layers=3, **common))
-            case "distill":
-                distill.run(DistillConfig(teacher=teacher, student=model, **common))
+        run_stage(stage, model, teacher, dataset, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("stage", "value"), [("finetune", "nan"), ("prune", "inf"), ("distill", "-inf")])
@@ -283,16 +288,9 @@ def test_weights_that_are_no_numbers_are_refused_at_step_0(
         weights[PROJECTION][3, 5:7] = float(value)
 
     edit_weights(spoil)(model)
-    common = {"dataset": dataset, "output": tmp_path / "out", "sequence_length": 64}
     message = rf"teacher: {PROJECTION} has 2 values that are NaN or infinite, of 8192; get the model again, or an"
     with pytest.raises(RunError, match=message):
-        match stage:
-            case "finetune":
-                finetune.run(FinetuneConfig(teacher=str(model), **common))
-            case "prune":
-                prune.run(PruneConfig(teacher=model, num_hidden_layers=3, **common))
-            case "distill":
-                distill.run(DistillConfig(teacher=teacher, student=model, **common))
+        run_stage(stage, model, teacher, dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
