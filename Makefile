@@ -4,13 +4,14 @@ BIN := .venv/bin
 # The NeMo that is tested is the image's; test-nightly tests the last one that has language models, too.
 NEMO ?= nemo_toolkit==2.6.2 megatron-core==0.15.0
 MODULES := minitron components pipelines images tests benchmarks
-# Two processes, with a core each; the rooms are all tests but those of whole pipelines, which test-flows runs.
+# Two processes, with a core each; the rooms are all tests but those of whole pipelines, which test-flows and test-faults
+# run.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
-ROOMS := tests --ignore=tests/flows --ignore=tests/deploy
+ROOMS := tests --ignore=tests/flows --ignore=tests/deploy --ignore=tests/faults
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-flows test-all test-nemo test-images test-nightly manifests lint compile docs bench clean
+.PHONY: help setup demo test test-flows test-all test-faults test-nemo test-images test-nightly manifests lint compile docs bench clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -34,6 +35,9 @@ test-flows: setup ## run whole pipelines, the deployment guide and the manifests
 test-all: setup ## run both, with the limit of coverage: about nine minutes
 	$(PYTEST) $(ROOMS) --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
 	$(MAKE) test-flows
+
+test-faults: setup ## kill the pipeline wherever it writes, and look whether it ends as if nothing had been
+	$(PYTEST) --dist loadfile tests/faults
 
 test-nightly: ## run what takes long and seldom breaks: the last NeMo that has language models, the images from nothing
 	$(MAKE) test-nemo NEMO="nemo_toolkit==2.7.3 megatron-core==0.15.3"
