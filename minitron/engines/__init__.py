@@ -36,7 +36,7 @@ class Engine(Protocol):
             initial: model directory to start from; it is not changed.
             weights: weights of the loss's terms.
             directory: the stage's directory of work in progress, which becomes a Hugging Face model directory;
-                checkpoints lie in its CHECKPOINTS subdirectory.
+                `staging.checkpoints_path` gives the directory for the checkpoints.
             tracker: gets the metrics while the training runs.
             teacher: model directory whose logits are learnt; None: cross-entropy alone.
 

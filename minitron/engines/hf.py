@@ -36,8 +36,7 @@ from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
-from minitron.storage.files import replace_directory
-from minitron.storage.staging import CHECKPOINTS, last_good_path
+from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
@@ -83,7 +82,7 @@ def train(
     metrics = {} if teacher_model is None else validate_teacher(config, teacher_model.to(get_device()))
     if teacher is not None:
         check_untrained(teacher, metrics["teacher_validation_loss"])
-    checkpoints = directory / CHECKPOINTS
+    checkpoints = checkpoints_path(directory)
     last = _find_last_checkpoint(checkpoints)
     best = BestModel(checkpoints / "best", initial)
     trainer = _LinearLossTrainer(

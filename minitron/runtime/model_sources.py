@@ -167,10 +167,12 @@ def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig)
 def _fetch_once(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
     """Return the directory of an identity's files; fetch them, published in one rename, if they are not there."""
     directory = _models_directory(config) / _hash_text(identity)
-    if _is_complete(directory):
-        return directory
-    download_then_publish(directory, identity, partial(fetch, identity))
-    write_atomically(_record_path(directory), {"identity": identity, "sha256": content_hash(directory)})
+
+    def fetch_and_hash(downloads: Path) -> None:
+        fetch(identity, downloads)
+        write_atomically(_record_path(directory), {"identity": identity, "sha256": content_hash(downloads)})
+
+    download_then_publish(directory, identity, fetch_and_hash, lambda: _is_complete(directory))
     return directory
 
 

@@ -25,7 +25,7 @@ from minitron.runtime.record import run_facts
 from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, read_record, result_address
-from minitron.storage.staging import CHECKPOINTS, KEY, partial_directory, publish_result
+from minitron.storage.staging import partial_directory, publish_directory
 from minitron.tracking import stage_run
 
 LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
@@ -98,9 +98,9 @@ def _make_result(
         results = work(local, directory, tracker)
         _check_finite(identity["stage"], results)
         record = identity | run_facts(config, tracker, started) | results
-        record["output_sha256"] = content_hash(directory, leave_out=(KEY, CHECKPOINTS))
+        record["output_sha256"] = content_hash(directory)
         write_atomically(directory / RECORD, record)
-        publish_result(directory, result)
+        publish_directory(directory, result)
         record = read_record(result) or record
         tracker.finish(record)
     return record

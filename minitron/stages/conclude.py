@@ -12,8 +12,9 @@ from minitron.config.tasks import ConcludeConfig
 from minitron.errors import MinitronError
 from minitron.report import TEMPLATES
 from minitron.runtime.record import read_failure_note
-from minitron.storage.files import replace_directory, write_atomically
+from minitron.storage.files import write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
+from minitron.storage.staging import replace_directory
 from minitron.tracking import pipeline_run as runs
 from minitron.tracking.client import connect, error_reason, fail_fast, one_line_errors, without_password
 

@@ -19,8 +19,9 @@ from minitron.errors import MinitronError
 from minitron.models.checks import check_config, check_sequence_length
 from minitron.report import TEMPLATES
 from minitron.runtime.model_sources import read_architecture
-from minitron.storage.files import replace_directory, write_atomically
+from minitron.storage.files import write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
+from minitron.storage.staging import replace_directory
 
 
 class Memory(NamedTuple):

@@ -9,8 +9,9 @@ from typing import Any
 from minitron.config.tasks import PromoteConfig
 from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, find_version, promote
 from minitron.registry.versions import GATE_OUTCOME_TAG
-from minitron.storage.files import replace_directory, write_atomically
+from minitron.storage.files import write_atomically
 from minitron.storage.layout import PROMOTED
+from minitron.storage.staging import replace_directory
 from minitron.tracking.client import connect, one_line_errors
 from minitron.tracking.pipeline_run import join_pipeline_run, record_outcome
 

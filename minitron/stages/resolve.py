@@ -15,8 +15,9 @@ from minitron.registry.fingerprint import Fingerprint
 from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
 from minitron.registry.versions import GATE_OUTCOME_TAG, list_versions
 from minitron.runtime import inputs
-from minitron.storage.files import replace_directory, write_atomically
+from minitron.storage.files import write_atomically
 from minitron.storage.layout import RESOLUTION
+from minitron.storage.staging import replace_directory
 from minitron.tracking.client import connect, fail_fast, one_line_errors
 from minitron.tracking.pipeline_run import join_pipeline_run, record_outcome
 

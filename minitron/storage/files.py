@@ -1,4 +1,4 @@
-"""Write files and directories atomically: under another name first, renamed when complete.
+"""Write files atomically, link, copy and delete them.
 
 Errors of a full or protected disk become one line.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from minitron.config.metrics import find_not_finite
 from minitron.errors import MinitronError, RunError
+from minitron.storage.layout import RECORD
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 """Errors of a hard link across file systems, or on a file system that has none."""
@@ -22,28 +23,16 @@ _DISK_FULL = ("No space left on device", "unexpected pos")
 """Texts of safetensors and torch.save for a full disk; they raise no OSError."""
 
 
-def partial_path(directory: Path) -> Path:
-    """Return the directory in which the content grows before it is complete."""
-    return directory.with_name(directory.name + ".partial")
-
-
-@contextmanager
-def replace_directory(output: Path) -> Iterator[Path]:
-    """Yield an empty directory that replaces `output` in one rename when the block ends."""
-    staging = partial_path(output)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
-
-
 def delete_path(path: Path) -> None:
-    """Delete a file, a link, or a directory with its content."""
+    """Delete a file, a link, or a directory with its content, if it is there.
+
+    A result's record goes first: a directory that has one is complete, also after a kill.
+    """
     if path.is_dir() and not path.is_symlink():
+        (path / RECORD).unlink(missing_ok=True)
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def link_file(source: str | Path, target: str | Path) -> None:

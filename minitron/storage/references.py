@@ -15,10 +15,10 @@ from minitron.config.fields import format_address
 from minitron.errors import RunError
 from minitron.storage.bucket import is_bucket, take_snapshot
 from minitron.storage.cache import result_cache_path
-from minitron.storage.files import replace_directory, write_atomically
+from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, REFERENCE, read_record, result_address
-from minitron.storage.staging import download_then_publish
+from minitron.storage.staging import download_then_publish, replace_directory
 
 
 @dataclass(frozen=True)
@@ -118,4 +118,4 @@ def _fetch_result(reference: Reference, target: Path) -> None:
                 "run the stage that writes it again"
             )
 
-    download_then_publish(target, identity, fetch_and_verify)
+    download_then_publish(target, identity, fetch_and_verify, lambda: read_record(target) is not None)

@@ -1,65 +1,49 @@
-"""Publish a stage's result: it grows in a partial directory, becomes complete in one rename, and is found by its key.
+"""Publish directories: the content grows in a partial directory, under a lock, and appears in one rename.
 
-A result is a directory with a record, `stage.json`, that names its key and its content's hash. It grows in
-`<directory>.partial`, which outlives a kill.
+    OUTPUT.partial/key            the lock of whoever works or publishes there; its content is the key of the work
+    OUTPUT.partial/checkpoints/   from which a killed stage resumes
+    OUTPUT.partial/result/        the content in the making; with its record, `stage.json`, it is finished
+    OUTPUT.partial/replaced/      the earlier OUTPUT, between the two renames that replace it
+
+Nothing that is complete is deleted before what replaces it is in its place: a kill or a failed write at any moment
+leaves the finished result and the earlier OUTPUT where the next process, which takes the lock first, finds them.
 """
 
 import errno
 import fcntl
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage.files import (
-    NO_LINKS,
-    delete_path,
-    disk_errors,
-    link_file,
-    link_or_copy,
-    partial_path,
-    replace_directory,
-)
+from minitron.storage.files import NO_LINKS, delete_path, disk_errors, link_file, link_or_copy
 from minitron.storage.hashing import content_hash, list_files
-from minitron.storage.layout import read_record
+from minitron.storage.layout import RECORD, REFERENCE, read_record
 
 KEY = "key"
 """File in the partial directory that names the key of the work; the working process holds its lock."""
 
-CHECKPOINTS = "checkpoints"
-"""Subdirectory of the partial directory from which a killed stage resumes; it is not part of the result."""
+CHECKPOINTS, RESULT, REPLACED = "checkpoints", "result", "replaced"
+"""Directories in the partial directory."""
 
 
-@contextmanager
-def partial_directory(output: Path, key: str) -> Iterator[Path]:
-    """Yield the directory of the work in progress, with the checkpoints of a killed attempt at the same key.
+class InUse(RunError):
+    """Another process is at work in a partial directory."""
 
-    It is deleted when the work fails, unless there are checkpoints to resume from.
 
-    Raises:
-        RunError: another process is at work there.
-    """
-    directory = partial_path(output)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / KEY).open("a+") as stream:
-        _lock_file(stream, directory)
-        stream.seek(0)
-        reusable = {KEY, CHECKPOINTS} if stream.read() == key else {KEY}
-        for path in directory.iterdir():
-            if path.name not in reusable:
-                delete_path(path)
-        stream.truncate(0)
-        stream.write(key)
-        stream.flush()
-        try:
-            yield directory
-        except BaseException as error:
-            if isinstance(error, ConfigError) or not (directory / CHECKPOINTS).exists():
-                shutil.rmtree(directory, ignore_errors=True)
-            raise
+def partial_path(output: Path) -> Path:
+    """Return the directory in which the content of `output` grows before it is complete."""
+    return output.with_name(output.name + ".partial")
+
+
+def checkpoints_path(directory: Path) -> Path:
+    """Return where a stage keeps what it resumes from: beside the directory in which its result grows."""
+    return directory.parent / CHECKPOINTS
 
 
 def last_good_path(directory: Path) -> Path:
@@ -67,65 +51,201 @@ def last_good_path(directory: Path) -> Path:
 
     It is a model, but never a result: it has no record. No later attempt deletes it, whatever its settings.
     """
-    return directory.with_name(f"{directory.name.removesuffix('.partial')}.last-good")
+    partial = directory.parent
+    return partial.with_name(f"{partial.name.removesuffix('.partial')}.last-good")
 
 
-def download_then_publish(output: Path, identity: str, fetch: Callable[[Path], None]) -> None:
-    """Fill a directory and publish it in one rename.
+@contextmanager
+def lock_output(output: Path, wait: bool = False) -> Iterator[Path]:
+    """Hold the lock of a directory; yield its partial directory. What a killed process left is completed first.
+
+    Raises:
+        InUse: another process holds the lock, and this one is not to wait.
+    """
+    partial = partial_path(output)
+    with _open_locked(partial, wait):
+        _complete_leftovers(partial, output)
+        try:
+            yield partial
+        finally:
+            with suppress(OSError):  # another attempt can use what is left, or deletes it
+                if {path.name for path in partial.iterdir()} == {KEY}:
+                    (partial / KEY).unlink()
+                    partial.rmdir()
+
+
+def _open_locked(partial: Path, wait: bool) -> TextIO:
+    """Return the opened file whose lock this process holds until it is closed."""
+    for attempt in count():
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            stream = (partial / KEY).open("a+")
+        except (FileNotFoundError, FileExistsError):
+            if attempt < 100:
+                continue  # its owner has deleted the directory in this moment
+            raise
+        try:
+            _lock_file(stream, partial, wait)
+            if _is_same_file(stream, partial / KEY):
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()  # its owner has deleted the file
+    raise AssertionError
+
+
+def _lock_file(stream: TextIO, partial: Path, wait: bool) -> None:
+    """Lock a file, if the file system has locks. `fcntl.lockf` would lose it when any reader closes the file."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return
+        if not wait:
+            raise InUse(f"{partial}: another process is at work there; wait for it, or give another output") from error
+        print(f"{partial}: another process is at work there; waiting for it", flush=True)
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def _is_same_file(stream: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _complete_leftovers(partial: Path, output: Path) -> None:
+    """Do what a killed process did not come to: publish its finished result, or put the earlier one back."""
+    if read_intact(partial / RESULT):
+        publish_directory(partial / RESULT, output)
+    elif (partial / REPLACED).exists() and not output.exists():
+        (partial / REPLACED).rename(output)
+    delete_path(partial / REPLACED)
+    if not (partial / KEY).read_text():  # they are of published work
+        delete_path(partial / CHECKPOINTS)
+
+
+def publish_directory(directory: Path, output: Path) -> None:
+    """Rename finished content in the partial directory of `output` to `output`; the caller holds the lock."""
+    partial = partial_path(output)
+    try:
+        if output.exists():
+            output.rename(partial / REPLACED)
+        directory.rename(output)
+    except BaseException:
+        if (partial / REPLACED).exists() and not output.exists():
+            (partial / REPLACED).rename(output)
+        raise
+    with suppress(OSError):  # the content is published: what is left takes space, and the next process deletes it
+        (partial / KEY).write_text("")
+        for name in (REPLACED, CHECKPOINTS):
+            delete_path(partial / name)
+
+
+@contextmanager
+def partial_directory(output: Path, key: str) -> Iterator[Path]:
+    """Yield the empty directory in which a result grows; beside it are the checkpoints of a killed attempt at its key.
+
+    What the work leaves when it fails is deleted, but for a finished result and checkpoints to resume from.
+
+    Raises:
+        InUse: another process is at work there.
+    """
+    with lock_output(output) as partial:
+        claim_partial(partial, key)
+        directory = partial / RESULT
+        delete_path(directory)
+        directory.mkdir()
+        try:
+            yield directory
+        except BaseException as error:
+            if read_record(directory) is None:
+                shutil.rmtree(directory, ignore_errors=True)
+                if isinstance(error, ConfigError):
+                    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+            raise
+
+
+def claim_partial(partial: Path, key: str) -> None:
+    """Write the key of the work; delete the checkpoints of any other. The caller holds the lock."""
+    if (partial / KEY).read_text() != key:
+        (partial / KEY).write_text("")  # a kill in mid-deletion leaves checkpoints of no key
+        delete_path(partial / CHECKPOINTS)
+        (partial / KEY).write_text(key)
+
+
+@contextmanager
+def replace_directory(output: Path) -> Iterator[Path]:
+    """Yield an empty directory that replaces `output` in one rename when the block ends."""
+    with lock_output(output, wait=True) as partial:
+        directory = partial / RESULT
+        delete_path(directory)
+        directory.mkdir()
+        try:
+            yield directory
+            publish_directory(directory, output)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def download_then_publish(
+    output: Path, identity: str, fetch: Callable[[Path], None], is_complete: Callable[[], bool]
+) -> None:
+    """Fill a directory and publish it in one rename, unless it is complete. A download by another process is awaited.
 
     Args:
         output: the directory.
         identity: the content; a download of the same content that was killed is resumed.
         fetch: fills the directory that it gets; files may be there from a killed attempt.
+        is_complete: says whether the directory holds the content already.
     """
-    with disk_errors(output), partial_directory(output, identity) as directory:
-        downloads = directory / CHECKPOINTS  # it outlives a kill
+    if is_complete():
+        return
+    with disk_errors(output), lock_output(output, wait=True) as partial:
+        if is_complete():
+            return
+        claim_partial(partial, identity)
+        downloads = partial / CHECKPOINTS  # it outlives a kill
         downloads.mkdir(exist_ok=True)
         fetch(downloads)
-        for path in list(downloads.iterdir()):
-            path.rename(directory / path.name)
-        publish_result(directory, output)
-
-
-def _lock_file(stream: TextIO, directory: Path) -> None:
-    """Lock a file until this process ends, if the file system has locks."""
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise RunError(
-                f"{directory}: another process is at work there; wait for it, or give another output"
-            ) from error
-
-
-def publish_result(directory: Path, output: Path) -> None:
-    """Rename finished work to the result. The work has its record already, so a kill here loses nothing."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    (directory / KEY).unlink(missing_ok=True)
-    shutil.rmtree(output, ignore_errors=True)
-    directory.rename(output)
+        publish_directory(downloads, output)
 
 
 def find_finished(output: Path, key: str) -> dict[str, Any] | None:
-    """Return the record of the finished result with this key, or None; publish it first if a kill prevented that."""
-    if _has_record(partial_path(output), key):
-        publish_result(partial_path(output), output)
-    return read_record(output) if _is_intact(output, key) else None
+    """Return the record of the finished result with this key, or None; publish it first if a kill prevented that.
+
+    Raises:
+        InUse: another process is at work there.
+    """
+    record = read_intact(output, key, warn=True)
+    if record is None and partial_path(output).exists():
+        try:
+            with lock_output(output):
+                return read_intact(output, key)
+        except InUse:
+            if (record := read_intact(output, key)) is None:  # else it has just finished
+                raise
+    return record
 
 
-def _has_record(directory: Path, key: str) -> bool:
+def read_intact(directory: Path, key: str | None = None, warn: bool = False) -> dict[str, Any] | None:
+    """Return the record of the result in a directory if its content is what the record says, else None.
+
+    Args:
+        directory: where a result may be.
+        key: the key that the result must have; None: any.
+        warn: say so if there is such a result but its content is another.
+    """
     record = read_record(directory)
-    return record is not None and record["key"] == key
-
-
-def _is_intact(directory: Path, key: str) -> bool:
-    """Say whether a directory holds a result with this key whose content matches its record."""
-    if not _has_record(directory, key):
-        return False
-    intact = content_hash(directory) == (read_record(directory) or {})["output_sha256"]
-    if not intact:
-        print(f"warning: {directory}: damaged or changed since it was written; it is made again", file=sys.stderr)
-    return intact
+    if record is None or key not in (None, record["key"]) or (directory / REFERENCE).exists():
+        return None
+    with suppress(FileNotFoundError):  # it is replaced in this moment
+        if content_hash(directory) == record["output_sha256"]:
+            return record
+        if warn and record == read_record(directory):
+            print(f"warning: {directory}: damaged or changed since it was written; it is made again", file=sys.stderr)
+    return None
 
 
 def publish_links(result: Path, output: Path, key: str) -> bool:
@@ -145,10 +265,10 @@ def publish_copy(result: Path, output: Path, key: str) -> None:
 
 
 def _publish_equal(result: Path, output: Path, key: str, put_file: Callable[[Path, Path], Any]) -> None:
-    if _is_intact(output, key) and read_record(output) == read_record(result):
+    if (record := read_intact(output, key)) and record == read_record(result):
         return
-    with replace_directory(output) as staging:
-        for source in list_files(result):
-            target = staging / source.relative_to(result)
+    with replace_directory(output) as directory:
+        for source in sorted(list_files(result), key=lambda path: path == result / RECORD):  # the record comes last
+            target = directory / source.relative_to(result)
             target.parent.mkdir(parents=True, exist_ok=True)
             put_file(source, target)

@@ -22,7 +22,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.runtime import entry as runtime_entry
 from minitron.runtime import stage
 from minitron.storage.hashing import content_hash
-from minitron.storage.staging import CHECKPOINTS
+from minitron.storage.staging import checkpoints_path
 
 
 class Counting:
@@ -35,8 +35,8 @@ class Counting:
         self.calls += 1
         words = len(Path(config.corpus).read_text().split())
         (directory / "words.txt").write_text(str(words))
-        (directory / CHECKPOINTS).mkdir(exist_ok=True)
-        (directory / CHECKPOINTS / "step-1").write_text("half done")
+        checkpoints_path(directory).mkdir(exist_ok=True)
+        (checkpoints_path(directory) / "step-1").write_text("half done")
         return {"metrics": {"words": words}, "history": [{"step": 1, "loss": torch.tensor(0.5)}]}
 
 
@@ -166,12 +166,12 @@ import os, signal, sys
 from pathlib import Path
 from minitron.runtime import stage
 from minitron.config.parse import parse
-from minitron.storage.staging import CHECKPOINTS
+from minitron.storage.staging import checkpoints_path
 
 def work(config, directory, tracker):
     (directory / "half-written.txt").write_text("junk")
-    (directory / CHECKPOINTS).mkdir()
-    (directory / CHECKPOINTS / "step-7").write_text("seven")
+    checkpoints_path(directory).mkdir()
+    (checkpoints_path(directory) / "step-7").write_text("seven")
     {end}
 
 stage.run(parse("prepare", {values}), work)
@@ -194,11 +194,11 @@ def test_a_killed_stage_leaves_nothing_and_resumes(
 
     def work(config: PrepareConfig, directory: Path, tracker: Any) -> dict[str, Any]:
         seen.append({path.name for path in directory.iterdir()})
-        seen.append({path.name: path.read_text() for path in (directory / CHECKPOINTS).iterdir()})
+        seen.append({path.name: path.read_text() for path in checkpoints_path(directory).iterdir()})
         return {"metrics": {}}
 
     stage.run(config, work)
-    assert seen == [{"key", CHECKPOINTS}, {"step-7": "seven"}]
+    assert seen == [set(), {"step-7": "seven"}]
     assert {path.name for path in config.output.iterdir()} == {"stage.json"}
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -208,7 +208,7 @@ def test_checkpoints_of_other_work_are_not_resumed(make: Callable[..., PrepareCo
     seen = []
 
     def work(config: PrepareConfig, directory: Path, tracker: Any) -> dict[str, Any]:
-        seen.append((directory / CHECKPOINTS).exists())
+        seen.append(checkpoints_path(directory).exists())
         return {"metrics": {}}
 
     stage.run(make(seed=2), work)
@@ -220,9 +220,10 @@ def test_killed_after_the_record_it_loses_nothing(
 ) -> None:
     """The state between the record and the rename: record, key and checkpoints are there, the output is not."""
     record = stage.run(make(), work)
-    (tmp_path / "out").rename(tmp_path / "out.partial")
-    (tmp_path / "out.partial" / "key").write_text(record["key"])
-    (tmp_path / "out.partial" / CHECKPOINTS).mkdir()
+    partial = tmp_path / "out.partial"
+    (partial / "checkpoints").mkdir(parents=True)
+    (partial / "key").write_text(record["key"])
+    (tmp_path / "out").rename(partial / "result")
     assert stage.run(make(), work) == record and work.calls == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"words.txt", "stage.json"}
 
@@ -230,7 +231,7 @@ def test_killed_after_the_record_it_loses_nothing(
 def test_two_processes_do_not_share_one_place(make: Callable[..., PrepareConfig], work: Counting) -> None:
     process = _start(make(), "import time; time.sleep(60)")
     try:
-        checkpoint = make().output.with_name("out.partial") / CHECKPOINTS / "step-7"
+        checkpoint = make().output.with_name("out.partial") / "checkpoints" / "step-7"
         deadline = time.monotonic() + 60
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -254,7 +255,7 @@ def test_failures_leave_nothing_but_what_can_be_resumed(
         def work(config: PrepareConfig, directory: Path, tracker: Any, error: BaseException = error) -> dict[str, Any]:
             (directory / "half-written.txt").write_text("junk")
             if checkpoints:
-                (directory / CHECKPOINTS).mkdir(exist_ok=True)
+                checkpoints_path(directory).mkdir(exist_ok=True)
             raise error
 
         with pytest.raises(type(error)):

@@ -1,8 +1,8 @@
 """The NeMo engine: NeMo 2's own import, fine-tuning, pruning, distillation and export, on Megatron's parallelism.
 
 This module checks, launches and follows; NeMo itself runs in the workers (engines/nemo/worker.py), one process per GPU.
-Models come and go as Hugging Face directories. NeMo's own files lie in the work in progress, CHECKPOINTS, where a
-killed stage finds them again.
+Models come and go as Hugging Face directories. NeMo's own files lie among the checkpoints of the work in
+progress, where a killed stage finds them again.
 """
 
 import gc
@@ -34,8 +34,7 @@ from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
 from minitron.models.scoring import validate_teacher
 from minitron.models.surgery import Plan, Shape, choose_plan
-from minitron.storage.files import replace_directory
-from minitron.storage.staging import CHECKPOINTS, KEY, last_good_path
+from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 
 WORKER = "minitron.engines.nemo.worker"
@@ -61,7 +60,7 @@ def train(
     models = [initial] if teacher is None else [initial, teacher]
     for model in models:
         check_parallelism(config, check_architecture(model), model, count_workers(config))
-    work = directory / CHECKPOINTS
+    work = checkpoints_path(directory)
     work.mkdir(exist_ok=True)
     if config.num_nodes > 1:
         check_shared(config, [config.dataset, *models])
@@ -150,7 +149,7 @@ def _prune_to(config: PruneConfig, sizes: dict[str, int], teacher_config: Any, d
     if not sizes:
         copy_model(config.teacher, directory)
         return None
-    work = directory / CHECKPOINTS
+    work = checkpoints_path(directory)
     work.mkdir(exist_ok=True)
     _import_models({"teacher": config.teacher}, work)
     _run_job({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"
-"""In CHECKPOINTS: a row per step and validation, the best state, the end, the importance, the teacher's scores."""
+"""Among the checkpoints: a row per step and validation, best state, end, importance, the teacher's scores."""
 
 
 def find_last_checkpoint(work: Path) -> Path | None:
