@@ -13,7 +13,7 @@ HUB_DATASET = "hub dataset"
 """Marks an input whose hf:// address names a dataset on the hub. Its commit identifies its content."""
 
 EXECUTION = "execution"
-"""Marks a field that says where and how to run. It does not influence the result."""
+"""Marks a field that says where and how to run. It changes no result, but for the rounding of sums in another order."""
 
 
 def format_address(location: Path | str) -> str:

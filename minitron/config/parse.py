@@ -1,12 +1,14 @@
 """Validate a configuration, and turn pydantic's errors into one line: key, fault, value found, remedy."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from minitron.config.fields import EXECUTION, INPUT
 from minitron.config.settings import StageSettings
 from minitron.config.stages import STAGES, StageConfig
 from minitron.config.tasks import TASKS
@@ -71,6 +73,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
     """Return the names of the fields with a mark: INPUT, HUB_DATASET or EXECUTION."""
     return [name for name, field in model.model_fields.items() if mark in field.metadata]
+
+
+def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that decide a stage's result; docs/architecture.md says why, stage by stage.
+
+    Args:
+        model: the stage's settings, or its configuration; its inputs count by their content, not here.
+        values: the settings. A loss on intermediate layers is balanced within each micro-batch (engine nemo): with it
+            the size of a micro-batch decides, too.
+    """
+    left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
+    names = [name for name in model.model_fields if name not in left_out]
+    return [*names, "micro_batch_size"] if values.get("intermediate_layers") else names
 
 
 def parse(stage: str, values: dict[str, Any]) -> StageConfig:

@@ -15,9 +15,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -85,7 +83,7 @@ class SequenceSettings(StageSettings):
     """Settings of every stage that runs a model on packed sequences."""
 
     sequence_length: PositiveInt = Field(8192, description="Tokens per packed sequence.")
-    micro_batch_size: PositiveInt = Field(4, description="Sequences per forward pass.")
+    micro_batch_size: Annotated[PositiveInt, EXECUTION] = Field(4, description="Sequences per forward pass.")
 
 
 class TrainingSettings(SequenceSettings):
@@ -101,10 +99,14 @@ class TrainingSettings(SequenceSettings):
     adam_beta1: Beta = Field(0.9, description="AdamW's beta 1.")
     adam_beta2: Beta = Field(0.95, description="AdamW's beta 2.")
     gradient_clipping: Positive = Field(1.0, description="Largest gradient norm.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
+    gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
+        False, description="Recompute activations: less memory, a third more time."
+    )
     validation_interval: PositiveInt = Field(10, description="Steps between validations; the first is at step 0.")
     validation_sequences: PositiveInt = Field(640, description="Sequences per validation, or all there are.")
-    checkpoint_interval: PositiveInt = Field(10, description="Steps between checkpoints to resume from.")
+    checkpoint_interval: Annotated[PositiveInt, EXECUTION] = Field(
+        10, description="Steps between checkpoints to resume from."
+    )
     tensor_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
         1, description="GPUs that share every layer (engine nemo)."
     )
@@ -266,7 +268,7 @@ class EvaluateSettings(SequenceSettings):
         description="Solved examples before each question: a number for all tasks, or one per task, such as "
         "{mmlu: 5, arc_challenge: 25}; none: each task's own.",
     )
-    unsafe_tasks: list[str] = Field(
+    unsafe_tasks: Annotated[list[str], EXECUTION] = Field(
         [],
         description="Tasks that may run the code that a model writes, such as humaneval; without it they are refused.",
     )
@@ -309,13 +311,6 @@ class EvaluateSettings(SequenceSettings):
                         "remove it"
                     )
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_newer(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the settings that 0.1.0 did not have, if they are not set: a key that it gave stays."""
-        newer: dict[str, Any] = {"num_fewshot": None, "unsafe_tasks": []}
-        values = serialize(self)
-        return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
 
 
 class RegisterSettings(StageSettings):

@@ -272,6 +272,7 @@ class _Report(TrainerCallback):
         self._vocabulary = read_config(best.initial).vocab_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals that it was written with
         total, done = state.max_steps * self._step_tokens, state.global_step * self._step_tokens
         self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
         self._status = TrainerStatus(state.global_step, state.max_steps)

@@ -28,7 +28,7 @@ class Importance:
     """The scores of every axis, fp32 on the CPU; the lowest are cut first.
 
     Attributes:
-        layers: block influence [L], the sum over batches of 1 - mean cosine similarity of a layer's input and output.
+        layers: block influence [L]: the mean over tokens of 1 - the cosine similarity of a layer's input and output.
         hidden: residual channels [H], one ranking for the whole model.
         intermediate: MLP channels [L, I].
         heads: query heads [L, A].
@@ -102,7 +102,7 @@ def measure_importance(
         model: the teacher, on the device to compute on; it is put in eval mode.
         dataset: packed calibration sequences.
         sequences: number of sequences to read, from the first; all of them if there are fewer.
-        micro_batch_size: sequences per batch. The layers' scores depend on it: they are summed over batches.
+        micro_batch_size: sequences per batch; the scores do not depend on it.
 
     Raises:
         RunError: an activation is infinite or not a number.
@@ -115,7 +115,7 @@ def measure_importance(
                 hooks.callback(handle.remove)
         for input_ids in _iterate_batches(dataset, sequences, micro_batch_size):
             model.model(input_ids=input_ids.to(model.device), use_cache=False)
-    return sums.to_importance(model.config).check_finite()
+    return sums.to_importance(model.config, min(sequences, len(dataset))).check_finite()
 
 
 class _Sums:
@@ -140,10 +140,10 @@ class _Sums:
             layer.self_attn.o_proj.register_forward_pre_hook(_add_input(self._attention[index])),
         ]
 
-    def to_importance(self, config: Any) -> Importance:
-        """Turn the sums of squares into scores."""
+    def to_importance(self, config: Any, sequences: int) -> Importance:
+        """Turn the sums over the sequences into scores."""
         return Importance.from_squares(
-            config, self._influence, self._norms.flatten(0, 1), self._intermediate, self._attention
+            config, self._influence / sequences, self._norms.flatten(0, 1), self._intermediate, self._attention
         )
 
 
@@ -168,7 +168,7 @@ def _add_input(total: Tensor) -> Callable[..., None]:
 
 def _add_influence(total: Tensor) -> Callable[..., None]:
     def hook(_module: Any, arguments: tuple[Tensor], output: Tensor) -> None:
-        total.add_(1 - cosine_similarity(arguments[0].float(), output.float(), dim=2).mean())
+        total.add_((1 - cosine_similarity(arguments[0].float(), output.float(), dim=2)).mean(dim=1).sum())
 
     return hook
 

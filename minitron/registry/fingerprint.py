@@ -5,12 +5,12 @@ register writes it on the version. resolve compares it with that of the present 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from minitron import METHOD_VERSION
 from minitron.config.document import Plan
-from minitron.config.fields import EXECUTION, INPUT
-from minitron.config.parse import find_marked_fields
+from minitron.config.parse import list_decisive_settings
 from minitron.config.settings import SETTINGS
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")
@@ -18,6 +18,8 @@ MADE_BY = ("prepare", "finetune", "prune", "distill")
 
 TAG = "made_from"
 """Tag of a version in MLflow's registry: its fingerprint, as JSON."""
+
+_DECISIVE_UNTIL_0_3 = ("micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
 
 Fingerprint = dict[str, str]
 """Hashes of `corpus`, `teacher` and `settings`, and under `minitron` the version of the method."""
@@ -43,20 +45,40 @@ def fingerprint_plan(plan: Plan, corpus: str, teacher: str) -> Fingerprint:
         corpus: hash of the corpus's content, or its snapshot.
         teacher: hash of the teacher's content.
     """
-    configs = {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
-    return _build_fingerprint(configs, corpus, teacher, METHOD_VERSION)
+    return _build_fingerprint(_list_configs(plan), corpus, teacher, METHOD_VERSION)
+
+
+def read_fingerprint(tags: Mapping[str, str], plan: Plan) -> Fingerprint | None:
+    """Return the fingerprint in a version's tags; None if there is none.
+
+    Until 0.3 the digest of the settings had those that decide nothing, too. The one that 0.3 would have given the plan
+    reads as the present one, so that an upgrade alone trains nothing.
+    """
+    try:
+        content = json.loads(tags.get(TAG, "null"))
+    except ValueError:  # not written by register
+        return None
+    if not isinstance(content, dict):
+        return None
+    configs = _list_configs(plan)
+    if content.get("settings") == _hash_settings(configs, also=_DECISIVE_UNTIL_0_3):
+        content["settings"] = _hash_settings(configs)
+    return content
+
+
+def _list_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+    return {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
 
 
 def _build_fingerprint(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, method: str) -> Fingerprint:
+    return {"corpus": corpus, "teacher": teacher, "settings": _hash_settings(configs), "minitron": method}
+
+
+def _hash_settings(configs: dict[str, dict[str, Any]], also: tuple[str, ...] = ()) -> str:
     settings = {  # a record of an earlier version lacks the settings that came later
-        stage: {name: config[name] for name in _list_decisive_settings(stage) if name in config}
+        stage: {
+            name: config[name] for name in (*list_decisive_settings(SETTINGS[stage], config), *also) if name in config
+        }
         for stage, config in configs.items()
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return {"corpus": corpus, "teacher": teacher, "settings": digest, "minitron": method}
-
-
-def _list_decisive_settings(stage: str) -> list[str]:
-    model = SETTINGS[stage]
-    left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
-    return [name for name in model.model_fields if name not in left_out]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

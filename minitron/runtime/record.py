@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from minitron.errors import MinitronError
 from minitron.storage.cache import persistent_directory
 from minitron.storage.layout import FAILURE
 from minitron.tracking import stage_run
+
+NEMO = ("nemo_toolkit", "megatron-core", "nvidia-modelopt")
+"""The packages of engine nemo that decide weights."""
 
 
 def failure_note_path(workspace: str | Path | None) -> Path:
@@ -49,14 +53,22 @@ def run_facts(config: StageConfig, tracker: stage_run.Tracker, started: float) -
     }
 
 
+def list_nemo_releases() -> dict[str, str]:
+    """Return the releases, such as 2.6, of what trains and prunes with engine nemo; empty where it is not installed."""
+    return {name: ".".join(number.split(".")[:2]) for name, number in _find_versions(*NEMO).items()}
+
+
+def _find_versions(*packages: str) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
 def _list_versions() -> dict[str, str]:
     versions = {"minitron": __version__, "method": METHOD_VERSION, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "numpy", "mlflow-skinny", "nemo_toolkit", "megatron-core"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return versions | _find_versions("torch", "transformers", "tokenizers", "numpy", "mlflow-skinny", *NEMO)
 
 
 def _read_peak_gpu_mb() -> float | None:

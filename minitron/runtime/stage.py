@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from minitron import METHOD_VERSION
-from minitron.config.fields import EXECUTION
 from minitron.config.metrics import find_not_finite
-from minitron.config.parse import find_marked_fields
+from minitron.config.parse import list_decisive_settings
 from minitron.config.stages import STAGES, StageConfig
 from minitron.engines import gpus
 from minitron.errors import RunError
 from minitron.runtime import inputs, outputs
-from minitron.runtime.record import run_facts
+from minitron.runtime.record import list_nemo_releases, run_facts
 from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, read_record, result_address
@@ -119,8 +118,11 @@ def _check_finite(stage: str, results: dict[str, Any], where: str = "") -> None:
 
 
 def _compute_key(stage: str, config: StageConfig, stage_inputs: dict[str, inputs.Input]) -> str:
-    settings = config.model_dump(
-        mode="json", exclude=set(find_marked_fields(type(config), EXECUTION)) | set(stage_inputs)
-    )
+    """Return the key of a result: a hash of all that decides it, and of nothing else."""
+    values = config.model_dump(mode="json")
+    settings = {name: values[name] for name in list_decisive_settings(type(config), values)}
     hashes = {name: entry.sha256 for name, entry in stage_inputs.items()}
-    return hashlib.sha256(json.dumps([stage, METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()
+    parts = [stage, METHOD_VERSION, settings, hashes]
+    if values.get("engine") == "nemo":
+        parts.append(list_nemo_releases())
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

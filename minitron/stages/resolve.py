@@ -3,11 +3,10 @@
 The first task of the pipeline `retrain`, without a GPU: `minitron run retrain --preset tiny`.
 """
 
-import json
 import math
 from typing import Any
 
-from minitron.config.document import read_plan
+from minitron.config.document import Plan, read_plan
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
 from minitron.registry import fingerprint, training_lock
@@ -38,39 +37,45 @@ def run(config: ResolveConfig) -> dict[str, Any]:
     resolved = inputs.find_inputs(prepare)
     made_from = fingerprint.fingerprint_plan(plan, resolved["corpus"].sha256, resolved["teacher"].sha256)
     with one_line_errors(config.tracking_uri), fail_fast():
-        resolution = _check_for_changes(config, name, made_from) | {"model_name": name}
+        resolution = _check_for_changes(config, plan, made_from) | {"model_name": name}
     print(f"resolve: {resolution['reason']}", flush=True)
     with replace_directory(config.output) as directory:
         write_atomically(directory / RESOLUTION, resolution)
     return {"metrics": {"train": int(resolution["train"])}} | resolution
 
 
-def _check_for_changes(config: ResolveConfig, name: str, made_from: Fingerprint) -> dict[str, Any]:
-    client = connect(config.tracking_uri)
+def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint) -> dict[str, Any]:
+    name, client = plan.model_name, connect(config.tracking_uri)
     run = join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     versions, aliases = list_versions(client, name)
     champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
-    if same := _find_same_version(versions, aliases, made_from):
+    if same := _find_same_version(versions, aliases, plan, made_from):
         outcome, reason = "unchanged", same
     elif rival := training_lock.claim_training(client, run, made_from | {"name": name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif same := _find_same_version(*list_versions(client, name), made_from):  # by a run that has just ended
+    elif same := _find_same_version(*list_versions(client, name), plan, made_from):  # by a run that has just ended
         outcome, reason = "unchanged", same
     else:
-        outcome, reason = None, _describe_changes(champion, made_from)
+        outcome, reason = None, _describe_changes(champion, plan, made_from)
     if outcome:
         record_outcome(client, run.info.run_id, outcome, reason)
     address = f"models:/{name}/{champion.version}" if champion else None
     return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
 
 
-def _find_same_version(versions: list[Any], aliases: dict[int, list[str]], made_from: Fingerprint) -> str | None:
+def _find_same_version(
+    versions: list[Any], aliases: dict[int, list[str]], plan: Plan, made_from: Fingerprint
+) -> str | None:
     """Return a sentence about a version with this fingerprint whose gates were judged; None if there is none."""
     for version in versions:
         names = aliases.get(int(version.version), [])
         outcome = version.tags.get(GATE_OUTCOME_TAG) or _describe_promotion(version, names)
-        if _read_fingerprint(version) == made_from and outcome and not _describe_bad_loss(version):
+        if (
+            fingerprint.read_fingerprint(version.tags, plan) == made_from
+            and outcome
+            and not _describe_bad_loss(version)
+        ):
             named = f", {' and '.join(names)}," if names else ""
             return f"version {version.version}{named} is made from the same data, teacher and settings; {outcome}"
     return None
@@ -91,21 +96,13 @@ def _describe_promotion(version: Any, names: list[str]) -> str | None:
     return "it was the champion" if PROMOTED_TAG in version.tags else None
 
 
-def _describe_changes(champion: Any, made_from: Fingerprint) -> str:
+def _describe_changes(champion: Any, plan: Plan, made_from: Fingerprint) -> str:
     if champion is None:
         return "there is no champion yet"
-    before = _read_fingerprint(champion)
+    before = fingerprint.read_fingerprint(champion.tags, plan)
     if before is None:
         return f"the champion (version {champion.version}) has no record of its inputs"
     if bad := _describe_bad_loss(champion):
         return f"the champion (version {champion.version}) {bad}"
     changed = [name for name, value in made_from.items() if before.get(name) != value]
     return f"changed since the champion (version {champion.version}): {', '.join(changed)}"
-
-
-def _read_fingerprint(version: Any) -> Fingerprint | None:
-    try:
-        content = json.loads(version.tags.get(fingerprint.TAG, "null"))
-    except ValueError:  # not written by register
-        return None
-    return content if isinstance(content, dict) else None

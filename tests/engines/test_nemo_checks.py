@@ -124,10 +124,22 @@ def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dat
         activations[f"decoder.layers.{layer}.self_attention"] = sums._attention[layer]
     layers = {layer + 1: float(score) for layer, score in enumerate(sums._influence)}
     torch.save({"activations": [activations], "layers": layers}, tmp_path / "scores.pt")
-    importance = nemo._read_importance(tmp_path / "scores.pt", read_config(teacher))
-    for axis, scores in vars(sums.to_importance(model.config)).items():
+    importance = nemo._read_importance(tmp_path / "scores.pt", read_config(teacher), 4)
+    for axis, scores in vars(sums.to_importance(model.config, 4)).items():
         torch.testing.assert_close(getattr(importance, axis), scores)
         assert scores.shape == getattr(expected, axis).shape
+
+
+def test_the_micro_batch_size_does_not_decide_what_is_calibrated_on(dataset: Path) -> None:
+    """NeMo takes whole micro-batches: the size is lowered until it divides the number of sequences."""
+    there = len(PackedDataset(dataset / "train", 32, 1234))
+
+    def split(sequences: int, size: int) -> tuple[int, int]:
+        values = {"calibration_sequences": sequences, "micro_batch_size": size, "sequence_length": 32}
+        return nemo.split_calibration(PruneConfig(teacher=Path("t"), dataset=dataset, output=Path("o"), **values))
+
+    assert [split(10, size) for size in (1, 2, 4, 16)] == [(10, 1), (10, 2), (10, 2), (10, 10)]
+    assert split(there + 5, 1) == (there, 1)
 
 
 def test_the_history_that_a_kill_left_is_cut_at_the_last_whole_checkpoint(tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from minitron import METHOD_VERSION
 from minitron.cli import lineage_tree
 from minitron.cli.app import app
+from minitron.config.document import SAMPLES, make_plan, merge
 from minitron.config.parse import parse
+from minitron.config.presets import read_preset
 from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
@@ -93,6 +96,18 @@ def test_a_record_without_a_later_setting_has_another_fingerprint() -> None:
     del config["prepare"]["document_separator"]
     earlier = fingerprint.fingerprint_records(records)
     assert present and earlier and present | {"settings": earlier["settings"]} == earlier != present
+
+
+def test_a_version_of_0_3_is_known_again_although_fewer_settings_count_now() -> None:
+    """The digest is the one that 0.3.0 gave the preset tiny; with another setting it is of another model."""
+    tag = {"corpus": "c", "teacher": "t", "minitron": METHOD_VERSION}
+    tag |= {"settings": "60e436f2516597f9509e59e45b2792714e039a1e372f7ed2d7513eebbd0ff4f6"}
+    flat = {key: value for key, value in merge(read_preset("tiny")).items() if key != SAMPLES}
+    plan = make_plan(flat | {"teacher": "teacher", "corpus": "corpus"})
+    present, tags = fingerprint.fingerprint_plan(plan, "c", "t"), {fingerprint.TAG: json.dumps(tag)}
+    assert fingerprint.read_fingerprint(tags, plan) == present != tag
+    other = make_plan(flat | {"teacher": "teacher", "corpus": "corpus", "distill.max_steps": 41})
+    assert fingerprint.read_fingerprint(tags, other) == tag != fingerprint.fingerprint_plan(other, "c", "t")
 
 
 def test_a_version_has_its_lineage(

@@ -120,12 +120,12 @@ def reference_importance(model: PreTrainedModel, batches: list[torch.Tensor]) ->
             for name, activations in (("norm1", norm1), ("norm2", norm2), ("mlp", inner), ("attention", context)):
                 for sequence in activations:
                     squares[name][index] = squares[name][index] + (sequence.abs().sum(dim=0) / SEQUENCE) ** 2
-            influence[index] += 1 - cosine_similarity(hidden, output, dim=-1).mean().item()
+            influence[index] += (1 - cosine_similarity(hidden, output, dim=-1).mean(dim=1)).sum().item()
             hidden = output
     attention = torch.stack(squares["attention"])
     norms = squares["norm1"] + squares["norm2"]
     return {
-        "layers": torch.tensor(influence),
+        "layers": torch.tensor(influence) / sum(map(len, batches)),
         "hidden": sum(norm**0.5 for norm in norms),
         "intermediate": torch.stack(squares["mlp"]) ** 0.5,
         "heads": attention.reshape(4, 16, 8).sum(dim=2) ** 0.5,

@@ -41,10 +41,11 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
-def assert_same_weights(left: Path, right: Path) -> None:
+def assert_same_weights(left: Path, right: Path, tolerance: float = 0.0) -> None:
     expected, found = weights(left), weights(right)
     assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -219,14 +220,32 @@ def test_the_first_step_is_the_forward_kl_of_its_batch(job: dict[str, Any]) -> N
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 8}, {"gradient_checkpointing": True}])
-def test_the_split_into_micro_batches_and_checkpointing_do_not_change_the_result(
-    job: dict[str, Any], tmp_path: Path, change: dict[str, Any]
+ROUNDING = 1e-5
+"""Most that another micro-batch size may change a weight here. Sums of gradients in another order differ in their last
+bits, and AdamW moves a weight by the learning rate, 3e-3, times its gradient's relative size: the error of small
+gradients shows. Found: 1.3e-6, where six steps move weights by 1e-2."""
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        ({"micro_batch_size": 1}, ROUNDING),
+        ({"micro_batch_size": 8}, ROUNDING),
+        ({"gradient_checkpointing": True}, 0.0),
+        ({"checkpoint_interval": 2}, 0.0),
+    ],
+)
+def test_settings_that_are_in_no_key_do_not_change_the_result(
+    job: dict[str, Any], tmp_path: Path, change: dict[str, Any], tolerance: float
 ) -> None:
+    """The record still says what was used."""
     expected = distill.run(DistillConfig(**job))
     found = distill.run(DistillConfig(**job | change | {"output": tmp_path / "other"}))
+    assert found["key"] == expected["key"]
+    assert found["config"] == expected["config"] | change | {"output": str(tmp_path / "other")}
     for left, right in zip(expected["history"], found["history"], strict=True):
         assert right == pytest.approx(left, rel=1e-3)
+    assert_same_weights(job["output"], tmp_path / "other", tolerance)
 
 
 def test_the_best_state_is_kept_not_the_last(job: dict[str, Any]) -> None:
@@ -240,10 +259,14 @@ def test_the_best_state_is_kept_not_the_last(job: dict[str, Any]) -> None:
     assert saved == pytest.approx(min(validations.values()), abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["finetune", "distill"])
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [("finetune", {}), ("distill", {}), ("distill", {"micro_batch_size": 1, "checkpoint_interval": 7})],
+)
 def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
-    stage: str, job: dict[str, Any], tmp_path: Path
+    stage: str, change: dict[str, Any], job: dict[str, Any], tmp_path: Path
 ) -> None:
+    """With settings that decide no result it resumes, too: with another micro-batch size up to rounding."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
     settings |= {"max_steps": 60, "validation_interval": 10, "checkpoint_interval": 10}
     if stage == "finetune":
@@ -265,13 +288,17 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
     process.join()
     assert not paths["killed"].exists()
     (checkpoints / "checkpoint-99").mkdir()  # what a kill during a save leaves: a checkpoint without its last file
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(settings | change | {"output": str(paths["killed"])}))
     for name in ("whole", "killed"):
         process = start(name)
         process.join()
         assert process.exitcode == 0, (tmp_path / "log").read_text()
-    assert_same_weights(paths["whole"], paths["killed"])
+    assert_same_weights(paths["whole"], paths["killed"], ROUNDING if change else 0.0)
     whole, killed = (json.loads((path / "stage.json").read_text()) for path in paths.values())
-    assert whole["history"] == killed["history"]
+    same = 20 if change else 60
+    assert [row for row in whole["history"] if row["step"] <= same] == [
+        row for row in killed["history"] if row["step"] <= same
+    ], "it did not resume"
     assert not list(paths["killed"].glob("checkpoint*")) and not (tmp_path / "killed.partial").exists()
 
 

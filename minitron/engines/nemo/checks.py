@@ -48,7 +48,8 @@ def check_installed() -> None:
         version = "none"
     if not version.startswith("2."):
         raise ConfigError(
-            f"engine nemo: it needs nemo_toolkit 2, found {version}; run it in the package's image, or use engine hf"
+            f"engine nemo: it needs nemo_toolkit 2, found {version}; run it in the package's image, which "
+            "finds its finished results, too, or use engine hf"
         )
 
 

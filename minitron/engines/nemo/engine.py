@@ -134,7 +134,7 @@ def prune(
     check_sizes(config, sizes)
     importance = _prune_to(config, sizes, teacher_config, directory)
     plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
-    return plan, importance, 0 if importance is None else count_calibration_sequences(config)
+    return plan, importance, 0 if importance is None else split_calibration(config)[0]
 
 
 def _list_sizes(shape: Shape, teacher: Shape) -> dict[str, int]:
@@ -154,11 +154,17 @@ def _prune_to(config: PruneConfig, sizes: dict[str, int], teacher_config: Any, d
     _import_models({"teacher": config.teacher}, work)
     _run_job({"job": "prune", "config": config.model_dump(mode="json"), "sizes": sizes}, work)
     _export_model(work, work / "pruned", config.teacher, directory)
-    return None if config.drop_layers else _read_importance(work / SCORES, teacher_config)
+    if config.drop_layers:
+        return None
+    sequences, micro_batch_size = split_calibration(config)
+    return _read_importance(work / SCORES, teacher_config, sequences // micro_batch_size)
 
 
-def _read_importance(scores: Path, config: Any) -> Importance:
-    """Read the sums that Model-Optimizer collected by the names of its modules; it counts layers from 1."""
+def _read_importance(scores: Path, config: Any, batches: int) -> Importance:
+    """Read the sums that Model-Optimizer collected by the names of its modules; it counts layers from 1.
+
+    It sums the block influence over the batches; ours is the mean.
+    """
     sums = torch.load(scores, weights_only=True)
     (activations,) = sums["activations"]  # of one process
     layers = range(config.num_hidden_layers)
@@ -171,7 +177,7 @@ def _read_importance(scores: Path, config: Any) -> Importance:
     norms = next(value for value in activations.values() if isinstance(value, dict))
     return Importance.from_squares(
         config,
-        torch.tensor([sums["layers"][layer + 1] for layer in layers]),
+        torch.tensor([sums["layers"][layer + 1] for layer in layers]) / batches,
         torch.stack(list(norms.values())),
         stack_layers("mlp"),
         stack_layers("self_attention"),
@@ -196,11 +202,14 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         (target / name).unlink()
 
 
-def count_calibration_sequences(config: PruneConfig) -> int:
-    """Count the sequences that importance is read on: NeMo takes whole micro-batches."""
+def split_calibration(config: PruneConfig) -> tuple[int, int]:
+    """Return the number of sequences that importance is read on, and the largest micro-batch size that divides it.
+
+    NeMo takes whole micro-batches; a larger one than the setting could be too large for the GPU.
+    """
     train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-    batches = max(1, min(config.calibration_sequences, len(train)) // config.micro_batch_size)
-    return batches * config.micro_batch_size
+    sequences = min(config.calibration_sequences, len(train))
+    return sequences, next(size for size in range(config.micro_batch_size, 0, -1) if sequences % size == 0)
 
 
 def _run_job(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = lambda: None) -> None:

@@ -88,7 +88,7 @@ def prune(job: dict[str, Any], work: Path) -> None:
 
     from minitron.config.parse import parse
     from minitron.data.packed import PackedDataset
-    from minitron.engines.nemo.engine import count_calibration_sequences
+    from minitron.engines.nemo.engine import split_calibration
     from minitron.engines.nemo.files import SCORES
     from minitron.engines.nemo.training import Batches, make_data_module
 
@@ -102,13 +102,15 @@ def prune(job: dict[str, Any], work: Path) -> None:
     MCoreMinitronSearcher.run_search = search_and_save
     _rank_groups_by_their_own_heads()
     shutil.rmtree(work / "pruned", ignore_errors=True)
-    sequences = count_calibration_sequences(config)
+    sequences, size = split_calibration(config)
     if config.drop_layers:
         target, data = PruningConfig(drop_layers=config.drop_layers), None
     else:
         target = PruningConfig(**{SIZES[name]: size for name, size in job["sizes"].items()})
         train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-        data = make_data_module(config, Batches(train, sequences), None, config.micro_batch_size)
+        data = make_data_module(
+            config.model_copy(update={"micro_batch_size": size}), Batches(train, sequences), None, size
+        )
     teacher, pruned = (str((work / name).absolute()) for name in ("teacher", "pruned"))
     os.chdir(work)  # llm.prune logs into the working directory
     llm.prune(teacher, pruned, target, num_train_samples=sequences, data=data)
