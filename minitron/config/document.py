@@ -1,21 +1,31 @@
 """The settings document: presets, `--set` values and a run's form, merged and checked before anything starts.
 
-The top level of a document is `PipelineSettings`. Each stage has a section, `distill: {max_steps: 30}`, with its
-settings and the `cpu` and `memory` of its task. A merged document is flat: {"seed": 1, "distill.max_steps": 30}.
+A preset is a YAML file with such a document, shipped with the package or written by you. The top level of a
+document is `PipelineSettings`. Each stage has a section, `distill: {max_steps: 30}`, with its settings and the `cpu`
+and `memory` of its task. A merged document is flat: {"seed": 1, "distill.max_steps": 30}.
 """
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from minitron.config.fields import Engine
-from minitron.config.parse import suggest_name, validate_section
-from minitron.config.presets import read_preset
+from minitron.config.fields import Engine, Fault
+from minitron.config.parse import (
+    Model,
+    SectionError,
+    read_yaml,
+    suggest_name,
+    validate_section,
+)
 from minitron.config.settings import (
     RESOURCES,
     SETTINGS,
+    EvaluateSettings,
+    PrepareSettings,
     RegisterSettings,
     Resources,
     SequenceSettings,
@@ -76,6 +86,31 @@ class Plan:
         return register.name
 
 
+def pipelines_directory() -> Path:
+    """Return the directory of the compiled pipelines without importing their Python sources."""
+    spec = importlib.util.find_spec("minitron.pipelines")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """Read the document of a shipped preset or of a YAML file.
+
+    Raises:
+        ConfigError: no such preset or file exists, or it is not YAML.
+    """
+    shipped = pipelines_directory() / "presets"
+    if (path := shipped / f"{preset}.yaml").is_file():
+        return read_yaml(path)
+    if (path := Path(preset)).is_file():
+        return read_yaml(path)
+    if path.suffix or len(path.parts) > 1:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(f"preset {preset}: no such file{where}; give an existing YAML file")
+    known = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise ConfigError(f"preset {preset}: no such file or preset; {suggest_name(preset, known)}")
+
+
 def merge(*documents: Mapping[str, Any]) -> dict[str, Any]:
     """Merge documents, nested or flat, into a flat one; later ones win, and null restores the default."""
     flat: dict[str, Any] = {}
@@ -100,17 +135,50 @@ def make_plan(flat: Mapping[str, Any]) -> Plan:
     """Validate a flat document.
 
     Raises:
-        ConfigError: a key is unknown or missing, or a value has the wrong type.
+        ConfigError: a key is unknown or missing, a value has the wrong type, or sections contradict each other; the
+            message lists all faults.
     """
-    known = known_keys()
-    for key in flat:
-        check_key(key, known)
-    document = nest_sections(flat)
+    faults = [fault for key in flat for fault in find_key_faults(key, known_keys())]
+    unknown = {key for key, _ in faults}
+    document = nest_sections({key: value for key, value in flat.items() if key not in unknown})
     sections = {stage: document.pop(stage, {}) for stage in SETTINGS}
-    pipeline = validate_section("", PipelineSettings, document)
-    resources = {stage: _make_resources(stage, section) for stage, section in sections.items()}
-    stages = {stage: _make_settings(stage, sections[stage], pipeline, resources[stage]) for stage in SETTINGS}
-    return Plan(pipeline, stages, resources)
+
+    def validate(section: str, model: type[Model], values: dict[str, Any]) -> Model | None:
+        try:
+            return validate_section(section, model, values)
+        except SectionError as error:
+            faults.extend(fault for fault in error.faults if fault[0].partition(".")[2] not in SHARED)
+            return None
+
+    pipeline = validate("", PipelineSettings, document)
+    shared = {name: getattr(pipeline or PipelineSettings.model_construct(**document), name) for name in SHARED}
+    resources, stages = {}, {}
+    for stage, section in sections.items():
+        default = RESOURCES[stage]
+        names = type(default).model_fields
+        own = {name: value for name, value in section.items() if name not in names}
+        values = default.model_dump() | {name: section[name] for name in names if name in section}
+        resources[stage] = validate(stage, type(default), values) or default
+        own |= {name: value for name, value in shared.items() if name in SETTINGS[stage].model_fields}
+        stages[stage] = validate(stage, SETTINGS[stage], own | resources[stage].model_dump(include={"gpus"}))
+    if not faults:
+        faults += _find_contradictions(stages)
+    if faults or pipeline is None:
+        raise SectionError(faults)
+    return Plan(pipeline, {stage: settings for stage, settings in stages.items() if settings}, resources)
+
+
+def _find_contradictions(stages: Mapping[str, Any]) -> Iterator[Fault]:
+    """Find what sections of one document contradict in each other."""
+    prepare, evaluate = stages["prepare"], stages["evaluate"]
+    assert isinstance(prepare, PrepareSettings) and isinstance(evaluate, EvaluateSettings)
+    if not (prepare.own_splits or prepare.test_fraction):
+        for number, gate in enumerate(evaluate.gates):
+            if gate.metric == "test_loss":
+                yield Fault(
+                    f"evaluate.gates.{number}.metric",
+                    "test_loss is not measured, because prepare.test_fraction is 0; raise it, or take validation_loss",
+                )
 
 
 def read_plan(config: PlanConfig) -> Plan:
@@ -144,17 +212,14 @@ def known_keys() -> list[str]:
     return keys
 
 
-def check_key(key: str, known: list[str]) -> None:
-    """Refuse an unknown key.
-
-    Raises:
-        ConfigError: the key is unknown; the message suggests the closest known one.
-    """
+def find_key_faults(key: str, known: list[str]) -> Iterator[Fault]:
+    """Find an unknown key, and suggest the closest known one."""
     if key in known:
         return
     if key.partition(".")[2] in SHARED:
-        raise ConfigError(f"{key}: all stages share this setting; set {key.partition('.')[2]}")
-    raise ConfigError(f"{key}: unknown key; {suggest_name(key, known)}")
+        yield Fault(key, f"all stages share this setting; set {key.partition('.')[2]}")
+    else:
+        yield Fault(key, f"unknown key; {suggest_name(key, known)}")
 
 
 def _flatten_sections(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -165,19 +230,4 @@ def _flatten_sections(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"{key}: found {value!r}, not a section; write {key}: {{setting: value}}")
             yield from ((f"{key}.{name}", entry) for name, entry in value.items())
         else:
-            yield key, value
-
-
-def _make_resources(stage: str, section: dict[str, Any]) -> Resources:
-    default = RESOURCES[stage]
-    changes = {name: section[name] for name in type(default).model_fields if name in section}
-    return validate_section(stage, type(default), default.model_dump() | changes)
-
-
-def _make_settings(
-    stage: str, section: dict[str, Any], pipeline: PipelineSettings, resources: Resources
-) -> StageSettings:
-    model = SETTINGS[stage]
-    own = {name: value for name, value in section.items() if name not in type(resources).model_fields}
-    own |= {name: getattr(pipeline, name) for name in SHARED if name in model.model_fields}
-    return validate_section(stage, model, own | resources.model_dump(include={"gpus"}))
+            yield Fault(key, value)

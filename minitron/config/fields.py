@@ -1,8 +1,9 @@
 """Types of the fields of settings and configurations, and the marks that say how a field counts."""
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, PlainSerializer
 
@@ -38,3 +39,53 @@ Engine = Annotated[
     Literal["hf", "nemo"],
     Field(description="Engine: hf (transformers, one process) or nemo (NeMo and Megatron, one process per GPU)."),
 ]
+
+
+class Fault(NamedTuple):
+    """A setting's key, and its value with what is wrong and the remedy."""
+
+    key: str
+    text: str
+
+
+class Faults(ValueError):
+    """All faults of a section at once."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        """Hold the faults."""
+        self.faults = list(faults)
+        super().__init__("; ".join(f"{key}: {text}" for key, text in self.faults))
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def read_scalar(annotation: Any, value: Any) -> Any:
+    """Return a field's value as YAML means it: `1e3`, which YAML 1.1 reads as text, is a number.
+
+    Raises:
+        ValueError: a truth value where a number or text belongs; pydantic would take `yes` for 1.
+    """
+    types = set(_list_types(annotation))
+    if Any in types:
+        return value
+    if bool not in types and (found := next(_list_truth_values(value), None)) is not None:
+        raise ValueError(
+            f"found {str(found).lower()}, as which YAML reads {'yes and on' if found else 'no and off'}, too; give a "
+            "number, or quote it if it is text"
+        )
+    is_number = isinstance(value, str) and int in types and str not in types and _EXPONENT.fullmatch(value)
+    return float(value) if is_number else value
+
+
+def _list_types(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _list_types(part)
+
+
+def _list_truth_values(value: Any) -> Iterator[bool]:
+    if isinstance(value, bool):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _list_truth_values(part)

@@ -1,5 +1,6 @@
 """Gates as a preset declares them: bounds on the student's numbers. registry/gates.py judges them."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import (
@@ -11,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from minitron.config.fields import Fault
 from minitron.config.metrics import NUMBERS
 
 
@@ -57,23 +59,23 @@ class Gate(BaseModel):
         return "at_least" if self.at_most is None else "at_most"
 
 
-def check_gates(gates: list[Gate], tasks: list[str], has_other_text: bool) -> None:
-    """Refuse gates on metrics that evaluate does not measure.
+def find_gate_faults(gates: list[Gate], tasks: list[str], has_other_text: bool) -> Iterator[Fault]:
+    """Find the gates on numbers that evaluate does not measure: they would never be met.
 
     Args:
         gates: gates of the student.
         tasks: lm-eval tasks that are measured; their metrics begin with the task's name.
         has_other_text: True if `evaluate.out_of_domain` is set.
-
-    Raises:
-        ValueError: a gate names such a metric.
     """
     for number, gate in enumerate(gates):
-        is_task = any(gate.metric.startswith(f"{task}_") for task in tasks)
-        if gate.metric not in NUMBERS and not is_task:
-            raise ValueError(
-                f"gates.{number}.metric: {gate.metric} is not measured; give one of {', '.join(NUMBERS)}, or "
-                f"TASK_acc of a task in evaluate.tasks ({', '.join(tasks) or 'none'})"
+        key = f"gates.{number}.metric"
+        if gate.metric not in NUMBERS and not any(gate.metric.startswith(f"{task}_") for task in tasks):
+            yield Fault(
+                key,
+                f"{gate.metric} is not measured; give one of {', '.join(NUMBERS)}, or "
+                f"TASK_acc of a task in evaluate.tasks ({', '.join(tasks) or 'none'})",
             )
         if gate.metric == "out_of_domain_loss" and not has_other_text:
-            raise ValueError(f"gates.{number}.metric: out_of_domain_loss needs evaluate.out_of_domain; give a text")
+            yield Fault(key, "out_of_domain_loss needs evaluate.out_of_domain; give a text")
+        if (gate.metric, gate.against, gate.by) == ("kl", "teacher", "ratio"):
+            yield Fault(key, "kl is 0 for the teacher itself, so there is no ratio to it; leave out `against`")

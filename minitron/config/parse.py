@@ -1,14 +1,14 @@
 """Validate a configuration, and turn pydantic's errors into one line: key, fault, value found, remedy."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from minitron.config.fields import EXECUTION, INPUT
+from minitron.config.fields import EXECUTION, INPUT, Fault, Faults
 from minitron.config.settings import StageSettings
 from minitron.config.stages import STAGES, StageConfig
 from minitron.config.tasks import TASKS
@@ -17,32 +17,49 @@ from minitron.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class SectionError(ConfigError):
+    """The faults of one section."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        """Hold the faults, each with its dotted key."""
+        self.faults = faults
+        super().__init__(join_faults(faults))
+
+
+def join_faults(faults: list[Fault]) -> str:
+    """Return all faults in one line."""
+    return "; ".join(f"{key}: {text}" for key, text in dict.fromkeys(faults))
+
+
 def validate_section(section: str, model: type[Model], values: dict[str, Any]) -> Model:
     """Validate one section of a configuration; the top level has an empty name.
 
     Raises:
-        ConfigError: a key is unknown or missing, or a value has the wrong type; the message lists all faults.
+        SectionError: a key is unknown or missing, or a value has the wrong type; the message lists all faults.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe_fault(section, model, fault) for fault in error.errors())) from None
+        faults = [part for fault in error.errors() for part in _list_faults(section, model, fault)]
+        raise SectionError(faults) from None
 
 
-def _describe_fault(section: str, model: type[BaseModel], fault: Any) -> str:
-    """Turn one pydantic fault into 'section.key: what is wrong (found …)'."""
-    key = ".".join(str(part) for part in fault["loc"]) if fault["loc"] else ""
+def _list_faults(section: str, model: type[BaseModel], fault: Any) -> Iterator[Fault]:
+    """Yield one pydantic fault as key, and what is wrong; our own may be several."""
+    key = ".".join(str(part) for part in fault["loc"])
     where = ".".join(filter(None, (section, key)))
     match fault["type"]:
         case "extra_forbidden":
             known = list(model.model_fields) if len(fault["loc"]) == 1 else []  # else it is a key within a value
-            return f"{where}: unknown key; {suggest_name(key, known) if known else 'correct or remove it'}"
+            yield Fault(where, f"unknown key; {suggest_name(key, known) if known else 'correct or remove it'}")
         case "missing":
-            return f"{where}: missing; give it a value"
+            yield Fault(where, "missing; give it a value")
+        case "value_error" if isinstance(faults := fault["ctx"]["error"], Faults):
+            yield from (Fault(".".join(filter(None, (where, name))), text) for name, text in faults.faults)
         case "value_error":
-            return f"{where}: {fault['ctx']['error']!s}"
+            yield Fault(where, str(fault["ctx"]["error"]))
         case _:
-            return f"{where}: {fault['msg']} (found {fault['input']!r})"
+            yield Fault(where, f"{fault['msg']} (found {fault['input']!r})")
 
 
 def suggest_name(name: str, known: list[str]) -> str:

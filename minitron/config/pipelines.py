@@ -1,7 +1,8 @@
 """Compiled pipelines, and the arguments of a run, checked before it starts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,20 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minitron.config.document import CLUSTER, SAMPLES, Plan, check_key, known_keys, merge, nest_sections, read_plan
-from minitron.config.parse import suggest_name, validate_section
-from minitron.config.presets import pipelines_directory, read_preset
+from minitron.config.document import (
+    CLUSTER,
+    SAMPLES,
+    Plan,
+    find_key_faults,
+    known_keys,
+    merge,
+    nest_sections,
+    pipelines_directory,
+    read_plan,
+    read_preset,
+)
+from minitron.config.fields import Fault, read_scalar
+from minitron.config.parse import SectionError, suggest_name, validate_section
 from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
@@ -105,8 +117,8 @@ def read_request(
     cluster = {key.partition(".")[2]: flat.pop(key) for key in list(flat) if key.startswith(f"{CLUSTER}.")}
     arguments = {key: flat.pop(key) for key in list(flat) if key in parameters}
     known = [*parameters, *(known_keys() if SETTINGS_PARAMETER in parameters else ())]
-    for key in flat:
-        check_key(key, known)
+    if faults := [fault for key in flat for fault in find_key_faults(key, known)]:
+        raise SectionError(faults)
     return Request(arguments, flat, validate_section(CLUSTER, ClusterConfig, cluster), samples)
 
 
@@ -119,14 +131,30 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
     Raises:
         ConfigError: an argument is missing or has the wrong type, or the settings document is not valid.
     """
-    arguments = {name: _convert_value(name, value, parameters[name]) for name, value in request.arguments.items()}
+    faults: list[Fault] = []
+    arguments: dict[str, Any] = {}
+    for name, value in request.arguments.items():
+        with _collect_faults(faults):
+            arguments[name] = _convert_value(name, value, parameters[name])
     for name, entry in parameters.items():
-        if not entry.get("isOptional") and name not in arguments:
-            raise ConfigError(f"{name}: missing; give it in the preset or by --set {name}=…")
+        if not entry.get("isOptional") and name not in request.arguments:
+            faults.append(Fault(name, f"missing; give it in the preset or by --set {name}=…"))
     if SETTINGS_PARAMETER in parameters:
-        arguments[SETTINGS_PARAMETER] = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
-        _read_run_plan(arguments)
+        with _collect_faults(faults):
+            settings = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
+            arguments[SETTINGS_PARAMETER] = settings
+            _read_run_plan(arguments)
+    if faults:
+        raise SectionError(faults)
     return arguments
+
+
+@contextmanager
+def _collect_faults(faults: list[Fault]) -> Iterator[None]:
+    try:
+        yield
+    except SectionError as error:
+        faults += error.faults
 
 
 def check_for_cluster(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
@@ -271,6 +299,10 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 def _convert_value(name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     try:
+        if isinstance(value, bool):
+            read_scalar(bool if entry["parameterType"] == "BOOLEAN" else None, value)
         return _KINDS[entry["parameterType"]].validate_python(value)
     except ValidationError as error:
-        raise ConfigError(f"{name}: {error.errors()[0]['msg']} (found {value!r})") from None
+        raise SectionError([Fault(name, f"{error.errors()[0]['msg']} (found {value!r})")]) from None
+    except ValueError as error:
+        raise SectionError([Fault(name, str(error))]) from None

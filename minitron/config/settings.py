@@ -6,7 +6,7 @@ A preset has one section per stage, and a component takes it as its parameter `s
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -25,19 +26,37 @@ from minitron.config.fields import (
     INPUT,
     Beta,
     Engine,
+    Fault,
+    Faults,
     Fraction,
     Location,
     NonNegative,
     Positive,
     RegisteredName,
+    read_scalar,
 )
-from minitron.config.gates import Gate, check_gates
+from minitron.config.gates import Gate, find_gate_faults
 
 
 class Settings(BaseModel):
     """A section of a preset; it is frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_scalar(cls, value: Any, info: ValidationInfo) -> Any:
+        return read_scalar(cls.model_fields[str(info.field_name)].annotation, value)
+
+    @model_validator(mode="after")
+    def _refuse_faults(self) -> "Settings":
+        if faults := list(self.find_faults()):
+            raise Faults(faults)
+        return self
+
+    def find_faults(self) -> Iterator[Fault]:
+        """Find the settings that do not fit each other; each has the right type."""
+        yield from ()
 
     def as_settings(self) -> dict[str, Any]:
         """Return the settings that were set, as a component's parameter `settings` takes them, without the defaults."""
@@ -126,46 +145,42 @@ class TrainingSettings(SequenceSettings):
         8, description="GPUs of each node, if num_nodes is above 1."
     )
 
-    @model_validator(mode="after")
-    def _check_batch_sizes(self) -> "TrainingSettings":
+    def find_faults(self) -> Iterator[Fault]:
+        """Find sizes, rates and steps that contradict each other, and what the engine cannot do."""
         if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size}: choose a multiple"
+            yield Fault(
+                "global_batch_size",
+                f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; choose a "
+                "multiple",
             )
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}: lower it"
+            yield Fault(
+                "min_learning_rate", f"{self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_gpus(self) -> "TrainingSettings":
-        if self.engine == "hf":
-            _check_one_gpu("engine hf", self.gpus, "use engine nemo, or set gpus to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_parallelism(self) -> "TrainingSettings":
-        if self.engine == "hf" and self.model_parallel_size > 1:
-            raise ValueError(
-                f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine hf "
-                "runs in one process: use engine nemo, or set them to 1"
+        if self.warmup_steps > self.max_steps and "warmup_steps" in self.model_fields_set:
+            yield Fault(
+                "warmup_steps",
+                f"{self.warmup_steps} is above max_steps {self.max_steps}, so the learning rate would never be "
+                f"reached; choose at most {self.max_steps}",
             )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
-            raise ValueError("sequence_parallel needs a tensor_parallel_size above 1: raise it, or switch it off")
-        return self
-
-    @model_validator(mode="after")
-    def _check_nodes(self) -> "TrainingSettings":
+            yield Fault("sequence_parallel", "it needs a tensor_parallel_size above 1; raise that, or switch it off")
+        if self.engine == "hf":
+            yield from _find_idle_gpus("engine hf", self.gpus, "use engine nemo, or set gpus to 1")
+            if self.model_parallel_size > 1:
+                yield Fault(
+                    "tensor_parallel_size",
+                    f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine "
+                    "hf runs in one process; use engine nemo, or set them to 1",
+                )
         if self.num_nodes > 1 and self.engine == "hf":
-            raise ValueError(f"num_nodes is {self.num_nodes}, but engine hf runs in one process: use engine nemo")
+            yield Fault("num_nodes", f"{self.num_nodes}, but engine hf runs in one process; use engine nemo")
         if self.num_nodes > 1 and self.gpus:
-            raise ValueError(
-                f"gpus is {self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits: set gpus to 0; "
-                "gpus_per_node says what each node gets"
+            yield Fault(
+                "gpus",
+                f"{self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits; set gpus to 0: "
+                "gpus_per_node says what each node gets",
             )
-        return self
 
     @property
     def model_parallel_size(self) -> int:
@@ -173,14 +188,10 @@ class TrainingSettings(SequenceSettings):
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
 
-def _check_one_gpu(what: str, gpus: int, remedy: str) -> None:
-    """Refuse GPUs that would be paid for and stand idle.
-
-    Raises:
-        ValueError: there are more than one.
-    """
+def _find_idle_gpus(what: str, gpus: int, remedy: str) -> Iterator[Fault]:
+    """Find GPUs that would be paid for and stand idle."""
     if gpus > 1:
-        raise ValueError(f"gpus is {gpus}, but {what} runs in one process, on one GPU: {remedy}")
+        yield Fault("gpus", f"{gpus}, but {what} runs in one process, on one GPU; {remedy}")
 
 
 class FinetuneSettings(TrainingSettings):
@@ -209,16 +220,11 @@ class PruneSettings(SequenceSettings):
     )
     calibration_sequences: PositiveInt = Field(1024, description="Training sequences that importance is measured on.")
 
-    @model_validator(mode="after")
-    def _check_gpus(self) -> "PruneSettings":
-        _check_one_gpu("prune", self.gpus, "set gpus to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_layer_choice(self) -> "PruneSettings":
+    def find_faults(self) -> Iterator[Fault]:
+        """Find what contradicts itself without a teacher; models/sizes.py compares with one."""
+        yield from _find_idle_gpus("prune", self.gpus, "set gpus to 1")
         if self.drop_layers is not None and self.num_hidden_layers is not None:
-            raise ValueError("drop_layers and num_hidden_layers are both given: choose one")
-        return self
+            yield Fault("drop_layers", "num_hidden_layers is given, too; choose one of them")
 
     def compute_student_sizes(self, teacher: Mapping[str, int]) -> dict[str, int]:
         """Return the student's sizes, by their names in config.json, from the teacher's.
@@ -245,13 +251,13 @@ class DistillSettings(TrainingSettings):
         [], description="Pairs of student and teacher layers, from 1, whose outputs are matched, too (engine nemo)."
     )
 
-    @model_validator(mode="after")
-    def _check_losses(self) -> "DistillSettings":
+    def find_faults(self) -> Iterator[Fault]:
+        """Find a loss without terms, too, and terms that the engine does not have."""
+        yield from super().find_faults()
         if self.kl_weight == self.cross_entropy_weight == 0:
-            raise ValueError("kl_weight and cross_entropy_weight are both 0: raise one of them")
+            yield Fault("kl_weight", "it is 0, and so is cross_entropy_weight; raise one of them")
         if self.engine == "hf" and self.intermediate_layers:
-            raise ValueError("intermediate_layers need engine nemo: use it, or leave them out")
-        return self
+            yield Fault("intermediate_layers", "they need engine nemo; use it, or leave them out")
 
 
 class EvaluateSettings(SequenceSettings):
@@ -290,27 +296,20 @@ class EvaluateSettings(SequenceSettings):
         description="Bounds that a promoted student must meet: {metric, against, by, at_most or at_least} each.",
     )
 
-    @model_validator(mode="after")
-    def _check_gpus(self) -> "EvaluateSettings":
-        _check_one_gpu("evaluate", self.gpus, "set gpus to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_gates(self) -> "EvaluateSettings":
-        check_gates(self.gates, self.tasks, self.out_of_domain is not None)
-        return self
-
-    @model_validator(mode="after")
-    def _check_tasks(self) -> "EvaluateSettings":
+    def find_faults(self) -> Iterator[Fault]:
+        """Find gates on what is not measured, and tasks that are named where they are not measured."""
+        yield from _find_idle_gpus("evaluate", self.gpus, "set gpus to 1")
+        yield from find_gate_faults(self.gates, self.tasks, self.out_of_domain is not None)
+        for name in sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            yield Fault("tasks", f"{name} is there twice; remove one")
         shots = self.num_fewshot if isinstance(self.num_fewshot, dict) else {}
         for setting, names in (("num_fewshot", [*shots]), ("unsafe_tasks", self.unsafe_tasks)):
             for name in names:
                 if name not in self.tasks:
-                    raise ValueError(
-                        f"{setting}: {name} is not in evaluate.tasks ({', '.join(self.tasks) or 'none'}); correct or "
-                        "remove it"
+                    yield Fault(
+                        setting,
+                        f"{name} is not in evaluate.tasks ({', '.join(self.tasks) or 'none'}); correct or remove it",
                     )
-        return self
 
 
 class RegisterSettings(StageSettings):

@@ -1,10 +1,11 @@
 """The configuration of every stage: its settings, its inputs, and where it writes and reports."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from minitron.config.fields import EXECUTION, HUB_DATASET, INPUT, InputPath, Location, ModelAddress
+from minitron.config.fields import EXECUTION, HUB_DATASET, INPUT, Fault, InputPath, Location, ModelAddress
 from minitron.config.settings import (
     DistillSettings,
     EvaluateSettings,
@@ -56,13 +57,13 @@ class SequenceConfig(SequenceSettings, StageConfig):
 class TrainingConfig(TrainingSettings, SequenceConfig):
     """Configuration that fine-tuning and distillation share; they differ by their loss."""
 
-    @model_validator(mode="after")
-    def _check_workspace(self) -> "TrainingConfig":
+    def find_faults(self) -> Iterator[Fault]:
+        """Find nodes without a directory that they share, too."""
+        yield from super().find_faults()
         if self.num_nodes > 1 and self.workspace is None:
-            raise ValueError(
-                f"num_nodes is {self.num_nodes}, but there is no workspace for the nodes to share: set workspace"
+            yield Fault(
+                "num_nodes", f"{self.num_nodes}, but there is no workspace for the nodes to share; set workspace"
             )
-        return self
 
 
 class FinetuneConfig(FinetuneSettings, TrainingConfig):

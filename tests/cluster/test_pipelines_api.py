@@ -365,7 +365,7 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (["--set", "cluster.shared_memory=16"], "cluster.shared_memory: Input should be a valid string"),
         (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
         (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks cannot see"),
-        (["--set", "distill.num_nodes=2"], "distill: gpus is 8, but with num_nodes 2 the task itself only waits"),
+        (["--set", "distill.num_nodes=2"], "distill.gpus: 8, but with num_nodes 2 the task itself only waits"),
         (
             ["--set", "workspace_claim=''"],
             "workspace_claim: should match pattern '[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?' (found ''); its",

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.config.document import make_plan, merge
+from minitron.config.document import make_plan, merge, pipelines_directory, read_preset
 from minitron.config.parse import parse
 from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
-from minitron.config.presets import pipelines_directory, read_preset
 from minitron.config.stages import STAGES
 from minitron.config.tasks import TASKS
 from minitron.errors import ConfigError
@@ -71,7 +70,7 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
         ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
         ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
         ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill"),
-        ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate: gates.0.metric: mmlu_acc is not"),
+        ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate.gates.0.metric: mmlu_acc is not"),
         ({"teacher": None}, "teacher: missing; give it a value"),
         ({"tracking_uri": None}, "tracking_uri: missing; give it in the preset or by --set tracking_uri=…"),
         ({"distill": {"seed": 1}}, "distill.seed: all stages share this setting; set seed"),
@@ -80,8 +79,24 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
         ({"distill": {"gpus": -1}}, "distill.gpus: Input should be greater than or equal to 0 (found -1)"),
         ({"distill": {"gpus": "two"}}, "distill.gpus: Input should be a valid integer"),
         ({"evaluate": {"tasks": "mmlu"}}, "evaluate.tasks: Input should be a valid list (found 'mmlu')"),
-        ({"prune": {"num_hidden_layers": 2, "drop_layers": [1]}}, "prune: drop_layers and num_hidden_layers are both"),
-        ({"finetune": {"micro_batch_size": 3}}, "finetune: global_batch_size 128 is not a multiple of"),
+        ({"prune": {"num_hidden_layers": 2, "drop_layers": [1]}}, "prune.drop_layers: num_hidden_layers is given, too"),
+        ({"finetune": {"micro_batch_size": 3}}, "finetune.global_batch_size: 128 is not a multiple of"),
+        ({"finetune": {"max_steps": 5, "warmup_steps": 9}}, "finetune.warmup_steps: 9 is above max_steps 5, so"),
+        ({"prune": {"num_hidden_layers": 0}}, "prune.num_hidden_layers: Input should be greater than 0 (found 0)"),
+        ({"prune": {"num_hidden_layers": "1.5e0"}}, "prune.num_hidden_layers: Input should be a valid integer, got a"),
+        ({"distill": {"temperature": True}}, "distill.temperature: found true, as which YAML reads yes and on, too; "),
+        ({"register": {"name": False}}, "register.name: found false, as which YAML reads no and off, too; give a"),
+        ({"evaluate": {"num_fewshot": {"mmlu": True}}}, "evaluate.num_fewshot: found true, as which YAML reads yes"),
+        ({"evaluate": {"gates": [{"metric": "kl", "at_most": True}]}}, "evaluate.gates: found true, as which YAML "),
+        ({"distill": {"learning_rate": float("inf")}}, "distill.learning_rate: Input should be a finite number"),
+        ({"evaluate": {"tasks": ["mmlu", "mmlu"]}}, "evaluate.tasks: mmlu is there twice; remove one"),
+        (
+            {
+                "prepare": {"own_splits": False, "test_fraction": 0},
+                "evaluate": {"gates": [{"metric": "test_loss", "at_most": 3}]},
+            },
+            "evaluate.gates.0.metric: test_loss is not measured, because prepare.test_fraction is 0; raise it, or",
+        ),
     ],
 )
 def test_a_bad_preset_is_refused(
@@ -91,6 +106,56 @@ def test_a_bad_preset_is_refused(
         values = {"tracking_uri": "http://m"} | values
         check_arguments(read_request([write_preset(tmp_path, **values)], [], parameters), parameters)
     assert str(refused.value).startswith(message)
+
+
+def test_all_faults_of_all_sections_are_told_at_once() -> None:
+    document = {"distil.max_steps": 3, "sequence_length": 0, "prune.gpus": "two", "engine": "hf"}
+    document |= {"finetune.warmup_steps": 9, "finetune.max_steps": 5, "finetune.global_batch_size": 3}
+    with pytest.raises(ConfigError) as refused:
+        make_plan(INPUTS | document)
+    faults = [key for key, _ in refused.value.faults]  # type: ignore[attr-defined]
+    assert faults == ["distil.max_steps", "sequence_length", "prune.gpus"]
+    with pytest.raises(ConfigError) as refused:
+        make_plan(INPUTS | document | {"sequence_length": 8, "prune.gpus": 2})
+    assert [text.partition(": ")[0] for text in str(refused.value).split("; ") if ": " in text] == [
+        "distil.max_steps", "finetune.global_batch_size", "finetune.warmup_steps", "prune.gpus",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["1e3", "1E3", "1.0e+3", "1000", "1_000"])
+def test_a_whole_number_may_have_an_exponent(text: str, parameters: dict[str, Any]) -> None:
+    """YAML 1.1 reads 1e3, without a point, as text."""
+    request = read_request([], [f"distill.max_steps={text}"], parameters)
+    assert make_plan(INPUTS | request.document).stages["distill"].model_dump()["max_steps"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("mine.yaml", "preset mine.yaml: no such file in HERE; give an existing YAML file"),
+        ("presets/mine", "preset presets/mine: no such file in HERE; give an existing YAML file"),
+        ("/presets/mine.yml", "preset /presets/mine.yml: no such file; give an existing YAML file"),
+        ("mine", "preset mine: no such file or preset; known: demo, "),
+    ],
+)
+def test_a_preset_that_is_missing_is_a_file_or_one_of_those_that_ship(
+    preset: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        read_preset(preset)
+    assert str(refused.value).startswith(message.replace("HERE", str(tmp_path)))
+
+
+def test_a_truth_value_is_no_number_of_a_pipeline() -> None:
+    parameters = get_parameters(compiled_pipeline("promote"))
+    with pytest.raises(ConfigError) as refused:
+        check_arguments(read_request([], ["version=yes", "why=[]", "model_name=x"], parameters), parameters)
+    assert str(refused.value) == (
+        "version: found true, as which YAML reads yes and on, too; give a number, or quote it if it is text; "
+        "why: Input should be a valid string (found []); tracking_uri: missing; give it in the preset or by "
+        "--set tracking_uri=…"
+    )
 
 
 def test_presets_are_those_promised() -> None:

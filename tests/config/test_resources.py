@@ -9,8 +9,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from minitron.config.document import SAMPLES, make_plan, merge
-from minitron.config.presets import read_preset
+from minitron.config.document import SAMPLES, make_plan, merge, read_preset
 from minitron.config.resources import (
     GIB,
     Models,

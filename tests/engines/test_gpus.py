@@ -56,7 +56,8 @@ def test_gpus_that_would_stand_idle_are_refused(tmp_path: Path, stage: str) -> N
     names = ("teacher", "student", "pruned", "teacher_before", "dataset", "output")
     values = {name: tmp_path for name in names if name in STAGES[stage].model_fields}
     what = "engine hf" if stage in ("finetune", "distill") else stage
-    with pytest.raises(ConfigError, match=f"gpus is 8, but {what} runs in one process, on one GPU: .*set gpus to 1"):
+    match = f"{stage}.gpus: 8, but {what} runs in one process, on one GPU; .*set gpus to 1"
+    with pytest.raises(ConfigError, match=match):
         parse(
             stage,
             {**values, "teacher": str(tmp_path), "gpus": 8} | ({"teacher_before": "x"} if stage == "evaluate" else {}),

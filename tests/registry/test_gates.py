@@ -170,9 +170,13 @@ def test_a_judged_gate_can_be_judged_again() -> None:
         ({"metric": "kl", "most": 1}, "evaluate.gates.0.most: "),
         ({"metric": "kl", "at_mots": 1}, "evaluate.gates.0.at_mots: unknown key; correct or remove it"),
         ({"metric": "kl", "at_most": float("nan")}, "evaluate.gates.0.at_most: .* finite number"),
-        ({"metric": "loss", "at_most": 3}, "evaluate: gates.0.metric: loss is not measured; give one of parameters"),
+        ({"metric": "loss", "at_most": 3}, "evaluate.gates.0.metric: loss is not measured; give one of parameters"),
         ({"metric": "mmlu_acc", "at_least": 0}, r"mmlu_acc is not measured; .* of a task in evaluate.tasks \(arc\)"),
         ({"metric": "out_of_domain_loss", "at_most": 3}, "out_of_domain_loss needs evaluate.out_of_domain"),
+        (
+            {"metric": "kl", "against": "teacher", "by": "ratio", "at_most": 1},
+            "evaluate.gates.0.metric: kl is 0 for the teacher itself",
+        ),
     ],
 )
 def test_a_gate_that_says_nothing_is_refused(gate: dict[str, Any], message: str) -> None:

@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
+from minitron.config.document import read_preset
 from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, list_dags
-from minitron.config.presets import read_preset
 from minitron.config.settings import ClusterConfig
 
 Documents = list[dict[str, Any]]

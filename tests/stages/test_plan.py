@@ -57,7 +57,7 @@ def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path
         ({"document": {"prune": {"gpus": -1}}}, "prune.gpus: Input should be greater than or equal to 0"),
         (
             {"document": {"engine": "hf", "distill": {"gpus": 8}}},
-            "distill: gpus is 8, but engine hf runs in one process, on one GPU: use engine nemo, or set gpus to 1",
+            "distill.gpus: 8, but engine hf runs in one process, on one GPU; use engine nemo, or set gpus to 1",
         ),
         ({"model_name": "a/b"}, "register.name: String should match pattern"),
         ({"teacher": ""}, "teacher: missing; give it a value"),
