@@ -3,7 +3,8 @@
     python -m minitron.evaluate --config FILE
 
 Writes `evaluation.json`, `items.json`, `lineage.json`, `report.html` and `tensorboard/`. Models with equal weights are
-measured once.
+measured once. The measurements are kept in the workspace, part by part: after a kill, or with other gates, only what is
+missing is measured. Without a workspace they lie in OUTPUT.measurements until the evaluation is finished.
 """
 
 import gc
@@ -13,15 +14,18 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minitron import METHOD_VERSION
 from minitron.config.metrics import CHAMPION, ITEMS_OF, MODELS, NUMBERS, find_not_finite
+from minitron.config.parse import list_decisive_settings
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import IndexedDataset
@@ -35,6 +39,7 @@ from minitron.models.checkpoint import count_model_parameters, load_model
 from minitron.models.checks import check_architecture
 from minitron.models.downstream_tasks import load_tasks, score_tasks
 from minitron.models.generation import continue_prompts, time_generation
+from minitron.models.measurements import Measurements
 from minitron.models.scoring import average_scores, score_sequences
 from minitron.registry import gates, intervals, lineage
 from minitron.report.page import explain_idle_distillation, write_report
@@ -42,9 +47,11 @@ from minitron.report.tensorboard import write_events
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.runtime.model_sources import fetch_corpus
+from minitron.storage.bucket import is_bucket
+from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import EVALUATION, ITEMS, LINEAGE
+from minitron.storage.layout import EVALUATION, ITEMS, LINEAGE, MEASUREMENTS
 from minitron.tracking.stage_run import Tracker
 
 
@@ -68,8 +75,13 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
     _check_models(config, {name: path for name, path in paths.items() if name != CHAMPION})
     if CHAMPION in paths and not _is_comparable(config, paths[CHAMPION]):
         del paths[CHAMPION]
-    with _open_splits(config, directory, paths["teacher"]) as splits, load_tasks(config, directory) as tasks:
-        evaluation = _measure_models(config, paths, splits, tasks, tracker)
+    is_lasting = bool(config.workspace) or is_bucket(config.output)
+    parent = persistent_directory(config.workspace) if is_lasting else config.output.parent
+    name = MEASUREMENTS if is_lasting else f"{config.output.name}.{MEASUREMENTS}"
+    measured = Measurements(parent / name / _hash_measured(config, tracker.identity["inputs"]))
+    if not config.caching:
+        measured.delete()
+    evaluation = _measure_models(config, paths, directory, measured, tracker)
     evaluation |= _judge_student(config, evaluation, tracker.identity["inputs"])
     items = {name: evaluation[name].pop("items") for name in paths if "items" in evaluation[name]}
     write_atomically(directory / ITEMS, intervals.pack_items(items))
@@ -80,6 +92,8 @@ def work(config: EvaluateConfig, directory: Path, tracker: Tracker) -> dict[str,
         print(f"warning: evaluate: {warning}", file=sys.stderr, flush=True)
     write_events(directory, origin["stages"])
     write_report(directory, config, evaluation)
+    if not is_lasting:
+        measured.delete()
     return {"metrics": flatten_metrics(evaluation)}
 
 
@@ -104,6 +118,15 @@ def _judge_student(config: EvaluateConfig, evaluation: dict[str, Any], inputs: d
         "gates": rows,
         "passed": gates.are_gates_met(rows),
     }
+
+
+def _hash_measured(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
+    """Return a hash of all that decides the measurements: as the stage's key, but without the gates."""
+    values = config.model_dump(mode="json")
+    names = {*list_decisive_settings(type(config), values)} - {"gates"}
+    settings = {name: values[name] for name in names}
+    hashes = {name: entry["sha256"] for name, entry in inputs.items()}
+    return hashlib.sha256(json.dumps([METHOD_VERSION, settings, hashes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _hash_test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
@@ -184,38 +207,69 @@ def _open_splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iter
         yield {name: PackedDataset(prefix, config.sequence_length, config.seed) for name, prefix in prefixes.items()}
 
 
+class _Models(dict[str, PreTrainedModel]):
+    """The models by name; each is loaded when the first of its numbers is missing."""
+
+    def __init__(self, paths: dict[str, Path]) -> None:
+        super().__init__()
+        self.paths = paths
+
+    def __missing__(self, name: str) -> PreTrainedModel:
+        self[name] = model = _load_model(self.paths[name])
+        return model
+
+
 @torch.inference_mode()
 def _measure_models(
-    config: EvaluateConfig, paths: dict[str, Path], splits: dict[str, PackedDataset], tasks: Any, tracker: Tracker
+    config: EvaluateConfig, paths: dict[str, Path], directory: Path, measured: Measurements, tracker: Tracker
 ) -> dict[str, Any]:
     """Return the measurements in evaluation.json; all models are in memory while the teacher scores them."""
     sources = _find_equal_models(paths)
-    models = {name: _load_model(paths[name]) for name in dict.fromkeys(sources.values())}
-    sequences = {name: min(config.evaluation_sequences, len(dataset)) for name, dataset in splits.items()}
-    measurements = _score_models(config, splits, models, models[sources["teacher"]])
-    for name in _list_incomparable(paths, measurements):
-        del models[name], sources[name]
-    losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
-    tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
-    tokenizer = load_tokenizer(paths["teacher"])
-    for name, speeds in time_generation(config, models, tokenizer).items():
-        measurements[name]["items"] |= speeds
-        measurements[name] |= {metric: statistics.median(rates) for metric, rates in speeds.items()}
-    for name in list(models):
-        model = models.pop(name)
-        scores, items = score_tasks(config, tasks, model, tokenizer, f"{name}: tasks")
-        measurements[name]["items"] |= items
-        measurements[name] |= {"tasks": scores} | continue_prompts(config, model, tokenizer)
-        del model
-        gc.collect()  # a model has reference cycles; free its memory before the next model runs
+    names = list(dict.fromkeys(sources.values()))
+    models, tokenizer = _Models(paths), load_tokenizer(paths["teacher"])
+    with ExitStack() as stack:
+        answered = all(measured.read(f"tasks-{name}") for name in names)
+        tasks = None if answered else stack.enter_context(load_tasks(config, directory))
+        measurements = measured.get(
+            "scores", lambda: _score_models(config, directory, models, names, sources["teacher"])
+        )
+        teacher_items = measurements[sources["teacher"]]["items"]
+        sequences = {
+            split: len(teacher_items.get(f"{split}_loss", [])) for split in ("validation", "test", "out_of_domain")
+        }
+        for name in _list_incomparable(paths, measurements):
+            names.remove(name)
+            models.pop(name, None)
+            del sources[name]
+        losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
+        tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
+        speeds = measured.get(
+            "speeds", lambda: time_generation(config, {name: models[name] for name in names}, tokenizer)
+        )
+        for name in names:
+            measurements[name]["items"] |= speeds[name]
+            measurements[name] |= {metric: statistics.median(rates) for metric, rates in speeds[name].items()}
+            answers = measured.get(f"tasks-{name}", partial(_answer_questions, config, tasks, models, name, tokenizer))
+            measurements[name]["items"] |= answers.pop("items")
+            measurements[name] |= answers
+            models.pop(name, None)
+            gc.collect()  # a model has reference cycles; free its memory before the next model runs
     _estimate_intervals(measurements, measurements[sources["teacher"]]["items"])
     items = {name: measurements[source]["items"]["validation_loss"] for name, source in sources.items()}
     return {name: dict(measurements[source]) for name, source in sources.items()} | {
         "gap_closed": compute_gap_closed(losses["pruned"], losses["student"], losses["teacher"]),
         "gap_closed_interval": intervals.estimate_gap(items["pruned"], items["student"], items["teacher"]),
-        "sequences": {"validation": 0, "test": 0} | sequences,
+        "sequences": {split: count for split, count in sequences.items() if count or split != "out_of_domain"},
         "prompts": config.prompts,
     }
+
+
+def _answer_questions(
+    config: EvaluateConfig, tasks: Any, models: _Models, name: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return a model's scores on the tasks, their items, and its continuations of the prompts."""
+    scores, items = score_tasks(config, tasks, models[name], tokenizer, f"{name}: tasks")
+    return {"tasks": scores, "items": items} | continue_prompts(config, models[name], tokenizer)
 
 
 def _list_incomparable(paths: dict[str, Path], measurements: dict[str, dict[str, Any]]) -> list[str]:
@@ -266,26 +320,23 @@ def _load_model(path: Path) -> PreTrainedModel:
 
 
 def _score_models(
-    config: EvaluateConfig,
-    splits: dict[str, PackedDataset],
-    models: dict[str, PreTrainedModel],
-    teacher: PreTrainedModel,
+    config: EvaluateConfig, directory: Path, models: _Models, names: list[str], teacher: str
 ) -> dict[str, dict[str, Any]]:
     """Score the models, one pass per split; against the teacher on validation only, as the report shows it."""
-    scores = {
-        split: score_sequences(
-            models,
-            dataset,
-            config.evaluation_sequences,
-            config.micro_batch_size,
-            teacher if split == "validation" else None,
-            description=split,
-        )
-        for split, dataset in splits.items()
-    }
-    return {
-        name: _describe_model(model, {split: scores[split][name] for split in splits}) for name, model in models.items()
-    }
+    with _open_splits(config, directory, models.paths[teacher]) as splits:
+        loaded = {name: models[name] for name in names}
+        scores = {
+            split: score_sequences(
+                loaded,
+                dataset,
+                config.evaluation_sequences,
+                config.micro_batch_size,
+                models[teacher] if split == "validation" else None,
+                description=split,
+            )
+            for split, dataset in splits.items()
+        }
+    return {name: _describe_model(loaded[name], {split: scores[split][name] for split in splits}) for name in names}
 
 
 def _describe_model(model: PreTrainedModel, scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:

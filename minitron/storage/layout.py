@@ -22,6 +22,9 @@ EVALUATION = "evaluation.json"
 ITEMS = "items.json"
 """From evaluate: every model's answers to the questions, losses of the sequences and speeds of the rounds, packed."""
 
+MEASUREMENTS = "measurements"
+"""Directory of the workspace: what evaluate measured, by all that decides it. Gates do not."""
+
 REPORT = "report.html"
 """From evaluate: the report. `minitron run` copies it into the run's directory."""
 

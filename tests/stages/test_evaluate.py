@@ -622,7 +622,7 @@ def test_examples_that_would_be_the_questions_are_refused(job: dict[str, Any], t
 @pytest.mark.parametrize("setting", [{"num_fewshot": {"mmlu": 5}}, {"unsafe_tasks": ["mmlu"]}])
 def test_a_setting_for_a_task_that_is_not_run_is_refused(setting: dict[str, Any], job: dict[str, Any]) -> None:
     with pytest.raises(
-        ConfigError, match=rf"evaluate: {next(iter(setting))}: mmlu is not in evaluate\.tasks \({TASK}\)"
+        ConfigError, match=rf"evaluate\.{next(iter(setting))}: mmlu is not in evaluate\.tasks \({TASK}\)"
     ):
         parse("evaluate", job | setting | {"output": "out"})
 
@@ -681,11 +681,54 @@ def test_a_champion_that_cannot_read_the_data_is_left_out(
     assert "not measured" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_gate_on_what_a_task_does_not_measure_ends_the_stage(job: dict[str, Any], tmp_path: Path) -> None:
-    gates = [{"metric": f"{TASK}_accuracy", "at_least": 0.5}]
+@pytest.mark.parametrize("workspace", ["workspace", None])
+def test_a_mistake_in_a_gate_throws_no_measurement_away(
+    workspace: str | None, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = [{"metric": f"{TASK}_accuracy", "at_least": 0.5}]
+    settings = job | {"output": tmp_path / "out", "workspace": workspace and tmp_path / workspace}
     with pytest.raises(ConfigError, match=f"{TASK}_accuracy is not measured; give one of {TASK}_acc, {TASK}_acc_"):
-        evaluate.run(EvaluateConfig(output=tmp_path / "out", **job | {"gates": gates}))
+        evaluate.run(EvaluateConfig(**settings, gates=wrong))
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(evaluate, "_load_model", pytest.fail)
+    monkeypatch.setattr(evaluate, "load_tasks", pytest.fail)
+    gates = [{"metric": f"{TASK}_acc", "at_least": 0.0}]
+    evaluate.run(EvaluateConfig(**settings, gates=gates))
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["passed"] is True and found["student"]["tasks"][TASK].keys() >= {"acc", "acc_stderr"}
+    if workspace is None:
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    else:
+        evaluate.run(EvaluateConfig(**settings, gates=[{"metric": "kl", "at_most": -1.0}]))
+        again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert again["passed"] is False and again["student"] == found["student"]
+
+
+def test_a_killed_evaluation_measures_only_what_is_missing(
+    job: dict[str, Any], found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load, score = evaluate._load_model, evaluate.score_tasks
+
+    def interrupt(config: Any, tasks: Any, model: Any, tokenizer: Any, description: str) -> Any:
+        if description.startswith("pruned"):
+            raise KeyboardInterrupt
+        return score(config, tasks, model, tokenizer, description)
+
+    monkeypatch.setattr(evaluate, "_load_model", lambda path: loaded.append(path) or load(path))
+    config = EvaluateConfig(output=tmp_path / "out", workspace=tmp_path / "workspace", **job)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluate, "score_tasks", interrupt)
+        evaluate.run(config)
+    assert loaded == [Path(job[name]) for name in MODELS]
+    evaluate.run(config)
+    assert loaded[4:] == [job["pruned"], job["student"]]
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for model in MODELS:
+        assert again[model]["tasks"] == found[model]["tasks"] and again[model]["samples"] == found[model]["samples"]
+        assert again[model]["intervals"]["kl"] == found[model]["intervals"]["kl"]
+    evaluate.run(config.model_copy(update={"caching": False}))
+    assert len(loaded) == 6 + 4, "caching: false measures anew"
 
 
 @pytest.mark.parametrize("place", ["teacher", "student", "champion"])

@@ -1,0 +1,49 @@
+"""Measurements that take hours, kept part by part until all are there, and for as long as the workspace is.
+
+A part is a file, written in one rename. An evaluation that was killed, or whose gates were changed, measures what is
+missing.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from minitron.config.metrics import find_not_finite
+from minitron.storage.files import write_atomically
+
+
+class Measurements:
+    """The parts of one set of measurements, in a directory that appears with the first of them."""
+
+    def __init__(self, directory: Path) -> None:
+        """Name the directory; its name says what decides the measurements."""
+        self._directory = directory
+
+    def read(self, part: str) -> dict[str, Any] | None:
+        """Return a part; None if it is missing."""
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads(self._path(part).read_text())
+        return None
+
+    def get(self, part: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a part; measure it if it is missing. Numbers that are not finite are measured again each time."""
+        content = self.read(part)
+        if content is None:
+            content = measure()
+            if find_not_finite(content) is None:
+                write_atomically(self._path(part), content)
+        else:
+            print(f"evaluate: {part} was measured before: {self._path(part)}", flush=True)
+        return content
+
+    def delete(self) -> None:
+        """Delete all parts, and the directory above if nothing else is in it."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        with suppress(OSError):
+            self._directory.parent.rmdir()
+
+    def _path(self, part: str) -> Path:
+        return self._directory / f"{part}.json"
