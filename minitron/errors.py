@@ -1,4 +1,6 @@
-"""The two ways a stage can fail. Every message names the thing, the value found and the remedy."""
+"""The two ways a stage can fail. Every message names the thing, the value found and the remedy, and no password."""
+
+import re
 
 
 class MinitronError(Exception):
@@ -17,3 +19,11 @@ class RunError(MinitronError):
     """What was asked for is valid, but the run could not be finished. Exit status 1."""
 
     exit_status = 1
+
+
+def without_password(text: str) -> str:
+    """Return a URI, or a text that has some, without users and passwords; a password may have any character but spaces.
+
+    An address hf://org/name@revision stays as it is.
+    """
+    return re.sub(r"(?<!hf:)//(?:[^/:@\s]*:\S*|[^/@\s]*)@", "//", text)

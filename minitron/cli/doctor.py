@@ -10,11 +10,16 @@ from minitron.cluster import kubernetes_api
 from minitron.cluster.pipelines_api import Kubeflow
 from minitron.config.pipelines import default_argument
 from minitron.engines import trainjob
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, without_password
 from minitron.storage import bucket
 
 KUBEFLOW, ARGO_SETTINGS = "kubeflow", "workflow-controller-configmap"
 """Namespace of Kubeflow Pipelines, and the settings of its Argo there."""
+
+SECONDS = 10
+"""That an API or a server gets for an answer."""
+
+ELSEWHERE = "run minitron doctor where kubectl works, to check the rest"
 
 UNTRIED = {
     "OnFailure": "a task whose pod is deleted, with its node say, is not tried again",
@@ -51,14 +56,11 @@ def run_checks(
     """
     checks = [_check_pipelines(connect)]
     try:
-        core = kubernetes_api.core_api(kubernetes_api.LAST_RETRY)
+        core = kubernetes_api.core_api(kubernetes_api.ONE_RETRY, SECONDS)
     except MinitronError as error:
-        checks.append(
-            Check(None, "Kubernetes", str(error), "run minitron doctor where kubectl works, to check the rest")
-        )
+        checks.append(Check(None, "Kubernetes", str(error), ELSEWHERE))
     else:
-        checks += [check(core, namespace) for check in (_check_namespace, _check_gpus, _check_claim, _check_secret)]
-        checks += [_check_retries(core), _check_runtime()]
+        checks += _check_kubernetes(core, namespace)
     if tracking_uri:
         checks.append(_check_mlflow(tracking_uri))
     if address:
@@ -77,6 +79,15 @@ def _check_pipelines(connect: Callable[[], Kubeflow]) -> Check:
     if not kubeflow.release:
         users += "; it names no release: it must have what 2.15.0 has"
     return Check(True, "Kubeflow Pipelines", f"version {kubeflow.version}, {users}")
+
+
+def _check_kubernetes(core: Any, namespace: str) -> list[Check]:
+    """Check what is in the cluster; an API that does not answer the first question is asked no other."""
+    first = _check_namespace(core, namespace)
+    if first.found.startswith(kubernetes_api.NO_ANSWER):
+        return [Check(False, "Kubernetes", first.found, f"check that its API is up, or {ELSEWHERE}")]
+    others = [check(core, namespace) for check in (_check_gpus, _check_claim, _check_secret)]
+    return [first, *others, _check_retries(core), _check_runtime()]
 
 
 def _check_namespace(core: Any, namespace: str) -> Check:
@@ -161,14 +172,17 @@ def _check_runtime() -> Check:
 
 
 def _check_mlflow(uri: str) -> Check:
+    shown = without_password(uri)
     try:
-        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=10)
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=SECONDS)
     except requests.RequestException as error:
-        return Check(False, "MLflow", f"{uri}: {type(error).__name__}", "check tracking_uri, and that the server runs")
+        return Check(
+            False, "MLflow", f"{shown}: {type(error).__name__}", "check tracking_uri, and that the server runs"
+        )
     if answer.ok and answer.text == "OK":
-        return Check(True, "MLflow", uri)
+        return Check(True, "MLflow", shown)
     remedy = "start it with --allowed-hosts, or log in" if answer.status_code == 403 else "check tracking_uri"
-    return Check(False, "MLflow", f"{uri}: {answer.status_code} {answer.reason}", remedy)
+    return Check(False, "MLflow", f"{shown}: {answer.status_code} {answer.reason}", remedy)
 
 
 def _check_bucket(address: str) -> Check:

@@ -11,6 +11,7 @@ from rich.console import Console
 from minitron.cli.tables import gates_table, make_console, models_table, stages_table
 from minitron.config import metrics
 from minitron.config.stages import STAGES
+from minitron.errors import without_password
 from minitron.storage.layout import (
     CONCLUSION,
     CONCLUSION_PAGE,
@@ -21,7 +22,6 @@ from minitron.storage.layout import (
     REPORT,
     SUMMARY,
 )
-from minitron.tracking.client import without_password
 
 
 def write_summary(pipeline: str, results: Path, work_dir: Path, tracking_uri: str) -> None:

@@ -20,6 +20,13 @@ RETRY = Retry(20, backoff_factor=1, backoff_max=60, status_forcelist=_AWAY, allo
 LAST_RETRY = Retry(4, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
 """For a person who waits, and for the end of a task: Kubernetes kills it 30 seconds after it asked it to end."""
 
+ONE_RETRY = Retry(1, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
+"""For a check of whether the API is there at all."""
+
+
+NO_ANSWER = "no answer"
+"""The problem of a call that `try_get` made in vain."""
+
 
 class RefusedError(RunError):
     """Any 4xx: the API refused the request."""
@@ -37,13 +44,13 @@ class NotReadyError(RefusedError):
     """400: a container that has not started has no log."""
 
 
-def core_api(retries: Retry) -> client.CoreV1Api:
-    """Return the API of pods, claims and the like.
+def core_api(retries: Retry, seconds: int = 60) -> client.CoreV1Api:
+    """Return the API of pods, claims and the like; a request may take `seconds`.
 
     Raises:
         ConfigError: this process runs in no pod, and there is no kubeconfig.
     """
-    return client.CoreV1Api(_connect_client(retries))
+    return client.CoreV1Api(_connect_client(retries, seconds))
 
 
 def custom_api(retries: Retry) -> client.CustomObjectsApi:
@@ -52,7 +59,7 @@ def custom_api(retries: Retry) -> client.CustomObjectsApi:
     Raises:
         ConfigError: as for `core_api`.
     """
-    return client.CustomObjectsApi(_connect_client(retries))
+    return client.CustomObjectsApi(_connect_client(retries, 60))
 
 
 def to_manifest(value: Any) -> Any:
@@ -60,8 +67,11 @@ def to_manifest(value: Any) -> Any:
     return client.ApiClient().sanitize_for_serialization(value)
 
 
-def limit_waiting(api: Any, seconds: float = 60) -> Any:
-    """Give every request of a generated API client a time limit; else a silently lost connection blocks for ever."""
+def limit_waiting(api: Any, seconds: int = 60) -> Any:
+    """Give every request of a generated API client a time limit; else a silently lost connection blocks for ever.
+
+    The Kubernetes client passes over a limit that is no integer.
+    """
     request = api.rest_client.request
 
     def limited_request(*arguments: Any, **options: Any) -> Any:
@@ -78,7 +88,7 @@ def try_get(call: Callable[[], Any]) -> tuple[Any, str]:
     except ApiException as error:
         return None, {403: "forbidden", 404: "missing"}.get(error.status, f"{error.status} {error.reason}")
     except HTTPError as error:
-        return None, f"no answer ({type(error).__name__})"
+        return None, f"{NO_ANSWER} ({type(getattr(error, 'reason', None) or error).__name__})"
 
 
 @contextlib.contextmanager
@@ -112,7 +122,7 @@ def _explain_error(what: str, namespace: str, error: ApiException) -> RunError:
     return kind(f"{what}: {error.status} {message}; 'kubectl get events -n {namespace}' may say more")
 
 
-def _connect_client(retries: Retry) -> client.ApiClient:
+def _connect_client(retries: Retry, seconds: int) -> client.ApiClient:
     settings = client.Configuration()
     try:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -122,4 +132,4 @@ def _connect_client(retries: Retry) -> client.ApiClient:
     except config.ConfigException as error:
         raise ConfigError(f"Kubernetes: no access ({error}); run in a pod, or set KUBECONFIG") from error
     settings.retries = retries
-    return limit_waiting(client.ApiClient(settings))
+    return limit_waiting(client.ApiClient(settings), seconds)

@@ -17,7 +17,7 @@ import yaml
 
 from minitron import __version__
 from minitron.cluster.pipelines_client import Connection, NoAnswerError
-from minitron.errors import ConfigError, RunError
+from minitron.errors import ConfigError, RunError, without_password
 
 POLL_SECONDS = 10
 PATIENCE_SECONDS = 600
@@ -105,7 +105,7 @@ class Kubeflow(Connection):
 
     def run_url(self, run_id: str) -> str:
         """Return the URL of a run's page."""
-        return f"{self._client._get_url_prefix()}/#/runs/details/{run_id}"
+        return f"{without_password(self._client._get_url_prefix())}/#/runs/details/{run_id}"
 
     def list_runs(self, count: int) -> list[Any]:
         """Return the newest runs, newest first."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.cluster import kubernetes_api
-from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.errors import ConfigError, MinitronError, RunError, without_password
 
 OLDEST = (2, 15, 0)
 """The oldest server whose driver and API do what the pipelines need."""
@@ -41,7 +41,7 @@ class Connection:
         """
         if host is None and not _IN_CLUSTER.is_file():
             raise ConfigError("--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT")
-        self.host = host or "ml-pipeline in this cluster"
+        self.host = without_password(host or "ml-pipeline in this cluster")
         with self.one_line_errors():
             self._client = _make_client(host=host, existing_token=token, credentials=_pod_credentials(host, token))
             # The client's own answer has no version.
@@ -134,7 +134,7 @@ def _make_client(**access: Any) -> Any:
     class Quick(Client):
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
             kubernetes_api.limit_waiting(self._healthz_api.api_client)  # all its services share it
-            return self._healthz_api.healthz_service_get_healthz()
+            return self._healthz_api.healthz_service_get_healthz(_request_timeout=10)  # tried four times
 
     return Quick(**access)
 

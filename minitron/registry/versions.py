@@ -14,10 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.errors import ConfigError
+from minitron.errors import ConfigError, RunError, without_password
 from minitron.storage.hashing import list_files
 from minitron.tracking.artifacts import check_uploaded, warn_of_path
-from minitron.tracking.client import connect, defer_sigterm, is_missing, one_line_errors, set_environment
+from minitron.tracking.client import (
+    connect,
+    defer_sigterm,
+    is_missing,
+    is_refusal,
+    one_line_errors,
+    set_environment,
+)
 from minitron.tracking.stage_run import MlflowTracker
 
 if TYPE_CHECKING:
@@ -60,8 +67,28 @@ def pin_version(uri: str, address: str) -> str:
     name, alias, number = match.groups()
     with one_line_errors(uri):
         client = connect(uri)
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        try:
+            version = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            )
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            raise RunError(f"{address}: {_explain_missing(client, name, alias)}") from error
     return f"models:/{name}/{version.version}"
+
+
+def _explain_missing(client: "MlflowClient", name: str, alias: str | None) -> str:
+    """Say why there is no version with this alias, or else number, and what there is instead."""
+    if not (found := client.search_registered_models(f"name = '{name}'")):
+        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
+        return f"no model {name} is registered at {without_password(client.tracking_uri)}; give one of: {known}"
+    newest = max((int(version.version) for version in found[0].latest_versions), default=None)
+    if alias is None:
+        return f"model {name} has no such version; the newest is {newest or 'none'}, give one that is there"
+    aliases = ", ".join(sorted(found[0].aliases)) or "none"
+    remedy = f"minitron promote {name} makes one" if alias == "champion" else "give one of these, or a version"
+    return f"model {name} has no alias {alias}, only: {aliases}; {remedy}"
 
 
 def list_versions(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int, list[str]]]:

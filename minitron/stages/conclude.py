@@ -9,14 +9,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from minitron.config.tasks import ConcludeConfig
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, without_password
 from minitron.report import TEMPLATES
 from minitron.runtime.record import read_failure_note
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
 from minitron.storage.staging import replace_directory
 from minitron.tracking import pipeline_run as runs
-from minitron.tracking.client import connect, error_reason, fail_fast, one_line_errors, without_password
+from minitron.tracking.client import connect, error_reason, fail_fast, one_line_errors
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.errors import RunError
-from minitron.tracking.client import set_environment, without_password
+from minitron.errors import RunError, without_password
+from minitron.tracking.client import set_environment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -5,7 +5,6 @@ MLflow's global state is never used. mlflow is imported only when a tracking URI
 
 import json
 import os
-import re
 import signal
 import tempfile
 import threading
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.errors import ConfigError, RunError
+from minitron.errors import ConfigError, RunError, without_password
 from minitron.fast_imports import many_imports
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ __all__ = [
     "read_artifact",
     "search_runs",
     "set_environment",
-    "without_password",
 ]
 
 _QUIET = {
@@ -102,8 +100,6 @@ def _suggest_remedy(error: BaseException) -> str:
             return "give one that is there"
         case "INVALID_PARAMETER_VALUE" if "deleted" in str(error):
             return "bring it back: mlflow experiments restore, or mlflow runs restore"
-        case "INVALID_PARAMETER_VALUE" if "alias" in str(error):
-            return "give one that is there; minitron promote NAME makes a champion"
         case _:
             return "check tracking_uri and that the server runs"
 
@@ -119,16 +115,11 @@ def is_missing(error: BaseException) -> bool:
 
 
 def error_reason(error: BaseException) -> str:
-    """Return the innermost cause of an error in one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return the innermost cause of an error in one line of at most 300 characters; MLflow's have the server's URI."""
+    text = without_password(" ".join(str(error).split())) or type(error).__name__
     if "Caused by" in text:
         text = text.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')(")
     return text[:300]
-
-
-def without_password(uri: str) -> str:
-    """Return a URI without its user and password; the password may contain any character."""
-    return re.sub(r"//(?:[^/:@]*:.*|[^/@]*)@", "//", uri)
 
 
 @contextmanager

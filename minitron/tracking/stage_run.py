@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.config.stages import StageConfig
+from minitron.errors import without_password
 from minitron.storage.cache import persistent_directory
 from minitron.storage.layout import RECORD
 from minitron.tracking.client import (
@@ -36,7 +37,6 @@ from minitron.tracking.client import (
     is_refusal,
     one_line_errors,
     search_runs,
-    without_password,
 )
 from minitron.tracking.outbox import Message, Outbox, deliver_messages
 from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, join_pipeline_run

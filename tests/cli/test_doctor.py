@@ -1,5 +1,7 @@
 """`minitron doctor` on clusters that have everything, little, and nothing."""
 
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from minitron.cli import doctor
 from minitron.cli.app import app
 from tests.constants import REPOSITORY
 from tests.servers.gcs import World
@@ -135,9 +138,28 @@ def test_what_is_no_mlflow(cluster: KubernetesServer, status: int, text: str, re
 
 
 def test_an_mlflow_that_is_away(cluster: KubernetesServer) -> None:
+    uri = f"127.0.0.1:{free_port()}"
     with kubeflow_server() as kubeflow:
-        status, lines = run_doctor("--host", kubeflow.url, "--tracking-uri", f"http://127.0.0.1:{free_port()}")
-    assert status == 1 and "ConnectionError" in lines["MLflow"]
+        status, lines = run_doctor("--host", kubeflow.url, "--tracking-uri", f"http://user:secret@{uri}")
+    assert status == 1 and f"http://{uri}: ConnectionError" in lines["MLflow"] and "secret" not in lines["MLflow"]
+
+
+def test_apis_that_never_answer_take_seconds(
+    cluster: KubernetesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They accept a connection and say nothing, as a host behind a firewall does."""
+    monkeypatch.setattr(doctor, "SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = yaml.safe_load((tmp_path / "kubeconfig").read_text())
+        settings["clusters"][0]["cluster"]["server"] = address
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(settings))
+        started = time.monotonic()
+        with kubeflow_server() as kubeflow:
+            status, lines = run_doctor("--host", kubeflow.url, "--tracking-uri", address)
+    assert status == 1 and time.monotonic() - started < 10
+    assert lines.keys() == {"Kubeflow Pipelines", "Kubernetes", "MLflow"}
+    assert "no answer (ReadTimeoutError)" in lines["Kubernetes"] and "ReadTimeout" in lines["MLflow"]
 
 
 def test_a_bucket_is_written_to(cluster: KubernetesServer, world: World) -> None:

@@ -151,7 +151,9 @@ def test_what_cannot_be_served_is_one_line(mlflow_server: str, make: Callable[..
         mlflow_server, f"models:/{tmp_path.name}/1"
     )
     line = fail(mlflow_server, f"models:/{tmp_path.name}@champion")
-    assert line.endswith("alias champion not found.; give one that is there; minitron promote NAME makes a champion")
+    name = tmp_path.name
+    assert line.endswith(f"model {name} has no alias champion, only: challenger; minitron promote {name} makes one")
+    assert "no model none is registered at http://127" in fail(mlflow_server, "models:/none@champion")
     register_version(mlflow_server, tmp_path.name, None, {"made_by": "hand"})
     assert "/2: has no tags parameters and student_sha256; give a version of stage register" in fail(
         mlflow_server, f"models:/{tmp_path.name}/2"

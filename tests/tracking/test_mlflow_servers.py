@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
-from minitron.errors import RunError
+from minitron.errors import RunError, without_password
 from minitron.runtime import stage
 from minitron.tracking import stage_run
-from minitron.tracking.client import connect, without_password
+from minitron.tracking.client import connect
 from tests.registry.promotions import race_promotions
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
@@ -143,6 +143,7 @@ def test_on_postgresql_of_two_processes_one_wins_each_move(postgresql_server: st
         ("https://user:se@cret@host", "https://host"),
         ("postgresql://user:se/cret@db/mlflow", "postgresql://db/mlflow"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("request to http://user:secret@host/api for hf://gpt2@main", "request to http://host/api for hf://gpt2@main"),
     ],
 )
 def test_a_uri_is_shown_without_its_password(uri: str, text: str) -> None:
