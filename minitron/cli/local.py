@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import yaml
 from minitron.config.pipelines import list_dags
 from minitron.errors import MinitronError, RunError
 from minitron.fast_imports import many_imports
+from minitron.runtime.lifeline import guide_stages
 from minitron.runtime.record import failure_note_path, read_failure_note
 from minitron.storage.layout import CONCLUSION_PAGE, REPORT
 
@@ -47,13 +49,13 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=unused)
     pipeline = components.load_component_from_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
     try:
-        with _filter_output():
+        with guide_stages() as signals, _filter_output():
             pipeline(**arguments)
     except RuntimeError as error:
         for page in results.glob(f"*/conclude/*/{CONCLUSION_PAGE}"):
             if page.parents[2] not in earlier:
                 shutil.copyfile(page, work_dir / REPORT)
-        raise _read_failure(workspace) from error
+        raise _read_failure(workspace, signals) from error
     return next(path for path in results.glob("*") if path not in earlier)
 
 
@@ -73,11 +75,16 @@ def adapt_to_local(specification: dict[str, Any]) -> None:
         executor["container"].pop("env", None)  # cache directories in a volume of the cluster
 
 
-def _read_failure(workspace: str) -> MinitronError:
-    if not (note := read_failure_note(workspace)):
-        return RunError("a stage ended without a message; see its output above, then run the command again to resume")
-    error = RunError(f"{note['stage']}: {note['message']}")
-    error.exit_status = note["exit_status"]
+def _read_failure(workspace: str, signals: list[signal.Signals]) -> MinitronError:
+    """Return what ended the pipeline: a signal to this process, or else the error of a stage."""
+    if signals:
+        error = RunError(f"ended by {signals[0].name}; finished stages and checkpoints are kept")
+        error.exit_status = 128 + signals[0]
+    elif note := read_failure_note(workspace):
+        error = RunError(f"{note['stage']}: {note['message']}")
+        error.exit_status = note["exit_status"]
+    else:
+        error = RunError("a stage ended without a message; see its output above")
     return error
 
 
@@ -106,7 +113,8 @@ class _StagesOutput(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
     def _write_line(self, line: str) -> None:
         text = line.removeprefix(_INDENTATION)
@@ -115,5 +123,6 @@ class _StagesOutput(io.TextIOBase):
         elif self._skipping:
             self._skipping = text != "}"
         elif text != line and text.strip():
-            self._stream.write(text.replace(_CURSOR_UP, "") + "\n")
-            self._stream.flush()
+            with contextlib.suppress(OSError):  # nobody reads any more: the terminal or a pipe is closed; work goes on
+                self._stream.write(text.replace(_CURSOR_UP, "") + "\n")
+                self._stream.flush()

@@ -1,6 +1,8 @@
 """The command `minitron run`: a compiled pipeline on this machine."""
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from minitron.config.pipelines import (
 )
 from minitron.config.reference import help_text
 from minitron.config.settings import RESOURCES, GpuResources
+from minitron.errors import ConfigError, without_password
 
 
 @app.command(
@@ -33,8 +36,20 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a pipeline on this machine; run it again to resume it and to reuse finished stages."""
-    with one_line_errors(debug):
-        _run_locally(pipeline, presets or [], settings or [], work_dir.absolute())
+    try:
+        with one_line_errors(debug):
+            _run_locally(pipeline, presets or [], settings or [], work_dir.absolute())
+    except typer.Exit as end:
+        if end.exit_code != ConfigError.exit_status:
+            _print_command()
+        raise
+
+
+def _print_command() -> None:
+    """Print the command that continues the run: this one, whose password nobody needs to see."""
+    command = shlex.join(["minitron", *sys.argv[1:]])
+    shown = command if without_password(command) == command else "the same command again"
+    print(f"continue: {shown}", file=sys.stderr, flush=True)
 
 
 def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:

@@ -16,9 +16,13 @@ from minitron.config.reference import stage_help_text
 from minitron.config.stages import STAGES, StageConfig
 from minitron.errors import ConfigError, MinitronError
 from minitron.fast_imports import many_imports
+from minitron.runtime.lifeline import follow_run, is_guided
 from minitron.runtime.record import failure_note_path, make_failure_note, read_failure_note
 from minitron.runtime.stage import LATE, run
 from minitron.storage.files import write_atomically
+
+LAST = "conclude"
+"""The task that says how a pipeline ended: what ends the pipeline does not end this one."""
 
 
 def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
@@ -30,7 +34,9 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
         settings: the stage's section of a settings document, as Kubeflow has it.
         **values: the rest of its configuration: inputs, output, where it reports and keeps results.
     """
-    _exit_on_sigterm()
+    _exit_on_signals()
+    if stage != LAST:
+        follow_run()
     values["workspace"] = workspace = os.environ.get("MINITRON_WORKSPACE") or values.get("workspace")
     if read_failure_note(workspace).get("stage") == stage:
         with suppress(OSError):  # an earlier attempt's
@@ -38,16 +44,23 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
     try:
         record = _run_stage(stage, parse(stage, _join_settings(stage, settings or {}, values)))
     except MinitronError as error:
-        if workspace:
-            with suppress(OSError):  # the failure may be that the disk is full
-                write_atomically(
-                    failure_note_path(workspace), make_failure_note(stage, error, values.get("pipeline_run_id"))
-                )
-        sys.exit(_print_error(error))
+        noted = _note_failure(workspace, make_failure_note(stage, error, values.get("pipeline_run_id")))
+        if not (noted and is_guided()):  # `minitron run` prints what the note says
+            _print_error(error)
+        sys.exit(error.exit_status)
     for name, value in record["metrics"].items():
         if metrics is not None and isinstance(value, int | float):
             metrics.log_metric(name, value)
     return record
+
+
+def _note_failure(workspace: str | None, note: dict[str, Any]) -> bool:
+    """Leave the note of a failure in the workspace, if there is one; say whether it is there."""
+    if workspace:
+        with suppress(OSError):  # the failure may be that the disk is full
+            write_atomically(failure_note_path(workspace), note)
+            return True
+    return False
 
 
 def _join_settings(stage: str, settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -74,14 +87,15 @@ def main(stage: str) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the stage's configuration")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
-    _exit_on_sigterm()
+    _exit_on_signals()
     try:
         values = read_yaml(arguments.config)
         _run_stage(stage, parse(stage, values))
     except MinitronError as error:
         if arguments.debug:
             traceback.print_exc()
-        sys.exit(_print_error(error))
+        _print_error(error)
+        sys.exit(error.exit_status)
 
 
 def _run_stage(stage: str, config: StageConfig) -> dict[str, Any]:
@@ -95,13 +109,17 @@ def _import_stage(stage: str) -> Any:
         return importlib.import_module(f"minitron.stages.{stage}")
 
 
-def _exit_on_sigterm() -> None:
-    """Let SIGTERM, by which Kubernetes ends a task, raise SystemExit: then MLflow learns that the run was killed."""
+def _exit_on_signals() -> None:
+    """Let SIGTERM, by which Kubernetes ends a task, raise SystemExit: then MLflow learns that the run was killed.
+
+    SIGHUP, by which a terminal that is closed ends its processes, does the same, unless `nohup` ignores it.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _print_error(error: MinitronError) -> int:
+def _print_error(error: MinitronError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return error.exit_status

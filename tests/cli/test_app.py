@@ -9,6 +9,8 @@ import os
 import shlex
 import shutil
 import signal
+import sqlite3
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ from minitron.config.pipelines import compiled_pipeline
 from minitron.config.stages import STAGES
 from minitron.errors import ConfigError
 from tests.servers import forks
+from tests.servers.processes import wait_until
 
 GROUP: Any = typer.main.get_command(app)
 PLACES = {"teacher": "teacher", "corpus": "corpus"}
@@ -69,13 +72,13 @@ def test_of_the_output_only_the_stages_own_lines_remain() -> None:
 
 
 def test_a_stage_that_left_no_message_is_a_run_error(tmp_path: Path) -> None:
-    error = local._read_failure(str(tmp_path))
+    error = local._read_failure(str(tmp_path), [])
     assert error.exit_status == 1 and str(error).startswith("a stage ended without a message")
 
 
 def test_a_stage_that_left_one_gives_its_status(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"stage": "prune", "exit_status": 2, "message": "hidden_size: too large"}')
-    error = local._read_failure(str(tmp_path))
+    error = local._read_failure(str(tmp_path), [])
     assert (str(error), error.exit_status) == ("prune: hidden_size: too large", 2)
 
 
@@ -115,22 +118,47 @@ def test_an_unreachable_tracking_server_is_one_line_and_status_1(inputs: dict[st
     shutil.copytree(inputs["teacher"].parent, tmp_path / "inputs" / "tiny")
     command = ["run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
     done = forks.run_minitron(*command, "--set", "tracking_uri=http://127.0.0.1:9")
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: prepare: ") and "http://127.0.0.1:9" in line
+    assert done.returncode == 1 and "error: " not in done.stdout
+    error, command_again = done.stderr.strip().splitlines()
+    assert error.startswith("error: prepare: ") and "http://127.0.0.1:9" in error
+    assert command_again.startswith("continue: minitron run compress --preset tiny ")
     assert not (tmp_path / "summary.json").exists() and not list((tmp_path / "workspace").glob("prepare/*"))
 
 
-def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with_its_status(tmp_path: Path) -> None:
-    command = ["-c", forks.COMMAND, "run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
-    command += ["--set", "finetune.max_steps=200", "--set", "prune.hidden_size=128"]
-    command += ["--set", "finetune.checkpoint_interval=20", "--set", "finetune.validation_interval=100"]
-    first = forks.start_python(command, tmp_path / "log", tmp_path / "log")
-    while not list(tmp_path.glob("workspace/finetune/*.partial/checkpoints/**/trainer_state.json")):
-        assert first.exitcode is None, "the run ended before it could be killed"
-        time.sleep(0.05)
-    os.killpg(first.pid or 0, signal.SIGKILL)
-    first.join()
+def read_statuses(work_dir: Path) -> dict[str, str]:
+    """Return the status of each run in MLflow, by its name; the pipeline run's name is `run`."""
+    with sqlite3.connect(work_dir / "mlflow.db") as database:
+        rows = database.execute("select name, status from runs").fetchall()
+    return {name if name in STAGES else "run": status for name, status in rows}
+
+
+def list_session(leader: int) -> str:
+    return subprocess.run(["ps", "-o", "pid=,args=", "-s", str(leader)], capture_output=True, text=True).stdout
+
+
+def test_a_run_ends_with_its_stage_however_it_ends_and_resumes_where_it_was(tmp_path: Path) -> None:
+    """A signal to `minitron run` alone, SIGKILL to it alone, SIGKILL to all; and a stage that refuses in the end."""
+    arguments = ["run", "compress", "--preset", "tiny", "--work-dir", str(tmp_path)]
+    arguments += ["--set", "finetune.max_steps=200", "--set", "prune.hidden_size=128"]
+    arguments += ["--set", "finetune.checkpoint_interval=20", "--set", "finetune.validation_interval=100"]
+    command = ["-c", forks.COMMAND, *arguments]
+    for kill, number in ((os.kill, signal.SIGTERM), (os.kill, signal.SIGKILL), (os.killpg, signal.SIGKILL)):
+        before = set(tmp_path.glob("workspace/finetune/*.partial/checkpoints/*"))
+        process = forks.start_python(command, tmp_path / "log", tmp_path / "log")
+        while set(tmp_path.glob("workspace/finetune/*.partial/checkpoints/*")) == before:
+            assert process.exitcode is None, "the run ended before it could be killed"
+            time.sleep(0.05)
+        kill(process.pid or 0, number)
+        process.join()
+        wait_until(lambda leader=process.pid or 0: not list_session(leader))
+        if kill is os.kill:
+            assert read_statuses(tmp_path) == {"run": "KILLED", "prepare": "FINISHED", "finetune": "KILLED"}
+        if number == signal.SIGTERM:
+            assert process.exitcode == 128 + number
+            lines = (tmp_path / "log").read_text().splitlines()
+            assert "SIGTERM: the stage ends; a second signal ends it at once" in lines
+            assert lines[-2] == "error: ended by SIGTERM; finished stages and checkpoints are kept"
+            assert lines[-1] == f"continue: {shlex.join(['minitron', *arguments])}"
     killed_at = time.time()
     done = forks.run_python(*command)
     assert "prepare: result" in done.stdout
@@ -140,6 +168,7 @@ def test_a_killed_run_resumes_where_it_was_and_a_stage_that_refuses_ends_it_with
     assert record["started"] > killed_at and record["metrics"]["tokens"] == 200 * 8 * 64
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert done.stderr.startswith("error: prune: prune.hidden_size: 128 is larger than the teacher's 64")
+    assert "is larger than the teacher's" not in done.stdout
     assert not (tmp_path / "summary.json").exists()
 
 

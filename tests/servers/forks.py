@@ -122,6 +122,8 @@ def _become_program(
 ) -> None:
     if session:
         os.setsid()
+    else:
+        os.closerange(3, 1024)  # as exec does: what its parent holds, its locks too, is not its own
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
