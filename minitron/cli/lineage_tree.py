@@ -9,6 +9,7 @@ from rich.tree import Tree
 
 from minitron.config.metrics import format_count, format_duration, format_loss, format_megabytes, format_moment
 from minitron.registry.lineage import compute_gpu_hours, count_tokens, format_license
+from minitron.registry.promotion_log import FORCED_TAG, PROMOTED_TAG
 
 
 def make_tree(lineage: dict[str, Any]) -> Tree:
@@ -16,6 +17,8 @@ def make_tree(lineage: dict[str, Any]) -> Tree:
     root = Tree(Text(lineage["version"], "bold"))
     licenses = lineage["licences"]
     root.add(_make_line("licenses", f"corpus {licenses['data']}, teacher {format_license(licenses['teacher'])}"))
+    if lineage.get("promotion"):
+        root.add(_make_line("promoted", _describe_promotion(lineage["promotion"])))
     for stage, record in lineage["stages"].items():
         branch = root.add(
             Text.assemble((stage, "bold"), f"  {format_moment(record['started'])}, {_format_cost(record)}")
@@ -23,6 +26,12 @@ def make_tree(lineage: dict[str, Any]) -> Tree:
         for label, text in _list_facts(record):
             branch.add(_make_line(label, text))
     return root
+
+
+def _describe_promotion(tags: dict[str, str]) -> str:
+    text = f"{tags[PROMOTED_TAG]} by {tags['promoted_by']}"
+    text += f", forced against its gates ({forced})" if (forced := tags.get(FORCED_TAG)) else ""
+    return text + (f": {why}" if (why := tags.get("promoted_why")) else "")
 
 
 def _make_line(label: str, text: str) -> Text:

@@ -76,13 +76,14 @@ def promote(
     tracking_uri: TrackingUri,
     version: Annotated[int | None, typer.Option(min=1, help="Number of the version; none: the challenger's.")] = None,
     why: Why = None,
+    force: Annotated[bool, typer.Option("--force", help="Overrule its gates; --why is required.")] = False,
     debug: Debug = False,
 ) -> None:
     """Make a version the champion, if it meets its gates; the old champion becomes `previous`."""
     with one_line_errors(debug):
         from minitron.registry import promotion
 
-        _print_promotion(promotion.promote(tracking_uri, name, version, why))
+        _print_promotion(promotion.promote(tracking_uri, name, version, why, force=force))
 
 
 @app.command(
@@ -103,5 +104,7 @@ def _print_promotion(promotion: "Promotion") -> None:
     rows = [["champion", move.source or "none", move.to], ["previous", "", move.source or "none"]]
     print_table([promotion.name, "from version", "to version"], rows)
     print(f"by {move.who} at {move.when}" + (f": {move.why}" if move.why else ""))
+    if move.forced:
+        print(f"forced, against its gates: {move.forced}")
     if promotion.gates:
         make_console().print(gates_table(promotion.gates))

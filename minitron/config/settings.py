@@ -322,6 +322,8 @@ class RegisterSettings(StageSettings):
     def _check_alias(self) -> "RegisterSettings":
         if re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
             raise ValueError(f"alias {self.alias} is one of MLflow's own names; choose another")
+        if self.alias.lower() in ("champion", "previous"):
+            raise ValueError(f"alias {self.alias} is given by promote alone, which asks the gates; choose another")
         return self
 
 

@@ -90,7 +90,7 @@ def read_lineage(uri: str, address: str) -> dict[str, Any]:
         address: models:/NAME/VERSION or models:/NAME@alias.
 
     Returns:
-        The content of lineage.json, and `version`: models:/NAME/VERSION.
+        The content of lineage.json, `version`: models:/NAME/VERSION, and `promotion`: the tags of its last promotion.
 
     Raises:
         ConfigError: the address has another form, or the version was not registered by this package.
@@ -110,4 +110,5 @@ def read_lineage(uri: str, address: str) -> dict[str, Any]:
         raise RunError(
             f"{version}: {tags[TAG]} is of another student, because it was overwritten; register this one again"
         )
-    return lineage | {"version": version}
+    promotion = {tag: value for tag, value in tags.items() if tag.startswith("promoted_")}
+    return lineage | {"version": version, "promotion": promotion}

@@ -1,11 +1,12 @@
 """Promotion: a version gets the alias champion if it meets its gates; a rollback returns it to the previous one.
 
     minitron promote minitron
+    minitron promote minitron --version 3 --force --why "the new license matters more than 0.1 points"
     minitron rollback minitron --why "wrong license"
 
 The judged gates are in evaluation.json of the version's MLflow run. They are judged again if the champion has changed
-since. A version whose quality no gate has judged is never promoted by a pipeline, only by a person who names it. The
-promotion log holds who moved which alias when.
+since. A version whose quality no gate has judged is never promoted by a pipeline, only by a person who names it. Only a
+person overrules gates, and says why. The promotion log holds who moved which alias when.
 """
 
 import getpass
@@ -61,7 +62,7 @@ class Promotion:
         name: the registered model.
         version: the champion now.
         move: the move of the alias; None if the version was the champion already.
-        gates: the judged gates of the version, as in evaluation.json; empty for a rollback.
+        gates: the judged gates of the version, as in evaluation.json; empty for a rollback, and if they were overruled.
     """
 
     name: str
@@ -71,7 +72,12 @@ class Promotion:
 
 
 def promote(
-    uri: str | None, name: str, version: int | None = None, why: str | None = None, pipeline_run_id: str | None = None
+    uri: str | None,
+    name: str,
+    version: int | None = None,
+    why: str | None = None,
+    pipeline_run_id: str | None = None,
+    force: bool = False,
 ) -> Promotion:
     """Make a version the champion, and the champion the previous one.
 
@@ -83,36 +89,64 @@ def promote(
         version: its version; None: the challenger.
         why: reason, for the promotion log.
         pipeline_run_id: Kubeflow run that asks for it; None: this user.
+        force: overrule the gates; a reason is required, and the log has both.
 
     Raises:
-        ConfigError: there is no registry at such a URI, or the reason is too long.
+        ConfigError: there is no registry at such a URI, the reason is too long, or it is missing.
         GatesFailed: a gate is not met.
         NoQualityGate: a pipeline run asks, without a reason, for a version whose quality no gate has judged.
         NotJudged: the version was not compared with today's champion, or not evaluated by this package.
         RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
     """
-    author = _name_author(why, pipeline_run_id)
+    author, forced = _name_author(why, pipeline_run_id), None
+    if force and (pipeline_run_id or not (why or "").strip()):
+        raise ConfigError("--force: only a person overrules gates, and the log says why; give --why REASON")
     with _open_log(uri, name) as (client, log):
         state = log.settle_moves()
         version = find_version(client, name, version)
         if version == state.champion:
             return Promotion(name, version, None, [])
         try:
-            rows = _judge_version(client, name, version, state.champion)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise NotJudged(
-                f"{name} version {version}: {EVALUATION} of its run was not written by minitron; {_ANEW}"
-            ) from error
-        if gates.are_gates_met(rows) is False:
-            failed = "; ".join(gates.describe_gate(row) for row in rows if row["outcome"] not in gates.MET)
-            raise GatesFailed(f"{name} version {version}: {failed}; train it longer, or declare other gates")
-        if pipeline_run_id and not why and not gates.is_quality_judged(rows):
-            raise NoQualityGate(
-                f"{name} version {version}: {_explain_missing_gate(rows)}, so no pipeline promotes it; declare a gate "
-                "in evaluate.gates, such as {metric: validation_loss, against: teacher, at_most: 1}, or promote it "
-                f"yourself: minitron promote {name} --version {version}"
-            )
-        return Promotion(name, version, log.move(state, version, author, why), rows)
+            rows = _check_gates(client, name, version, state.champion, bool(pipeline_run_id and not why))
+        except RunError as error:
+            if not force:
+                raise
+            rows, forced = [], _cut_remedy(error)
+        return Promotion(name, version, log.move(state, version, author, why, forced), rows)
+
+
+def _check_gates(
+    client: "MlflowClient", name: str, version: int, champion: int | None, by_pipeline: bool
+) -> list[dict[str, Any]]:
+    """Return the judged gates of a version if they allow its promotion.
+
+    Raises:
+        GatesFailed, NoQualityGate, NotJudged: they do not.
+    """
+    try:
+        rows = _judge_version(client, name, version, champion)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise NotJudged(
+            f"{name} version {version}: {EVALUATION} of its run was not written by minitron; {_ANEW}"
+        ) from error
+    if gates.are_gates_met(rows) is False:
+        failed = "; ".join(gates.describe_gate(row) for row in rows if row["outcome"] not in gates.MET)
+        raise GatesFailed(
+            f"{name} version {version}: {failed}; train it longer, give retrain other evaluate.gates, or overrule them "
+            f"yourself: minitron promote {name} --version {version} --force --why REASON"
+        )
+    if by_pipeline and not gates.is_quality_judged(rows):
+        raise NoQualityGate(
+            f"{name} version {version}: {_explain_missing_gate(rows)}, so no pipeline promotes it; declare a gate "
+            "in evaluate.gates, such as {metric: validation_loss, against: teacher, at_most: 1}, or promote it "
+            f"yourself: minitron promote {name} --version {version}"
+        )
+    return rows
+
+
+def _cut_remedy(error: RunError) -> str:
+    """Return what is wrong from "NAME version NUMBER: what is wrong; remedy", short enough for the log."""
+    return str(error).partition(": ")[2].rpartition("; ")[0][:_LONGEST_REASON]
 
 
 def _explain_missing_gate(rows: list[dict[str, Any]]) -> str:
@@ -170,8 +204,9 @@ def find_version(client: "MlflowClient", name: str, version: int | None) -> int:
     except Exception as error:
         if not is_missing(error):
             raise
-        known = sorted(int(entry.version) for entry in client.search_model_versions(f"name = '{name}'"))
-        raise RunError(f"{name}: no version {version}; known: {', '.join(map(str, known)) or 'none'}") from error
+        newest = client.search_model_versions(f"name = '{name}'", 10, ["version_number DESC"])
+        known = ", ".join(str(entry.version) for entry in reversed(newest)) or "none"
+        raise RunError(f"{name}: no version {version}; known: {'…, ' if newest.token else ''}{known}") from error
 
 
 def _judge_version(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:

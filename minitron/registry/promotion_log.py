@@ -2,14 +2,14 @@
 
 Moves happen one at a time, and none is lost. Any process can overwrite an alias in MLflow, but a run's parameter is
 written only once. So every registered model has a run, "promotions of NAME", whose parameters move.0001, move.0002, …
-are its moves. The process that writes number n has made that move, and all others read it. The aliases `previous` and
-`champion` follow, and `done.0001` records that they did. If `done` is missing, the next reader waits for the author
-and then completes the move. A move starts where the alias is, also if it was moved by hand.
+are its moves. The process that writes number n has made that move, and all others read it. The aliases `champion` and
+`previous` follow: a process that set them looks whether a later move has come meanwhile, so the last one to set them
+has seen all moves. Then it writes `done.0001`. If that is missing, the author died: the next promotion completes the
+move, unless the alias was moved by hand since. A move starts where the alias is.
 """
 
 import hashlib
 import json
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,13 +17,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from minitron.errors import RunError
-from minitron.tracking.client import find_active_run, find_or_create_experiment, is_missing
-from minitron.tracking.write_once import write_once
+from minitron.tracking.client import find_active_run, find_or_create_experiment, is_missing, is_refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["CHAMPION", "EXPERIMENT", "PREVIOUS", "PROMOTED_TAG", "Move", "PromotionLog", "State"]
+__all__ = ["CHAMPION", "EXPERIMENT", "FORCED_TAG", "PREVIOUS", "PROMOTED_TAG", "Move", "PromotionLog", "State"]
 
 CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
@@ -31,16 +30,19 @@ EXPERIMENT = "promotions"
 PROMOTED_TAG = "promoted_at"
 """Tag of a version that is or was the champion."""
 
+FORCED_TAG = "promoted_forced"
+"""Tag of such a version: the outcome of the gates that a person overruled; empty if nobody did."""
+
 _TAG = "minitron.promotions"
 """On a registered model: the id of its run. On the run: the model's name."""
-
-_AUTHOR_SECONDS, _READER_SECONDS = 10, 20
-"""Seconds that an author has to begin setting the aliases, and that a reader waits for the author."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One move of the alias champion; `source` is None if there was no champion."""
+    """One move of the alias champion.
+
+    `source` is None if there was no champion; `forced` is the outcome of the gates that a person overruled, if any.
+    """
 
     source: int | None
     to: int
@@ -48,6 +50,7 @@ class Move:
     when: str
     why: str | None
     id: str
+    forced: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "Move":
@@ -58,6 +61,8 @@ class Move:
     def to_json(self) -> str:
         """Return the log entry."""
         values = asdict(self)
+        if self.forced is None:
+            del values["forced"]  # an earlier version reads it, too
         return json.dumps({"from": values.pop("source")} | values, ensure_ascii=False)
 
 
@@ -80,23 +85,22 @@ class PromotionLog:
             RunError: no version of the model has a run.
         """
         self._client, self._name = client, name
-        self._run_id = client.get_registered_model(name).tags.get(_TAG) or self._elect_run()
+        self._run_id = client.get_registered_model(name).tags.get(_TAG) or self._make_run()
 
     def read_moves(self) -> list[Move]:
         """Return all moves, the earliest first."""
-        parameters = self._read_parameters()
-        return [Move.from_json(parameters[key]) for key in sorted(parameters) if key.startswith("move.")]
+        return _list_moves(self._read_parameters())
 
     def settle_moves(self) -> State:
-        """Complete the last move if its author could not, and return the state of the aliases."""
-        moves = self.read_moves()
-        if moves and not self._wait_for_author(len(moves), moves[-1]):
-            self._complete_move(len(moves), moves[-1])
-            return self.settle_moves()
-        champion, previous = self._read_aliases()
-        return State(len(moves), champion, previous)
+        """Complete the last move if its author died, and return the state of the aliases."""
+        parameters = self._read_parameters()
+        moves, aliases = _list_moves(parameters), self._read_aliases()
+        if moves and aliases[0] in (moves[-1].source, moves[-1].to) and _name_mark(moves) not in parameters:
+            _ignore_missing(self._follow_moves)
+            aliases = self._read_aliases()
+        return State(len(moves), *aliases)
 
-    def move(self, state: State, to: int, who: str, why: str | None) -> Move:
+    def move(self, state: State, to: int, who: str, why: str | None, forced: str | None = None) -> Move:
         """Make a version the champion, and the present one the previous.
 
         Args:
@@ -104,42 +108,51 @@ class PromotionLog:
             to: the version.
             who: the author of the move.
             why: reason, for those who read the log.
+            forced: the outcome of the gates that the author overrules.
 
         Raises:
             RunError: another process has made a move since then.
         """
-        number, began = state.moves + 1, time.monotonic()
-        move = Move(state.champion, to, who, datetime.now(UTC).isoformat(timespec="seconds"), why, uuid.uuid4().hex)
-        written = write_once(self._client, self._run_id, _format_key("move", number), move.to_json())
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        move = Move(state.champion, to, who, now, why, uuid.uuid4().hex, forced)
+        written = self._write_once(self._run_id, f"move.{state.moves + 1:04d}", move.to_json())
         if written != move.to_json():
             other = Move.from_json(written)
             raise RunError(
                 f"{self._name}: {other.who} made version {other.to} {CHAMPION} at the same time; run the command again "
                 "if yours is still wanted"
             )
-        if time.monotonic() - began < _AUTHOR_SECONDS:
-            self._apply_move(number, move)
-        self.settle_moves()
+        self._follow_moves()
         return move
 
-    def _elect_run(self) -> str:
-        """Create a run, and return the one that all processes agree on: the run of the first version names it."""
-        versions = self._client.search_model_versions(f"name = '{self._name}'")
-        numbered = sorted(versions, key=lambda version: int(version.version))
-        runs = (find_active_run(self._client, version.run_id) for version in numbered if version.run_id)
-        first = next(filter(None, runs), None)
-        if first is None:
+    def _make_run(self) -> str:
+        """Return the run of the moves, on which all processes agree: a parameter of the first version's run names it.
+
+        Version 0.3 and earlier made it so, too; from then on a tag of the registered model names it.
+        """
+        client = self._client
+        versions = client.search_model_versions(f"name = '{self._name}'", 1000, ["version_number ASC"])
+        runs = (find_active_run(client, version.run_id) for version in versions if version.run_id)
+        if (first := next(filter(None, runs), None)) is None:
             raise RunError(f"{self._name}: no version has an MLflow run; register one with the pipeline")
-        experiment = find_or_create_experiment(self._client, EXPERIMENT)
-        tags, title = {_TAG: self._name}, f"promotions of {self._name}"
-        made = self._client.create_run(experiment, tags=tags, run_name=title).info.run_id
-        self._client.set_terminated(made)  # nothing runs in it
+        experiment, title = find_or_create_experiment(client, EXPERIMENT), f"promotions of {self._name}"
+        made = client.create_run(experiment, tags={_TAG: self._name}, run_name=title).info.run_id
+        client.set_terminated(made)  # nothing runs in it
         key = f"promotions.{hashlib.sha256(self._name.encode()).hexdigest()[:12]}"
-        elected = write_once(self._client, first.info.run_id, key, made)
-        if elected != made:
-            self._client.delete_run(made)  # another process was faster
-        self._client.set_registered_model_tag(self._name, _TAG, elected)
-        return elected
+        if (run_id := self._write_once(first.info.run_id, key, made)) != made:
+            client.delete_run(made)  # another process was faster
+        client.set_registered_model_tag(self._name, _TAG, run_id)
+        return run_id
+
+    def _write_once(self, run_id: str, name: str, value: str) -> str:
+        """Write a parameter of a run, and return its value: MLflow never changes one, so another's may stand there."""
+        try:
+            self._client.log_param(run_id, name, value)
+        except Exception as error:
+            if not is_refusal(error) or (written := self._client.get_run(run_id).data.params.get(name)) is None:
+                raise
+            return written
+        return value
 
     def _read_parameters(self) -> dict[str, str]:
         return self._client.get_run(self._run_id).data.params
@@ -149,45 +162,31 @@ class PromotionLog:
         champion, previous = (int(aliases[alias]) if alias in aliases else None for alias in (CHAMPION, PREVIOUS))
         return champion, previous
 
-    def _wait_for_author(self, number: int, move: Move) -> bool:
-        """Wait for the author of a recent move to set the aliases, and say whether they follow it."""
-        age = (datetime.now(UTC) - datetime.fromisoformat(move.when)).total_seconds()
-        # Clocks differ by minutes at most, so do not wait for an older move.
-        deadline = time.monotonic() + (_READER_SECONDS if abs(age) < 600 else 0)
-        while _format_key("done", number) not in self._read_parameters():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)
-        return True
-
-    def _complete_move(self, number: int, move: Move) -> None:
-        """Complete a move for its author, unless the alias was moved by hand or the version was deleted."""
-        if self._read_aliases()[0] in (move.source, move.to):
-            try:
-                return self._apply_move(number, move)
-            except Exception as error:
-                if not is_missing(error):
-                    raise
-        write_once(self._client, self._run_id, _format_key("done", number), "given up")
-
-    def _apply_move(self, number: int, move: Move) -> None:
-        """Let the aliases follow a move or a later one, so the last process to set them has seen all moves."""
-        latest = move
-        while True:
-            self._set_aliases(latest)
-            newest = self.read_moves()[-1]
-            if newest == latest:
-                break
-            latest = newest
-        write_once(self._client, self._run_id, _format_key("done", number), "applied")
+    def _follow_moves(self) -> None:
+        """Let the aliases follow the latest move, until no later one has come meanwhile."""
+        followed = None
+        while followed != (moves := self.read_moves())[-1]:
+            followed = moves[-1]
+            self._set_aliases(followed)
+        self._write_once(self._run_id, _name_mark(moves), "applied")
 
     def _set_aliases(self, move: Move) -> None:
         client, name, version = self._client, self._name, str(move.to)
+        client.set_registered_model_alias(name, CHAMPION, version)
         if move.source is not None:
             _ignore_missing(lambda: client.set_registered_model_alias(name, PREVIOUS, str(move.source)))
-        client.set_registered_model_alias(name, CHAMPION, version)
-        for tag, value in (("promoted_by", move.who), (PROMOTED_TAG, move.when), ("promoted_why", move.why or "")):
-            client.set_model_version_tag(name, version, tag, value)
+        tags = {"promoted_by": move.who, PROMOTED_TAG: move.when, "promoted_why": move.why, FORCED_TAG: move.forced}
+        for tag, value in tags.items():
+            client.set_model_version_tag(name, version, tag, value or "")
+
+
+def _list_moves(parameters: dict[str, str]) -> list[Move]:
+    return [Move.from_json(parameters[key]) for key in sorted(parameters) if key.startswith("move.")]
+
+
+def _name_mark(moves: list[Move]) -> str:
+    """Return the name of the parameter that says that the aliases have followed the last move."""
+    return f"done.{len(moves):04d}"
 
 
 def _ignore_missing(call: Callable[[], None]) -> None:
@@ -197,7 +196,3 @@ def _ignore_missing(call: Callable[[], None]) -> None:
     except Exception as error:
         if not is_missing(error):
             raise
-
-
-def _format_key(kind: str, number: int) -> str:
-    return f"{kind}.{number:04d}"

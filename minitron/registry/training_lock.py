@@ -1,31 +1,28 @@
 """The training lock: two pipeline runs that overlap do not train the same model.
 
-A parameter of an MLflow run can be written only once, in every store that MLflow has. The run that writes it first has
-the claim. A claim ends with the outcome of its run, or after a day without a sign of life.
+A run writes on itself what it makes and since when, waits a moment, and looks who else makes the same: the earliest one
+that lives goes on, the others end. It lives until it has an outcome, or gives no sign of life for ten minutes.
 """
 
 import hashlib
 import json
-import random
 import time
 from typing import TYPE_CHECKING
 
-from minitron.tracking.client import find_active_run, search_runs
 from minitron.tracking.pipeline_run import ALIVE_TAG, OUTCOME_TAG, list_stage_runs
-from minitron.tracking.write_once import write_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_CANDIDATE, _ADOPTED = "minitron.registry.training_lock", "minitron.registry.training_lock.adopted"
-"""Tags of the run that holds the claims: a candidate for it, and the one that was adopted."""
+_CLAIM_TAG = "minitron.makes"
+"""Tag of a pipeline run: the digest of what it makes, and the time of its claim in seconds since 1970."""
 
-_MAKER_SECONDS = 120
-"""Seconds that a process may take to adopt the run that it created; clocks may differ."""
+_SETTLING_SECONDS = 2
+"""Seconds between writing a claim and reading those of others, so that two that claim at once see each other."""
 
-SILENCE_SECONDS = 24 * 3600
-"""A run without a sign of life for this long is lost: as long as a task may wait for its node."""
+SILENCE_SECONDS = 600
+"""A run without a sign of life for this long is lost, or waits for a node; a stage gives one every minute."""
 
 
 def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str | None:
@@ -39,57 +36,27 @@ def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]
     Returns:
         None, or a description of the run that has the claim.
     """
-    run_id = run.info.run_id
+    run_id, now = run.info.run_id, time.time()
     if OUTCOME_TAG in run.data.tags:  # an earlier attempt of the same run ended
         client.delete_tag(run_id, OUTCOME_TAG)
-    claims_run = _find_or_create_claims_run(client, run.info.experiment_id)
-    prefix = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    while True:
-        parameters = client.get_run(claims_run).data.params
-        claims = sorted(name for name in parameters if name.startswith(f"{prefix}."))
-        holder = parameters[claims[-1]] if claims else None
-        if holder == run_id:
-            return None
-        if holder and (rival := _describe_active_run(client, holder)):
-            return rival
-        if write_once(client, claims_run, f"{prefix}.{len(claims):04d}", run_id) == run_id:
-            return None
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    client.set_tag(run_id, _CLAIM_TAG, f"{digest} {now}")
+    time.sleep(_SETTLING_SECONDS)
+    for rival in client.search_runs([run.info.experiment_id], f"tags.`{_CLAIM_TAG}` LIKE '{digest} %'"):
+        earlier = (_read_claim_time(rival), rival.info.run_id) < (now, run_id)
+        if rival.info.run_id != run_id and earlier and OUTCOME_TAG not in rival.data.tags:
+            seconds = time.time() - _read_last_sign_of_life(client, rival)
+            if seconds <= SILENCE_SECONDS:
+                return f"run {rival.info.run_name}, last heard of {seconds / 60:.0f} minutes ago,"
+    return None
 
 
-def _find_or_create_claims_run(client: "MlflowClient", experiment_id: str) -> str:
-    """Return the run that holds the claims, the same for all processes; create it if it does not exist.
-
-    A process adopts the run that it created if there is no other one afterwards; a later process then finds it. A run
-    whose creator died before adopting it is deleted. A creator that was only slow fails.
-    """
-    while True:
-        if adopted := search_runs(client, experiment_id, _ADOPTED, "yes"):
-            return adopted[0].info.run_id
-        made = client.create_run(experiment_id, run_name="claims", tags={_CANDIDATE: "yes"}).info.run_id
-        others = [run for run in search_runs(client, experiment_id, _CANDIDATE, "yes") if run.info.run_id != made]
-        if not others:
-            client.set_tag(made, _ADOPTED, "yes")
-            client.set_terminated(made)  # nothing runs in it
-            return made
-        client.delete_run(made)
-        for run in others:
-            if _ADOPTED not in run.data.tags and time.time() - run.info.start_time / 1000 > _MAKER_SECONDS:
-                client.delete_run(run.info.run_id)
-        time.sleep(random.uniform(0, 1))
-
-
-def _describe_active_run(client: "MlflowClient", run_id: str) -> str | None:
-    """Describe a run that is active; None if it has ended or is lost."""
-    if (run := find_active_run(client, run_id)) is None:
-        return None
-    seconds = time.time() - _read_last_sign_of_life(client, run)
-    if OUTCOME_TAG in run.data.tags or seconds > SILENCE_SECONDS:
-        return None
-    return f"run {run.info.run_name}, last heard of {seconds / 60:.0f} minutes ago,"
+def _read_claim_time(run: "Run") -> float:
+    return float(run.data.tags[_CLAIM_TAG].split()[1])
 
 
 def _read_last_sign_of_life(client: "MlflowClient", run: "Run") -> float:
-    runs = [run, *list_stage_runs(client, run)]
-    moments = [moment for entry in runs for moment in (entry.info.start_time, entry.info.end_time) if moment]
-    signs = [float(entry.data.tags[ALIVE_TAG]) for entry in runs if ALIVE_TAG in entry.data.tags]
-    return max([*(moment / 1000 for moment in moments), *signs])
+    stages = list_stage_runs(client, run)
+    moments = [moment / 1000 for entry in stages for moment in (entry.info.start_time, entry.info.end_time) if moment]
+    signs = [float(entry.data.tags[ALIVE_TAG]) for entry in stages if ALIVE_TAG in entry.data.tags]
+    return max([_read_claim_time(run), *moments, *signs])

@@ -55,8 +55,12 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
 
 
 def _note_failure(workspace: str | None, note: dict[str, Any]) -> bool:
-    """Leave the note of a failure in the workspace, if there is one; say whether it is there."""
-    if workspace:
+    """Leave the note of a failure in the workspace, if there is one; say whether it is there.
+
+    conclude, which reads it, leaves the note of the task before it.
+    """
+    earlier = read_failure_note(workspace).get("pipeline_run_id")
+    if workspace and not (note["stage"] == "conclude" and note["pipeline_run_id"] == earlier):
         with suppress(OSError):  # the failure may be that the disk is full
             write_atomically(failure_note_path(workspace), note)
             return True

@@ -20,19 +20,26 @@ from minitron.tracking.client import connect, error_reason, fail_fast, one_line_
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:
-    """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run."""
+    """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run.
+
+    Raises:
+        ConfigError, RunError: MLflow has not got the outcome; the page is there all the same, and says what is known.
+    """
+    failure = None
     try:
         with one_line_errors(config.tracking_uri), fail_fast():
             conclusion = _read_or_set_outcome(config)
     except MinitronError as error:  # a failed run needs the page most of all
         conclusion = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
+        failure = error
     conclusion |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": without_password(config.tracking_uri)}
     print(f"conclude: {conclusion['outcome']}: {conclusion['reason']}", flush=True)
     with replace_directory(config.output) as directory:
         write_atomically(directory / CONCLUSION, conclusion)
         (directory / CONCLUSION_PAGE).write_text(_render_page(conclusion), encoding="utf-8")
-    if conclusion["run_id"]:
-        _log_page(config, conclusion["run_id"])
+    if failure:
+        raise failure  # Kubeflow tries again, and the next attempt writes the outcome
+    _log_page(config, conclusion["run_id"])
     return {"metrics": {"failed": int(conclusion["outcome"] == "failed")}} | conclusion
 
 

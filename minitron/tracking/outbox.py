@@ -22,7 +22,7 @@ __all__ = ["Message", "Outbox", "deliver_messages"]
 Message = dict[str, Any]
 Send = Callable[[Message], None]
 
-_INTERVAL_SECONDS, _PAUSE_SECONDS = 2, 10
+_INTERVAL_SECONDS, _PAUSE_SECONDS, _SILENCE_SECONDS = 2, 10, 60
 _SENDING_SECONDS = 12
 """Seconds that `close` waits for a request under way: more than the time limit of a request."""
 
@@ -33,19 +33,23 @@ _POINTS = 1000
 class Outbox:
     """The messages of one process to a server; neighbouring `points` of the same `run` share a request."""
 
-    def __init__(self, path: Path, send: Send, complain: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, path: Path, send: Send, complain: Callable[[Exception], None], make_sign: Callable[[], Message]
+    ) -> None:
         """Start the thread.
 
         Args:
             path: file for unsent messages, made when needed; `deliver_messages` goes by the order of the names.
             send: makes one request; if it raises, the server is away, and the next attempt comes after a pause.
             complain: gets the error when the server goes away.
+            make_sign: makes a message that says that the process lives; while the server answers, it gets one a minute.
         """
-        self._path, self._send, self._complain = path, send, complain
+        self._path, self._send, self._complain, self._make_sign = path, send, complain, make_sign
         self._queued: deque[Message] = deque()
         self._unsent: list[Message] = []
         self._file: TextIO | None = None
         self._silent_until, self._away, self._closed = 0.0, False, False
+        self._next_sign = time.monotonic() + _SILENCE_SECONDS
         self._sending, self._ending = threading.Lock(), threading.Event()
         threading.Thread(target=self._run, daemon=True, name="outbox").start()
 
@@ -75,6 +79,9 @@ class Outbox:
 
     def _run(self) -> None:
         while not self._ending.wait(_INTERVAL_SECONDS):
+            if not self._away and time.monotonic() >= self._next_sign:
+                self._next_sign = time.monotonic() + _SILENCE_SECONDS
+                self.put(self._make_sign())
             with self._sending:
                 if time.monotonic() >= self._silent_until:
                     self._send_queued()

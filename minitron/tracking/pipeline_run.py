@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from minitron.config.stages import StageConfig
 from minitron.tracking.client import find_or_create_experiment, search_runs
-from minitron.tracking.write_once import PARENT_TAG, find_earliest_run, find_or_create_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -16,6 +15,7 @@ __all__ = [
     "ERROR_TAG",
     "NO_REASON",
     "OUTCOME_TAG",
+    "PARENT_TAG",
     "REASON_TAG",
     "RUN_TAG",
     "find_failure",
@@ -25,10 +25,11 @@ __all__ = [
     "record_outcome",
 ]
 
-RUN_TAG = "kfp.run_id"
+RUN_TAG, PARENT_TAG = "kfp.run_id", "mlflow.parentRunId"
+"""Tags of a pipeline run: Kubeflow's id of it. Of a stage's run: the pipeline run's."""
 
 ERROR_TAG, ALIVE_TAG = "minitron.error", "minitron.alive"
-"""Tags of a stage's run: its error, and the time it last logged, in seconds since 1970."""
+"""Tags of a stage's run: its error, and its last sign of life, in seconds since 1970."""
 
 OUTCOME_TAG, REASON_TAG = "minitron.outcome", "minitron.reason"
 """Tags of a pipeline run: its outcome, and the reason in words."""
@@ -44,7 +45,24 @@ def join_pipeline_run(client: "MlflowClient", config: StageConfig) -> "Run | Non
     if config.pipeline_run_id is None:
         return None
     experiment = find_or_create_experiment(client, config.experiment)
-    return find_or_create_run(client, experiment, RUN_TAG, config.pipeline_run_id, config.pipeline_run_id)
+    return _find_earliest_run(client, experiment, config.pipeline_run_id) or _create_run(
+        client, experiment, config.pipeline_run_id
+    )
+
+
+def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str) -> "Run":
+    created = client.create_run(experiment_id, tags={RUN_TAG: pipeline_run_id}, run_name=pipeline_run_id)
+    first = _find_earliest_run(client, experiment_id, pipeline_run_id) or created
+    if first.info.run_id != created.info.run_id:
+        client.delete_run(created.info.run_id)  # another process was faster
+    return first
+
+
+def _find_earliest_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str) -> "Run | None":
+    """Return the earliest run of a pipeline run, by its creator's clock; None without one."""
+    runs = search_runs(client, experiment_id, RUN_TAG, pipeline_run_id)
+    parents = [run for run in runs if PARENT_TAG not in run.data.tags]
+    return min(parents, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 
 
 def list_stage_runs(client: "MlflowClient", run: "Run") -> list["Run"]:
@@ -63,7 +81,7 @@ def find_failure(client: "MlflowClient", run: "Run") -> str | None:
 def find_reason(client: "MlflowClient", experiment: str, pipeline_run_id: str) -> str | None:
     """Return why a pipeline run failed: a stage's error, or what `conclude` recorded; None if MLflow has neither."""
     found = client.get_experiment_by_name(experiment)
-    run = found and find_earliest_run(client, found.experiment_id, RUN_TAG, pipeline_run_id)
+    run = found and _find_earliest_run(client, found.experiment_id, pipeline_run_id)
     if not run:
         return None
     tags = run.data.tags

@@ -39,8 +39,7 @@ from minitron.tracking.client import (
     search_runs,
 )
 from minitron.tracking.outbox import Message, Outbox, deliver_messages
-from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, join_pipeline_run
-from minitron.tracking.write_once import PARENT_TAG
+from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, PARENT_TAG, join_pipeline_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,7 +100,7 @@ class MlflowTracker(Tracker):
         self.run_id = self._open_run(config, parent.info.run_id if parent else None)
         self.pipeline_run_id = parent.info.run_id if parent else self.run_id
         self._unsent = _unsent_directory(config) / f"{self._attempt}-{self.run_id}.jsonl"
-        self._outbox = Outbox(self._unsent, self._send_message, self._report_outage)
+        self._outbox = Outbox(self._unsent, self._send_message, self._report_outage, self._make_sign_of_life)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Queue metrics; they are sent within two seconds, or kept while the server is away.
@@ -186,6 +185,9 @@ class MlflowTracker(Tracker):
 
     def _send_message(self, message: Message) -> None:
         _send_or_drop(self.client, message, self._attempt)
+
+    def _make_sign_of_life(self) -> Message:
+        return {"run": self.run_id, "tag": [ALIVE_TAG, str(time.time())]}
 
     def _report_outage(self, error: Exception) -> None:
         self._warn(f"{error_reason(error)}; what it misses is sent when it answers again")

@@ -8,7 +8,7 @@ import pytest
 
 from minitron.cluster import pipelines_api, runs
 from minitron.config.pipelines import compiled_pipeline, list_dags
-from minitron.tracking import pipeline_run, write_once
+from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment
 from tests.cluster.commands import JOB, run_minitron, run_ok, run_refused
 from tests.servers.argo_workflow import Workflow
@@ -142,7 +142,7 @@ def test_why_a_stage_failed_is_read_in_mlflow(
         (run_id,) = server.runs
         parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: run_id})
         tags = {
-            write_once.PARENT_TAG: parent.info.run_id,
+            pipeline_run.PARENT_TAG: parent.info.run_id,
             pipeline_run.ERROR_TAG: "ConfigError: hidden_size: too large",
         }
         client.create_run(experiment, tags=tags, run_name="prune")

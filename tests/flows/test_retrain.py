@@ -167,7 +167,10 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
         if entry.data.tags.get(pipeline_run.OUTCOME_TAG) == "failed"
     ]  # fmt: skip
     assert len(ended) == 1 and ended[0].info.status == "FAILED"
-    assert training_lock._describe_active_run(client, ended[0].info.run_id) is None
+    decision = max(directory.rglob("decision.json"), key=lambda path: path.stat().st_mtime)
+    made_from = json.loads(decision.read_text())["made_from"] | {"name": NAME}
+    another = client.create_run(ended[0].info.experiment_id, run_name="another")
+    assert training_lock.claim_training(client, another, made_from) is None
 
 
 def test_a_training_that_diverges_is_told_and_does_not_stand_in_the_way(first: Run, directory: Path) -> None:

@@ -8,11 +8,12 @@ import pytest
 
 from minitron.config.parse import parse
 from minitron.config.tasks import ConcludeConfig
-from minitron.runtime import record
+from minitron.errors import ConfigError
+from minitron.runtime import entry, record
 from minitron.stages import conclude
 from minitron.storage import layout
 from minitron.storage.files import write_atomically
-from minitron.tracking import pipeline_run, write_once
+from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment
 
 
@@ -27,7 +28,7 @@ def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
     experiment = find_or_create_experiment(client, tmp_path.name)
     parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: "run-1"})
-    tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
+    tags = {pipeline_run.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
     client.create_run(experiment, tags=tags, run_name="distill")
     found = run_conclude(mlflow_file, tmp_path, state="RUNNING")
     assert (found["outcome"], found["reason"]) == ("failed", "distill: RunError: <disk> full")
@@ -35,11 +36,24 @@ def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     assert layout.CONCLUSION_PAGE in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def test_without_mlflow_there_is_a_page(tmp_path: Path) -> None:
-    found = run_conclude("http://127.0.0.1:9", tmp_path, message="node lost")
+def test_without_mlflow_there_is_a_page_and_the_next_attempt_writes_the_outcome(
+    mlflow_file: str, tmp_path: Path
+) -> None:
+    note = {"stage": "resolve", "message": "MLflow is away", "exit_status": 1, "pipeline_run_id": "run-1"}
+    write_atomically(record.failure_note_path(tmp_path), note)
+    values = {"output": tmp_path / "concluded", "experiment": tmp_path.name, "pipeline_run_id": "run-1"}
+    values |= {"state": "FAILED", "message": "node lost", "workspace": str(tmp_path)}
+    with pytest.raises(SystemExit) as caught:
+        entry.launch("conclude", tracking_uri="http://127.0.0.1:9", **values)
+    assert caught.value.code == 1, "else Kubeflow would not try again"
+    found = json.loads((tmp_path / "concluded" / "conclusion.json").read_text())
     assert found["outcome"] == "failed" and found["reason"].startswith("node lost; MLflow at http://127.0.0.1:9")
-    assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
-    assert json.loads((tmp_path / "concluded" / "conclusion.json").read_text())["run_id"] is None
+    assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text() and found["run_id"] is None
+
+    assert entry.launch("conclude", tracking_uri=mlflow_file, **values)["reason"] == "resolve: MLflow is away"
+    client = connect(mlflow_file)
+    (run,) = client.search_runs([find_or_create_experiment(client, tmp_path.name)])
+    assert (run.data.tags[pipeline_run.OUTCOME_TAG], run.info.status) == ("failed", "FAILED")
 
 
 def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
@@ -57,15 +71,15 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
 
 
 def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> None:
-    found = run_conclude("mlflow.minitron:5000", tmp_path, message="node lost")
-    assert found["reason"].startswith("node lost; tracking_uri mlflow.minitron:5000: MLflow does not write there")
-    assert "node lost" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
+    with pytest.raises(ConfigError, match=r"tracking_uri mlflow\.minitron:5000: MLflow does not write there"):
+        run_conclude("mlflow.minitron:5000", tmp_path, message="node lost")
+    assert "node lost; tracking_uri mlflow" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
 
 
 def test_a_failure_that_was_overcome_is_not_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
     parent = client.create_run(find_or_create_experiment(client, tmp_path.name), tags={pipeline_run.RUN_TAG: "run-1"})
-    tags = {write_once.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
+    tags = {pipeline_run.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "SystemExit: 143"}
     child = client.create_run(parent.info.experiment_id, tags=tags, run_name="distill")
     client.set_terminated(child.info.run_id)
     assert run_conclude(mlflow_file, tmp_path, message="node lost")["reason"] == "node lost"

@@ -22,8 +22,9 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def ask(mlflow_file: str, teacher: Path, tmp_path: Path) -> Ask:
+def ask(mlflow_file: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """Return a function that resolves for another pipeline run each time."""
+    monkeypatch.setattr(training_lock, "_SETTLING_SECONDS", 0)
     (tmp_path / "corpus.txt").write_text("some text\n")
     count = iter(range(100))
 

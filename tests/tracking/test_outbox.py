@@ -156,7 +156,7 @@ from minitron.tracking import outbox
 outbox._INTERVAL_SECONDS = 0.1
 def send(message):
     raise ConnectionError("away")
-box = outbox.Outbox(Path({str(path)!r}), send, print)
+box = outbox.Outbox(Path({str(path)!r}), send, print, dict)
 with box._sending:  # so that all go together
     for step in range(2500):
         box.put({{"run": "r", "points": [["loss", 1.0, step, step]]}})
@@ -193,7 +193,7 @@ def test_a_disk_that_refuses_costs_nothing_as_long_as_the_process_lives(tmp_path
         got.append(message)
 
     (tmp_path / "file").write_text("")  # no directory can be made here
-    box = Outbox(tmp_path / "file" / "1.jsonl", send, lambda error: complaints.append(type(error).__name__))
+    box = Outbox(tmp_path / "file" / "1.jsonl", send, lambda error: complaints.append(type(error).__name__), dict)
     box.put({"run": "r", "points": [["loss", 1.0, 1, 1]]})
     assert not box.flush() and complaints == ["ConnectionError", "FileExistsError"]
     away = False
@@ -310,7 +310,7 @@ def test_a_file_that_another_process_has_sent_does_not_hold_up_the_rest(tmp_path
             raise OSError("away")
         sent.append(message["step"])
 
-    box = Outbox(tmp_path / "kept.jsonl", send, lambda error: None)
+    box = Outbox(tmp_path / "kept.jsonl", send, lambda error: None, dict)
     box.put({"run": "r", "step": 1})
     assert not box.flush() and (tmp_path / "kept.jsonl").exists()
     (tmp_path / "kept.jsonl").unlink()

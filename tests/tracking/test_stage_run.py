@@ -20,7 +20,7 @@ from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.runtime import stage
 from minitron.stages import finetune
-from minitron.tracking import stage_run
+from minitron.tracking import pipeline_run, stage_run
 from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
 from tests.servers import forks
@@ -70,7 +70,7 @@ def test_without_a_uri_mlflow_is_not_imported(tmp_path: Path, teacher: Path) -> 
     code = f"""
 import sys
 from minitron.runtime import stage
-from minitron.tracking import stage_run
+from minitron.tracking import pipeline_run, stage_run
 from minitron.config.parse import parse
 config = parse("prepare", {{"output": "{tmp_path}/out", "corpus": "{tmp_path}/corpus.txt", "teacher": "{teacher}"}})
 stage.run(config, lambda config, directory, tracker: tracker.log({{"loss": 1.0}}) or {{"metrics": {{}}}})
@@ -210,6 +210,27 @@ def test_metrics_are_visible_in_mid_run(
     stage.run(make("prepare", uri), work)
     assert seen == [("RUNNING", [(0, 5.0)]), ("RUNNING", [(0, 5.0), (1, 4.0)])]
     assert "mlflow.parentRunId" not in _runs(uri, tmp_path.name)[0].data.tags
+
+
+def test_a_stage_that_logs_nothing_gives_a_sign_of_life(
+    mlflow_file: str, make: Callable[..., StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another run would take it for dead, and train the same."""
+    monkeypatch.setattr("minitron.tracking.outbox._SILENCE_SECONDS", 1)
+    signs: set[float] = set()
+
+    def work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str, Any]:
+        def gave_two() -> bool:
+            tags = [run.data.tags for run in _runs(mlflow_file, tmp_path.name) if run.info.run_id == tracker.run_id]
+            signs.update(float(tag[pipeline_run.ALIVE_TAG]) for tag in tags if pipeline_run.ALIVE_TAG in tag)
+            return len(signs) == 2
+
+        wait_until(gave_two)
+        return {"metrics": {}}
+
+    before = time.time()
+    stage.run(make("prepare", mlflow_file), work)
+    assert all(before <= sign <= time.time() for sign in signs)
 
 
 @pytest.mark.parametrize(
