@@ -77,6 +77,7 @@ docs: setup ## rewrite the generated pages of docs/reference
 	$(BIN)/python -m minitron.config.reference > docs/reference/parameters.md
 
 bench: setup ## run the measurements, one JSON line each
+	$(BIN)/python benchmarks/hashing.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/tracking.py

@@ -11,7 +11,8 @@ from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
 from minitron.runtime import model_sources
 from minitron.storage import bucket, references
-from minitron.storage.hashing import verified_hash
+from minitron.storage.cache import persistent_directory
+from minitron.storage.hashing import keep_notes, verified_hash
 from minitron.storage.hub import resolve_hub_dataset
 
 Config = TypeVar("Config", bound=StageConfig)
@@ -44,7 +45,8 @@ def find_inputs(config: StageConfig) -> dict[str, Input]:
         RunError: an input is damaged, or cannot be reached.
     """
     names = find_marked_fields(type(config), INPUT)
-    return {name: _find_input(config, name) for name in names if getattr(config, name) is not None}
+    with keep_notes(persistent_directory(config.workspace)):
+        return {name: _find_input(config, name) for name in names if getattr(config, name) is not None}
 
 
 def with_local_paths(config: Config, inputs: dict[str, Input]) -> Config:

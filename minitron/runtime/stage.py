@@ -21,8 +21,9 @@ from minitron.engines import gpus
 from minitron.errors import RunError
 from minitron.runtime import inputs, outputs
 from minitron.runtime.record import list_nemo_releases, run_facts
+from minitron.storage.cache import persistent_directory
 from minitron.storage.files import disk_errors, write_atomically
-from minitron.storage.hashing import content_hash
+from minitron.storage.hashing import content_hash, keep_notes
 from minitron.storage.layout import RECORD, read_record, result_address
 from minitron.storage.staging import partial_directory, publish_directory
 from minitron.tracking import stage_run
@@ -50,6 +51,11 @@ def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda c
         ConfigError: an input is missing or does not fit, or `output` holds something that is not a stage's result.
         RunError: the run failed: too few GPUs, disk full, damaged input, unreachable server.
     """
+    with keep_notes(persistent_directory(config.workspace)):
+        return _find_or_make(config, work, check)
+
+
+def _find_or_make(config: StageConfig, work: Work, check: Callable[[Any], None]) -> dict[str, Any]:
     stage = stage_name(config)
     gpus.check_gpus(config.gpus)
     outputs.refuse_foreign(stage, config)

@@ -1,12 +1,49 @@
-"""Hash the content of files and directories: equal hashes mean that a result can be reused."""
+"""Hash the content of files and directories: equal hashes mean that a result can be reused.
+
+A large file is read once per change, not once per reader: while a stage runs, a note has its hash. The note is found by
+the file's size, time of change and inode, which a rename and a hard link keep, and is valid if samples of the content
+are what they were. So a copy is read again, and so is a file that was written or replaced. What is not found: damage
+between the samples that leaves size, time and inode, by a failing disk, say.
+"""
 
 import hashlib
+import json
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from minitron.errors import ConfigError, RunError
+from minitron.storage.files import write_atomically
 from minitron.storage.layout import RECORD, read_record
+
+NOTES = "hashes"
+"""Folder of the workspace, or of the cache, that has the notes. Any of them may be deleted: its file is read again."""
+
+_NOTED_SIZE = 64 * 1024
+"""Bytes from which on a file is noted; to read a smaller one is not slower than to read its note."""
+
+_SAMPLES, _SAMPLE_SIZE = 16, 256
+"""Samples of a file's content, evenly spread, and the bytes of each: those of two models of one shape differ."""
+
+_CLOCK_TICK, _COARSE_CLOCK_TICK = 20_000_000, 2_000_000_000
+"""Nanoseconds between two times of change that surely differ: the clock by which Linux stamps files moves every 10 ms
+or faster; a file system that stores whole seconds, or every second one, is slower."""
+
+_notes: ContextVar[Path | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def keep_notes(directory: Path) -> Iterator[None]:
+    """Note the hashes of large files in a directory that outlives the task, while the block runs."""
+    token = _notes.set(directory / NOTES)
+    try:
+        yield
+    finally:
+        _notes.reset(token)
 
 
 def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
@@ -18,12 +55,12 @@ def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
         ConfigError: a link leads to nothing.
     """
     if path.is_file():
-        return _file_hash(path)
+        return hash_file(path)
     digest = hashlib.sha256()
     for file in list_files(path, leave_out):
         name = file.relative_to(path)
         if str(name) != RECORD:
-            digest.update(f"{name}\0{_file_hash(file)}\n".encode())
+            digest.update(f"{name}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -88,6 +125,58 @@ def verified_hash(path: Path) -> str:
     return actual
 
 
-def _file_hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file; its note is asked first, if there are notes."""
+    directory, state = _notes.get(), _read_state(path)
+    if directory is None or state[0] < _NOTED_SIZE:
+        return _read_hash(path)
+    note, samples = directory / "-".join(map(str, (*state, "sha256.json"))), _hash_samples(path, state[0])
+    if (known := _read_note(note)).get("samples") == samples:
+        return known["sha256"]
+    is_settled = _wait_for_clock(state[1])
+    sha256 = _read_hash(path)
+    if is_settled and state == _read_state(path):
+        with suppress(OSError):  # a workspace that may not be written: the next reader reads the file, too
+            write_atomically(note, {"sha256": sha256, "samples": samples, "file": str(path)})
+    return sha256
+
+
+def _read_state(path: Path) -> tuple[int, int, int]:
+    """Return a file's size, its time of change in nanoseconds, and its inode."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _read_hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_samples(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        for number in range(_SAMPLES):
+            stream.seek((size - _SAMPLE_SIZE) * number // (_SAMPLES - 1))  # the first and the last bytes, too
+            digest.update(stream.read(_SAMPLE_SIZE))
+    return digest.hexdigest()
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(note.read_text())
+    except (OSError, ValueError):  # not there, or damaged
+        return {}
+    return content if isinstance(content, dict) and "sha256" in content else {}
+
+
+def _wait_for_clock(changed: int) -> bool:
+    """Wait until a later change of a file would have another time; return False if that takes longer than a tick.
+
+    Else a change right after the file was read would not be seen.
+    """
+    tick = _CLOCK_TICK if changed % 1_000_000_000 else _COARSE_CLOCK_TICK
+    wait = changed + tick - time.time_ns()
+    if wait > tick:  # a time in the future: another machine's clock
+        return False
+    time.sleep(max(0, wait) / 1e9)
+    return True

@@ -5,7 +5,6 @@ public model needs none. NGC_API_URL names another server.
 """
 
 import base64
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 from minitron.errors import ConfigError, RunError
+from minitron.storage.hashing import hash_file
 
 _ADDRESS = re.compile(r"ngc://([\w.-]+)/(?:([\w.-]+)/)?([\w.-]+):([\w.-]+)")
 _CHUNK, _TIMEOUT = 1 << 16, 60
@@ -128,8 +128,7 @@ def _write_chunks(answer: requests.Response, partial: Path, offset: int) -> None
 
 
 def _verify_checksum(file: _File, partial: Path) -> None:
-    with partial.open("rb") as stream:
-        actual = base64.b64encode(hashlib.file_digest(stream, "sha256").digest()).decode()
+    actual = base64.b64encode(bytes.fromhex(hash_file(partial))).decode()
     if file.sha256 and actual != file.sha256:
         partial.unlink()
         raise RunError(f"{file.path}: SHA-256 {actual} is not the catalogue's {file.sha256}: damaged; run it again")

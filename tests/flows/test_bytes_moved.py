@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any
 
 from minitron.config.stages import LARGE, STAGES
 from minitron.storage.layout import RECORD, REFERENCE
+from tests.constants import REPOSITORY
 from tests.servers import forks
 from tests.servers.gcs import World
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+COUNTING = f"import runpy; runpy.run_path({str(BENCHMARKS / 'counter' / 'sitecustomize.py')!r})\n{forks.COMMAND}"
+count_weights = runpy.run_path(str(BENCHMARKS / "hashing.py"))["count_weights"]
 
 SMALL = 60_000
 """Bytes: more than a reference and a record take."""
@@ -18,12 +24,13 @@ SMALL = 60_000
 
 def run(directory: Path, workspace: str, cache: Path, *arguments: str) -> dict[str, Path]:
     """Run the preset tiny; return the directories of Kubeflow's artifacts."""
-    command = ["run", "compress", "--preset", "tiny", "--work-dir", str(directory)]
+    command = [COUNTING, "run", "compress", "--preset", "tiny", "--work-dir", str(directory)]
     command += ["--set", f"workspace={workspace}", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {"MINITRON_CACHE": str(cache)}
+    environment |= {"MINITRON_CACHE": str(cache), "HASHED": str(directory / "hashed")}
     shutil.rmtree(directory / "results", ignore_errors=True)
-    done = forks.run_minitron(*command, environment=environment)
+    (directory / "hashed").unlink(missing_ok=True)
+    done = forks.run_python("-c", *command, environment=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert json.loads((directory / "summary.json").read_text())["student"]["parameters"] > 0
     return {path.parent.parent.name: path.parent for path in directory.glob(f"results/*/*/*/{RECORD}")}
@@ -49,6 +56,11 @@ def test_in_a_volume_results_lie_once(tmp_path: Path) -> None:
         weights = [path for path in volume.rglob("*.safetensors")]
         assert len(weights) == 3, "corrected, pruned and distilled"
         assert not list((tmp_path / "run").rglob("results/**/*.safetensors")) and not (tmp_path / "cache").exists()
+        models = [*weights, *(tmp_path / "run").glob("inputs/**/*.safetensors")]
+        total = sum(path.stat().st_size for path in models)
+        assert len(models) == 4 and count_weights(tmp_path / "run" / "hashed") <= 1.1 * total, "once where it is made"
+        run(tmp_path / "run", name, tmp_path / "cache")
+        assert count_weights(tmp_path / "run" / "hashed") <= 0.1 * total, "nothing that is known"
 
 
 def test_through_a_bucket_results_move_once(world: World, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_an_input_that_may_not_be_read_is_one_line(
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("minitron.storage.hashing._file_hash", refuse)
+    monkeypatch.setattr("minitron.storage.hashing.hash_file", refuse)
     with pytest.raises(
         RunError, match=r"corpus.txt: Permission denied; give this user the right, or another directory"
     ):
