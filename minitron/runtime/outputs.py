@@ -9,6 +9,8 @@ An output gs://bucket/path gets the whole result, or with a workspace in a bucke
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from minitron.config.stages import LARGE, StageConfig
 from minitron.errors import ConfigError
 from minitron.storage import cache, references
 from minitron.storage.bucket import is_bucket
-from minitron.storage.layout import read_record, result_path
-from minitron.storage.staging import find_finished, publish_copy, publish_links
+from minitron.storage.layout import partial_path, read_record, result_path
+from minitron.storage.staging import InUse, lock_output, publish_copy, publish_links, read_intact
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,64 @@ def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation
 
 
 def find_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
-    """Return the record of the finished result of a key, or None; commit it to its bucket if that is missing."""
+    """Return the record of the finished result of a key, or None; complete it first if a kill prevented that.
+
+    Raises:
+        InUse: another process is at work there.
+    """
+    record = _read_result(location, key, warn=True)
+    is_begun = partial_path(location.directory).exists() or (location.remote and location.directory.exists())
+    if record is None and is_begun:
+        with lock_result(location, key, reuse=True) as record:
+            return record
+    return record
+
+
+@contextmanager
+def lock_result(location: ResultLocation, key: str, reuse: bool) -> Iterator[dict[str, Any] | None]:
+    """Hold the lock that all writers of a result take; yield its record if it is there, else None: make it.
+
+    Args:
+        location: where the result is.
+        key: its key.
+        reuse: take a result that is there: another process may have finished it in this moment.
+
+    Raises:
+        InUse: another process is at work there.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_output(location.directory))
+            record = _complete_result(location, key) if reuse else None
+        except InUse:
+            record = _read_result(location, key) if reuse else None
+            if record is None:
+                raise
+        yield record
+
+
+def _complete_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
+    """Return the record of a result, or None; commit it to its bucket if a kill prevented that."""
+    record = _read_result(location, key)
+    if record is None and location.remote and read_intact(location.directory, key):
+        return commit_result(location, replace=False)
+    return record
+
+
+def _read_result(location: ResultLocation, key: str, warn: bool = False) -> dict[str, Any] | None:
     if location.remote is None:
-        return find_finished(location.directory, key)
+        return read_intact(location.directory, key, warn)
     from minitron.storage import bucket_results
 
     record = bucket_results.read_record_at(location.remote)
-    if record and record["key"] == key:
-        return record
-    return commit_result(location, replace=False) if find_finished(location.directory, key) else None
+    return record if record and record["key"] == key else None
 
 
 def commit_result(location: ResultLocation, replace: bool) -> dict[str, Any]:
-    """Upload the result on this machine to its bucket, and move it to the cache, where references find it."""
+    """Upload the result on this machine to its bucket, and move it to the cache, where references find it.
+
+    The caller holds the lock.
+    """
     from minitron.storage import bucket_results
 
     assert location.remote is not None

@@ -24,8 +24,8 @@ from minitron.runtime.record import list_nemo_releases, run_facts
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import disk_errors, write_atomically
 from minitron.storage.hashing import content_hash, keep_notes
-from minitron.storage.layout import RECORD, read_record, result_address
-from minitron.storage.staging import partial_directory, publish_directory
+from minitron.storage.layout import RECORD, partial_path, read_record, result_address
+from minitron.storage.staging import new_result, publish_directory, sync_files
 from minitron.tracking import stage_run
 
 LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
@@ -65,6 +65,7 @@ def _find_or_make(config: StageConfig, work: Work, check: Callable[[Any], None])
     location = outputs.result_location(stage, config, key)
     with disk_errors(location.directory):
         record = outputs.find_result(location, key) if config.caching else None
+        is_new = False
         if record is None:
             identity = {
                 "stage": stage,
@@ -73,10 +74,13 @@ def _find_or_make(config: StageConfig, work: Work, check: Callable[[Any], None])
             }
             local = inputs.with_local_paths(config, stage_inputs)
             check(local)
-            record = _make_result(local, config, work, location.directory, identity)
-            if location.remote:
-                record = outputs.commit_result(location, replace=not config.caching)
-        else:
+            with outputs.lock_result(location, key, reuse=config.caching) as record:
+                is_new = record is None
+                if record is None:
+                    record = _make_result(local, config, work, location.directory, identity)
+                    if location.remote:
+                        record = outputs.commit_result(location, replace=not config.caching)
+        if not is_new:
             address = result_address(location.remote or str(location.directory), record)
             _check_finite(stage, record, f"{address}: ")
             print(f"{stage}: result {key[:12]} is already in {address}", flush=True)
@@ -96,7 +100,7 @@ def _make_result(
     """Do the work with `local`, whose inputs are local paths; the record has the addresses of `config`."""
     started = time.time()
     with (
-        partial_directory(result, identity["key"]) as directory,
+        new_result(partial_path(result), identity["key"]) as directory,
         stage_run.track_stage(config, identity) as tracker,
         disk_errors(result),
     ):
@@ -104,6 +108,7 @@ def _make_result(
         _check_finite(identity["stage"], results)
         record = identity | run_facts(config, tracker, started) | results
         record["output_sha256"] = content_hash(directory)
+        sync_files(directory)
         write_atomically(directory / RECORD, record)
         publish_directory(directory, result)
         record = read_record(result) or record

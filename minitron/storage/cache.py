@@ -1,11 +1,12 @@
 """The cache of this machine: it outlives a task, and holds results by the hash of their content."""
 
 import os
-import shutil
 from pathlib import Path
 
 from minitron.storage.bucket import is_bucket
+from minitron.storage.files import delete_path
 from minitron.storage.layout import read_record
+from minitron.storage.staging import lock_output, publish_directory
 
 
 def cache_directory() -> Path:
@@ -19,16 +20,18 @@ def persistent_directory(workspace: Path | str | None) -> Path:
 
 
 def move_to_cache(directory: Path) -> Path:
-    """Move a result into the cache, where references find it by its content's hash; return its new directory."""
+    """Move a result into the cache, where references find it by its content's hash; return its new directory.
+
+    The caller holds the result's lock.
+    """
     record = read_record(directory)
     assert record is not None
     cached = result_cache_path(record["output_sha256"], record["key"])
-    if read_record(cached):
-        shutil.rmtree(directory)
-    else:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(cached, ignore_errors=True)
-        directory.rename(cached)
+    with lock_output(cached, wait=True):  # another process may fetch it
+        if read_record(cached):
+            delete_path(directory)
+        else:
+            publish_directory(directory, cached)
     return cached
 
 

@@ -1,26 +1,25 @@
 """Write files atomically, link, copy and delete them.
 
-Errors of a full or protected disk become one line.
+Errors of a disk that is full, broken or protected become one line.
 """
 
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from minitron.config.metrics import find_not_finite
 from minitron.errors import MinitronError, RunError
-from minitron.storage.layout import RECORD
+from minitron.storage.layout import CHECKPOINTS, RECORD, RESULT, partial_path
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 """Errors of a hard link across file systems, or on a file system that has none."""
-
-_DISK_FULL = ("No space left on device", "unexpected pos")
-"""Texts of safetensors and torch.save for a full disk; they raise no OSError."""
 
 
 def delete_path(path: Path) -> None:
@@ -60,9 +59,17 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
         reason = find_not_finite(content) or error
         raise RunError(f"{path}: not written, because {reason}; find out where that number comes from") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # another process may write the same file
+    try:
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a node that loses power may have done the rename, and not the text
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _to_json_value(value: Any) -> Any:
@@ -71,31 +78,51 @@ def _to_json_value(value: Any) -> Any:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a full or protected disk, in any library, into one line.
+def disk_errors(output: Path) -> Iterator[None]:
+    """Turn the errors of a disk that is full, broken or protected, in any library, into one line.
+
+    Args:
+        output: the directory that is written; the line says if work for it is kept.
 
     Raises:
-        RunError: the disk is full, or this user may not write to it.
+        RunError: a file could not be written or read.
     """
     try:
         yield
     except MinitronError:
         raise
     except Exception as error:
-        if _is_disk_full(error):
-            raise RunError(
-                f"{path}: disk full ({_free_megabytes(path):.0f} MB free); free space and run it again"
-            ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            named = error.filename2 or error.filename or path
-            raise RunError(f"{named}: {error.strerror}; give this user the right, or another directory") from error
-        raise
+        if (reason := _explain_disk_error(error, output)) is None:
+            raise
+        raise RunError(f"{reason}{_name_kept_work(output)}") from error
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(text in str(error) for text in _DISK_FULL)
+def _explain_disk_error(error: Exception, output: Path) -> str | None:
+    """Return what failed and the remedy; None if it is no error of a disk."""
+    number = _find_errno(error)
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None) or output
+    match number:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"{output}: disk full ({_free_megabytes(output):.0f} MB free); free space and run it again"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"{path}: {os.strerror(number)}; give this user the right, or another directory"
+        case errno.EIO | errno.ESTALE:
+            return f"{path}: {os.strerror(number)}; look after the disk or its server and run it again"
+    return None
+
+
+def _find_errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    if named := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        return int(named[1])
+    return errno.ENOSPC if "unexpected pos" in str(error) else None  # torch.save, which does not say why
+
+
+def _name_kept_work(output: Path) -> str:
+    partial = partial_path(output)
+    kept = (partial / CHECKPOINTS).exists() or (partial / RESULT / RECORD).exists()
+    return f"; it goes on from {partial}" if kept else ""
 
 
 def _free_megabytes(path: Path) -> float:

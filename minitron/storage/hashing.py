@@ -46,8 +46,8 @@ def keep_notes(directory: Path) -> Iterator[None]:
         _notes.reset(token)
 
 
-def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
-    """Return the sha256 of a file, or of a directory's names and contents without stage.json and `leave_out`.
+def content_hash(path: Path) -> str:
+    """Return the sha256 of a file, or of a directory's names and contents without stage.json.
 
     A link counts as what it leads to: a directory of links has the hash of the same files without links.
 
@@ -57,27 +57,21 @@ def content_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
     if path.is_file():
         return hash_file(path)
     digest = hashlib.sha256()
-    for file in list_files(path, leave_out):
+    for file in list_files(path):
         name = file.relative_to(path)
         if str(name) != RECORD:
             digest.update(f"{name}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
-def list_files(directory: Path, leave_out: tuple[str, ...] = ()) -> list[Path]:
+def list_files(directory: Path) -> list[Path]:
     """Return the files at any depth, sorted; those behind links count as if they were here.
-
-    Args:
-        directory: where to look.
-        leave_out: names in the directory itself that are passed over.
 
     Raises:
         ConfigError: a link leads to nothing.
     """
     files = []
     for path in walk_files(directory):
-        if path.relative_to(directory).parts[0] in leave_out:
-            continue
         if path.is_file():
             files.append(path)
         elif path.is_symlink() and not path.exists():
@@ -112,17 +106,23 @@ def verified_hash(path: Path) -> str:
     """Return the content hash of an input after checking it against the record of the stage that wrote it.
 
     Raises:
-        RunError: the content has changed since the stage wrote it.
+        RunError: the content has changed since the stage wrote it, or is gone.
     """
-    actual = content_hash(path)
-    if record := read_record(path):
-        recorded = record["output_sha256"]
-        if recorded != actual:
+    for _ in range(50):
+        record = read_record(path)
+        try:
+            actual = content_hash(path)
+        except FileNotFoundError:  # another process replaces the result in this moment
+            time.sleep(0.1)
+            continue
+        if record is None or record["output_sha256"] == actual:
+            return actual
+        if read_record(path) == record:
             raise RunError(
-                f"{path}: content hash {actual[:12]} is not the {recorded[:12]} its {RECORD} records: "
+                f"{path}: content hash {actual[:12]} is not the {record['output_sha256'][:12]} its {RECORD} records: "
                 "a file is damaged or was changed; delete the directory and run the stage that writes it again"
             )
-    return actual
+    raise RunError(f"{path}: files vanish while it is read; wait for the process that changes it, and run it again")
 
 
 def hash_file(path: Path) -> str:

@@ -55,6 +55,14 @@ FAILURE = "failure.json"
 SUMMARY = "summary.json"
 """From `minitron run`: the numbers of the whole run."""
 
+CHECKPOINTS, RESULT = "checkpoints", "result"
+"""Work in progress, in `OUTPUT.partial`: what a killed stage resumes from, and the result that grows."""
+
+
+def partial_path(output: Path) -> Path:
+    """Return the directory of the work in progress for a directory."""
+    return output.with_name(output.name + ".partial")
+
 
 def result_path(stage: str, key: str) -> str:
     """Return the path of a result within a workspace."""

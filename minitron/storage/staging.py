@@ -23,22 +23,30 @@ from typing import Any, TextIO
 from minitron.errors import ConfigError, RunError
 from minitron.storage.files import NO_LINKS, delete_path, disk_errors, link_file, link_or_copy
 from minitron.storage.hashing import content_hash, list_files
-from minitron.storage.layout import RECORD, REFERENCE, read_record
+from minitron.storage.layout import CHECKPOINTS, RECORD, REFERENCE, RESULT, partial_path, read_record
 
 KEY = "key"
 """File in the partial directory that names the key of the work; the working process holds its lock."""
 
-CHECKPOINTS, RESULT, REPLACED = "checkpoints", "result", "replaced"
-"""Directories in the partial directory."""
+REPLACED = "replaced"
+"""Directory in the partial directory: the earlier content, until the new one is in its place."""
+
+_NO_RENAMES = (
+    "a flat bucket under Cloud Storage FUSE renames no directories: use one with a hierarchical namespace, or give "
+    "gs://BUCKET/PATH as workspace"
+)
+_MOUNTED = "give a directory inside of it: a mount point or a directory of the image cannot be renamed"
+_RENAME_REMEDIES = {
+    errno.EMFILE: _NO_RENAMES,  # of more files than its rename-dir-limit, 0
+    errno.ENOTSUP: _NO_RENAMES,
+    errno.ENOSYS: _NO_RENAMES,
+    errno.EBUSY: _MOUNTED,
+    errno.EXDEV: _MOUNTED,  # overlayfs, of a directory in a lower layer
+}
 
 
 class InUse(RunError):
     """Another process is at work in a partial directory."""
-
-
-def partial_path(output: Path) -> Path:
-    """Return the directory in which the content of `output` grows before it is complete."""
-    return output.with_name(output.name + ".partial")
 
 
 def checkpoints_path(directory: Path) -> Path:
@@ -127,12 +135,16 @@ def _complete_leftovers(partial: Path, output: Path) -> None:
 
 
 def publish_directory(directory: Path, output: Path) -> None:
-    """Rename finished content in the partial directory of `output` to `output`; the caller holds the lock."""
+    """Rename a finished directory to `output`, whose lock the caller holds; then delete what it replaces.
+
+    Raises:
+        RunError: the file system does not rename directories. Nothing has changed.
+    """
     partial = partial_path(output)
     try:
         if output.exists():
-            output.rename(partial / REPLACED)
-        directory.rename(output)
+            _rename_directory(output, partial / REPLACED)
+        _rename_directory(directory, output)
     except BaseException:
         if (partial / REPLACED).exists() and not output.exists():
             (partial / REPLACED).rename(output)
@@ -143,28 +155,14 @@ def publish_directory(directory: Path, output: Path) -> None:
             delete_path(partial / name)
 
 
-@contextmanager
-def partial_directory(output: Path, key: str) -> Iterator[Path]:
-    """Yield the empty directory in which a result grows; beside it are the checkpoints of a killed attempt at its key.
-
-    What the work leaves when it fails is deleted, but for a finished result and checkpoints to resume from.
-
-    Raises:
-        InUse: another process is at work there.
-    """
-    with lock_output(output) as partial:
-        claim_partial(partial, key)
-        directory = partial / RESULT
-        delete_path(directory)
-        directory.mkdir()
-        try:
-            yield directory
-        except BaseException as error:
-            if read_record(directory) is None:
-                shutil.rmtree(directory, ignore_errors=True)
-                if isinstance(error, ConfigError):
-                    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+def _rename_directory(directory: Path, target: Path) -> None:
+    try:
+        directory.rename(target)
+    except OSError as error:
+        if error.errno not in _RENAME_REMEDIES:
             raise
+        remedy = _RENAME_REMEDIES[error.errno]
+        raise RunError(f"{directory}: cannot be renamed to {target} ({error.strerror}); {remedy}") from error
 
 
 def claim_partial(partial: Path, key: str) -> None:
@@ -176,17 +174,39 @@ def claim_partial(partial: Path, key: str) -> None:
 
 
 @contextmanager
+def new_result(partial: Path, key: str = "") -> Iterator[Path]:
+    """Yield the empty directory in which a result grows. The caller holds the lock.
+
+    Beside it are the checkpoints of an earlier attempt at this key, of no other. If the work fails, there stay these,
+    unless it is a ConfigError, and a finished result that could not be published.
+
+    Raises:
+        RunError: the file system does not rename directories: the result could not be published.
+    """
+    claim_partial(partial, key)
+    directory, probe = partial / RESULT, partial / "probe"
+    for path in (directory, probe):
+        delete_path(path)
+    probe.mkdir()
+    (probe / "file").touch()  # a flat bucket under GCS FUSE renames empty directories
+    _rename_directory(probe, directory)
+    (directory / "file").unlink()
+    try:
+        yield directory
+    except BaseException as error:
+        if read_record(directory) is None:
+            shutil.rmtree(directory, ignore_errors=True)
+            if isinstance(error, ConfigError):
+                shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def replace_directory(output: Path) -> Iterator[Path]:
     """Yield an empty directory that replaces `output` in one rename when the block ends."""
-    with lock_output(output, wait=True) as partial:
-        directory = partial / RESULT
-        delete_path(directory)
-        directory.mkdir()
-        try:
-            yield directory
-            publish_directory(directory, output)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+    with lock_output(output, wait=True) as partial, new_result(partial) as directory:
+        yield directory
+        publish_directory(directory, output)
 
 
 def download_then_publish(
@@ -209,24 +229,18 @@ def download_then_publish(
         downloads = partial / CHECKPOINTS  # it outlives a kill
         downloads.mkdir(exist_ok=True)
         fetch(downloads)
+        sync_files(downloads)
         publish_directory(downloads, output)
 
 
-def find_finished(output: Path, key: str) -> dict[str, Any] | None:
-    """Return the record of the finished result with this key, or None; publish it first if a kill prevented that.
+def sync_files(directory: Path) -> None:
+    """Write the content of all files to the disk, where a node that loses power leaves it.
 
-    Raises:
-        InUse: another process is at work there.
+    A result is synced before its record says that it is complete, and before the checkpoints are deleted.
     """
-    record = read_intact(output, key, warn=True)
-    if record is None and partial_path(output).exists():
-        try:
-            with lock_output(output):
-                return read_intact(output, key)
-        except InUse:
-            if (record := read_intact(output, key)) is None:  # else it has just finished
-                raise
-    return record
+    for path in list_files(directory):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def read_intact(directory: Path, key: str | None = None, warn: bool = False) -> dict[str, Any] | None:
