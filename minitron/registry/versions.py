@@ -1,7 +1,8 @@
 """Registered models of MLflow: a directory becomes a version with an alias, and a version becomes a directory.
 
 A version is an unchanged Hugging Face directory with the files that mlflow.pyfunc needs. Its MLflow run is that of the
-pipeline that made it. A registration that fails leaves nothing behind.
+pipeline that made it. The model and the version carry the key of the stage that registers them. A registration that was
+killed is continued by the next one with this key, wherever it was; one that fails leaves nothing behind.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import ConfigError, RunError, without_password
 from minitron.storage.hashing import list_files
-from minitron.tracking.artifacts import check_uploaded, warn_of_path
+from minitron.tracking.artifacts import check_uploaded, delete_files, list_missing, warn_of_path
 from minitron.tracking.client import (
     connect,
     defer_sigterm,
@@ -25,18 +26,22 @@ from minitron.tracking.client import (
     one_line_errors,
     set_environment,
 )
-from minitron.tracking.stage_run import MlflowTracker
+from minitron.tracking.stage_run import KEY_TAG, MlflowTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
 
 __all__ = [
     "CARD",
     "CARD_BEGINS",
     "GATE_OUTCOME_TAG",
+    "complete_version",
     "create_version",
     "download_version",
     "ensure_registered_model",
+    "find_version",
     "has_version",
     "list_versions",
     "pin_version",
@@ -141,6 +146,8 @@ def upload_model(
 ) -> Iterator[str]:
     """Log a directory's files as a model and yield the model's id; delete the model if anything fails.
 
+    What a killed attempt uploaded stays, if it is whole: only the rest is uploaded.
+
     Args:
         tracker: its pipeline's run gets the model.
         directory: a Hugging Face directory.
@@ -149,25 +156,38 @@ def upload_model(
         requirements: packages, as pip takes them.
     """
     client = tracker.client
-    model = client.create_logged_model(tracker.experiment_id, "student", tracker.pipeline_run_id)
+    model = _find_model(tracker) or client.create_logged_model(
+        tracker.experiment_id, "student", tracker.pipeline_run_id, {KEY_TAG: tracker.identity["key"]}
+    )
+    files = {path.relative_to(directory).as_posix(): path for path in list_files(directory)}
+    size = sum(path.stat().st_size for path in files.values())
     try:
-        client.log_model_artifact(model.model_id, str(card))
-        check_uploaded(client, model, {card.name: card})  # before gigabytes go where nobody finds them
-        warn_of_path(client, model)
-        # Uploaded from the directory itself, so the weights are not copied on this disk.
-        client.log_model_artifacts(model.model_id, str(directory))
-        size = sum(path.stat().st_size for path in list_files(directory))
         with tempfile.TemporaryDirectory() as name:
-            _write_mlmodel(Path(name), code, model.model_id, tracker.pipeline_run_id, size, requirements)
-            client.log_model_artifacts(model.model_id, name)
-            files = [(path, folder) for folder in (directory, Path(name)) for path in list_files(folder)]
-            check_uploaded(client, model, {path.relative_to(folder).as_posix(): path for path, folder in files})
+            added = Path(name) / "added"
+            _write_mlmodel(added, code, model.model_id, tracker.pipeline_run_id, size, requirements)
+            first = added / "MLmodel" if card.name in files else card
+            client.log_model_artifact(model.model_id, str(first))
+            check_uploaded(client, model, {first.name: first})  # before gigabytes go where nobody finds them
+            warn_of_path(client, model)
+            # Uploaded from the directory itself, so the weights are not copied on this disk.
+            for path_name, path in list_missing(client, model, files).items():
+                client.log_model_artifact(model.model_id, str(path), path_name.rpartition("/")[0] or None)
+            client.log_model_artifacts(model.model_id, str(added))
+            files |= {path.relative_to(added).as_posix(): path for path in list_files(added)}
+            check_uploaded(client, model, files)
         client.finalize_logged_model(model.model_id, "READY")
         yield model.model_id
     except BaseException:
         with suppress(Exception):  # the server may be gone
+            delete_files(client, model)  # MLflow deletes none of a deleted model before `mlflow gc`
             client.delete_logged_model(model.model_id)
         raise
+
+
+def _find_model(tracker: MlflowTracker) -> "LoggedModel | None":
+    """Return the logged model that a killed attempt at this key left."""
+    ours = f"tags.`{KEY_TAG}` = '{tracker.identity['key']}'"
+    return next(iter(tracker.client.search_logged_models([tracker.experiment_id], ours)), None)
 
 
 @contextmanager
@@ -185,41 +205,53 @@ def ensure_registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]
         raise
 
 
+def find_version(tracker: MlflowTracker, name: str) -> "ModelVersion | None":
+    """Return the version that an attempt at this key made before it was killed."""
+    ours = f"name = '{name}' AND tags.`{KEY_TAG}` = '{tracker.identity['key']}'"
+    return next(iter(tracker.client.search_model_versions(ours, 1, ["version_number DESC"])), None)
+
+
 def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str, tags: dict[str, str]) -> int:
     """Create a version with the alias and return its number; delete it if the alias cannot be set."""
-    version = 0
+    version = None
     try:
         with defer_sigterm():
-            version = _add_version(tracker, name, model_id, tags)
-            tracker.client.set_registered_model_alias(name, alias, str(version))
-            link = json.dumps([{"name": name, "version": str(version)}])  # as mlflow.register_model writes it
-            tracker.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
+            version = _add_version(tracker, name, model_id, tags | {KEY_TAG: tracker.identity["key"]})
+            complete_version(tracker, version, alias)
     except BaseException:
         if version:
             with suppress(Exception):
-                tracker.client.delete_model_version(name, str(version))
+                tracker.client.delete_model_version(name, str(version.version))
         raise
-    return version
+    return int(version.version)
 
 
-def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> int:
-    """Make a logged model a version of a registered one, link it to the pipeline's run, and return its number."""
+def complete_version(tracker: MlflowTracker, version: "ModelVersion", alias: str) -> None:
+    """Give a version its alias, and link its model to it; again does no harm."""
+    client, number = tracker.client, str(version.version)
+    client.set_registered_model_alias(version.name, alias, number)
+    link = json.dumps([{"name": version.name, "version": number}])  # as mlflow.register_model writes it
+    client.set_logged_model_tags(str(version.source).removeprefix("models:/"), {"mlflow.modelVersions": link})
+
+
+def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> "ModelVersion":
+    """Make a logged model a version of a registered one, and link it to the pipeline's run."""
     from mlflow.entities import LoggedModelOutput
 
     client, run_id = tracker.client, tracker.pipeline_run_id
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    outputs = client.get_run(run_id).outputs
+    if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])  # a second time, it would be there twice
     # A registry in a database looks the model up at the environment's address, not at its own.
     with set_environment(MLFLOW_TRACKING_URI=client.tracking_uri):
-        return int(
-            client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
-        )
+        return client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
 
 
 def _write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int, requirements: list[str]) -> None:
     """Write the files that make a Hugging Face directory an MLflow model: MLmodel, environment files and loader code.
 
     Args:
-        directory: empty directory that gets the files.
+        directory: new directory that gets the files.
         code: a module with `_load_pyfunc(model_directory)` that needs nothing but torch and transformers.
         model_id: the logged model that the files belong to.
         run_id: the run that it came from.

@@ -60,29 +60,35 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
     tags = _build_tags(config, tracker, origin) | {"gates": _GATES[evaluation.get("passed")]}
     write_atomically(directory / LINEAGE, origin)
     write_card(directory / registry_versions.CARD, config, evaluation, origin)
-    with (
-        one_line_errors(config.tracking_uri),
-        default_retries(),
-        registry_versions.upload_model(
-            tracker,
-            config.student,
-            directory / registry_versions.CARD,
-            _find_generator(),
-            _list_requirements(config.student),
-        ) as model_id,
-        registry_versions.ensure_registered_model(tracker, config.name),
-    ):
-        _log_results(config, directory, tracker)
-        version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
+    with one_line_errors(config.tracking_uri), default_retries():
+        version, run_id = _find_or_make_version(config, directory, tracker, tags)
     registered = {
         "name": config.name,
         "version": version,
         "alias": config.alias,
         "model_uri": f"models:/{config.name}@{config.alias}",
-        "run_id": tracker.pipeline_run_id,
+        "run_id": run_id,
     }
     write_atomically(directory / REGISTERED, registered)
     return {"metrics": {"version": version}, "registered": registered}
+
+
+def _find_or_make_version(
+    config: RegisterConfig, directory: Path, tracker: MlflowTracker, tags: dict[str, str]
+) -> tuple[int, str]:
+    """Return number and run of the version: of the one that a killed attempt made, if there is one."""
+    if made := registry_versions.find_version(tracker, config.name):
+        registry_versions.complete_version(tracker, made, config.alias)
+        return int(made.version), str(made.run_id)
+    card = directory / registry_versions.CARD
+    code, requirements = _find_generator(), _list_requirements(config.student)
+    with (
+        registry_versions.upload_model(tracker, config.student, card, code, requirements) as model_id,
+        registry_versions.ensure_registered_model(tracker, config.name),
+    ):
+        _log_results(config, directory, tracker)
+        version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
+    return version, tracker.pipeline_run_id
 
 
 def _check_inputs(config: RegisterConfig) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-__all__ = ["check_uploaded", "warn_of_path"]
+__all__ = ["check_uploaded", "delete_files", "list_missing", "warn_of_path"]
 
 _API = "mlflow/logged-models"
 
@@ -43,6 +43,19 @@ def check_uploaded(client: "MlflowClient", model: "LoggedModel", files: dict[str
             f"MLflow at {without_password(client.tracking_uri)}: {wrong[0]} was uploaded to "
             f"{model.artifact_location}, but cannot be read back; {_suggest_remedy(client, model)}"
         )
+
+
+def list_missing(client: "MlflowClient", model: "LoggedModel", files: dict[str, Path]) -> dict[str, Path]:
+    """Return the files that a logged model lacks, or has in another size, or in one that its store does not tell."""
+    stored = _list_stored(client, model)
+    return {name: path for name, path in files.items() if stored.get(name) != path.stat().st_size}
+
+
+def delete_files(client: "MlflowClient", model: "LoggedModel") -> None:
+    """Delete the files of a logged model."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    get_artifact_repository(model.artifact_location, tracking_uri=client.tracking_uri).delete_artifacts()
 
 
 def warn_of_path(client: "MlflowClient", model: "LoggedModel") -> None:

@@ -23,6 +23,7 @@ from minitron.stages import distill, register
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
+from tests.servers import forks
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
 
@@ -121,6 +122,7 @@ def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Pat
         "licence": "none",
         "teacher_licence": "unknown",
         "lineage": f"runs:/{registered['run_id']}/lineage.json",
+        "minitron.key": json.loads((config.output / "stage.json").read_text())["key"],
     }
     parent = client.get_run(version.run_id)
     assert parent.data.tags["kfp.run_id"] == "pipeline-7" and parent.info.run_id == registered["run_id"]
@@ -228,6 +230,55 @@ def test_a_failure_leaves_no_orphan(
     assert "\n" not in str(caught.value)
     _assert_nothing_is_registered(mlflow_file, tmp_path.name)
     assert not config.output.exists() and not config.output.with_name("out.partial").exists()
+
+
+KILLED = """
+import json, os, signal, sys
+import requests
+from minitron.config.parse import parse
+from minitron.stages import register
+limit, values = int(sys.argv[1]), json.loads(sys.argv[2])
+changes, send = 0, requests.Session.send
+def send_then_die(session, request, **options):
+    global changes
+    answer = send(session, request, **options)
+    changes += request.method != "GET" and not request.url.endswith("/search")
+    if changes == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+requests.Session.send = send_then_die
+register.run(parse("register", values))
+"""
+
+
+def test_killed_after_any_of_its_requests_it_goes_on_and_makes_one_version(
+    mlflow_server: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path
+) -> None:
+    """After each one that changes something at the server: a search or a download leaves it as it was."""
+    client, limit, killed = connect(mlflow_server), 0, True
+    while killed:
+        limit += 1
+        name = f"{tmp_path.name}-{limit}"
+        config = make(mlflow_server, name=name, experiment=name, output=tmp_path / str(limit), pipeline_run_id="run")
+        done = forks.run_python("-c", KILLED, str(limit), json.dumps(config.model_dump(mode="json")))
+        killed = done.returncode != 0
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        registered = register.run(config)["registered"]
+        experiment = client.get_experiment_by_name(name).experiment_id
+        (version,), (model,) = (
+            client.search_model_versions(f"name = '{name}'"),
+            client.search_logged_models([experiment]),
+        )
+        assert int(client.get_model_version_by_alias(name, "challenger").version) == registered["version"] == 1
+        assert (model.status, version.source) == ("READY", f"models:/{model.model_id}")
+        assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
+        parent, stage = sorted(client.search_runs([experiment]), key=lambda run: "kfp.run_id" not in run.data.tags)
+        assert [run.info.status for run in (parent, stage)] == ["FINISHED"] * 2
+        assert version.run_id == parent.info.run_id == registered["run_id"]
+        assert [output.model_id for output in parent.outputs.model_outputs] == [model.model_id]
+        versions.download_version(mlflow_server, f"models:/{name}/1", tmp_path / f"{limit}-downloaded")
+        assert content_hash(tmp_path / f"{limit}-downloaded") == content_hash(student)
+    assert limit > 20, "the requests of a registration"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -411,15 +462,16 @@ def test_an_upload_that_arrived_in_part_is_no_version(
     uri: str, make: Callable[..., RegisterConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = type(connect(uri))
-    upload = client.log_model_artifacts
+    upload = client.log_model_artifact
+    (tmp_path / "half").mkdir()
 
-    def upload_half(self: Any, model_id: str, directory: str) -> None:
-        half = Path(shutil.copytree(directory, tmp_path / "half", dirs_exist_ok=True))
-        for path in half.glob("*.safetensors"):
-            path.write_bytes(path.read_bytes()[:1000])
-        upload(self, model_id, str(half))
+    def upload_half(self: Any, model_id: str, path: str, *folder: Any) -> None:
+        half = Path(shutil.copy(path, tmp_path / "half"))
+        if half.suffix == ".safetensors":
+            half.write_bytes(half.read_bytes()[:1000])
+        upload(self, model_id, str(half), *folder)
 
-    monkeypatch.setattr(client, "log_model_artifacts", upload_half)
+    monkeypatch.setattr(client, "log_model_artifact", upload_half)
     with pytest.raises(RunError, match=r"model.safetensors was uploaded to .*, but cannot be read back; check the"):
         register.run(make(uri))
     _assert_nothing_is_registered(uri, tmp_path.name)
