@@ -28,7 +28,7 @@ from minitron.models.checks import (
 )
 from minitron.storage.files import link_or_copy
 from minitron.storage.hashing import list_files
-from minitron.storage.layout import RECORD
+from minitron.storage.layout import RECORD, is_model_file
 
 if TYPE_CHECKING:  # register's image has neither torch nor transformers
     import torch
@@ -47,12 +47,6 @@ _CUT_KEYS = (
     "max_window_layers",
 )
 """Keys of config.json that pruning changes, or makes explicit."""
-
-_WEIGHT_SUFFIXES = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
-    ".onnx_data", ".npz", ".tflite", ".mlmodel", ".distcp", ".pkl",
-)  # fmt: skip
-"""Ends of the names of weight files in any format: those of one model are not those of another."""
 
 CARD, TEACHER_CARD = "README.md", "README.teacher.md"
 """The card of a model, and its name beside a model that was cut out of that one."""
@@ -133,7 +127,7 @@ def finish_derived_model(directory: Path, source: Path) -> None:
     (directory / GENERATION_CONFIG).unlink(missing_ok=True)
     is_cut = any(original.get(key, value) != value for key, value in changed.items() if original.get(key) is not None)
     for name in _list_model_files(source):
-        if str(name) == CONFIG or name.name.endswith(_WEIGHT_SUFFIXES):
+        if str(name) == CONFIG or name.name.endswith((".safetensors", ".index.json")):
             continue
         target = directory / (TEACHER_CARD if is_cut and str(name) == CARD else name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,9 +168,10 @@ def copy_model(source: Path, directory: Path) -> None:
 
 
 def _list_model_files(directory: Path) -> list[Path]:
-    """Return the names of a model's files: all but a stage's record and hidden ones."""
+    """Return the names of a model's files: not a stage's record, hidden ones, and weights in other formats."""
     names = [path.relative_to(directory) for path in list_files(directory)]
-    return [name for name in names if name.name != RECORD and not any(part.startswith(".") for part in name.parts)]
+    hidden = {name for name in names if any(part.startswith(".") for part in name.parts)}
+    return [name for name in names if is_model_file(str(name)) and name.name != RECORD and name not in hidden]
 
 
 def _write_for_both_transformers(path: Path) -> None:

@@ -12,7 +12,7 @@ stages of a run share one copy. A movable address (alias, branch, prefix) is res
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import fetch_hub_file, pin_hub_model, resolve_local_path
+from minitron.storage.layout import select_model_files
 from minitron.storage.references import follow_reference, read_reference
 from minitron.storage.staging import download_then_publish
 from minitron.tracking.client import default_retries
@@ -131,7 +132,7 @@ def _fetch_model(address: str, config: StageConfig) -> tuple[Path, str]:
     fetch: Callable[[str, Path], None]
     match address.partition(":/")[0]:
         case "gs":
-            find, fetch = _take_snapshot, _fetch_objects
+            find, fetch = _take_snapshot, partial(_fetch_objects, select=select_model_files)
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
@@ -186,10 +187,10 @@ def _take_snapshot(address: str) -> str:
     return bucket_results.take_snapshot(address)
 
 
-def _fetch_objects(identity: str, target: Path) -> None:
+def _fetch_objects(identity: str, target: Path, select: Callable[[Iterable[str]], set[str]] = set) -> None:
     from minitron.storage import transfers
 
-    transfers.download_objects(identity, target)
+    transfers.download_objects(identity, target, select)
 
 
 def _is_nemo(path: Path) -> bool:

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from minitron.errors import ConfigError, RunError
+from minitron.storage.layout import MODEL_FILES, OTHER_MODEL_FILES
 
 _HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))?")
 """hf://org/name[@revision][/config]"""
@@ -98,13 +99,26 @@ def fetch_hub_file(address: str, name: str) -> Path:
 
 
 def _download_from_hub(repository: str) -> Path:
+    """Return the local directory of a model's files, without its weights in other formats.
+
+    Raises:
+        ConfigError: it has no safetensors.
+        RunError: the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
 
     name, _, revision = repository.partition("@")
+    wanted, unwanted = list(MODEL_FILES), list(OTHER_MODEL_FILES)
     try:
-        return Path(snapshot_download(name, revision=revision or None))
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # as above
         raise _hub_error(f"hf://{repository}", error) from error
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"hf://{repository}: there is no .safetensors file in it, and nothing else is fetched; load the model with "
+            "transformers' from_pretrained, save it with save_pretrained, and give that directory"
+        )
+    return path
 
 
 def _hub_error(address: str, error: Exception) -> RunError:

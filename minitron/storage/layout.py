@@ -1,6 +1,8 @@
-"""The names of the files that stages leave for each other, and the record of a result."""
+"""The names of the files that stages leave for each other, of those that make a model, and the record of a result."""
 
 import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -62,6 +64,31 @@ CHECKPOINTS, RESULT = "checkpoints", "result"
 def partial_path(output: Path) -> Path:
     """Return the directory of the work in progress for a directory."""
     return output.with_name(output.name + ".partial")
+
+
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*.pdf",
+    "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
+"""What makes a Hugging Face model: weights, configs, tokenizer, card, license. It is what is fetched, and what a stage
+passes on: no pickle, which runs code when it is loaded, and no weights in another format."""
+
+OTHER_MODEL_FILES = ("original/*", "consolidated*")
+"""The same model as its author's own tools read it (Llama's, Mistral's): the weights a second time."""
+
+
+def is_model_file(name: str) -> bool:
+    """Say whether a file of a model directory, by its path in it, belongs to the Hugging Face model."""
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES) and not any(
+        fnmatch(name, pattern) for pattern in OTHER_MODEL_FILES
+    )
+
+
+def select_model_files(names: Iterable[str]) -> set[str]:
+    """Return the names of the files to fetch: those of a Hugging Face model; all of a NeMo checkpoint or a result."""
+    found = set(names)
+    is_model = "config.json" in found and RECORD not in found
+    return {name for name in found if is_model_file(name)} if is_model else found
 
 
 def result_path(stage: str, key: str) -> str:

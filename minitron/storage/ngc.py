@@ -18,6 +18,7 @@ from urllib3.util import Retry
 
 from minitron.errors import ConfigError, RunError
 from minitron.storage.hashing import hash_file
+from minitron.storage.layout import select_model_files
 
 _ADDRESS = re.compile(r"ngc://([\w.-]+)/(?:([\w.-]+)/)?([\w.-]+):([\w.-]+)")
 _CHUNK, _TIMEOUT = 1 << 16, 60
@@ -49,8 +50,11 @@ def download_model(address: str, target: Path) -> None:
     """
     session = _open_session()
     try:
-        for file in _list_files(session, address):
-            _download_file(session, file, target)
+        files = list(_list_files(session, address))
+        wanted = select_model_files(file.path for file in files)
+        for file in files:
+            if file.path in wanted:
+                _download_file(session, file, target)
     except requests.RequestException as error:
         raise RunError(
             f"{address}: not fetched ({type(error).__name__}); check the network and run it again"

@@ -5,7 +5,7 @@ that are complete stay when another one fails. An upload replaces no object: it 
 """
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,13 @@ _ATTEMPTS = 3
 _Transfers = list[tuple[Any, Path]]
 
 
-def download_objects(identity: str, target: Path) -> None:
+def download_objects(identity: str, target: Path, select: Callable[[Iterable[str]], set[str]] = set) -> None:
     """Download the objects of a snapshot into a directory; files that are there are kept.
+
+    Args:
+        identity: the snapshot.
+        target: the directory.
+        select: returns those of the names that are wanted.
 
     Raises:
         RunError: an object changed since the snapshot, does not match its CRC32C, or the bucket cannot be read.
@@ -48,7 +53,8 @@ def download_objects(identity: str, target: Path) -> None:
     objects = require_objects(address)
     if format_snapshot(address, objects) != identity:
         raise _changed_error(address)
-    missing = [(blob, target / name) for name, blob in objects.items() if not _is_there(target / name, blob)]
+    wanted = {name: objects[name] for name in sorted(select(objects))}
+    missing = [(blob, target / name) for name, blob in wanted.items() if not _is_there(target / name, blob)]
     for _, path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
     with one_line_errors(address, "fetched"), _progress_bar(address, sum(blob.size for blob, _ in missing)) as bar:

@@ -88,6 +88,7 @@ def catalogue(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A server that has the teacher; what it was asked, and the faults to make."""
     root = tmp_path / "catalogue"
     shutil.copytree(teacher, root)
+    (root / "pytorch_model.bin").write_text("the weights as a pickle, which is not fetched")
     log: list[tuple[str, str | None]] = []
     faults: dict[str, Any] = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Catalogue, root, log, faults))
@@ -256,6 +257,7 @@ def bucket(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     bucket = client.bucket("bucket")
     for path in teacher.iterdir():
         bucket.blob(f"models/llama/{path.name}").upload_from_filename(path)
+    bucket.blob("models/llama/original/consolidated.00.pth").upload_from_string("the weights again: not fetched")
     bucket.blob("models/llama-other/config.json").upload_from_string("{}")
     yield bucket
     server.stop()

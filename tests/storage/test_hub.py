@@ -1,14 +1,20 @@
 """Addresses become verified local paths."""
 
 import hashlib
+import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from minitron.errors import ConfigError, RunError
-from minitron.storage.hashing import content_hash, verified_hash
+from minitron.storage.hashing import content_hash, list_files, verified_hash
 from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
 from minitron.storage.layout import read_record
 
@@ -35,6 +41,78 @@ def test_a_hub_that_is_not_there_is_one_line(fetch: object, monkeypatch: pytest.
     message = str(caught.value)
     assert message.startswith("hf://nobody/nothing: not fetched (") and "\n" not in message
     assert message.endswith("check the name, HF_TOKEN and the network, or give a local path")
+
+
+COMMIT = "c" * 40
+NEEDED = {"config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"}
+NEEDED |= {"tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE", "USE_POLICY.md", "README.md"}
+OTHERS = {
+    "original/consolidated.00.pth",
+    "original/params.json",
+    "original/tokenizer.model",
+    "consolidated.safetensors",
+}
+OTHERS |= {"pytorch_model.bin", "optimizer.pt", "training_args.bin", "model.gguf", "tf_model.h5", "flax_model.msgpack"}
+OTHERS |= {"onnx/model.onnx", "onnx/model.onnx_data", "coreml/weight.mlmodel", "openvino/openvino_model.xml", "a.nemo"}
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The part of a hub's protocol that `snapshot_download` uses, for org/name and org/pickles."""
+
+    asked: ClassVar[list[str]] = []
+    files: ClassVar = {"org/name": NEEDED | OTHERS, "org/pickles": {"config.json", "pytorch_model.bin"}}
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        for repository, names in self.files.items():
+            if path.startswith(f"/api/models/{repository}/tree/"):
+                entries = [{"type": "file", "path": name, "size": len(name), "oid": "0" * 40} for name in names]
+                return self.reply(json.dumps(entries).encode())
+            if path.startswith(f"/api/models/{repository}"):
+                siblings = [{"rfilename": name} for name in names]
+                return self.reply(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
+            if (name := path.removeprefix(f"/{repository}/resolve/{COMMIT}/")) in names:
+                self.asked.append(name)
+                return self.reply(name.encode())
+        return self.reply(b"", 404)
+
+    do_HEAD = do_GET
+
+    def reply(self, content: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_of_a_hubs_model_only_what_it_needs_is_fetched(tmp_path: Path) -> None:
+    """Llama's original/ would double the download. In a process of its own: the library reads the environment once."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    code = "import sys; from minitron.storage import hub; print(hub.resolve_local_path(sys.argv[1]))"
+    try:
+        done, pickles = (
+            subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, env=environment)
+            for address in ("hf://org/name", "hf://org/pickles")
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    found = Path(done.stdout.splitlines()[-1])
+    assert {str(path.relative_to(found)) for path in list_files(found)} == NEEDED
+    assert not {*_Hub.asked} & (OTHERS | {"pytorch_model.bin"})
+    assert pickles.stderr.splitlines()[-1].endswith(
+        "hf://org/pickles: there is no .safetensors file in it, and nothing else is fetched; load the model with "
+        "transformers' from_pretrained, save it with save_pretrained, and give that directory"
+    )
 
 
 def test_a_datasets_address_has_a_form() -> None:
