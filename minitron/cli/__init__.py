@@ -1,5 +1,5 @@
 """The `minitron` command: runs a pipeline on this machine or on a cluster, and reads and changes the registry.
 
-app.py is the entry point; the commands stand in kubeflow.py, registry.py and run.py. This room imports every room but
-data and stages.
+app.py is the entry point; the commands stand in kubeflow.py, registry.py, run.py and gc.py. This room imports every
+room but data and stages.
 """

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from minitron import __version__
-from minitron.cli import kubeflow, registry, run  # noqa: F401  # each adds its commands
+from minitron.cli import gc, kubeflow, registry, run  # noqa: F401  # each adds its commands
 from minitron.cli.options import app, example
 
 

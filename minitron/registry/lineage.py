@@ -6,9 +6,9 @@ evaluate sees the directories of all earlier stages. It writes `lineage.json`: t
 teacher and corpus. register adds the records of evaluate and of itself, and the version's tag links to the file.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,8 +19,14 @@ from minitron.registry import versions
 from minitron.storage.layout import MANIFEST, read_record
 from minitron.tracking.client import connect, fail_fast, one_line_errors, read_artifact
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 TAG = "lineage"
 """Tag of a model version: the address of its lineage, runs:/RUN/lineage.json."""
+
+STUDENT_TAG = "student_sha256"
+"""Tag of a model version: the hash of its student's content."""
 
 UNKNOWN = "unknown"
 
@@ -100,13 +106,31 @@ def read_lineage(uri: str, address: str) -> dict[str, Any]:
         version = versions.pin_version(uri, address)
         name, _, number = version.removeprefix("models:/").rpartition("/")
         client = connect(uri)
-        tags = client.get_model_version(name, number).tags
-        if TAG not in tags:
-            raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
-        run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
-        lineage = read_artifact(client, run_id, path)
+        return _read_version(client, version, client.get_model_version(name, number).tags)
+
+
+def read_all_lineages(uri: str) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Yield the address, the student's hash and the stages' records of every version that register made.
+
+    Raises:
+        RunError: MLflow cannot be reached, or the lineage of a version cannot be read.
+    """
+    with one_line_errors(uri), fail_fast():
+        client = connect(uri)
+        for version in versions.list_all_versions(client):
+            address = f"models:/{version.name}/{version.version}"
+            if STUDENT_TAG in version.tags:
+                records = _read_version(client, address, version.tags)["stages"].values() if TAG in version.tags else ()
+                yield address, version.tags[STUDENT_TAG], list(records)
+
+
+def _read_version(client: "MlflowClient", version: str, tags: Mapping[str, str]) -> dict[str, Any]:
+    if TAG not in tags:
+        raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
+    run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
+    lineage = read_artifact(client, run_id, path)
     registered = lineage.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
-    if registered.get("sha256", UNKNOWN) != tags.get("student_sha256"):
+    if registered.get("sha256", UNKNOWN) != tags.get(STUDENT_TAG):
         raise RunError(
             f"{version}: {tags[TAG]} is of another student, because it was overwritten; register this one again"
         )

@@ -43,6 +43,7 @@ __all__ = [
     "ensure_registered_model",
     "find_version",
     "has_version",
+    "list_all_versions",
     "list_versions",
     "pin_version",
     "upload_model",
@@ -105,6 +106,15 @@ def list_versions(client: "MlflowClient", name: str) -> tuple[list[Any], dict[in
     for alias, version in client.get_registered_model(name).aliases.items():
         aliases.setdefault(int(version), []).append(alias)
     return sorted(versions, key=lambda version: -int(version.version)), aliases
+
+
+def list_all_versions(client: "MlflowClient") -> Iterator[Any]:
+    """Yield the versions of all registered models."""
+    page = client.search_model_versions(max_results=1000)
+    yield from page
+    while page.token:
+        page = client.search_model_versions(max_results=1000, page_token=page.token)
+        yield from page
 
 
 def has_version(uri: str, name: str, version: int, student_sha256: str) -> bool:

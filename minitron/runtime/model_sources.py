@@ -24,7 +24,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
 from minitron.storage import bucket, ngc
 from minitron.storage.cache import persistent_directory
-from minitron.storage.files import write_atomically
+from minitron.storage.files import mark_used, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import fetch_hub_file, pin_hub_model, resolve_local_path
 from minitron.storage.layout import select_model_files
@@ -174,6 +174,7 @@ def _fetch_once(identity: str, fetch: Callable[[str, Path], None], config: Stage
         write_atomically(_record_path(directory), {"identity": identity, "sha256": content_hash(downloads)})
 
     download_then_publish(directory, identity, fetch_and_hash, lambda: _is_complete(directory))
+    mark_used(directory)
     return directory
 
 

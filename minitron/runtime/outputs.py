@@ -20,6 +20,7 @@ from minitron.config.stages import LARGE, StageConfig
 from minitron.errors import ConfigError
 from minitron.storage import cache, references
 from minitron.storage.bucket import is_bucket
+from minitron.storage.files import mark_used
 from minitron.storage.layout import partial_path, read_record, result_path
 from minitron.storage.staging import InUse, lock_output, publish_copy, publish_links, read_intact
 
@@ -90,11 +91,16 @@ def _complete_result(location: ResultLocation, key: str) -> dict[str, Any] | Non
 
 def _read_result(location: ResultLocation, key: str, warn: bool = False) -> dict[str, Any] | None:
     if location.remote is None:
-        return read_intact(location.directory, key, warn)
+        if record := read_intact(location.directory, key, warn):
+            mark_used(location.directory)
+        return record
     from minitron.storage import bucket_results
 
     record = bucket_results.read_record_at(location.remote)
-    return record if record and record["key"] == key else None
+    if record is None or record["key"] != key:
+        return None
+    bucket_results.mark_used(location.remote, record)
+    return record
 
 
 def commit_result(location: ResultLocation, replace: bool) -> dict[str, Any]:

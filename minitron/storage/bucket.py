@@ -145,12 +145,14 @@ def get_or_create_json(address: str, name: str, make: Callable[[], Any]) -> Any:
     return content
 
 
-def delete_object(blob: Any) -> None:
-    """Delete an object unless it was deleted or replaced since it was listed."""
+def delete_object(blob: Any) -> bool:
+    """Delete an object unless it was deleted or replaced since it was listed; say whether this call deleted it."""
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
     with one_line_errors(f"{SCHEME}{blob.bucket.name}/{blob.name}", "deleted"), suppress(NotFound, PreconditionFailed):
         blob.delete(if_generation_match=blob.generation)
+        return True
+    return False
 
 
 def check_writable(address: str) -> None:

@@ -6,13 +6,17 @@
 A writer uploads into a directory of its own, named by the hash of its record and the generation of the record that it
 replaces (0: none), and then writes its record over that generation. Google Cloud Storage lets one writer do that: the
 others take its result. So once a record names a directory `…-0`, no other `…-0` can ever be named: they are deleted.
-A directory that was named once is never deleted, and no object but the record is ever replaced.
+A directory that was named once is deleted by `minitron gc` alone, and no object but the record is ever replaced.
 """
 
 import hashlib
 import json
 import re
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,10 @@ from minitron.storage import bucket
 from minitron.storage.hashing import list_files
 from minitron.storage.layout import RECORD, is_record, result_address
 from minitron.storage.transfers import upload_files
+
+_DAY = 24 * 3600
+_RESULT_OBJECT = re.compile(r"(\w+/[0-9a-f]{16})/(?:([0-9a-f]{16}-[0-9]+)/)?(.+)")
+"""An object of a workspace: stage and key, the writer's directory, the name in it."""
 
 _DIRECTORY = re.compile(r"([0-9a-f]{16})-([0-9]+)/")
 """A writer's directory: the hash of its record, and the generation of the record that it replaces."""
@@ -79,6 +87,62 @@ def _delete_lost_directories(address: str, record: dict[str, Any]) -> None:
         lost = _DIRECTORY.match(path)
         if lost and lost[1] != name and lost[2] == generation:
             bucket.delete_object(objects[path])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A writer's directory in a bucket, or the files of a result of version 0.1.0.
+
+    Attributes:
+        address: gs://bucket/path.
+        record: the record, as its stage wrote it; None: the upload has not ended.
+        named: whether the record of the key names it.
+        objects: all its objects, and the record that names it, in the order in which they are deleted.
+    """
+
+    address: str
+    record: dict[str, Any] | None
+    named: bool
+    objects: list[Any]
+
+
+def list_stored(workspace: str, objects: bucket.Objects) -> Iterator[Stored]:
+    """Yield the directories of all results of a workspace, whose objects were listed."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for path, blob in objects.items():
+        if match := _RESULT_OBJECT.fullmatch(path):
+            key, directory, name = match.groups()
+            groups.setdefault((key, directory or ""), {})[name] = blob
+    for (key, directory), blobs in sorted(groups.items()):
+        record_blob = groups.get((key, ""), {}).get(RECORD)
+        record = bucket.read_json(f"{workspace}/{key}", RECORD)[0] if record_blob else None
+        named = is_record(record) and record.get("directory", "") == directory
+        if not directory and not named:
+            continue  # the record alone, which belongs to the directory that it names
+        address = f"{workspace}/{key}/{directory}".rstrip("/")
+        own = record if named else bucket.read_json(address, RECORD)[0] if RECORD in blobs else None
+        first = [record_blob] if named and directory else []
+        rest = [blobs[name] for name in sorted(blobs, key=lambda name: (name != RECORD, name))]
+        yield Stored(address, own if is_record(own) else None, named, first + rest)
+
+
+def delete_stored(stored: Stored) -> bool:
+    """Delete a result, first what makes it complete; return False, and leave it, if it was used meanwhile."""
+    first, *rest = stored.objects
+    if not bucket.delete_object(first):
+        return False
+    for blob in rest:
+        bucket.delete_object(blob)
+    return True
+
+
+def mark_used(address: str, record: dict[str, Any]) -> None:
+    """Write a record again if it is older than a day: `minitron gc` reads there when the result was used last."""
+    blob = bucket.list_objects(f"{address}/{RECORD}").get(RECORD)
+    if blob and time.time() - blob.updated.timestamp() > _DAY:
+        with suppress(RunError):  # this account may only read
+            if (current := bucket.read_json(address, RECORD)) == (record, blob.generation):
+                bucket.write_json(address, RECORD, *current)
 
 
 def find_files(address: str) -> str:

@@ -34,6 +34,12 @@ def delete_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def mark_used(path: Path) -> None:
+    """Set the time of a directory to now: `minitron gc` reads there when it was used last."""
+    with suppress(OSError):  # a volume that is mounted to be read
+        path.touch()
+
+
 def link_file(source: str | Path, target: str | Path) -> None:
     """Hard-link a file. Of a link its target is linked: a relative link leads nowhere from another directory."""
     os.link(Path(source).resolve(strict=True), target)

@@ -105,6 +105,15 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return record if is_record(record) else None
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is no such file or it holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def result_address(location: str, record: dict[str, Any]) -> str:
     """Return the address of a result's files: in a bucket, the directory that the record beside it names.
 

@@ -15,7 +15,7 @@ from minitron.config.fields import format_address
 from minitron.errors import RunError
 from minitron.storage.bucket import is_bucket, take_snapshot
 from minitron.storage.cache import result_cache_path
-from minitron.storage.files import write_atomically
+from minitron.storage.files import mark_used, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, REFERENCE, read_record, result_address
 from minitron.storage.staging import download_then_publish, replace_directory
@@ -101,6 +101,7 @@ def _find_or_fetch(reference: Reference) -> Path:
     cached = result_cache_path(reference.sha256, reference.key)
     if read_record(cached) is None:
         _fetch_result(reference, cached)
+    mark_used(cached)
     return cached
 
 

@@ -116,6 +116,16 @@ def _lock_file(stream: TextIO, partial: Path, wait: bool) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
 
 
+def is_locked(output: Path) -> bool:
+    """Say whether a process is at work on a directory."""
+    with suppress(FileNotFoundError), (partial_path(output) / KEY).open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
+
+
 def _is_same_file(stream: TextIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())

@@ -33,6 +33,7 @@ __all__ = [
     "is_refusal",
     "one_line_errors",
     "read_artifact",
+    "search_running_runs",
     "search_runs",
     "set_environment",
 ]
@@ -141,6 +142,12 @@ def defer_sigterm() -> Iterator[None]:
 def search_runs(client: "MlflowClient", experiment: str, tag: str, value: str) -> list["Run"]:
     """Return the runs of an experiment whose tag has this value."""
     return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'"))
+
+
+def search_running_runs(client: "MlflowClient") -> list["Run"]:
+    """Return the runs of all experiments that are going on."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, "attributes.status = 'RUNNING'"))
 
 
 def find_active_run(client: "MlflowClient", run_id: str) -> "Run | None":

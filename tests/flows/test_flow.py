@@ -214,6 +214,13 @@ def test_a_changed_setting_runs_only_what_depends_on_it(flow: dict[str, Any]) ->
     assert int(summary["registered"]["version"]) == int(flow["summary"]["registered"]["version"]) + 1
 
 
+def test_nothing_that_the_version_was_made_from_is_garbage(flow: dict[str, Any]) -> None:
+    done = asked("gc", str(flow["directory"]), "--older-than", "1h")
+    lines = [line for line in done.stdout.splitlines() if " workspace/" in line]
+    kept = [line.partition(" workspace/")[2].partition("/")[0] for line in lines if "was made from it" in line]
+    assert set(kept) == set(STAGES) and not [line for line in lines if line.startswith("goes")], done.stdout
+
+
 def test_the_help_names_every_option(flow: dict[str, Any]) -> None:
     done = execute(HELP, flow["root"])
     assert done.returncode == 0
