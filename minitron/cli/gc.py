@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
+from minitron.cli.local import RUN_DATABASE
 from minitron.cli.options import Debug, app, example, one_line_errors
 from minitron.cli.tables import print_table
 from minitron.errors import ConfigError
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from minitron.runtime.cleanup import Item
 
 _SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
-_RUN_DATABASE = "mlflow.db"
 
 
 @app.command(
@@ -46,8 +46,8 @@ def collect_garbage(
         from minitron.storage.files import disk_errors
 
         root, seconds = _find_root(place), _parse_span(older_than or ("0h" if pipeline_run else "30d"))
-        if tracking_uri is None and (Path(root) / _RUN_DATABASE).is_file():
-            tracking_uri = f"sqlite:///{Path(root).absolute() / _RUN_DATABASE}"
+        if tracking_uri is None and (Path(root) / RUN_DATABASE).is_file():
+            tracking_uri = f"sqlite:///{Path(root).absolute() / RUN_DATABASE}"
         if tracking_uri is None and delete:
             raise ConfigError("--delete: what registered versions were made from is not known; give --tracking-uri")
         with disk_errors(Path(root)):

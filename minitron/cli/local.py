@@ -21,6 +21,9 @@ from minitron.runtime.lifeline import guide_stages
 from minitron.runtime.record import failure_note_path, read_failure_note
 from minitron.storage.layout import CONCLUSION_PAGE, REPORT
 
+RUN_DATABASE = "mlflow.db"
+"""MLflow's file in the directory of a run."""
+
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
 """tqdm ends a nested bar with it; it would overwrite the line above."""

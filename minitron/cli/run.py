@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from minitron.config.pipelines import (
 from minitron.config.reference import help_text
 from minitron.config.settings import RESOURCES, GpuResources
 from minitron.errors import ConfigError, without_password
+from minitron.storage.files import disk_errors
 
 
 @app.command(
@@ -60,18 +62,34 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
         paths = demo_inputs.input_paths(request.samples, work_dir / "inputs")
         request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
     arguments = check_arguments(request, parameters)
-    if request.samples:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        with demo_inputs.build_aside(request.samples, work_dir / "inputs"):
-            local.import_kfp()
-    results = local.run_pipeline(documents, arguments, work_dir)
-    summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
+    _make_directory(work_dir)
+    with disk_errors(work_dir):
+        if request.samples:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+            with demo_inputs.build_aside(request.samples, work_dir / "inputs"):
+                local.import_kfp()
+        results = local.run_pipeline(documents, arguments, work_dir)
+        summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
+
+
+def _make_directory(work_dir: Path) -> None:
+    """Make the directory of the run.
+
+    Raises:
+        ConfigError: it is a file, or this user may not write to it.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=work_dir).close()
+    except OSError as error:
+        reason = "is a file" if work_dir.is_file() else error.strerror
+        raise ConfigError(f"--work-dir {work_dir}: {reason}; give a directory to write to") from error
 
 
 def _local_defaults(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
     """Return the defaults of this machine: a file for MLflow, no NeMo and no GPUs."""
     defaults: dict[str, Any] = {
-        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir}/mlflow.db"
+        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir / local.RUN_DATABASE}"
     }
     if SETTINGS_PARAMETER in parameters:
         defaults["engine"] = "hf"

@@ -1,6 +1,7 @@
 """The end of a run: summary.json, and the tables or, if nothing was trained, the reason."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def _tracking_page(tracking_uri: str) -> str:
     if tracking_uri.startswith("http"):
         return without_password(tracking_uri)
     program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
-    return f"{program} ui --backend-store-uri {without_password(tracking_uri)}"
+    return shlex.join([str(program), "ui", "--backend-store-uri", without_password(tracking_uri)])
 
 
 def _format_gap(gap: float | None) -> str:

@@ -109,7 +109,9 @@ def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -
         reason = f"evaluate.tasks: {', '.join(config.tasks)} cannot be loaded ({reason}); "
         if config.task_directory is None:
             raise RunError(f"{reason}check the network and HF_TOKEN, or give a task_directory") from error
-        raise ConfigError(f"{reason}correct the files in {config.task_directory}") from error
+        raise ConfigError(
+            f"{reason}correct the files in {config.task_directory}, whose tasks read no dataset but those beside them"
+        ) from error
     return tasks
 
 

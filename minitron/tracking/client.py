@@ -62,6 +62,11 @@ def connect(uri: str) -> "MlflowClient":
             f"tracking_uri {without_password(uri)}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE"
         )
     if database := _sqlite_file(uri):
+        if found := next((character for character in "?%" if character in uri), None):
+            raise ConfigError(
+                f"tracking_uri {uri}: MLflow would make another file, since {found!r} is no plain character in a URI; "
+                "give a --work-dir or tracking_uri without it"
+            )
         database.parent.mkdir(parents=True, exist_ok=True)
     mlflow = _import_mlflow()
     try:
@@ -101,6 +106,8 @@ def _suggest_remedy(error: BaseException) -> str:
             return "give one that is there"
         case "INVALID_PARAMETER_VALUE" if "deleted" in str(error):
             return "bring it back: mlflow experiments restore, or mlflow runs restore"
+        case _ if "disk is full" in str(error):
+            return "free space where its file lies, and run it again"
         case _:
             return "check tracking_uri and that the server runs"
 

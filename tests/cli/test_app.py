@@ -172,11 +172,23 @@ def test_a_run_ends_with_its_stage_however_it_ends_and_resumes_where_it_was(tmp_
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_a_work_dir_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    preset, file = write_preset(tmp_path), tmp_path / "file"
+    file.touch()
+    for work_dir, reason in (
+        (file, "is a file"),
+        (file / "run", "Not a directory"),
+        (Path("/proc/run"), "No such file"),
+    ):
+        done = CliRunner().invoke(app, ["run", "compress", "--preset", preset, "--work-dir", str(work_dir)])
+        assert done.exit_code == 2 and done.stderr.startswith(f"error: --work-dir {work_dir}: {reason}"), done.stderr
+
+
 def test_the_last_line_can_be_typed_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     assert summary._tracking_page("https://user:secret@host/mlflow") == "https://host/mlflow"
     monkeypatch.setenv("PATH", "/nowhere")
-    program, *arguments = summary._tracking_page("sqlite:////data/mlflow.db").split()
-    assert Path(program).is_file() and arguments == ["ui", "--backend-store-uri", "sqlite:////data/mlflow.db"]
+    program, *arguments = shlex.split(summary._tracking_page("sqlite:////my data/mlflow.db"))
+    assert Path(program).is_file() and arguments == ["ui", "--backend-store-uri", "sqlite:////my data/mlflow.db"]
     monkeypatch.setenv("PATH", str(Path(program).parent))
     assert summary._tracking_page("sqlite:////data/mlflow.db").startswith("mlflow ui ")
 

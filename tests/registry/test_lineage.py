@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 from minitron import METHOD_VERSION
 from minitron.cli import lineage_tree
 from minitron.cli.app import app
-from minitron.config.document import SAMPLES, make_plan, merge
+from minitron.config.document import SAMPLES, make_plan, merge, read_preset
 from minitron.config.parse import parse
-from minitron.config.presets import read_preset
 from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError

@@ -18,8 +18,7 @@ from minitron.cli.app import app
 from minitron.config.parse import parse
 from minitron.runtime import cleanup, stage
 from minitron.storage import bucket_results
-from minitron.storage.layout import RECORD, read_record
-from minitron.storage.staging import partial_path
+from minitron.storage.layout import RECORD, partial_path, read_record
 from minitron.tracking.client import connect, find_or_create_experiment
 from tests.servers.gcs import World
 from tests.servers.mlflow_server import register_version

@@ -154,6 +154,7 @@ def test_errors_of_the_registry_are_one_line_and_hide_the_password(tmp_path: Pat
     (tmp_path / "not.db").write_text("text " * 1000)
     answers = {
         "postgres://user:secret@db/mlflow": "tracking_uri postgres://db/mlflow: MLflow does not write there",
+        f"sqlite:///{tmp_path}/w?2/mlflow.db": "MLflow would make another file, since '?' is no plain character",
         f"sqlite:///{tmp_path}/not.db": "file is not a database",
     }
     for uri, words in answers.items():
