@@ -22,9 +22,9 @@ from minitron.errors import RunError
 from minitron.runtime import inputs, outputs
 from minitron.runtime.record import list_nemo_releases, run_facts
 from minitron.storage.cache import persistent_directory
-from minitron.storage.files import disk_errors, write_atomically
+from minitron.storage.files import disk_errors, format_json, write_atomically
 from minitron.storage.hashing import content_hash, keep_notes
-from minitron.storage.layout import RECORD, partial_path, read_record, result_address
+from minitron.storage.layout import RECORD, partial_path, result_address
 from minitron.storage.staging import new_result, publish_directory, sync_files
 from minitron.tracking import stage_run
 
@@ -84,6 +84,7 @@ def _find_or_make(config: StageConfig, work: Work, check: Callable[[Any], None])
             address = result_address(location.remote or str(location.directory), record)
             _check_finite(stage, record, f"{address}: ")
             print(f"{stage}: result {key[:12]} is already in {address}", flush=True)
+            stage_run.deliver_unsent(config)
     with disk_errors(config.output):
         outputs.publish_output(stage, config, location, record)
     return record
@@ -99,20 +100,17 @@ def _make_result(
 ) -> dict[str, Any]:
     """Do the work with `local`, whose inputs are local paths; the record has the addresses of `config`."""
     started = time.time()
-    with (
-        new_result(partial_path(result), identity["key"]) as directory,
-        stage_run.track_stage(config, identity) as tracker,
-        disk_errors(result),
-    ):
-        results = work(local, directory, tracker)
-        _check_finite(identity["stage"], results)
-        record = identity | run_facts(config, tracker, started) | results
-        record["output_sha256"] = content_hash(directory)
-        sync_files(directory)
-        write_atomically(directory / RECORD, record)
+    with new_result(partial_path(result), identity["key"]) as directory:
+        with stage_run.track_stage(config, identity) as tracker, disk_errors(result):
+            results = work(local, directory, tracker)
+            _check_finite(identity["stage"], results)
+            record = identity | run_facts(config, tracker, started) | results
+            record["output_sha256"] = content_hash(directory)
+            sync_files(directory)
+            record = json.loads(format_json(record, directory / RECORD))
+            tracker.finish(record)  # before the record is there: a kill then loses no message, since the disk has them
+            write_atomically(directory / RECORD, record)
         publish_directory(directory, result)
-        record = read_record(result) or record
-        tracker.finish(record)
     return record
 
 

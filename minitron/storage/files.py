@@ -59,11 +59,7 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
     Raises:
         RunError: a number is infinite or not a number, for which JSON has no word.
     """
-    try:
-        text = json.dumps(content, indent=2, default=_to_json_value, allow_nan=False)
-    except ValueError as error:
-        reason = find_not_finite(content) or error
-        raise RunError(f"{path}: not written, because {reason}; find out where that number comes from") from error
+    text = format_json(content, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # another process may write the same file
     try:
@@ -76,6 +72,19 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def format_json(content: dict[str, Any], path: Path) -> str:
+    """Return the JSON of what will be written to a path.
+
+    Raises:
+        RunError: a number is infinite or not a number, for which JSON has no word.
+    """
+    try:
+        return json.dumps(content, indent=2, default=_to_json_value, allow_nan=False)
+    except ValueError as error:
+        reason = find_not_finite(content) or error
+        raise RunError(f"{path}: not written, because {reason}; find out where that number comes from") from error
 
 
 def _to_json_value(value: Any) -> Any:

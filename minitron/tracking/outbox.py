@@ -66,6 +66,14 @@ class Outbox:
                 self._sending.release()
         return not (self._file or self._queued)
 
+    def store(self) -> None:
+        """Move all queued messages to the file, which outlives a kill; they are sent from there."""
+        if self._sending.acquire(timeout=_SENDING_SECONDS):
+            try:
+                self._store_messages(self._take_queued())
+            finally:
+                self._sending.release()
+
     def close(self, first: Iterable[Message]) -> bool:
         """Send `first`, then the queued messages, or store them; end the thread; say whether all arrived."""
         self._ending.set()

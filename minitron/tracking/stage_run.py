@@ -71,7 +71,7 @@ class Tracker:
         """Log metrics at a step, with the current time."""
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Log the finished stage's record: its metrics and stage.json."""
+        """Log the finished stage's record: its metrics and stage.json. Whatever happens now, the messages are kept."""
 
 
 class MlflowTracker(Tracker):
@@ -90,7 +90,7 @@ class MlflowTracker(Tracker):
         """Join or open the runs, and log the configuration."""
         super().__init__(identity)
         self.client = client
-        self._attempt, self._last_step = str(_now_milliseconds()), 0
+        self._attempt, self._last_step, self._finished = str(_now_milliseconds()), 0, False
         self._steps: dict[str, set[int]] = {}  # of each metric: those that MLflow has
         parent = join_pipeline_run(client, config)
         self._owns_parent = parent is not None and "MLFLOW_RUN_ID" not in os.environ
@@ -108,7 +108,9 @@ class MlflowTracker(Tracker):
         A step that the metric has already is left out: a resumed training repeats those after its last checkpoint.
         """
         now = _now_milliseconds()
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        numbers = {
+            make_metric_name(name): float(value) for name, value in metrics.items() if isinstance(value, int | float)
+        }
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         for name in numbers.keys() - finite.keys():
             self._warn(f"{name} is {numbers[name]} at step {step}: not logged")
@@ -119,13 +121,15 @@ class MlflowTracker(Tracker):
         self._last_step = max(self._last_step, step)
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Send the record; if that fails, store it and retry as often as MLFLOW_HTTP_REQUEST_MAX_RETRIES allows."""
+        """Store the record, the end of the run, and the points that MLflow lacks since a killed attempt had them."""
+        for row in record.get("history", []):
+            self.log({name: value for name, value in row.items() if name != "step"}, row["step"])
         self.log(self._name_results(record), self._last_step)
         self._outbox.put({"run": self.run_id, "file": RECORD, "text": json.dumps(record, indent=2, allow_nan=False)})
-        with defer_sigterm():
-            if not self._outbox.flush():
-                with default_retries():
-                    self._outbox.flush()
+        for message in self._make_statuses("FINISHED"):
+            self._outbox.put(message)
+        self._outbox.store()
+        self._finished = True
 
     def _name_results(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return the record's metrics under the names that MLflow gets.
@@ -139,16 +143,23 @@ class MlflowTracker(Tracker):
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.
 
-        The status goes first: the server may take no more than one call before Kubernetes ends the task.
+        The status goes first: the server may take no more than one call before Kubernetes ends the task. A finished
+        stage tries as often as MLFLOW_HTTP_REQUEST_MAX_RETRIES allows.
         """
-        runs = [self.run_id, *([self.pipeline_run_id] if self._owns_parent else [])]
-        last = [{"run": run, "status": status, "end": _now_milliseconds(), "attempt": self._attempt} for run in runs]
+        last = [] if status == "FINISHED" and self._finished else self._make_statuses(status)
         if error:
             tag = [ERROR_TAG, f"{type(error).__name__}: {error}"[:_TAG_LENGTH]]
             last.append({"run": self.run_id, "tag": tag})
         with defer_sigterm():
+            if status == "FINISHED" and not self._outbox.flush():
+                with default_retries():
+                    self._outbox.flush()
             if not self._outbox.close(last):
                 self._warn(f"not all arrived; {self._unsent} has it, and the next stage that reaches MLflow sends it")
+
+    def _make_statuses(self, status: str) -> list[Message]:
+        runs = [self.run_id, *([self.pipeline_run_id] if self._owns_parent else [])]
+        return [{"run": run, "status": status, "end": _now_milliseconds(), "attempt": self._attempt} for run in runs]
 
     def _open_run(self, config: StageConfig, parent_id: str | None) -> str:
         """Continue the run of a killed attempt, or create one; return its id."""
@@ -156,12 +167,14 @@ class MlflowTracker(Tracker):
         tags |= {KEY_TAG: self.identity["key"], "minitron.runtime.stage": self.identity["stage"]}
         tags |= {PARENT_TAG: parent_id} if parent_id else {}
         earlier = search_runs(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
-        unfinished = [r for r in earlier if r.data.tags.get(PARENT_TAG) == parent_id and r.info.status != "FINISHED"]
-        if unfinished:
+        own = [run for run in earlier if run.data.tags.get(PARENT_TAG) == parent_id]
+        # a pipeline run makes a result once: a run that ended but whose result was lost in a kill goes on, too
+        if unfinished := own if parent_id else [run for run in own if run.info.status != "FINISHED"]:
             run = unfinished[0]
             for name in run.data.metrics:
                 points = self.client.get_metric_history(run.info.run_id, name)
                 self._steps[name] = {point.step for point in points}
+            self._last_step = max((step for steps in self._steps.values() for step in steps), default=0)
         else:
             run = self.client.create_run(self.experiment_id, tags=tags, run_name=self.identity["stage"])
         self._log_parameters(config, run)
@@ -214,7 +227,7 @@ def track_stage(config: StageConfig, identity: dict[str, Any]) -> Iterator[Track
     with fail_fast():  # for the whole stage: the environment must not change while training threads run
         with one_line_errors(config.tracking_uri), defer_sigterm():
             client = connect(config.tracking_uri)
-            _deliver_unsent(client, config)
+            deliver_unsent(config, client)
             tracker = MlflowTracker(client, config, identity)
         print(
             f"{identity['stage']}: MLflow run {tracker.run_id} at {without_password(config.tracking_uri)}", flush=True
@@ -233,15 +246,16 @@ def _unsent_directory(config: StageConfig) -> Path:
     return persistent_directory(config.workspace) / "unsent" / server
 
 
-def _deliver_unsent(client: "MlflowClient", config: StageConfig) -> None:
-    """Send the messages that earlier stages could not send; on an error, warn and go on."""
+def deliver_unsent(config: StageConfig, client: "MlflowClient | None" = None) -> None:
+    """Send what earlier stages could not send, if there is anything; on an error, warn and go on."""
+    directory = _unsent_directory(config)
+    if not config.tracking_uri or not any(directory.glob("*.jsonl")):
+        return
     try:
-        deliver_messages(_unsent_directory(config), partial(_send_or_drop, client))
+        with fail_fast():
+            deliver_messages(directory, partial(_send_or_drop, client or connect(config.tracking_uri)))
     except Exception as error:
-        print(
-            f"warning: MLflow: {error_reason(error)}; what {_unsent_directory(config)} holds is sent later",
-            file=sys.stderr,
-        )
+        print(f"warning: MLflow: {error_reason(error)}; what {directory} holds is sent later", file=sys.stderr)
 
 
 def _send_or_drop(client: "MlflowClient", message: Message, attempt: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Count what a process does to the files below a directory; at event N end its process group, or let the call fail.
+"""Count what a process does to the files below a directory; at an event end its process group, or let the call fail.
 
 In a process of your own session (a kill ends all processes of the group):
 
@@ -15,12 +15,14 @@ In this process, for calls that fail:
 
 Without an event nothing happens, and `sites` is the list of all events. Events are Python's audit events (open for
 writing, rename, remove, rmdir, mkdir, link, symlink, truncate), and the writers that are no Python: safetensors' and
-torch.save's. A directory's removal is an event per entry.
+torch.save's. A directory's removal is an event per entry. What changes nothing is none: making a directory that is
+there or removing what is not, opening a file again to append to it.
 """
 
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -53,10 +55,20 @@ class Site(NamedTuple):
     event: str
     path: str
 
+    def make_label(self, directory: Path) -> str:
+        """Return what identifies the site in every run: no name of this run, no random one; one for a folder."""
+        is_one_of_many = self.event in ("os.remove", "os.link")
+        path = (
+            (f"{Path(self.path).parent}/*" if is_one_of_many else self.path)
+            .removeprefix(f"{directory}/")
+            .partition("?")[0]
+        )
+        return re.sub(r"[0-9a-f]{16,}|\btmp\w{8}\b|tfevents.*|(?<=artifacts/)\d+", "*", f"{self.event} {path}")
+
 
 class _Fault(NamedTuple):
     directory: Path
-    event: int | None
+    event: int | list[str] | None
     action: str | int
     log: str | None
     sites: list[Site]
@@ -68,13 +80,17 @@ _hooked = False
 
 
 def arm(
-    directory: Path | str, event: int | None = None, action: str | int = "kill", log: Path | str | None = None
+    directory: Path | str,
+    event: int | list[str] | None = None,
+    action: str | int = "kill",
+    log: Path | str | None = None,
 ) -> list[Site]:
     """Count events below a directory from now on, in this process and in its forks.
 
     Args:
         directory: events elsewhere do not count.
-        event: the number of the event at which something happens, from 1; None: nothing happens.
+        event: the number of the event at which something happens, from 1, or labels of sites, the first of which that
+            comes counts; None: nothing happens.
         action: "kill": SIGKILL to the process group before the event. "cut": SIGKILL when a file that is opened for
             writing is empty, or half of it is written by safetensors or torch.save; other events as "kill".
             A number of `errno`: the call fails with this error, once.
@@ -133,8 +149,12 @@ def count_event(event: str, path: Any, cut: Callable[[], Any] = lambda: None, wi
     with _lock:
         if not (fault := _fault) or (within and not _is_below(fault.directory, path)):
             return
-        fault.sites.append(Site(event, os.fsdecode(path)))
-        has_come = len(fault.sites) == fault.event
+        site = Site(event, os.fsdecode(path))
+        if _changes_nothing(site, fault.sites):
+            return
+        fault.sites.append(site)
+        number, label = len(fault.sites), site.make_label(fault.directory)
+        has_come = label in fault.event if isinstance(fault.event, list) else number == fault.event
         if has_come or fault.log:
             disarm()  # what follows is no event
             _write_line(fault, has_come)
@@ -147,6 +167,16 @@ def count_event(event: str, path: Any, cut: Callable[[], Any] = lambda: None, wi
         if fault.action == "cut":
             cut()
         os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _changes_nothing(site: Site, earlier: list[Site]) -> bool:
+    match site.event:
+        case "os.mkdir":
+            return Path(site.path).is_dir()
+        case "os.remove" | "os.rmdir":
+            return not os.path.lexists(site.path)
+        case _:
+            return site.event == "append" and site in earlier
 
 
 def _restore(fault: _Fault) -> None:
@@ -175,7 +205,7 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
         _wrap_writers()
         path, _, flags = arguments
         if flags & _WRITING and not isinstance(path, int):
-            count_event("open", path, lambda: os.open(path, flags, 0o666))
+            count_event("append" if flags & os.O_APPEND else "open", path, lambda: os.open(path, flags, 0o666))
     elif event in _PATHS:
         paths = arguments[: _PATHS[event]]
         folders = arguments[-len(paths) :] if event not in ("os.symlink", "os.truncate") else ()
