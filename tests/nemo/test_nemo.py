@@ -146,12 +146,13 @@ def test_two_processes_give_the_losses_of_one(distilled: dict[str, dict[str, Any
         assert two[name] == pytest.approx(values, rel=1e-4), name
 
 
+@pytest.mark.parametrize("change", [{}, {"micro_batch_size": 2, "checkpoint_interval": 2}])
 def test_killed_in_mid_training_it_resumes_and_ends_with_the_same_loss(
-    teacher: Path, dataset: Path, finetuned: dict[str, Path], tmp_path: Path
+    teacher: Path, dataset: Path, finetuned: dict[str, Path], tmp_path: Path, change: dict[str, int]
 ) -> None:
-    resumed = _kill_and_resume(
-        "finetune", lambda work: (work / "step-3").exists(), tmp_path, teacher=str(teacher), dataset=str(dataset)
-    )
+    """Also with settings that decide no result."""
+    models = {"teacher": str(teacher), "dataset": str(dataset)}
+    resumed = _kill_and_resume("finetune", lambda work: (work / "step-3").exists(), tmp_path, change, **models)
     _check_same_course(json.loads((finetuned["nemo"] / "stage.json").read_text()), resumed)
     for name, weight in weights(finetuned["nemo"]).items():
         assert torch.allclose(weights(tmp_path / "killed")[name], weight, atol=1e-6), name
@@ -175,9 +176,18 @@ def test_it_trains_on_while_it_writes_and_killed_then_it_resumes_at_the_checkpoi
 
 
 def _kill_and_resume(
-    stage: str, is_time: Callable[[Path], bool], tmp_path: Path, slow_disk: float = 0, **settings: Any
+    stage: str,
+    is_time: Callable[[Path], bool],
+    tmp_path: Path,
+    change: dict[str, int] | None = None,
+    slow_disk: float = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Kill a training when `is_time` says so of its checkpoints' directory, start it again, and return its record."""
+    """Kill a training when `is_time` says so of its checkpoints' directory, start it again with some settings changed.
+
+    Returns:
+        The record.
+    """
     settings = TRAINING | settings | {"output": str(tmp_path / "killed"), "engine": "nemo"}
     parse(stage, settings)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
@@ -192,6 +202,7 @@ def _kill_and_resume(
     process.wait()
     _wait_until_no_worker_is_left(work)
     (work / "step-9.saving").mkdir()  # what a kill during a save leaves
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings | (change or {})))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((tmp_path / "killed" / "stage.json").read_text())
