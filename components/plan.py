@@ -19,6 +19,7 @@ def plan(
     preset: str = "",
     settings: dict = {},
     workspace: Optional[str] = None,
+    tracking_uri: Optional[str] = None,
     pipeline_run_id: Optional[str] = None,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Plan",
@@ -47,7 +48,8 @@ def plan(
     # fmt: off
     outputs = launch(
         "plan", output=planned.path, teacher=teacher, corpus=corpus, model_name=model_name,
-        champion=champion, preset=preset, document=settings, workspace=workspace, pipeline_run_id=pipeline_run_id,
+        champion=champion, preset=preset, document=settings, workspace=workspace, tracking_uri=tracking_uri,
+        pipeline_run_id=pipeline_run_id,
     )["outputs"]
     # fmt: on
     shutil.copyfile(f"{planned.path}/plan.html", report.path)

@@ -21,15 +21,17 @@ from minitron.cli.options import (
     one_line_errors,
 )
 from minitron.cli.tables import print_table
+from minitron.config.parse import SectionError
 from minitron.config.pipelines import (
     apply_cluster_config,
     check_arguments,
-    check_for_cluster,
     compiled_pipeline,
+    find_cluster_faults,
     get_parameters,
     list_stages,
     queue_pods,
     read_request,
+    read_run_plan,
 )
 from minitron.config.reference import help_text
 from minitron.config.settings import ClusterConfig
@@ -196,7 +198,14 @@ def _read_run(
     if request.samples:
         _refuse_samples(request.samples, request.arguments)
     arguments = check_arguments(request, parameters)
-    check_for_cluster(arguments, parameters)
+    plan = read_run_plan(arguments)
+    faults = list(find_cluster_faults(plan, arguments, parameters))
+    if plan:
+        from minitron.runtime.preflight import check_plan
+
+        check_plan(plan, faults, hurry=True)
+    elif faults:
+        raise SectionError(faults)
     if request.cluster.queue:
         documents = queue_pods(documents, request.cluster.queue, arguments)
     return documents, arguments, request.cluster

@@ -11,12 +11,14 @@ import typer
 
 from minitron.cli import demo_inputs, local, summary
 from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, example, one_line_errors
+from minitron.config.addresses import find_missing_paths
 from minitron.config.pipelines import (
     SETTINGS_PARAMETER,
     check_arguments,
     compiled_pipeline,
     get_parameters,
     read_request,
+    read_run_plan,
 )
 from minitron.config.reference import help_text
 from minitron.config.settings import RESOURCES, GpuResources
@@ -68,6 +70,10 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             with demo_inputs.build_aside(request.samples, work_dir / "inputs"):
                 local.import_kfp()
+        if plan := read_run_plan(arguments):
+            from minitron.runtime.preflight import check_plan
+
+            check_plan(plan, find_missing_paths(plan, Path("/")), hurry=True)
         results = local.run_pipeline(documents, arguments, work_dir)
         summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
 

@@ -67,14 +67,14 @@ def find_gate_faults(gates: list[Gate], tasks: list[str], has_other_text: bool) 
         tasks: lm-eval tasks that are measured; their metrics begin with the task's name.
         has_other_text: True if `evaluate.out_of_domain` is set.
     """
+    remedy = (
+        f"; give one of {', '.join(NUMBERS)}, or TASK_acc of a task in evaluate.tasks ({', '.join(tasks) or 'none'})"
+    )
     for number, gate in enumerate(gates):
         key = f"gates.{number}.metric"
         if gate.metric not in NUMBERS and not any(gate.metric.startswith(f"{task}_") for task in tasks):
-            yield Fault(
-                key,
-                f"{gate.metric} is not measured; give one of {', '.join(NUMBERS)}, or "
-                f"TASK_acc of a task in evaluate.tasks ({', '.join(tasks) or 'none'})",
-            )
+            yield Fault(key, f"{gate.metric} is not measured{remedy}")
+            remedy = ", either"
         if gate.metric == "out_of_domain_loss" and not has_other_text:
             yield Fault(key, "out_of_domain_loss needs evaluate.out_of_domain; give a text")
         if (gate.metric, gate.against, gate.by) == ("kl", "teacher", "ratio"):

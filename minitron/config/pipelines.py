@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from minitron.config import addresses
 from minitron.config.document import (
     CLUSTER,
     SAMPLES,
@@ -139,11 +140,14 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
     for name, entry in parameters.items():
         if not entry.get("isOptional") and name not in request.arguments:
             faults.append(Fault(name, f"missing; give it in the preset or by --set {name}=…"))
+    if not arguments.get("tracking_uri", "unknown"):
+        text = "'' is no MLflow server, whose registry this pipeline needs; give http(s)://HOST or sqlite:///FILE"
+        faults.append(Fault("tracking_uri", text))
     if SETTINGS_PARAMETER in parameters:
         with _collect_faults(faults):
             settings = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
             arguments[SETTINGS_PARAMETER] = settings
-            _read_run_plan(arguments)
+            read_run_plan(arguments)
     if faults:
         raise SectionError(faults)
     return arguments
@@ -157,41 +161,48 @@ def _collect_faults(faults: list[Fault]) -> Iterator[None]:
         faults += error.faults
 
 
-def check_for_cluster(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    """Check what matters only if a run's tasks are pods: it would fail in Kubeflow's driver, or in the last task.
+def find_cluster_faults(
+    plan: Plan | None, arguments: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> Iterator[Fault]:
+    """Find what matters only if a run's tasks are pods: it would fail in Kubeflow's driver, or in the last task.
 
-    Raises:
-        ConfigError: a value cannot work on a cluster.
+    Args:
+        plan: the checked settings of the run; None if the pipeline has none.
+        arguments: the pipeline's arguments, as `check_arguments` returns them.
+        parameters: the pipeline's parameters, as `get_parameters` returns them.
     """
     values = {name: entry.get("defaultValue") for name, entry in parameters.items()} | dict(arguments)
     text = {name: str(value or "") for name, value in values.items()}
-    for name in ("teacher", "corpus"):
-        if text.get(name) and not re.match(r"/|\w+:/", text[name]):
-            raise ConfigError(
-                f"{name}: {text[name]} is a path of this machine, which the cluster's tasks cannot see; give "
-                "gs://bucket/path, hf://org/name or a path in the workspace, /workspace/…"
-            )
+    volume = parameters["workspace"]["defaultValue"]
+    if plan:
+        yield from addresses.find_cluster_faults(plan, volume)
     for name, pattern in _CLUSTER_NAMES.items():
         if name in text and not re.fullmatch(pattern, text[name]):
             default = parameters[name]["defaultValue"]
-            raise ConfigError(
-                f"{name}: should match pattern '{pattern}' (found {text[name]!r}); its default is {default}"
-            )
-    _check_tracking_uri(text["tracking_uri"])
+            yield Fault(name, f"should match pattern '{pattern}' (found {text[name]!r}); its default is {default}")
+    if re.fullmatch(r"\S+", text["workspace"]) and not re.match(rf"gs://\w|{volume}(/|$)", text["workspace"]):
+        yield Fault(
+            "workspace",
+            f"{text['workspace']} is lost with each task's pod; give {volume}, the volume of the claim, a directory in "
+            "it, or gs://bucket/path",
+        )
+    yield from _find_server_faults(text["tracking_uri"])
 
 
-def _check_tracking_uri(uri: str) -> None:
-    """Refuse what the tasks' pods cannot reach: every pipeline needs MLflow's registry, at the end of its run."""
+def _find_server_faults(uri: str) -> Iterator[Fault]:
+    """Find what the tasks' pods cannot reach: every pipeline needs MLflow's registry, at the end of its run."""
     host = re.match(r"https?://(?:.*@)?(\[[^]]+\]|[^/:?#]+)", uri)
     if not host:
-        raise ConfigError(
-            f"tracking_uri: {uri.rpartition('@')[2]!r} is no MLflow server, whose registry this pipeline needs; give "
-            "http(s)://HOST that the cluster's tasks can reach"
+        yield Fault(
+            "tracking_uri",
+            f"{uri.rpartition('@')[2]!r} is no MLflow server, whose registry this pipeline needs; give "
+            "http(s)://HOST that the cluster's tasks can reach",
         )
-    if re.fullmatch(r"localhost|127\..*|0\.0\.0\.0|\[::1?\]", host[1]):
-        raise ConfigError(
-            f"tracking_uri: {host[1]} is the pod itself in a task, not this machine; give the server's address in the "
-            "cluster, http://SERVICE.NAMESPACE:PORT"
+    elif re.fullmatch(r"localhost|127\..*|0\.0\.0\.0|\[::1?\]", host[1]):
+        yield Fault(
+            "tracking_uri",
+            f"{host[1]} is the pod itself in a task, not this machine; give the server's address in the "
+            "cluster, http://SERVICE.NAMESPACE:PORT",
         )
 
 
@@ -248,9 +259,8 @@ def queue_pods(documents: list[dict[str, Any]], queue: str, arguments: Mapping[s
     Returns:
         The documents.
     """
-    if SETTINGS_PARAMETER not in arguments:  # no task of such a pipeline computes
+    if not (plan := read_run_plan(arguments)):  # no task of such a pipeline computes
         return documents
-    plan = _read_run_plan(arguments)
     for executor in documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
         labels = executor["podMetadata"]["labels"]
         if label := _find_queue_label(plan, labels["app.kubernetes.io/component"]):
@@ -282,7 +292,10 @@ def list_stages(specification: dict[str, Any]) -> list[str]:
     ]
 
 
-def _read_run_plan(arguments: Mapping[str, Any]) -> Plan:
+def read_run_plan(arguments: Mapping[str, Any]) -> Plan | None:
+    """Read the plan of a run from its arguments; None if the pipeline has no settings."""
+    if SETTINGS_PARAMETER not in arguments:
+        return None
     form = {name: value for name, value in arguments.items() if name in PlanConfig.model_fields}
     return read_plan(PlanConfig(output=Path(), document=arguments[SETTINGS_PARAMETER], **form))
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minitron.config.addresses import Address, find_scheme_faults
 from minitron.config.fields import HUB_DATASET, INPUT, format_address
-from minitron.config.parse import find_marked_fields
+from minitron.config.parse import SectionError, find_marked_fields
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
 from minitron.runtime import model_sources
@@ -64,6 +65,8 @@ def _find_input(config: StageConfig, name: str) -> Input:
             return Input(address, dataset.identity, None, dataset.pinned)
         if bucket.is_bucket(address):
             return Input(address, bucket.pin_objects(address)[0].rpartition("#")[2], None)
+        if faults := list(find_scheme_faults(name, Address(address, is_text=True))):
+            raise SectionError(faults)
     elif (reference := _read_reference(address)) and bucket.is_bucket(reference.address):
         return Input(address, reference.sha256, lambda: references.locate_result(reference, address))
     path, pinned = model_sources.pinned_local_model(address, config)

@@ -26,7 +26,7 @@ from minitron.storage import bucket, ngc
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import mark_used, write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.hub import fetch_hub_file, pin_hub_model, resolve_local_path
+from minitron.storage.hub import fetch_hub_file, pin_hub_model, read_hub_json, resolve_local_path
 from minitron.storage.layout import select_model_files
 from minitron.storage.references import follow_reference, read_reference
 from minitron.storage.staging import download_then_publish
@@ -67,8 +67,8 @@ def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, 
     return _export_nemo(path, config) if _is_nemo(path) else path, pinned
 
 
-def read_architecture(address: str) -> dict[str, Any]:
-    """Return the config.json of a model, without fetching its weights.
+def read_architecture(address: str, hurry: bool = False) -> dict[str, Any]:
+    """Return the config.json of a model, without fetching its weights; in a hurry a hub is asked once.
 
     Raises:
         ConfigError: the source is none from which a single file is read, or there is no such model.
@@ -82,7 +82,8 @@ def read_architecture(address: str) -> dict[str, Any]:
                 return read_architecture(reference.address)
             content = _read_json(path / "config.json")
         case "hf":
-            content = _read_json(fetch_hub_file(address, "config.json"))
+            hub_file = "config.json"
+            content = read_hub_json(address, hub_file) if hurry else _read_json(fetch_hub_file(address, hub_file))
         case "gs":
             from minitron.storage import bucket_results
 

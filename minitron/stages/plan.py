@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from minitron.config import resources
+from minitron.config.addresses import find_missing_paths
 from minitron.config.document import SHARED, Plan, read_plan
+from minitron.config.fields import Fault
 from minitron.config.resources import Models, Term
 from minitron.config.settings import RESOURCES, PruneSettings, Settings
 from minitron.config.tasks import PlanConfig
-from minitron.errors import MinitronError
-from minitron.models.checks import check_config, check_sequence_length
 from minitron.report import TEMPLATES
-from minitron.runtime.model_sources import read_architecture
+from minitron.runtime.preflight import check_plan
+from minitron.storage.bucket import is_bucket
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
 from minitron.storage.staging import replace_directory
@@ -40,7 +41,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         ConfigError: a setting is unknown, missing or of the wrong kind, or the teacher cannot be compressed so.
     """
     plan = read_plan(config)
-    models, unknown = _read_teacher(plan)
+    models, unknown = _count_parameters(plan, config)
     memory = {stage: _request_memory(plan, stage, models) for stage in plan.stages}
     for warning in filter(None, (unknown, *(entry.warning for entry in memory.values()))):
         print(f"warning: plan: {warning}", flush=True)
@@ -54,20 +55,21 @@ def run(config: PlanConfig) -> dict[str, Any]:
     return {"metrics": {}, "outputs": outputs}
 
 
-def _read_teacher(plan: Plan) -> tuple[Models, str | None]:
-    """Check the teacher's config.json and count parameters; if it cannot be read yet assume some, and say so."""
-    prune, address = plan.stages["prune"], plan.pipeline.teacher
+def _count_parameters(plan: Plan, config: PlanConfig) -> tuple[Models, str | None]:
+    """Check the plan, and count its models' parameters; if the teacher cannot be read yet assume some, and say so."""
+    volume = None if is_bucket(config.workspace) else config.workspace  # every task mounts it
+    faults = list(find_missing_paths(plan, volume))
+    if config.tracking_uri == "":
+        faults.append(Fault("tracking_uri", "empty, but this pipeline registers its model; give an MLflow server's"))
+    architecture, reason = check_plan(plan, faults)
+    prune = plan.stages["prune"]
     assert isinstance(prune, PruneSettings)
-    try:
-        teacher = read_architecture(address)
-    except MinitronError as error:
-        return Models(), (
-            f"the teacher's size is not known yet ({error}), so the memory is for {resources.UNKNOWN:,} parameters; "
-            "set STAGE.memory if it has more"
-        )
-    check_config(teacher, address)
-    check_sequence_length("sequence_length", plan.pipeline.sequence_length, teacher, address)
-    return resources.count_models(teacher, prune), None
+    if architecture:
+        return resources.count_models(architecture, prune), None
+    return Models(), (
+        f"the teacher's size is not known yet ({reason}), so the memory is for {resources.UNKNOWN:,} parameters; "
+        "set STAGE.memory if it has more"
+    )
 
 
 def _request_memory(plan: Plan, stage: str, models: Models) -> Memory:

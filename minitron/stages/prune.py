@@ -6,26 +6,23 @@ Writes a model directory and, in it, `pruning.json`: sizes before and after, cal
 """
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minitron.config.parse import SectionError
 from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.engines import get_engine
-from minitron.errors import ConfigError
+from minitron.engines.plan_checks import find_size_faults
 from minitron.models.checkpoint import count_config_parameters
-from minitron.models.checks import check_finite, check_model, read_config
+from minitron.models.checks import check_finite, check_model, check_sequence_length, read_config
 from minitron.models.importance import Importance
 from minitron.models.surgery import Plan, Shape
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.storage.layout import PRUNING
 from minitron.tracking.stage_run import Tracker
-
-HIDDEN_MULTIPLE = 8
-"""Rows of 16 bytes in bfloat16. Smaller steps keep a GPU's tensor cores idle in every matrix product of the model."""
 
 
 def run(config: PruneConfig) -> dict[str, Any]:
@@ -45,7 +42,9 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)
     shape = compute_target_shape(config, teacher_config)
-    layers = _list_kept_layers(config, teacher_config.num_hidden_layers)
+    layers = None  # chosen by their scores
+    if config.drop_layers:
+        layers = [layer for layer in range(teacher_config.num_hidden_layers) if layer + 1 not in config.drop_layers]
     plan, importance, sequences = get_engine(config.engine).prune(config, shape, layers, directory)
     calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
     student_config = read_config(directory)
@@ -60,66 +59,10 @@ def compute_target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
     Raises:
         ConfigError: a size does not fit the teacher or another size.
     """
-    teacher = Shape.from_config(teacher_config)
-    for name, most in asdict(teacher).items():
-        if (size := getattr(config, name)) is not None and size > most:
-            raise ConfigError(f"prune.{name}: {size} is larger than the teacher's {most}; choose at most {most}")
-    _list_kept_layers(config, teacher.num_hidden_layers)
-    shape = Shape(**config.compute_student_sizes(asdict(teacher)))
-    _check_sequence_length(config.sequence_length, teacher_config.max_position_embeddings)
-    _check_heads(shape, teacher.num_attention_heads // teacher.num_key_value_heads)
-    _check_hidden_size(shape, teacher, teacher_config.model_type)
-    return shape
-
-
-def _check_sequence_length(length: int, most: int) -> None:
-    if length > most:
-        raise ConfigError(
-            f"prune.sequence_length: {length} is above the teacher's max_position_embeddings {most}; "
-            f"choose at most {most}"
-        )
-
-
-def _check_heads(shape: Shape, teacher_heads_per_group: int) -> None:
-    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    if heads % groups:
-        raise ConfigError(
-            f"prune.num_attention_heads: {heads} is not a multiple of num_key_value_heads {groups}; choose a multiple"
-        )
-    if heads // groups > teacher_heads_per_group:
-        raise ConfigError(
-            f"prune.num_attention_heads: {heads} heads in {groups} groups are {heads // groups} per group, but the "
-            f"teacher has {teacher_heads_per_group}; choose at most {groups * teacher_heads_per_group}"
-        )
-
-
-def _check_hidden_size(shape: Shape, teacher: Shape, model_type: str) -> None:
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
-    step = math.lcm(HIDDEN_MULTIPLE, heads) if model_type == "llama" else HIDDEN_MULTIPLE
-    remedy = f"choose {hidden // step * step or step} or another multiple of {step}"
-    if hidden != teacher.hidden_size and hidden % HIDDEN_MULTIPLE:
-        raise ConfigError(
-            f"prune.hidden_size: {hidden} is not a multiple of {HIDDEN_MULTIPLE}, "
-            f"the step of a GPU's tensor cores; {remedy}"
-        )
-    if model_type == "llama" and hidden % heads:
-        # head_dim is explicit, so nothing computes with the quotient; but transformers would not load the student
-        raise ConfigError(
-            f"prune.hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, "
-            f"as transformers demands of a Llama; {remedy}"
-        )
-
-
-def _list_kept_layers(config: PruneConfig, total: int) -> list[int] | None:
-    """Return the layers that drop_layers leaves, counted from 0, or None if layers are chosen by their scores."""
-    if not config.drop_layers:
-        return None
-    dropped = set(config.drop_layers)
-    if outside := sorted(dropped - set(range(1, total + 1))):
-        raise ConfigError(f"prune.drop_layers: {outside} outside the teacher's layers; choose from 1 to {total}")
-    if len(dropped) == total:
-        raise ConfigError(f"prune.drop_layers: all {total} layers of the teacher; leave at least one")
-    return [layer for layer in range(total) if layer + 1 not in dropped]
+    if faults := list(find_size_faults(config, teacher_config.to_dict())):
+        raise SectionError(faults)
+    check_sequence_length("prune.sequence_length", config.sequence_length, teacher_config.to_dict(), config.teacher)
+    return Shape(**config.compute_student_sizes(asdict(Shape.from_config(teacher_config))))
 
 
 def _describe_pruning(

@@ -1,12 +1,17 @@
 """Turn an address (a local path, file://, hf://) into a local path. Buckets: bucket.py."""
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from minitron.errors import ConfigError, RunError
 from minitron.storage.layout import MODEL_FILES, OTHER_MODEL_FILES
+
+_HURRY = 5
+"""Seconds to wait for an answer that is only wanted if it comes soon."""
 
 _HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))?")
 """hf://org/name[@revision][/config]"""
@@ -94,6 +99,28 @@ def fetch_hub_file(address: str, name: str) -> Path:
     repository, _, revision = address.removeprefix("hf://").partition("@")
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
+    except Exception as error:  # as above
+        raise _hub_error(address, error) from error
+
+
+def read_hub_json(address: str, name: str) -> Any:
+    """Return the content of a small JSON file of an hf:// model, asking once: someone waits at a terminal.
+
+    Raises:
+        RunError: the hub does not answer at once, or has no such file.
+    """
+    import requests
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    if constants.HF_HUB_OFFLINE:
+        return json.loads(fetch_hub_file(address, name).read_text())
+    repository, _, revision = address.removeprefix("hf://").partition("@")
+    try:
+        url = hf_hub_url(repository, name, revision=revision or None)
+        response = requests.get(url, headers=build_hf_headers(), timeout=_HURRY)
+        response.raise_for_status()
+        return response.json()
     except Exception as error:  # as above
         raise _hub_error(address, error) from error
 

@@ -365,6 +365,19 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (["--set", "cluster.shared_memory=16"], "cluster.shared_memory: Input should be a valid string"),
         (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
         (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks cannot see"),
+        (
+            ["--set", "evaluate.task_directory=tasks"],
+            "evaluate.task_directory: tasks is a path of this machine, which ",
+        ),
+        (["--set", "champion=models"], "evaluate.champion: models is a path of this machine, which the cluster's"),
+        (["--set", "workspace=/data"], "workspace: /data is lost with each task's pod; give /workspace, the volume"),
+        (["--set", "workspace=/workspaces/x"], "workspace: /workspaces/x is lost with each task's pod; give"),
+        (["--set", "evaluate.tasks=[mmluu]"], "evaluate.tasks: mmluu is not a task of lm-eval 0.4.13; give mmlu or "),
+        (["--set", "corpus=s3://bucket/text"], "corpus: s3://bucket/text: unknown scheme 's3:'; give a path, hf://"),
+        (
+            ["--set", f"teacher={REPOSITORY / 'tests'}", "--set", "distill.temperature=yes"],
+            "distill.temperature: found true, as which YAML reads yes and on, too; ",
+        ),
         (["--set", "distill.num_nodes=2"], "distill.gpus: 8, but with num_nodes 2 the task itself only waits"),
         (
             ["--set", "workspace_claim=''"],

@@ -36,9 +36,13 @@ def config(dataset: Path, **values: Any) -> FinetuneConfig:
             3,
             "pipeline_parallel_size: 3 .* num_hidden_layers .* choose one of 1, 2, 4",
         ),
-        ({"context_parallel_size": 3}, 3, "2 x context_parallel_size: 6 does not divide the sequence_length, 32"),
-        ({"tensor_parallel_size": 2}, 3, "parallel size: 2 does not divide the number of GPUs, 3; choose one of 1, 3"),
-        ({}, 3, "number of model copies: 3 does not divide .* micro-batches .*, 4; choose one of 1, 2, 4"),
+        ({"context_parallel_size": 3}, 3, "context_parallel_size: 2 x 3 = 6 does not divide the sequence_length, 32"),
+        ({"tensor_parallel_size": 2}, 3, "parallel size 2 does not divide the number of GPUs, 3; choose one of 1, 3"),
+        (
+            {},
+            3,
+            "global_batch_size: number of model copies 3 does not divide .* micro-batches .*, 4; choose one of 1, 2, 4",
+        ),
     ],
 )
 def test_parallel_sizes_that_do_not_divide_are_refused(
@@ -88,7 +92,9 @@ def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teache
     shutil.copytree(teacher, other)
     text = (other / "config.json").read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM")
     (other / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match="converts LlamaForCausalLM, found Qwen2ForCausalLM; use engine hf"):
+    with pytest.raises(
+        ConfigError, match=r"engine: nemo converts LlamaForCausalLM, but .* is a Qwen2ForCausalLM; use engine hf"
+    ):
         checks.check_convertible(check_architecture(other), other)
 
 
@@ -96,7 +102,7 @@ def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teache
     ("sizes", "message"),
     [
         ({"intermediate_size": 100}, r"prune.intermediate_size: 100 is not a multiple of 64, .* choose 64 or another"),
-        ({"drop_layers": [1], "intermediate_size": 64}, r"drops layers by hand or cuts the width: choose one, or use"),
+        ({"drop_layers": [1], "intermediate_size": 64}, r"drops layers by hand or cuts the width; choose one, or use"),
     ],
 )
 def test_a_cut_that_model_optimizer_cannot_make_is_refused(

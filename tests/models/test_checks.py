@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 import yaml
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from minitron.config.stages import DistillConfig, FinetuneConfig, PrepareConfig, PruneConfig
 from minitron.errors import ConfigError, MinitronError, RunError
+from minitron.models import task_names
 from minitron.models.checks import INDEX, check_model, list_weight_files
 from minitron.stages import distill, finetune, prepare, prune
+from tests.constants import REPOSITORY
 from tests.servers import forks
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -347,3 +351,13 @@ def test_the_command_line_refuses_with_one_line_and_the_status(
     finished = forks.run_python("-m", "minitron.prepare", "--config", str(file))
     assert finished.returncode == status
     assert finished.stderr.startswith(f"error: {model}: ") and finished.stderr.count("\n") == 1
+
+
+def test_the_list_of_tasks_is_that_of_the_version_in_the_images() -> None:
+    """Part of the catalogue is read: the whole of it takes ten seconds."""
+    catalogue = task_names.read_task_names()
+    for constraints in ("constraints.txt", "constraints-nemo.txt"):
+        assert f"lm_eval=={catalogue['version']}\n" in (REPOSITORY / constraints).read_text()
+    tasks = Path(lm_eval.__file__).parent / "tasks" / "arc"
+    arc = TaskManager(include_path=str(tasks), include_defaults=False).all_tasks
+    assert "arc_easy" in arc and {*arc} <= {*catalogue["tasks"]} and "humaneval" in catalogue["unsafe"]

@@ -18,6 +18,8 @@ from minitron.stages import plan
 from tests.constants import LLAMA_3_1_8B, REPOSITORY
 
 FORM = {"teacher": "/teacher", "corpus": "/corpus"}
+TASKS = str(REPOSITORY / "tests")
+"""A directory that names no task."""
 
 
 def run_plan(output: Path, **form: Any) -> dict[str, Any]:
@@ -25,14 +27,18 @@ def run_plan(output: Path, **form: Any) -> dict[str, Any]:
 
 
 def test_the_form_wins_over_the_settings_and_these_over_the_preset(tmp_path: Path) -> None:
-    settings = {"distill": {"max_steps": 7.0}, "finetune.gpus": 2.0, "register": {"name": "mine"}}  # as Kubeflow has it
+    settings = {
+        "distill": {"max_steps": 7.0},
+        "finetune.gpus": 16.0,
+        "register": {"name": "mine"},
+    }  # as Kubeflow has it
     outputs = run_plan(
         tmp_path / "out", preset="nemo-tutorial-width", document=settings, champion="models:/mine@champion"
     )
     assert outputs["teacher"] == "/teacher"
     assert outputs["prune"]["hidden_size"] == 3072
     assert outputs["distill"]["max_steps"] == 7 and outputs["distill"]["global_batch_size"] == 128
-    assert (outputs["finetune_gpus"], outputs["distill_gpus"], outputs["register_memory"]) == ("2", "8", "8Gi")
+    assert (outputs["finetune_gpus"], outputs["distill_gpus"], outputs["register_memory"]) == ("16", "8", "8Gi")
     assert outputs["evaluate"]["champion"] == "models:/mine@champion"
     assert outputs["register"]["name"] == "mine"
     assert json.loads((tmp_path / "out" / "plan.json").read_text()) == outputs
@@ -62,6 +68,27 @@ def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path
         ({"model_name": "a/b"}, "register.name: String should match pattern"),
         ({"teacher": ""}, "teacher: missing; give it a value"),
         ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
+        ({"corpus": "s3://bucket/x"}, "corpus: s3://bucket/x: unknown scheme 's3:'; give a path, hf://dataset[@revis"),
+        ({"champion": "gcs://b/x"}, "evaluate.champion: gcs://b/x: unknown scheme 'gcs:'; give a path, hf://org/nam"),
+        ({"corpus": "data/x"}, "corpus: data/x: no such file or directory in "),
+        ({"corpus": "/workspace/x", "workspace": "/workspace"}, "corpus: /workspace/x: no such file or directory; "),
+        ({"tracking_uri": ""}, "tracking_uri: empty, but this pipeline registers its model; give an MLflow server's"),
+        (
+            {"document": {"evaluate": {"tasks": ["helaswag"]}}},
+            "evaluate.tasks: helaswag is not a task of lm-eval 0.4.13; give hellaswag",
+        ),
+        (
+            {"document": {"evaluate": {"tasks": ["humaneval"]}}},
+            "evaluate.tasks: humaneval runs code that the models write; remove it, or name it in ",
+        ),
+        (
+            {"document": {"evaluate": {"tasks": ["arc_easy_loca"], "task_directory": TASKS}}},
+            f"evaluate.tasks: arc_easy_loca is in no .yaml file of {TASKS}; correct or remove it",
+        ),
+        (
+            {"document": {"finetune": {"tensor_parallel_size": 8, "gpus": 12}}},
+            "finetune.tensor_parallel_size: tensor x pipeline x context parallel size 8 does not divide the number of",
+        ),
         ({"preset": "tiny"}, "preset tiny: only minitron run can make its inputs (tiny); use minitron run"),
     ],
 )
@@ -127,17 +154,43 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
         (
             {"quantization_config": {"quant_method": "fp8"}},
             {},
-            "LLAMA: quantised (quantization_config of config.json: fp8)",
+            "teacher: LLAMA: quantised (quantization_config of config.json: fp8)",
         ),
         (
             {"eos_token_id": 128256},
             {},
-            "LLAMA: eos_token_id of config.json is 128256, but the embedding has 128256 rows",
+            "teacher: LLAMA: eos_token_id of config.json is 128256, but the embedding has 128256 rows",
         ),
         (
             {"architectures": ["GPT2LMHeadModel"]},
             {},
-            "LLAMA: architecture GPT2LMHeadModel is not supported; use one of ",
+            "teacher: LLAMA: architecture GPT2LMHeadModel is not supported; use one of ",
+        ),
+        ({}, {"prune": {"hidden_size": 8192}}, "prune.hidden_size: 8192 is larger than the teacher's 4096; choose at "),
+        (
+            {},
+            {"prune": {"intermediate_size": 20000, "drop_layers": [33]}},
+            "prune.intermediate_size: 20000 is larger than the teacher's 14336; choose at most 14336; "
+            "prune.drop_layers: [33] outside the teacher's layers; choose from 1 to 32",
+        ),
+        ({}, {"prune": {"drop_layers": [*range(1, 33)]}}, "prune.drop_layers: all 32 layers of the teacher; leave at"),
+        ({}, {"prune": {"num_attention_heads": 12}}, "prune.num_attention_heads: 12 is not a multiple of num_key_v"),
+        ({}, {"prune": {"hidden_size": 3090}}, "prune.hidden_size: 3090 is not a multiple of 8, the step of a GPU's"),
+        ({}, {"prune": {"hidden_size": 4064}}, "prune.hidden_size: 4064 is not a multiple of 64, the step of Model-"),
+        (
+            {},
+            {"distill": {"intermediate_layers": [[9, 32]]}, "prune": {"num_hidden_layers": 8}},
+            "distill.intermediate_layers: 9 is no layer of the student; choose from 1 to 8",
+        ),
+        (
+            {},
+            {"distill": {"tensor_parallel_size": 16, "gpus": 16}},
+            "distill.tensor_parallel_size: 16 does not divide the num_key_value_heads of LLAMA, 8; choose one of 1, 2",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+            {"finetune": {"enabled": False}},
+            "distill.engine: nemo converts LlamaForCausalLM, but LLAMA is a Qwen2ForCausalLM; use engine hf",
         ),
     ],
 )

@@ -1,12 +1,14 @@
 """Checks before engine nemo starts: models, sizes and parallelism that NeMo cannot do are refused."""
 
 import importlib.metadata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from minitron.config.stages import PruneConfig, TrainingConfig
+from minitron.config.fields import Fault
+from minitron.config.parse import SectionError
+from minitron.config.settings import PruneSettings, TrainingSettings
+from minitron.config.stages import TrainingConfig
 from minitron.errors import ConfigError
 from minitron.storage.bucket import is_bucket
 from minitron.storage.cache import cache_directory
@@ -18,22 +20,29 @@ SUPPORTED = ("LlamaForCausalLM",)
 """Architectures whose conversion is tested in both directions, to the last bit."""
 
 
-def check_sizes(config: PruneConfig, sizes: dict[str, int]) -> None:
+def find_cut_faults(settings: PruneSettings, sizes: Mapping[str, int]) -> Iterator[Fault]:
+    """Find sizes that Model-Optimizer cannot cut to; `sizes` are those that change."""
+    for name in ("hidden_size", "intermediate_size"):
+        if (size := sizes.get(name, 0)) % WIDTH_MULTIPLE:
+            yield Fault(
+                f"prune.{name}",
+                f"{size} is not a multiple of {WIDTH_MULTIPLE}, the step of Model-Optimizer; choose "
+                f"{size // WIDTH_MULTIPLE * WIDTH_MULTIPLE or WIDTH_MULTIPLE} or another multiple, or use engine hf",
+            )
+    if settings.drop_layers and set(sizes) != {"num_hidden_layers"}:
+        yield Fault(
+            "prune.drop_layers", "engine nemo drops layers by hand or cuts the width; choose one, or use engine hf"
+        )
+
+
+def check_sizes(settings: PruneSettings, sizes: Mapping[str, int]) -> None:
     """Refuse sizes that Model-Optimizer cannot cut to.
 
     Raises:
         ConfigError: a size is not a multiple of WIDTH_MULTIPLE, or layers are dropped by hand beside another cut.
     """
-    for name in ("hidden_size", "intermediate_size"):
-        if (size := sizes.get(name, 0)) % WIDTH_MULTIPLE:
-            raise ConfigError(
-                f"prune.{name}: {size} is not a multiple of {WIDTH_MULTIPLE}, the step of Model-Optimizer; choose "
-                f"{size // WIDTH_MULTIPLE * WIDTH_MULTIPLE or WIDTH_MULTIPLE} or another multiple, or use engine hf"
-            )
-    if config.drop_layers and set(sizes) != {"num_hidden_layers"}:
-        raise ConfigError(
-            "prune.drop_layers: engine nemo drops layers by hand or cuts the width: choose one, or use hf"
-        )
+    if faults := list(find_cut_faults(settings, sizes)):
+        raise SectionError(faults)
 
 
 def check_installed() -> None:
@@ -57,60 +66,74 @@ def count_workers(config: TrainingConfig) -> int:
     """Count the workers: one per GPU, or on a CPU as many as one copy of the model takes."""
     if config.num_nodes > 1:
         return config.num_nodes * config.gpus_per_node
+    import torch  # plan's image has none
+
     return torch.cuda.device_count() or config.model_parallel_size
 
 
-def check_convertible(architecture: dict[str, Any], model: Path) -> None:
+def find_conversion_faults(key: str, architecture: Mapping[str, Any], model: Path | str) -> Iterator[Fault]:
+    """Find a model whose conversion and back is not tested."""
+    if (name := architecture["architectures"][0]) not in SUPPORTED:
+        yield Fault(key, f"nemo converts {', '.join(SUPPORTED)}, but {model} is a {name}; use engine hf")
+
+
+def check_convertible(architecture: Mapping[str, Any], model: Path) -> None:
     """Refuse a model whose conversion and back is not tested.
 
     Raises:
         ConfigError: the architecture is not SUPPORTED.
     """
-    if (name := architecture["architectures"][0]) not in SUPPORTED:
-        raise ConfigError(f"{model}: engine nemo converts {', '.join(SUPPORTED)}, found {name}; use engine hf")
+    if faults := list(find_conversion_faults("engine", architecture, model)):
+        raise SectionError(faults)
+
+
+def find_parallel_faults(
+    settings: TrainingSettings, architecture: Mapping[str, Any] | None, model: Path | str, gpus: int
+) -> Iterator[Fault]:
+    """Find parallel sizes that do not divide what they split.
+
+    Args:
+        settings: the parallel and batch sizes.
+        architecture: the model's config.json; None if it is not known.
+        model: its address, for the message.
+        gpus: number of workers.
+    """
+    tensor, copy = settings.tensor_parallel_size, settings.model_parallel_size
+    if architecture:
+        yield from find_conversion_faults("engine", architecture, model)
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+            yield from _find_remainder("tensor_parallel_size", tensor, f"{name} of {model}", architecture[name])
+        layers = architecture["num_hidden_layers"]
+        pipeline = settings.pipeline_parallel_size
+        yield from _find_remainder("pipeline_parallel_size", pipeline, f"num_hidden_layers of {model}", layers)
+    if (size := settings.context_parallel_size) > 1:
+        length = settings.sequence_length
+        yield from _find_remainder("context_parallel_size", 2 * size, "sequence_length", length, f"2 x {size} = ")
+    if settings.sequence_parallel:
+        yield from _find_remainder("tensor_parallel_size", tensor, "sequence_length", settings.sequence_length)
+    split = "tensor x pipeline x context parallel size "
+    faults = list(_find_remainder("tensor_parallel_size", copy, "number of GPUs", gpus, split))
+    if not faults:
+        micro_batches = settings.global_batch_size // settings.micro_batch_size
+        what = "number of micro-batches (global_batch_size / micro_batch_size)"
+        faults += _find_remainder("global_batch_size", gpus // copy, what, micro_batches, "number of model copies ")
+    yield from faults
 
 
 def check_parallelism(config: TrainingConfig, architecture: dict[str, Any], model: Path, gpus: int) -> None:
     """Refuse parallel sizes that do not divide what they split, before anything is loaded.
 
-    Args:
-        config: the parallel and batch sizes.
-        architecture: the model's config.json.
-        model: its directory, for the message.
-        gpus: number of workers.
-
     Raises:
         ConfigError: a size does not divide; the message names the sizes that do.
     """
-    check_convertible(architecture, model)
-    for name, key in (
-        ("tensor_parallel_size", "num_attention_heads"),
-        ("tensor_parallel_size", "num_key_value_heads"),
-        ("tensor_parallel_size", "intermediate_size"),
-        ("tensor_parallel_size", "vocab_size"),
-        ("pipeline_parallel_size", "num_hidden_layers"),
-    ):
-        _check_divides(name, getattr(config, name), f"{key} of {model}", architecture[key])
-    length = config.sequence_length
-    if config.context_parallel_size > 1:
-        _check_divides("2 x context_parallel_size", 2 * config.context_parallel_size, "sequence_length", length)
-    if config.sequence_parallel:
-        _check_divides("tensor_parallel_size", config.tensor_parallel_size, "sequence_length", length)
-    _check_divides("tensor x pipeline x context parallel size", config.model_parallel_size, "number of GPUs", gpus)
-    copies = gpus // config.model_parallel_size
-    micro_batches = config.global_batch_size // config.micro_batch_size
-    _check_divides(
-        "number of model copies",
-        copies,
-        "number of micro-batches (global_batch_size / micro_batch_size)",
-        micro_batches,
-    )
+    if faults := list(find_parallel_faults(config, architecture, model, gpus)):
+        raise SectionError(faults)
 
 
-def _check_divides(name: str, size: int, what: str, total: int) -> None:
+def _find_remainder(key: str, size: int, what: str, total: int, name: str = "") -> Iterator[Fault]:
     if total % size:
         valid = ", ".join(str(number) for number in range(1, min(total, 1024) + 1) if total % number == 0)
-        raise ConfigError(f"{name}: {size} does not divide the {what}, {total}; choose one of {valid}")
+        yield Fault(key, f"{name}{size} does not divide the {what}, {total}; choose one of {valid}")
 
 
 def check_shared(config: TrainingConfig, paths: list[Path]) -> None:

@@ -1,0 +1,85 @@
+"""The addresses in a plan: where its models and texts are, and what can be seen of an address before it is read."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from minitron.config.document import Plan
+from minitron.config.fields import HUB_DATASET, INPUT, Fault, format_address
+from minitron.config.parse import find_marked_fields
+from minitron.config.settings import SETTINGS
+
+_MODELS = {
+    "file": "a path",
+    "hf": "hf://org/name[@revision]",
+    "gs": "gs://bucket/path",
+    "models": "models:/NAME@alias",
+    "ngc": "ngc://org/team/model:version",
+}
+_TEXTS = {"file": "a path", "hf": "hf://dataset[@revision][/config]", "gs": "gs://bucket/path"}
+
+
+class Address(NamedTuple):
+    """An address, and whether text lies there, not a model or files."""
+
+    text: str
+    is_text: bool
+
+    @property
+    def scheme(self) -> str:
+        """What stands before `:/`; a path's is `file`."""
+        match = re.match(r"([\w+.-]+):/", self.text)
+        return match[1] if match else "file"
+
+    @property
+    def path(self) -> Path | None:
+        """The path on the machine of the task; None if it lies elsewhere."""
+        return Path(self.text.removeprefix("file://")) if self.scheme == "file" else None
+
+
+def list_addresses(plan: Plan) -> dict[str, Address]:
+    """Return the addresses that the user of a plan gives, by their keys."""
+    addresses = {"teacher": Address(plan.pipeline.teacher, False), "corpus": Address(plan.pipeline.corpus, True)}
+    for stage, model in SETTINGS.items():
+        for name in find_marked_fields(model, INPUT):
+            if (value := getattr(plan.stages[stage], name)) is not None:
+                is_text = name in find_marked_fields(model, HUB_DATASET)
+                addresses[f"{stage}.{name}"] = Address(format_address(value), is_text)
+    return addresses
+
+
+def find_scheme_faults(key: str, address: Address) -> Iterator[Fault]:
+    """Find an address of a kind that nothing reads."""
+    known = _TEXTS if address.is_text else _MODELS
+    if address.scheme not in known:
+        yield Fault(key, f"{address.text}: unknown scheme '{address.scheme}:'; give {_join_forms(known)}")
+
+
+def find_missing_paths(plan: Plan, volume: Path | None) -> Iterator[Fault]:
+    """Find paths that are not there: relative ones, and those in a volume that this process sees as all tasks do."""
+    for key, address in list_addresses(plan).items():
+        path = address.path
+        if path is None or path.exists():
+            continue
+        if not path.is_absolute():
+            yield Fault(key, f"{path}: no such file or directory in {Path.cwd()}; give an existing one")
+        elif volume and path.is_relative_to(volume):
+            yield Fault(key, f"{path}: no such file or directory; give an existing one")
+
+
+def find_cluster_faults(plan: Plan, volume: str) -> Iterator[Fault]:
+    """Find paths that the tasks' pods cannot see: they mount the volume, and have what is in their image."""
+    for key, address in list_addresses(plan).items():
+        if address.path and not address.path.is_absolute():
+            forms = (_TEXTS if address.is_text else _MODELS) | {"file": f"a path in the workspace, {volume}/…"}
+            yield Fault(
+                key,
+                f"{address.text} is a path of this machine, which the cluster's tasks cannot see; give "
+                f"{_join_forms(forms)}",
+            )
+
+
+def _join_forms(forms: dict[str, str]) -> str:
+    *first, last = forms.values()
+    return f"{', '.join(first)} or {last}"

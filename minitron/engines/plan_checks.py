@@ -1,0 +1,157 @@
+"""What a teacher's config.json says against a plan, without weights and without torch.
+
+plan and `minitron submit` ask it before a GPU is paid for. prune asks again, of the corrected teacher.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from minitron.config.addresses import find_scheme_faults, list_addresses
+from minitron.config.document import Plan
+from minitron.config.fields import Fault
+from minitron.config.settings import (
+    PRUNED_SIZES,
+    DistillSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    PruneSettings,
+    TrainingSettings,
+)
+from minitron.engines.nemo.checks import find_conversion_faults, find_cut_faults, find_parallel_faults
+from minitron.errors import ConfigError
+from minitron.models.checks import check_config, check_sequence_length
+from minitron.models.task_names import find_task_faults
+
+HIDDEN_MULTIPLE = 8
+"""Rows of 16 bytes in bfloat16. Smaller steps keep a GPU's tensor cores idle in every matrix product of the model."""
+
+
+def find_plan_faults(plan: Plan, architecture: Mapping[str, Any] | None) -> Iterator[Fault]:
+    """Find what cannot work, by the addresses, the list of lm-eval's tasks and, if known, the teacher's config.json."""
+    for key, address in list_addresses(plan).items():
+        yield from find_scheme_faults(key, address)
+    evaluate = plan.stages["evaluate"]
+    assert isinstance(evaluate, EvaluateSettings)
+    yield from find_task_faults(evaluate)
+    teacher = plan.pipeline.teacher
+    if architecture:
+        yield from find_teacher_faults(plan, architecture, teacher)
+    else:
+        for stage in ("finetune", "distill"):
+            yield from find_engine_faults(stage, plan.stages[stage], None, teacher)
+
+
+def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: str) -> Iterator[Fault]:
+    """Find what the teacher cannot be, cannot be cut to, or cannot be split into.
+
+    Args:
+        plan: the checked settings.
+        architecture: the teacher's config.json.
+        address: of the teacher, for the messages.
+    """
+    try:
+        check_config(dict(architecture), address)
+    except ConfigError as error:
+        yield Fault("teacher", str(error))
+        return
+    try:
+        check_sequence_length("sequence_length", plan.pipeline.sequence_length, dict(architecture), address)
+    except ConfigError as error:
+        yield Fault("sequence_length", str(error).removeprefix("sequence_length: "))
+    if missing := [name for name in PRUNED_SIZES if name != "num_key_value_heads" and name not in architecture]:
+        yield Fault("teacher", f"{address}: config.json has no {', '.join(missing)}; correct it")
+        return
+    prune, distill = plan.stages["prune"], plan.stages["distill"]
+    assert isinstance(prune, PruneSettings) and isinstance(distill, DistillSettings)
+    faults = list(find_size_faults(prune, architecture))
+    yield from faults
+    if faults:
+        return
+    teacher = read_sizes(architecture)
+    student = prune.compute_student_sizes(teacher)
+    for numbers in distill.intermediate_layers:
+        for layer, model, sizes in zip(numbers, ("student", "teacher"), (student, teacher), strict=True):
+            if layer > (most := sizes["num_hidden_layers"]):
+                yield Fault(
+                    "distill.intermediate_layers", f"{layer} is no layer of the {model}; choose from 1 to {most}"
+                )
+    for stage, sizes in (("finetune", teacher), ("distill", student)):
+        yield from find_engine_faults(stage, plan.stages[stage], dict(architecture) | sizes, address)
+    if prune.engine == "nemo":
+        yield from find_conversion_faults("prune.engine", architecture, address)
+        yield from find_cut_faults(prune, {name: size for name, size in student.items() if size != teacher[name]})
+
+
+def find_engine_faults(
+    stage: str, settings: Any, architecture: Mapping[str, Any] | None, address: str
+) -> Iterator[Fault]:
+    """Find what engine nemo cannot split among the GPUs that a training gets; without a config.json less is known."""
+    assert isinstance(settings, TrainingSettings)
+    if settings.engine != "nemo" or (isinstance(settings, FinetuneSettings) and not settings.enabled):
+        return
+    gpus = settings.num_nodes * settings.gpus_per_node if settings.num_nodes > 1 else settings.gpus
+    faults = find_parallel_faults(settings, architecture, address, gpus or settings.model_parallel_size)
+    yield from (Fault(f"{stage}.{key}", text) for key, text in faults)
+
+
+def read_sizes(architecture: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes that prune can change, from a config.json."""
+    heads = {"num_key_value_heads": architecture.get("num_key_value_heads") or architecture["num_attention_heads"]}
+    return {name: architecture[name] for name in PRUNED_SIZES if name not in heads} | heads
+
+
+def find_size_faults(prune: PruneSettings, architecture: Mapping[str, Any]) -> Iterator[Fault]:
+    """Find sizes of the student that do not fit the teacher or each other."""
+    teacher = read_sizes(architecture)
+    faults = [
+        Fault(f"prune.{name}", f"{size} is larger than the teacher's {most}; choose at most {most}")
+        for name, most in teacher.items()
+        if (size := getattr(prune, name)) is not None and size > most
+    ]
+    faults += _find_layer_faults(prune, teacher["num_hidden_layers"])
+    if not faults:
+        student = prune.compute_student_sizes(teacher)
+        faults += _find_head_faults(student, teacher["num_attention_heads"] // teacher["num_key_value_heads"])
+        faults += _find_width_faults(student, teacher, architecture["model_type"])
+    yield from faults
+
+
+def _find_layer_faults(prune: PruneSettings, total: int) -> Iterator[Fault]:
+    dropped = set(prune.drop_layers or [])
+    if outside := sorted(dropped - set(range(1, total + 1))):
+        yield Fault("prune.drop_layers", f"{outside} outside the teacher's layers; choose from 1 to {total}")
+    elif len(dropped) == total:
+        yield Fault("prune.drop_layers", f"all {total} layers of the teacher; leave at least one")
+
+
+def _find_head_faults(student: Mapping[str, int], teacher_heads_per_group: int) -> Iterator[Fault]:
+    heads, groups = student["num_attention_heads"], student["num_key_value_heads"]
+    if heads % groups:
+        yield Fault(
+            "prune.num_attention_heads",
+            f"{heads} is not a multiple of num_key_value_heads {groups}; choose a multiple",
+        )
+    elif heads // groups > teacher_heads_per_group:
+        yield Fault(
+            "prune.num_attention_heads",
+            f"{heads} heads in {groups} groups are {heads // groups} per group, but the teacher has "
+            f"{teacher_heads_per_group}; choose at most {groups * teacher_heads_per_group}",
+        )
+
+
+def _find_width_faults(student: Mapping[str, int], teacher: Mapping[str, int], model_type: str) -> Iterator[Fault]:
+    hidden, heads = student["hidden_size"], student["num_attention_heads"]
+    step = math.lcm(HIDDEN_MULTIPLE, heads) if model_type == "llama" else HIDDEN_MULTIPLE
+    remedy = f"choose {hidden // step * step or step} or another multiple of {step}"
+    if hidden != teacher["hidden_size"] and hidden % HIDDEN_MULTIPLE:
+        yield Fault(
+            "prune.hidden_size",
+            f"{hidden} is not a multiple of {HIDDEN_MULTIPLE}, the step of a GPU's tensor cores; {remedy}",
+        )
+    elif model_type == "llama" and hidden % heads:
+        # head_dim is explicit, so nothing computes with the quotient; but transformers would not load the student
+        yield Fault(
+            "prune.hidden_size",
+            f"{hidden} is not a multiple of num_attention_heads {heads}, as transformers demands of a Llama; {remedy}",
+        )
