@@ -22,7 +22,7 @@ from minitron.storage import cache, references
 from minitron.storage.bucket import is_bucket
 from minitron.storage.files import mark_used
 from minitron.storage.layout import partial_path, read_record, result_path
-from minitron.storage.staging import InUse, lock_output, publish_copy, publish_links, read_intact
+from minitron.storage.staging import InUse, delete_leftovers, lock_output, publish_copy, publish_links, read_intact
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def find_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
     if record is None and is_begun:
         with lock_result(location, key, reuse=True) as record:
             return record
+    delete_leftovers(location.directory)
     return record
 
 

@@ -18,7 +18,7 @@ from minitron.storage.cache import result_cache_path
 from minitron.storage.files import mark_used, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import RECORD, REFERENCE, read_record, result_address
-from minitron.storage.staging import download_then_publish, replace_directory
+from minitron.storage.staging import delete_leftovers, download_then_publish, replace_directory
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def write_reference(directory: Path, reference: Reference, record: dict[str, Any
     """Make a directory a reference to a result."""
     record = {name: value for name, value in record.items() if name != "directory"}  # it is beside the result alone
     if read_reference(directory) == reference and read_record(directory) == record:
-        return
+        return delete_leftovers(directory)
     with replace_directory(directory) as staging:
         write_atomically(staging / REFERENCE, asdict(reference))
         write_atomically(staging / RECORD, record)
@@ -52,10 +52,10 @@ def read_reference(directory: Path) -> Reference | None:
         RunError: the reference is damaged.
     """
     path = directory / REFERENCE
-    if not path.is_file():
-        return None
     try:
         return Reference(**json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, TypeError) as error:
         raise RunError(f"{path}: not a reference to a result; delete the directory and run its stage again") from error
 
@@ -101,6 +101,7 @@ def _find_or_fetch(reference: Reference) -> Path:
     cached = result_cache_path(reference.sha256, reference.key)
     if read_record(cached) is None:
         _fetch_result(reference, cached)
+    delete_leftovers(cached)
     mark_used(cached)
     return cached
 

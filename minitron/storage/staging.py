@@ -82,6 +82,13 @@ def lock_output(output: Path, wait: bool = False) -> Iterator[Path]:
                     partial.rmdir()
 
 
+def delete_leftovers(output: Path) -> None:
+    """Delete what a killed process left beside a complete directory, unless another one is at work there."""
+    if partial_path(output).exists():
+        with suppress(OSError, RunError), lock_output(output):
+            pass
+
+
 def _open_locked(partial: Path, wait: bool) -> TextIO:
     """Return the opened file whose lock this process holds until it is closed."""
     for attempt in count():
@@ -140,8 +147,9 @@ def _complete_leftovers(partial: Path, output: Path) -> None:
     elif (partial / REPLACED).exists() and not output.exists():
         (partial / REPLACED).rename(output)
     delete_path(partial / REPLACED)
-    if not (partial / KEY).read_text():  # they are of published work
-        delete_path(partial / CHECKPOINTS)
+    if not (partial / KEY).read_text():  # the work was published, or can be done again at once
+        for name in (CHECKPOINTS, RESULT):
+            delete_path(partial / name)
 
 
 def publish_directory(directory: Path, output: Path) -> None:
@@ -161,7 +169,8 @@ def publish_directory(directory: Path, output: Path) -> None:
         raise
     with suppress(OSError):  # the content is published: what is left takes space, and the next process deletes it
         (partial / KEY).write_text("")
-        for name in (REPLACED, CHECKPOINTS):
+    for name in (REPLACED, CHECKPOINTS):
+        with suppress(OSError):
             delete_path(partial / name)
 
 
@@ -197,17 +206,17 @@ def new_result(partial: Path, key: str = "") -> Iterator[Path]:
     directory, probe = partial / RESULT, partial / "probe"
     for path in (directory, probe):
         delete_path(path)
-    probe.mkdir()
-    (probe / "file").touch()  # a flat bucket under GCS FUSE renames empty directories
-    _rename_directory(probe, directory)
-    (directory / "file").unlink()
     try:
+        probe.mkdir()
+        (probe / "file").touch()  # a flat bucket under Cloud Storage FUSE renames empty directories
+        _rename_directory(probe, directory)
+        (directory / "file").unlink()
         yield directory
     except BaseException as error:
         if read_record(directory) is None:
-            shutil.rmtree(directory, ignore_errors=True)
-            if isinstance(error, ConfigError):
-                shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+            useless = {probe, directory} | ({partial / CHECKPOINTS} if isinstance(error, ConfigError) else set())
+            for path in useless:
+                shutil.rmtree(path, ignore_errors=True)
         raise
 
 
@@ -231,7 +240,7 @@ def download_then_publish(
         is_complete: says whether the directory holds the content already.
     """
     if is_complete():
-        return
+        return delete_leftovers(output)
     with disk_errors(output), lock_output(output, wait=True) as partial:
         if is_complete():
             return
@@ -290,7 +299,7 @@ def publish_copy(result: Path, output: Path, key: str) -> None:
 
 def _publish_equal(result: Path, output: Path, key: str, put_file: Callable[[Path, Path], Any]) -> None:
     if (record := read_intact(output, key)) and record == read_record(result):
-        return
+        return delete_leftovers(output)
     with replace_directory(output) as directory:
         for source in sorted(list_files(result), key=lambda path: path == result / RECORD):  # the record comes last
             target = directory / source.relative_to(result)
