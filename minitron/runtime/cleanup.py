@@ -113,11 +113,12 @@ def list_items(root: str | Path) -> Iterator[Item]:
         yield from _list_bucket(str(root))
         return
     directory = Path(root)
+    if (directory / "cache").is_dir():
+        yield from list_items(directory / "cache")
     if (directory / "workspace").is_dir():  # of `minitron run`
         for path in _list_folder(directory / "results"):
             yield _make_item(path, "outputs of a run", delete=partial(_delete_plain, path))
         yield from list_items(directory / "workspace")
-        yield from list_items(directory / "cache")
         return
     for stage in STAGES:
         yield from _list_results(directory / stage, "result")

@@ -20,9 +20,11 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import requests
+import typer
 import yaml
 from kubernetes.utils import parse_quantity
 
+from minitron.cli.app import app
 from minitron.config.settings import ClusterConfig
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import created_secrets
@@ -83,6 +85,23 @@ def test_the_patch_of_argo_tries_a_task_again_whatever_ended_it() -> None:
     assert defaults["ttlStrategy"] == dict.fromkeys(
         ("secondsAfterCompletion", "secondsAfterSuccess", "secondsAfterFailure"), week
     )
+
+
+def test_the_clean_up_keeps_the_rules_and_is_what_minitron_takes() -> None:
+    """With the image that the guide puts in."""
+    text = (REPOSITORY / "manifests/cleanup/cronjob.yaml").read_text()
+    manifest = yaml.safe_load(text.replace("IMAGE", "registry.example/minitron/tools:1.0"))
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    assert find_faults(manifest) == []
+    assert find_unresolved([*list_objects("gke"), manifest], created_secrets()) == set()
+    (container,) = list_containers(manifest)
+    program, name, *arguments = container["command"] + container["args"]
+    assert program == "minitron"
+    context = typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    assert context.params["delete"] and context.params["place"] == "/workspace"
+    labels = manifest["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+    (rule,) = find_object("gke", "NetworkPolicy", "mlflow")["spec"]["ingress"]
+    assert {"podSelector": {"matchLabels": labels}} in rule["from"]
 
 
 def test_an_unknown_field_is_found() -> None:

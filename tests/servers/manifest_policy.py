@@ -7,7 +7,7 @@ from typing import Any
 Manifest = dict[str, Any]
 
 NAMESPACE = "minitron"
-WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")
+WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob")
 CLUSTER_SCOPED = ("Namespace", "ClusterRole", "ClusterRoleBinding")
 PROBES = ("readinessProbe", "livenessProbe")
 TAG = re.compile(r"[^:@]+(:\d+)?[^:@]*(:(?!latest$)[\w.-]*\d[\w.-]*|@sha256:[0-9a-f]{64})")
@@ -15,7 +15,9 @@ TAG = re.compile(r"[^:@]+(:\d+)?[^:@]*(:(?!latest$)[\w.-]*\d[\w.-]*|@sha256:[0-9
 
 
 def pod_spec(manifest: Manifest) -> Manifest:
-    return manifest["spec"]["template"]["spec"] if manifest["kind"] in WORKLOADS else {}
+    if manifest["kind"] not in WORKLOADS:
+        return {}
+    return manifest["spec"].get("jobTemplate", manifest)["spec"]["template"]["spec"]
 
 
 def list_containers(manifest: Manifest) -> list[Manifest]:
@@ -70,7 +72,7 @@ def requests_and_limits(manifest: Manifest) -> Iterator[str]:
 
 
 def probes(manifest: Manifest) -> Iterator[str]:
-    if manifest["kind"] != "Job":
+    if manifest["kind"] not in ("Job", "CronJob"):
         for container in pod_spec(manifest).get("containers", []):
             yield from (f"container {container['name']}: no {name}" for name in PROBES if name not in container)
 
