@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -112,15 +113,18 @@ def _open_locked(partial: Path, wait: bool) -> TextIO:
 
 def _lock_file(stream: TextIO, partial: Path, wait: bool) -> None:
     """Lock a file, if the file system has locks. `fcntl.lockf` would lose it when any reader closes the file."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return
-        if not wait:
-            raise InUse(f"{partial}: another process is at work there; wait for it, or give another output") from error
-        print(f"{partial}: another process is at work there; waiting for it", flush=True)
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    for is_last in (False, True):
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return
+            if is_last and not wait:
+                message = f"{partial}: another process is at work there; wait for it, or give another output"
+                raise InUse(message) from error
+            time.sleep(0.02)  # `is_locked` holds it for a moment
+    print(f"{partial}: another process is at work there; waiting for it", flush=True)
+    fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def is_locked(output: Path) -> bool:

@@ -142,6 +142,9 @@ def test_a_write_that_fails_loses_nothing_and_the_next_start_goes_on(
             except RunError as failure:
                 assert "\n" not in str(failure) and "run it again" in str(failure)
                 assert hash_output(config) == earlier, "the earlier output is gone"
+                kept = [root / "case" / "out.partial" / name for name in ("checkpoints", "result/stage.json")]
+                goes_on = str(failure).endswith(f"; it goes on from {root / 'case' / 'out.partial'}")
+                assert any(path.exists() for path in kept) == goes_on
         check_end(root, config, content)
         assert [*root.rglob("*.partial"), *root.rglob("*.tmp")] == []
         shutil.rmtree(root)
