@@ -32,6 +32,8 @@ from minitron.config.metrics import (
 if TYPE_CHECKING:
     from minitron.config.settings import EvaluateSettings
 
+_DECLARED = ("metric", "against", "by", "bound", "threshold")
+
 MET = ("passed", "within error", "no champion")
 """The outcomes that allow a promotion."""
 
@@ -43,6 +45,11 @@ def read_gates(config: "EvaluateSettings") -> list[dict[str, Any]]:
         | {"threshold": getattr(gate, gate.bound)}
         for gate in config.gates
     ]
+
+
+def list_declared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return judged gates as `read_gates` has them, without what was found."""
+    return [{name: row[name] for name in _DECLARED} for row in rows]
 
 
 def judge_student(
@@ -86,7 +93,7 @@ def _judge_gate(
 
     metric, against, by = gate["metric"], gate["against"], gate["by"]
     value, items = _read_metric(student, metric)
-    row = {name: gate[name] for name in ("metric", "against", "by", "bound", "threshold")} | {
+    row = {name: gate[name] for name in _DECLARED} | {
         "student": value, "reference": None, "found": None, "margin": None, "interval": None,
     }  # fmt: skip
     interval: Interval | None

@@ -17,16 +17,20 @@ from minitron.data.manifest import read_manifest
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
 from minitron.storage.layout import MANIFEST, read_record
-from minitron.tracking.client import connect, fail_fast, one_line_errors, read_artifact
+from minitron.tracking.client import connect, fail_fast, find_active_run, one_line_errors, read_artifact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 TAG = "lineage"
 """Tag of a model version: the address of its lineage, runs:/RUN/lineage.json."""
 
 STUDENT_TAG = "student_sha256"
 """Tag of a model version: the hash of its student's content."""
+
+TEACHER_TAG = "base_model"
+"""Tag of a model version: the commit, version or snapshot of its teacher; `base_model_sha256` is the content's hash."""
 
 UNKNOWN = "unknown"
 
@@ -86,6 +90,44 @@ def count_tokens(record: dict[str, Any]) -> int | None:
     metrics = record.get("metrics", {})
     written = sum(metrics.get(f"{split}_tokens", 0) for split in ("train", "validation", "test"))
     return metrics.get("tokens", written or None)
+
+
+def identify_teacher(record: dict[str, Any]) -> str:
+    """Return what fixes a teacher's content: its commit, version or snapshot, from its entry in a stage's record."""
+    return record.get("snapshot") or record.get("pinned") or record["address"]
+
+
+def find_teacher_hash(client: "MlflowClient", name: str, pinned: str) -> str | None:
+    """Return the content hash of a teacher from a version that was made from it, so that nobody fetches it to know.
+
+    Args:
+        client: MLflow's.
+        name: registered model.
+        pinned: what fixes the teacher's content, as `model_sources.pin_address` returns it.
+    """
+    address, _, number = pinned.removeprefix("models:/").rpartition("/")
+    if pinned.startswith("models:/") and (sha256 := client.get_model_version(address, number).tags.get(STUDENT_TAG)):
+        return sha256
+    for version in versions.search_versions(client, name, TEACHER_TAG, pinned):
+        if version.tags[TEACHER_TAG] == pinned and (sha256 := version.tags.get(f"{TEACHER_TAG}_sha256")):
+            return sha256
+    # Before 0.4 only the lineage had the address; of those versions the ones with an alias are asked.
+    for number in {*versions.read_aliases(client, name).values()}:
+        teacher = _read_teacher(client, client.get_model_version(name, number))
+        if teacher and identify_teacher(teacher) == pinned:
+            return teacher["sha256"]
+    return None
+
+
+def _read_teacher(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any] | None:
+    """Return the entry of the teacher in a version's lineage; None if there is none."""
+    run_id, _, path = version.tags.get(TAG, "").removeprefix("runs:/").partition("/")
+    if not run_id or (run := find_active_run(client, run_id)) is None:
+        return None
+    if path not in [file.path for file in client.list_artifacts(run.info.run_id)]:
+        return None
+    record = read_artifact(client, run_id, path).get("stages", {}).get("prepare", {})
+    return record.get("inputs", {}).get("teacher")
 
 
 def read_lineage(uri: str, address: str) -> dict[str, Any]:

@@ -243,6 +243,15 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
     return gates.judge_student(rows, evaluation, other["student"])
 
 
+def read_declared_gates(client: "MlflowClient", name: str, version: int) -> list[dict[str, Any]] | None:
+    """Return the gates that a version was judged by, as `gates.read_gates` has them; None if its run does not say."""
+    try:
+        rows = (_read_evaluation(client, name, version) or {}).get("gates")
+        return None if rows is None else gates.list_declared(rows)
+    except (RunError, KeyError, TypeError, AttributeError):  # of another tool
+        return None
+
+
 def _read_evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
     """Return evaluation.json of a version's run, with the student's items if they are there; None without the file."""
     run_id = client.get_model_version(name, str(version)).run_id

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron.errors import ConfigError, RunError, without_password
 from minitron.storage.hashing import list_files
@@ -44,8 +44,9 @@ __all__ = [
     "find_version",
     "has_version",
     "list_all_versions",
-    "list_versions",
     "pin_version",
+    "read_aliases",
+    "search_versions",
     "upload_model",
 ]
 
@@ -97,15 +98,25 @@ def _explain_missing(client: "MlflowClient", name: str, alias: str | None) -> st
     return f"model {name} has no alias {alias}, only: {aliases}; {remedy}"
 
 
-def list_versions(client: "MlflowClient", name: str) -> tuple[list[Any], dict[int, list[str]]]:
-    """Return the versions of a registered model, the newest first, and the aliases of each by its number."""
-    if not client.search_registered_models(f"name = '{name}'"):
-        return [], {}
-    versions = client.search_model_versions(f"name = '{name}'", max_results=10_000)
-    aliases: dict[int, list[str]] = {}
-    for alias, version in client.get_registered_model(name).aliases.items():
-        aliases.setdefault(int(version), []).append(alias)
-    return sorted(versions, key=lambda version: -int(version.version)), aliases
+def read_aliases(client: "MlflowClient", name: str) -> dict[str, str]:
+    """Return the numbers of a registered model's versions by their aliases; empty if there is no such model."""
+    models = client.search_registered_models(f"name = '{name}'")
+    return {alias: str(version) for model in models for alias, version in model.aliases.items()}
+
+
+def search_versions(client: "MlflowClient", name: str, tag: str, *parts: str) -> "list[ModelVersion]":
+    """Return the versions, the newest first, whose tag has these parts, in this order, and perhaps others like them.
+
+    A model may have thousands of versions, so the server searches. Characters that its filter cannot express match any.
+    """
+    pattern = "%".join(["", *(re.sub(r"[^\w/:@.#=-]", "_", part) for part in parts), ""])
+    condition = f"name = '{name}' AND tags.`{tag}` LIKE '{pattern}'"
+    versions: list[ModelVersion] = []
+    token: str | None = ""
+    while token is not None:
+        page = client.search_model_versions(condition, 1000, ["version_number DESC"], token or None)
+        versions, token = [*versions, *page], page.token or None
+    return versions
 
 
 def list_all_versions(client: "MlflowClient") -> Iterator[Any]:

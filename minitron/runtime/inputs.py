@@ -24,30 +24,35 @@ class Input:
     """An input: its address, its hash or snapshot, and a function that returns its local directory.
 
     `path` is None for text in a bucket or on a hub: the stage streams or fetches it. `pinned` is the fixed address of a
-    movable one: of an alias or a branch.
+    movable one: of an alias or a branch. `snapshot` is what fixes a model in a bucket: an address and a digest.
     """
 
     address: str
     sha256: str
     path: Callable[[], Path] | None
     pinned: str | None = None
+    snapshot: str | None = None
 
     def record(self) -> dict[str, str]:
         """Return the input's entry in stage.json."""
-        pinned = {} if self.pinned in (None, self.address) else {"pinned": str(self.pinned)}
-        return {"address": self.address, "sha256": self.sha256} | pinned
+        fixed = {"pinned": None if self.pinned == self.address else self.pinned, "snapshot": self.snapshot}
+        return {"address": self.address, "sha256": self.sha256} | {name: text for name, text in fixed.items() if text}
 
 
-def find_inputs(config: StageConfig) -> dict[str, Input]:
-    """Identify every input that is given, and check it against the record of the stage that wrote it.
+def find_inputs(config: StageConfig, *names: str) -> dict[str, Input]:
+    """Identify inputs, and check them against the record of the stage that wrote them.
+
+    Args:
+        config: the stage's configuration.
+        *names: the inputs; none: all that are given.
 
     Raises:
         ConfigError: an input is missing, or the output lies inside it.
         RunError: an input is damaged, or cannot be reached.
     """
-    names = find_marked_fields(type(config), INPUT)
+    wanted = names or find_marked_fields(type(config), INPUT)
     with keep_notes(persistent_directory(config.workspace)):
-        return {name: _find_input(config, name) for name in names if getattr(config, name) is not None}
+        return {name: _find_input(config, name) for name in wanted if getattr(config, name) is not None}
 
 
 def with_local_paths(config: Config, inputs: dict[str, Input]) -> Config:
@@ -74,8 +79,9 @@ def _find_input(config: StageConfig, name: str) -> Input:
         raise ConfigError(f"output {config.output}: lies inside {name} {address} and would change it; move it out")
     sha256 = verified_hash(path)
     model_sources.check_unchanged(path, sha256)
-    # A bucket's snapshot is a digest: it proves the content but is no address.
-    return Input(address, sha256, lambda: path, None if bucket.is_bucket(address) else pinned)
+    if bucket.is_bucket(address):  # its snapshot proves the content but is no address
+        return Input(address, sha256, lambda: path, snapshot=pinned)
+    return Input(address, sha256, lambda: path, pinned)
 
 
 def _read_reference(address: str) -> references.Reference | None:

@@ -12,6 +12,7 @@ stages of a run share one copy. A movable address (alias, branch, prefix) is res
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -32,7 +33,9 @@ from minitron.storage.references import follow_reference, read_reference
 from minitron.storage.staging import download_then_publish
 from minitron.tracking.client import default_retries
 
-__all__ = ["check_unchanged", "fetch_corpus", "local_model", "pinned_local_model", "read_architecture"]
+__all__ = ["check_unchanged", "fetch_corpus", "local_model", "pin_address", "pinned_local_model", "read_architecture"]
+
+_COMMIT = re.compile(r"@[0-9a-f]{40}$")
 
 
 def local_model(address: str | Path, config: StageConfig) -> Path:
@@ -65,6 +68,22 @@ def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, 
         path, pinned = _fetch_model(pinned, config)
     path = follow_reference(path)
     return _export_nemo(path, config) if _is_nemo(path) else path, pinned
+
+
+def pin_address(address: str, config: StageConfig) -> str | None:
+    """Return what fixes the content of a model that lies elsewhere, without fetching it: a commit, version or snapshot.
+
+    None: only the hash of its content does, since it is a directory, or on a hub that does not answer.
+    """
+    scheme, separator, _ = address.partition(":/")
+    if not separator or scheme == "file":
+        return None
+    if scheme == "hf":
+        pinned = _resolve_once(address, pin_hub_model, config)
+        return pinned if _COMMIT.search(pinned) else None
+    find, _ = _choose_source(address, config)
+    with default_retries():
+        return _resolve_once(address, find, config)
 
 
 def read_architecture(address: str, hurry: bool = False) -> dict[str, Any]:
@@ -129,25 +148,28 @@ def check_unchanged(path: Path, sha256: str) -> None:
 
 
 def _fetch_model(address: str, config: StageConfig) -> tuple[Path, str]:
-    find: Callable[[str], str]
-    fetch: Callable[[str, Path], None]
+    find, fetch = _choose_source(address, config)
+    with default_retries():  # no stage can go on without its inputs
+        identity = _resolve_once(address, find, config)
+        return _fetch_once(identity, fetch, config), identity
+
+
+def _choose_source(address: str, config: StageConfig) -> tuple[Callable[[str], str], Callable[[str, Path], None]]:
+    """Return two functions of a scheme: one pins an address, one fetches what it pinned."""
     match address.partition(":/")[0]:
         case "gs":
-            find, fetch = _take_snapshot, partial(_fetch_objects, select=select_model_files)
+            return _take_snapshot, partial(_fetch_objects, select=select_model_files)
         case "models":
             if not (uri := config.tracking_uri):
                 raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
-            find, fetch = partial(versions.pin_version, uri), partial(versions.download_version, uri)
+            return partial(versions.pin_version, uri), partial(versions.download_version, uri)
         case "ngc":
-            find, fetch = ngc.check_address, ngc.download_model
+            return ngc.check_address, ngc.download_model
         case scheme:
             raise ConfigError(
                 f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "
                 "models:/NAME@alias or ngc://org/team/model:version"
             )
-    with default_retries():  # no stage can go on without its inputs
-        identity = _resolve_once(address, find, config)
-        return _fetch_once(identity, fetch, config), identity
 
 
 def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:

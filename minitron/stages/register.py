@@ -123,7 +123,7 @@ def _build_tags(config: RegisterConfig, tracker: MlflowTracker, origin: dict[str
     """Return the tags of the version; the weights are opened, so a damaged file is not registered."""
     tags = {
         "parameters": str(_count_parameters(config)),
-        "student_sha256": tracker.identity["inputs"]["student"]["sha256"],
+        lineage.STUDENT_TAG: tracker.identity["inputs"]["student"]["sha256"],
         "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
         "licence": str(origin["licences"]["data"]),
         "teacher_licence": lineage.format_license(origin["licences"]["teacher"]),
@@ -134,7 +134,9 @@ def _build_tags(config: RegisterConfig, tracker: MlflowTracker, origin: dict[str
     for name, entry in (
         origin["stages"].get("prepare", {}).get("inputs", {}).items()
     ):  # corpus and teacher; the tag's name stays
-        tags[f"{'base_model' if name == 'teacher' else name}_sha256"] = entry["sha256"]
+        tags[f"{lineage.TEACHER_TAG if name == 'teacher' else name}_sha256"] = entry["sha256"]
+        if name == "teacher":
+            tags[lineage.TEACHER_TAG] = lineage.identify_teacher(entry)
     if config.pipeline_run_id:
         tags["pipeline_run_id"] = config.pipeline_run_id
     if record := read_record(config.student):  # of distill

@@ -4,21 +4,26 @@ The first task of the pipeline `retrain`, without a GPU: `minitron run retrain -
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minitron.config.document import Plan, read_plan
+from minitron.config.fields import format_address
+from minitron.config.settings import EvaluateSettings
 from minitron.config.stages import PrepareConfig
 from minitron.config.tasks import ResolveConfig
-from minitron.registry import fingerprint, training_lock
+from minitron.registry import fingerprint, gates, lineage, promotion, training_lock
 from minitron.registry.fingerprint import Fingerprint
 from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG
-from minitron.registry.versions import GATE_OUTCOME_TAG, list_versions
-from minitron.runtime import inputs
+from minitron.registry.versions import GATE_OUTCOME_TAG, read_aliases, search_versions
+from minitron.runtime import inputs, model_sources
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import RESOLUTION
 from minitron.storage.staging import replace_directory
 from minitron.tracking.client import connect, fail_fast, one_line_errors
 from minitron.tracking.pipeline_run import join_pipeline_run, record_outcome
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def run(config: ResolveConfig) -> dict[str, Any]:
@@ -29,56 +34,93 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         RunError: the corpus, the teacher or MLflow cannot be reached.
     """
     plan = read_plan(config)
-    name, wanted = plan.model_name, plan.pipeline
+    wanted = plan.pipeline
     prepare = PrepareConfig(
         corpus=wanted.corpus, teacher=wanted.teacher, output=config.output, workspace=config.workspace,
         tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
     )  # fmt: skip
-    resolved = inputs.find_inputs(prepare)
-    made_from = fingerprint.fingerprint_plan(plan, resolved["corpus"].sha256, resolved["teacher"].sha256)
+    made_from = fingerprint.fingerprint_plan(plan, *_identify_inputs(prepare, plan.model_name))
     with one_line_errors(config.tracking_uri), fail_fast():
-        resolution = _check_for_changes(config, plan, made_from) | {"model_name": name}
+        resolution = _check_for_changes(config, plan, made_from) | {"model_name": plan.model_name}
     print(f"resolve: {resolution['reason']}", flush=True)
     with replace_directory(config.output) as directory:
         write_atomically(directory / RESOLUTION, resolution)
     return {"metrics": {"train": int(resolution["train"])}} | resolution
 
 
+def _identify_inputs(prepare: PrepareConfig, name: str) -> tuple[str, str]:
+    """Return what identifies corpus and teacher; a teacher that lies elsewhere is not fetched for it.
+
+    A version that was made from the same commit, version or snapshot has the hash of its content. Without such a
+    version the teacher is new, and the commit stands for the hash.
+    """
+    pinned = model_sources.pin_address(format_address(prepare.teacher), prepare)
+    found = inputs.find_inputs(prepare, "corpus", *(() if pinned else ("teacher",)))
+    if pinned is None:
+        return found["corpus"].sha256, found["teacher"].sha256
+    assert prepare.tracking_uri is not None
+    with one_line_errors(prepare.tracking_uri), fail_fast():
+        teacher = lineage.find_teacher_hash(connect(prepare.tracking_uri), name, pinned)
+    return found["corpus"].sha256, teacher or pinned
+
+
 def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint) -> dict[str, Any]:
     name, client = plan.model_name, connect(config.tracking_uri)
     run = join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
-    versions, aliases = list_versions(client, name)
-    champion = next((version for version in versions if CHAMPION in aliases.get(int(version.version), [])), None)
-    if same := _find_same_version(versions, aliases, plan, made_from):
-        outcome, reason = "unchanged", same
+    number = read_aliases(client, name).get(CHAMPION)
+    champion = client.get_model_version(name, number) if number else None
+    same = _find_same_version(client, plan, made_from)
+    outcome, reason = None, same.reason if same else _describe_changes(champion, plan, made_from)
+    if same and same.is_decided:
+        outcome = "unchanged"
     elif rival := training_lock.claim_training(client, run, made_from | {"name": name}):
         outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif same := _find_same_version(*list_versions(client, name), plan, made_from):  # by a run that has just ended
-        outcome, reason = "unchanged", same
-    else:
-        outcome, reason = None, _describe_changes(champion, plan, made_from)
+    elif (same := _find_same_version(client, plan, made_from)) and same.is_decided:  # by a run that has just ended
+        outcome, reason = "unchanged", same.reason
     if outcome:
         record_outcome(client, run.info.run_id, outcome, reason)
-    address = f"models:/{name}/{champion.version}" if champion else None
+    address = f"models:/{name}/{number}" if number else None
     return {"train": outcome is None, "reason": reason, "champion": address, "made_from": made_from}
 
 
-def _find_same_version(
-    versions: list[Any], aliases: dict[int, list[str]], plan: Plan, made_from: Fingerprint
-) -> str | None:
-    """Return a sentence about a version with this fingerprint whose gates were judged; None if there is none."""
-    for version in versions:
-        names = aliases.get(int(version.version), [])
-        outcome = version.tags.get(GATE_OUTCOME_TAG) or _describe_promotion(version, names)
-        if (
-            fingerprint.read_fingerprint(version.tags, plan) == made_from
-            and outcome
-            and not _describe_bad_loss(version)
-        ):
-            named = f", {' and '.join(names)}," if names else ""
-            return f"version {version.version}{named} is made from the same data, teacher and settings; {outcome}"
-    return None
+class _Same(NamedTuple):
+    """A version that is made from the same: whether it was decided about by the same gates, and a sentence."""
+
+    is_decided: bool
+    reason: str
+
+
+def _find_same_version(client: "MlflowClient", plan: Plan, made_from: Fingerprint) -> _Same | None:
+    """Return what is known of a version with this fingerprint; None if there is none that was decided about.
+
+    What a person or a pipeline promoted once is decided, whatever the gates are now.
+    """
+    aliases, judged_otherwise = read_aliases(client, plan.model_name), None
+    parts = made_from["corpus"], made_from["teacher"]
+    for version in search_versions(client, plan.model_name, fingerprint.TAG, *parts):
+        if fingerprint.read_fingerprint(version.tags, plan) != made_from or _describe_bad_loss(version):
+            continue
+        names = [alias for alias, number in aliases.items() if number == str(version.version)]
+        promoted = _describe_promotion(version, names)
+        if not (outcome := version.tags.get(GATE_OUTCOME_TAG) or promoted):
+            continue
+        named = f"version {version.version}{', ' + ' and '.join(names) + ',' if names else ''} is made from the same"
+        if promoted or not _have_gates_changed(client, plan, int(version.version)):
+            return _Same(True, f"{named} data, teacher and settings; {outcome}")
+        judged_otherwise = judged_otherwise or _Same(False, f"{named}, but other gates judged it; it is evaluated anew")
+    return judged_otherwise
+
+
+def _read_gates(plan: Plan) -> list[dict[str, Any]]:
+    evaluate = plan.stages["evaluate"]
+    assert isinstance(evaluate, EvaluateSettings)
+    return gates.read_gates(evaluate)
+
+
+def _have_gates_changed(client: "MlflowClient", plan: Plan, version: int) -> bool:
+    before = promotion.read_declared_gates(client, plan.model_name, version)
+    return before is not None and sorted(map(str, before)) != sorted(map(str, _read_gates(plan)))
 
 
 def _describe_bad_loss(version: Any) -> str | None:

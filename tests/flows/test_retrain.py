@@ -100,6 +100,7 @@ def test_the_first_is_trained_judged_and_promoted(first: Run, directory: Path) -
     assert first.status == 0, first.output[-3000:]
     assert "resolve: there is no champion yet" in first.output
     assert first.aliases == {"challenger": 1, "champion": 1} and tags(directory, 1)["gates"] == "met"
+    assert tags(directory, 1)["base_model"] == str(directory / "inputs" / NAME / "teacher")
     assert first.summary["outcome"] == "promoted" and first.summary["registered"]["version"] == 1
     assert "gate: Validation loss, difference from the champion's: no champion (at most 0.020)" in first.output
     assert "<title>Compression report" in (directory / "report.html").read_text()
@@ -141,6 +142,16 @@ def test_a_rollback_brings_the_previous_champion_back(better: Run, directory: Pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"promoted: version 3 of {NAME} is the champion" in again.stdout
     assert aliases(directory) == {"challenger": 3, "champion": 3, "previous": 1}
+
+
+def test_other_gates_judge_the_same_student_anew_without_training(better: Run, directory: Path) -> None:
+    gates = "evaluate.gates=[{metric: validation_loss, at_most: 100}]"
+    again = retrain(directory, f"corpus={directory / 'more'}", *WORSE, f"'{gates}'")
+    assert again.status == 0, again.output[-3000:]
+    assert "version 2 is made from the same, but other gates judged it; it is evaluated anew" in again.output
+    assert "training:" not in again.output and again.summary["outcome"] == "promoted"
+    assert again.aliases == {"challenger": 4, "champion": 4, "previous": 3}
+    assert tags(directory, 4)["student_sha256"] == tags(directory, 2)["student_sha256"]
 
 
 def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) -> None:
