@@ -26,7 +26,7 @@ from minitron.config.document import (
 from minitron.config.fields import Fault, read_scalar
 from minitron.config.parse import SectionError, suggest_name, validate_section
 from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
-from minitron.config.tasks import PlanConfig
+from minitron.config.tasks import PlanConfig, PromoteConfig
 from minitron.errors import ConfigError
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
@@ -148,6 +148,9 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
             settings = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
             arguments[SETTINGS_PARAMETER] = settings
             read_run_plan(arguments)
+    elif not faults:  # promote has no settings, but what its task takes
+        form = {name: value for name, value in arguments.items() if name in PromoteConfig.model_fields}
+        validate_section("", PromoteConfig, {"output": Path()} | form)
     if faults:
         raise SectionError(faults)
     return arguments

@@ -119,7 +119,7 @@ def search_versions(client: "MlflowClient", name: str, tag: str, *parts: str) ->
     return versions
 
 
-def list_all_versions(client: "MlflowClient") -> Iterator[Any]:
+def list_all_versions(client: "MlflowClient") -> "Iterator[ModelVersion]":
     """Yield the versions of all registered models."""
     page = client.search_model_versions(max_results=1000)
     yield from page
