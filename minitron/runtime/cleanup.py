@@ -17,6 +17,7 @@ from minitron.config.stages import STAGES
 from minitron.registry.lineage import read_all_lineages
 from minitron.storage import bucket
 from minitron.storage.files import delete_path
+from minitron.storage.hashing import NOTES
 from minitron.storage.layout import FAILURE, read_json_object, read_record
 from minitron.storage.staging import KEY, InUse, is_locked, lock_output
 from minitron.tracking.client import connect, fail_fast, one_line_errors, search_running_runs
@@ -129,6 +130,8 @@ def list_items(root: str | Path) -> Iterator[Item]:
     for path in (*sorted(directory.glob("models/resolved/*.json")), directory / FAILURE):
         if path.is_file():
             yield _make_item(path, "note of a pipeline run", delete=partial(_delete_plain, path))
+    for path in sorted(directory.glob(f"{NOTES}/*.json")):
+        yield _make_item(path, "hash of a file", delete=partial(_delete_plain, path))
 
 
 def _list_results(folder: Path, kind: str) -> Iterator[Item]:

@@ -147,7 +147,7 @@ def test_leftovers_go_by_age_and_what_others_need_stays(
         workspace / "failure.json",
         workspace / "unsent" / "server" / "1.jsonl",
     ]
-    files += [workspace / "models" / "resolved" / "1.json"]
+    files += [workspace / "models" / "resolved" / "1.json", workspace / "hashes" / "1-2-3-sha256.json"]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -155,7 +155,7 @@ def test_leftovers_go_by_age_and_what_others_need_stays(
     with (locked / "key").open() as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         lines, last = collect(workspace, "--tracking-uri", mlflow_file, "--delete")
-    assert last.startswith("deleted: 6 of 6")
+    assert last.startswith("deleted: 7 of 7")
     assert "a process works there" in lines["distill/locked.partial"]
     assert "MLflow has not got them" in lines["unsent/server/1.jsonl"]
     assert {path.name for path in (workspace / "distill").iterdir()} == {"locked.partial", "mine"}
