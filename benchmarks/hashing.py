@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = ".safetensors"
 
@@ -25,32 +27,41 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        hashed = [_run(arguments.preset, directory / "run", directory / turn) for turn in ("first", "again")]
-        models = [*(directory / "run").glob(f"workspace/*/*/*{WEIGHTS}"), *_find_teacher(directory / "run")]
-        size = sum(path.stat().st_size for path in models)
-    first, again = hashed
+        print(json.dumps(measure(lambda: _run(arguments.preset, directory), directory / "run" / "workspace")))
+
+
+def measure(run: Callable[[], Path], workspace: Path) -> dict[str, Any]:
+    """Run the pipeline twice; return the claim.
+
+    Args:
+        run: runs it, and returns the list of what its processes hashed.
+        workspace: where the results lie.
+    """
+    first, again = (_count_weights(run()) for _ in range(2))
+    models = [*workspace.glob(f"*/*/*{WEIGHTS}"), *_find_teacher(workspace)]
+    size = sum(path.stat().st_size for path in models)
     figures = {"of_the_first": round(first / size, 3), "bytes": again, "models": len(models), "bytes_of_models": size}
-    print(json.dumps({"claim": "bytes_hashed_over_models", "value": round(again / size, 3)} | figures))
+    return {"claim": "bytes_hashed_over_models", "value": round(again / size, 3)} | figures
 
 
-def _run(preset: str, directory: Path, log: Path) -> int:
-    """Run the pipeline; return the bytes of weights that its processes hashed."""
+def _run(preset: str, directory: Path) -> Path:
     command = [str(Path(sys.executable).with_name("minitron")), "run", "compress", "--preset", preset]
+    log = directory / "hashed"
+    log.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).with_name("counter")), "HASHED": str(log)}
-    environment |= {"MINITRON_CACHE": str(log.with_name("cache"))}
-    subprocess.run([*command, "--work-dir", str(directory)], check=True, stdout=sys.stderr, env=environment)
-    return count_weights(log)
+    environment |= {"MINITRON_CACHE": str(directory / "cache")}
+    subprocess.run([*command, "--work-dir", str(directory / "run")], check=True, stdout=sys.stderr, env=environment)
+    return log
 
 
-def count_weights(log: Path) -> int:
-    """Return the bytes of weights in a list of what was hashed."""
-    lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
+def _count_weights(log: Path) -> int:
+    lines = [line.split(" ", 1) for line in (log.read_text() if log.exists() else "").splitlines()]
     return sum(int(size) for size, path in lines if path.endswith(WEIGHTS))
 
 
-def _find_teacher(directory: Path) -> list[Path]:
+def _find_teacher(workspace: Path) -> list[Path]:
     """Return the weights of the teacher that the run made for itself."""
-    (stage,) = directory.glob("workspace/prepare/*/stage.json")
+    (stage,) = workspace.glob("prepare/*/stage.json")
     return [*Path(json.loads(stage.read_text())["inputs"]["teacher"]["address"]).glob(f"*{WEIGHTS}")]
 
 
