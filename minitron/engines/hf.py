@@ -4,9 +4,8 @@
 killed training resumes from its last complete checkpoint.
 """
 
-import json
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset, open_training_data
+from minitron.engines.checkpoints import BEST, CHECKPOINT, Checkpoint, find_resume_point, publish_checkpoint
 from minitron.engines.divergence import Diverged, check_step, check_untrained, name_last_good
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
@@ -83,26 +82,24 @@ def train(
     if teacher is not None:
         check_untrained(teacher, metrics["teacher_validation_loss"])
     checkpoints = checkpoints_path(directory)
-    last = _find_last_checkpoint(checkpoints)
-    best = BestModel(checkpoints / "best", initial)
+    last = find_resume_point(checkpoints)
+    best = BestModel(checkpoints, initial, last.best if last else None)
     trainer = _LinearLossTrainer(
         config, load_model(initial, torch.float32), weights, teacher_model, checkpoints, last is None
     )
-    report = _Report(config, tracker, best)
+    report = _Report(config, tracker, best, trainer.read_seconds)
     trainer.add_callback(report)
-    started = time.perf_counter()
+    trainer.start_clock(last.checkpoint.note["seconds"] if last else 0.0)
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=str(last.checkpoint.path) if last else None)
     except Diverged as error:
         report.on_train_end()
         raise name_last_good(error, config, best.keep_for_later(directory), best.step, best.loss) from error
-    seconds = time.perf_counter() - started - trainer.validation_seconds
-    step_tokens = config.global_batch_size * config.sequence_length
-    steps_done = config.max_steps - (int(last.name.partition("-")[2]) if last else 0)
+    tokens = config.max_steps * config.global_batch_size * config.sequence_length
     history = _extract_history(trainer.state.log_history)
     metrics |= {
-        "tokens": config.max_steps * step_tokens,
-        "tokens_per_second": round(steps_done * step_tokens / seconds, 1),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / trainer.read_seconds(), 1),
         "validation_loss_before": next(row["validation_loss"] for row in history if "validation_loss" in row),
         "validation_loss": best.loss,
         "best_step": best.step,
@@ -141,34 +138,28 @@ def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) 
 class BestModel:
     """The state of lowest validation loss: `initial` until a training step beats it. It survives a kill."""
 
-    def __init__(self, directory: Path, initial: Path) -> None:
-        """Read the state that an earlier attempt left in `directory`."""
-        self._directory, self.initial = directory, initial
-        self.step, self.loss = 0, float("inf")
-        if (directory / "best.json").is_file():
-            best = json.loads((directory / "best.json").read_text())
-            self.step, self.loss = best["step"], best["loss"]
+    def __init__(self, checkpoints: Path, initial: Path, best: Checkpoint | None) -> None:
+        """Go on with the best state that an earlier attempt left in the directory of checkpoints."""
+        self._checkpoints, self.initial = checkpoints, initial
+        self.step: int = best.step if best else 0
+        self.loss: float = best.note["loss"] if best else float("inf")
 
     def keep_if_better(self, model: PreTrainedModel, step: int, loss: float) -> None:
-        """Keep the model if its loss is the lowest so far; the old best is replaced in one rename."""
+        """Keep the model if its loss is the lowest so far."""
         if loss >= self.loss:
             return
         self.step, self.loss = step, loss
-        staging = self._directory.with_name("best.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        self._path.mkdir(parents=True)
         if step:
-            model.save_pretrained(staging)
-        (staging / "best.json").write_text(json.dumps({"step": step, "loss": loss}))
-        shutil.rmtree(self._directory, ignore_errors=True)
-        staging.rename(self._directory)
+            model.save_pretrained(self._path)
+        publish_checkpoint(self._path, {"loss": loss})
 
     def write(self, model: Any, step: int, directory: Path) -> None:
         """Write the best model in the dtypes of the initial one; `model` is its state at `step`."""
         if not self.step:
             copy_model(self.initial, directory)
             return
-        model = model.cpu().eval() if step == self.step else load_model(self._directory, torch.float32)
+        model = model.cpu().eval() if step == self.step else load_model(self._path, torch.float32)
         save_derived_model(model, directory, self.initial)
 
     def keep_for_later(self, directory: Path) -> Path:
@@ -176,8 +167,12 @@ class BestModel:
         if not self.step:
             return self.initial
         with replace_directory(last_good_path(directory)) as target:
-            save_derived_model(load_model(self._directory, torch.float32), target, self.initial)
+            save_derived_model(load_model(self._path, torch.float32), target, self.initial)
         return last_good_path(directory)
+
+    @property
+    def _path(self) -> Path:
+        return self._checkpoints / f"{BEST}-{self.step}"
 
 
 class _LinearLossTrainer(Trainer):
@@ -206,7 +201,15 @@ class _LinearLossTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._config, self._teacher, self._weights = config, teacher, weights
         self._sums, self._tokens = torch.zeros(len(TERMS), device=self.args.device), 0
-        self.validation_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def start_clock(self, seconds: float) -> None:
+        """Start the clock of the training at the seconds that killed attempts took up to the checkpoint."""
+        self._started = time.perf_counter() - seconds
+
+    def read_seconds(self) -> float:
+        """Return the seconds of the training so far, without its validations."""
+        return time.perf_counter() - self._started
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         """Read the sequences in the order of TrainingSequences."""
@@ -256,19 +259,21 @@ class _LinearLossTrainer(Trainer):
         metrics = {f"validation_{name}": value for name, value in scores["model"].items() if value is not None}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.validation_seconds += time.perf_counter() - started
+        self._started += time.perf_counter() - started
         return metrics
 
 
 class _Report(TrainerCallback):
-    """Progress bar in tokens (so that it shows tokens/s and ETA), metrics to the tracker, best model to disk.
+    """Progress bar in tokens (so that it shows tokens/s and ETA), metrics to the tracker, states to resume from.
 
     In a TrainJob the progress goes to Kubeflow Trainer, too.
     """
 
-    def __init__(self, config: TrainingConfig, tracker: Tracker, best: BestModel) -> None:
+    def __init__(
+        self, config: TrainingConfig, tracker: Tracker, best: BestModel, read_seconds: Callable[[], float]
+    ) -> None:
         self._step_tokens = config.global_batch_size * config.sequence_length
-        self._tracker, self._best = tracker, best
+        self._tracker, self._best, self._read_seconds = tracker, best, read_seconds
         self._vocabulary = read_config(best.initial).vocab_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -276,6 +281,8 @@ class _Report(TrainerCallback):
         total, done = state.max_steps * self._step_tokens, state.global_step * self._step_tokens
         self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
         self._status = TrainerStatus(state.global_step, state.max_steps)
+        for row in _extract_history(state.log_history):  # the last ones may not have arrived before the kill
+            self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.update(self._step_tokens)
@@ -297,6 +304,11 @@ class _Report(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
     ) -> None:
         self._best.keep_if_better(model, state.global_step, metrics["validation_loss"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Complete the checkpoint that the Trainer has just written."""
+        note = {"best": self._best.step, "seconds": self._read_seconds()}
+        publish_checkpoint(Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}", note)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._bar.close()
@@ -335,7 +347,6 @@ def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: b
         eval_on_start=validate_first,
         save_strategy="steps",
         save_steps=config.checkpoint_interval,
-        save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
         seed=config.seed,
@@ -345,26 +356,6 @@ def _make_arguments(config: TrainingConfig, checkpoints: Path, validate_first: b
         disable_tqdm=True,
         report_to="none",  # _Report does it
     )
-
-
-def _find_last_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint, None without one; delete incomplete ones."""
-    if not directory.is_dir():
-        return None
-    for path in directory.glob("checkpoint-*"):
-        if not _is_complete(path):
-            shutil.rmtree(path)
-    last = get_last_checkpoint(str(directory))
-    return Path(last) if last else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Say whether a checkpoint has its last file, trainer_state.json, and the whole of it."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _extract_history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

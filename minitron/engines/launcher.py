@@ -6,6 +6,7 @@ import it.
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -60,11 +61,11 @@ def report_failure(job: Path, error: BaseException) -> None:
     """Write the error that `launch` raises, from within a worker; the first worker that fails wins."""
     kind = type(error).__name__
     entry = {"message": str(error) if isinstance(error, MinitronError) else f"{kind}: {error}", "kind": kind}
-    try:
-        with job.with_suffix(".failure").open("x") as stream:
-            json.dump(entry, stream)
-    except FileExistsError:
-        pass
+    failure = job.with_suffix(".failure")
+    if not failure.exists():
+        partial = failure.with_name(f"{failure.name}.{os.environ.get('RANK')}")
+        partial.write_text(json.dumps(entry))
+        partial.replace(failure)  # whoever waits for it never sees a part
 
 
 def end_with_parent() -> None:

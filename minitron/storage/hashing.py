@@ -6,6 +6,7 @@ are what they were. So a copy is read again, and so is a file that was written o
 between the samples that leaves size, time and inode, by a failing disk, say.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from minitron.errors import ConfigError, RunError
 from minitron.storage.files import write_atomically
@@ -123,6 +126,15 @@ def verified_hash(path: Path) -> str:
                 "a file is damaged or was changed; delete the directory and run the stage that writes it again"
             )
     raise RunError(f"{path}: files vanish while it is read; wait for the process that changes it, and run it again")
+
+
+def file_crc32c(path: Path) -> str:
+    """Return the CRC32C of a file as Google Cloud Storage writes it: for damage, six times as fast as a sha256."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as stream:
+        for _ in checksum.consume(stream, 1 << 20):
+            pass
+    return base64.b64encode(checksum.digest()).decode()
 
 
 def hash_file(path: Path) -> str:

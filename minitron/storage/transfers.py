@@ -4,12 +4,10 @@ A download has the generations of its snapshot. A file is `NAME.part` until its 
 that are complete stay when another one fails. An upload replaces no object: it creates what is not there.
 """
 
-import base64
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 from google.api_core.exceptions import NotFound, PreconditionFailed
 from google.cloud.storage import transfer_manager
 from google.cloud.storage.retry import DEFAULT_RETRY
@@ -24,6 +22,7 @@ from minitron.storage.bucket import (
     one_line_errors,
     require_objects,
 )
+from minitron.storage.hashing import file_crc32c
 
 RETRY = DEFAULT_RETRY
 """The library's default: broken connections and 408, 429, 5xx are retried for two minutes, with growing pauses."""
@@ -105,7 +104,7 @@ def _batch_uploads(names: list[str], sizes: dict[str, int]) -> Iterator[list[str
 
 def _is_same(path: Path, blob: Any) -> bool:
     """Say whether a file has an object's size and CRC32C."""
-    return path.stat().st_size == blob.size and _file_crc32c(path) == blob.crc32c
+    return path.stat().st_size == blob.size and file_crc32c(path) == blob.crc32c
 
 
 def _is_there(path: Path, blob: Any) -> bool:
@@ -209,14 +208,6 @@ def _check_same(path: Path, blob: Any) -> None:
 
 def _part_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
-
-
-def _file_crc32c(path: Path) -> str:
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as stream:
-        for _ in checksum.consume(stream, 1 << 20):
-            pass
-    return base64.b64encode(checksum.digest()).decode()
 
 
 def _progress_bar(address: str, size: int) -> Any:

@@ -11,6 +11,7 @@ import torch
 from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset, open_training_data
+from minitron.engines.checkpoints import publish_checkpoint
 from minitron.engines.nemo import checks, files
 from minitron.engines.nemo import engine as nemo
 from minitron.engines.nemo.progress import Progress
@@ -148,19 +149,22 @@ def test_the_micro_batch_size_does_not_decide_what_is_calibrated_on(dataset: Pat
     assert split(there + 5, 1) == (there, 1)
 
 
-def test_the_history_that_a_kill_left_is_cut_at_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    rows = [{"step": step, "loss": 1.0} for step in range(1, 6)]
-    history = tmp_path / files.HISTORY
-    history.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
-    for name in ("step-3", "step-10.saving", "best"):
+def test_a_resumed_training_has_the_history_of_its_last_whole_checkpoint(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 6)]
+    history, checkpoint = tmp_path / files.HISTORY, tmp_path / "checkpoint-3"
+    for name in ("best-2", "checkpoint-3", "best-4", "checkpoint-10", files.FINISHED):
         (tmp_path / name).mkdir()
-    assert files.find_last_checkpoint(tmp_path) == tmp_path / "step-3"
-    files.forget_lost_steps(tmp_path)
-    assert [json.loads(row)["step"] for row in history.read_text().splitlines()] == [1, 2, 3]
-    assert not (tmp_path / "step-10.saving").exists()
-    (tmp_path / "step-3").rmdir()
-    files.forget_lost_steps(tmp_path)
-    assert not history.exists()
+    (checkpoint / files.HISTORY).write_text("".join(rows[:3]))
+    history.write_text("".join(rows) + '{"step": 6, "lo')
+    publish_checkpoint(tmp_path / "best-2", {"loss": 3.5})
+    publish_checkpoint(checkpoint, {"best": 2, "seconds": 7.5})
+    publish_checkpoint(tmp_path / "best-4", {"loss": 3.0})
+    assert files.find_start(tmp_path) == files.Start(3, 2, 3.5, 7.5)
+    assert history.read_text() == "".join(rows[:3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-2", "checkpoint-3", files.HISTORY]
+    (checkpoint / files.HISTORY).write_text("".join(rows[:2]))
+    assert files.find_start(tmp_path) == files.Start()
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path, tmp_path: Path) -> None:

@@ -298,9 +298,9 @@ def test_a_pod_that_is_not_ready_has_no_log_yet(server: KubernetesServer, tmp_pa
 def test_a_cancelled_step_deletes_its_job(server: KubernetesServer, tmp_path: Path) -> None:
     """SIGTERM to the process of a stage: the handler that entry.launch sets unwinds it."""
     program = (
-        "from pathlib import Path\nfrom minitron.runtime.entry import _exit_on_sigterm\n"
+        "from pathlib import Path\nfrom minitron.runtime.entry import _exit_on_signals\n"
         "from minitron.engines import trainjob\n"
-        "_exit_on_sigterm()\ntrainjob.POLL_SECONDS = 0.1\n"
+        "_exit_on_signals()\ntrainjob.POLL_SECONDS = 0.1\n"
         f"trainjob.launch('{WORKER}', {{'job': 'add'}}, Path({str(tmp_path)!r}), 2, 1, '{KEY}')\n"
     )
     task = forks.start_python(["-c", program], tmp_path / "log", tmp_path / "log")

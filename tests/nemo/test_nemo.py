@@ -22,8 +22,10 @@ from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.data.packed import open_training_data
 from minitron.data.tokenizer import load_tokenizer
+from minitron.engines.checkpoints import MARKER
 from minitron.engines.divergence import Diverged
 from minitron.engines.nemo import engine as nemo_engine
+from minitron.engines.nemo.files import FINISHED
 from minitron.engines.nemo.progress import Progress
 from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
@@ -152,7 +154,11 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_the_same_loss(
 ) -> None:
     """Also with settings that decide no result."""
     models = {"teacher": str(teacher), "dataset": str(dataset)}
-    resumed = _kill_and_resume("finetune", lambda work: (work / "step-3").exists(), tmp_path, change, **models)
+
+    def is_complete(work: Path) -> bool:
+        return (work / "checkpoint-3" / MARKER).exists()
+
+    resumed = _kill_and_resume("finetune", is_complete, tmp_path, change, **models)
     _check_same_course(json.loads((finetuned["nemo"] / "stage.json").read_text()), resumed)
     for name, weight in weights(finetuned["nemo"]).items():
         assert torch.allclose(weights(tmp_path / "killed")[name], weight, atol=1e-6), name
@@ -168,11 +174,36 @@ def test_it_trains_on_while_it_writes_and_killed_then_it_resumes_at_the_checkpoi
         history = work / "history.jsonl"
         if not history.is_file() or '{"step": 7, ' not in history.read_text():
             return False
-        assert (work / "step-6.saving").is_dir() and (work / "step-3").is_dir()
+        assert (work / "checkpoint-6").is_dir() and not (work / "checkpoint-6" / MARKER).exists()
+        assert (work / "checkpoint-3" / MARKER).exists()
         return True
 
     resumed = _kill_and_resume("distill", is_writing, tmp_path, slow_disk=10, **models, **DISTILLATION)
     _check_same_course(distilled["nemo"], resumed)
+
+
+def test_what_is_damaged_after_a_kill_is_made_again(
+    teacher: Path, dataset: Path, finetuned: dict[str, Path], tmp_path: Path
+) -> None:
+    """An imported model, the last checkpoint, and the note of an end that never was."""
+
+    def is_complete(work: Path) -> bool:
+        return (work / "checkpoint-6" / MARKER).exists()
+
+    def damage(work: Path) -> None:
+        for name in ("student", "checkpoint-6"):
+            shard = max((work / name / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+        (work / FINISHED).mkdir()
+        (work / FINISHED / MARKER).write_text("")
+
+    models = {"teacher": str(teacher), "dataset": str(dataset)}
+    resumed = _kill_and_resume("finetune", is_complete, tmp_path, damage=damage, **models)
+    _check_same_course(json.loads((finetuned["nemo"] / "stage.json").read_text()), resumed)
+    for name, weight in weights(finetuned["nemo"]).items():
+        assert torch.allclose(weights(tmp_path / "killed")[name], weight, atol=1e-6), name
 
 
 def _kill_and_resume(
@@ -181,6 +212,7 @@ def _kill_and_resume(
     tmp_path: Path,
     change: dict[str, int] | None = None,
     slow_disk: float = 0,
+    damage: Callable[[Path], None] = lambda work: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Kill a training when `is_time` says so of its checkpoints' directory, start it again with some settings changed.
@@ -201,7 +233,8 @@ def _kill_and_resume(
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_until_no_worker_is_left(work)
-    (work / "step-9.saving").mkdir()  # what a kill during a save leaves
+    (work / "checkpoint-9").mkdir()  # what a kill during a save leaves
+    damage(work)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings | (change or {})))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -255,8 +288,7 @@ def test_a_training_that_diverges_keeps_its_last_good_state(
     class BadAfterValidation(Progress):
         def __call__(self) -> None:
             super().__call__()
-            best = self._path.parent / "best" / "best.json"
-            if best.is_file() and json.loads(best.read_text())["step"]:
+            if any(self._path.parent.glob(f"best-[1-9]*/{MARKER}")):
                 raise Diverged("the training diverged at step 5: loss is nan")
 
     monkeypatch.setattr(nemo_engine, "Progress", BadAfterValidation)

@@ -8,6 +8,7 @@ from threading import Event, Thread
 
 import pytest
 
+from minitron.engines.checkpoints import MARKER
 from minitron.errors import ConfigError
 from tests.nemo.nemo_support import CUT, curves, run_distill, run_finetune, run_prune
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
@@ -31,7 +32,7 @@ def admit_and_preempt_once(server: KubernetesServer, workspace: Path, ended: Eve
         if any(job["spec"].get("suspend") for job in list(server.objects["trainjobs"].values())):
             time.sleep(0.5)  # the task sees that its job waits
             server.admit()
-        elif not preempted and any(workspace.rglob("step-3")):
+        elif not preempted and any(workspace.rglob(f"checkpoint-3/{MARKER}")):
             server.preempt()
             preempted = True
 

@@ -33,7 +33,7 @@ USERS = {
     "kubernetes": {"cluster/kubernetes_api.py"},
     "mlflow": {"tracking/client.py", "tracking/artifacts.py", "tracking/stage_run.py", "registry/versions.py"},
     "google.cloud": {"storage/bucket.py", "storage/transfers.py"},
-    "google_crc32c": {"storage/transfers.py"},
+    "google_crc32c": {"storage/hashing.py"},
 }
 """The only modules that use a service's client."""
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines import hf
+from minitron.engines.checkpoints import MARKER
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score_models
@@ -281,13 +282,13 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
 
     process = start("killed")
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    while not (checkpoints / "checkpoint-20" / "trainer_state.json").exists():
+    while not (checkpoints / "checkpoint-20" / MARKER).exists():
         assert process.exitcode is None, "it ended before it could be killed"
         time.sleep(0.005)
     process.kill()
     process.join()
     assert not paths["killed"].exists()
-    (checkpoints / "checkpoint-99").mkdir()  # what a kill during a save leaves: a checkpoint without its last file
+    (checkpoints / "checkpoint-99").mkdir()  # what a kill during a save leaves: a checkpoint without its marker
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(settings | change | {"output": str(paths["killed"])}))
     for name in ("whole", "killed"):
         process = start(name)

@@ -5,7 +5,8 @@ import json
 import resource
 import shutil
 import time
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from minitron.config.metrics import compute_perplexity
 from minitron.config.stages import DistillConfig
+from minitron.engines.checkpoints import BEST, CHECKPOINT, mark_complete, publish_checkpoint
 from minitron.engines.divergence import Diverged, check_step, check_untrained
 from minitron.engines.hf import get_device
-from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, parse_step
+from minitron.engines.nemo.files import FINISHED, HISTORY, Start
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights
@@ -80,15 +82,16 @@ class Course(pl.Callback):
     checkpoint intervals both equal the number of steps.
     """
 
-    def __init__(self, config: Any, work: Path, initial: Path, sequences: int, balancer: Balancer, step: int) -> None:
-        """Go on after `step`; validate on `sequences` sequences; `initial` is the untrained model."""
+    def __init__(
+        self, config: Any, work: Path, initial: Path, sequences: int, balancer: Balancer, start: Start
+    ) -> None:
+        """Go on from `start`; validate on `sequences` sequences; `initial` is the untrained model."""
         self._config, self._work, self._balancer = config, work, balancer
         self._initial, self._vocabulary = initial, read_config(initial).vocab_size
-        self._sequences, self._first_step = sequences, step
-        self._best = float("inf")
+        self._sequences, self._start = sequences, start
+        self._best_step, self._best = start.best_step, start.best_loss
         self._sum, self._validated = 0.0, 0
-        if (work / BEST / "best.json").is_file():
-            self._best = json.loads((work / BEST / "best.json").read_text())["loss"]
+        self._publishing: Future[None] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Set the activations to recompute, before the model is built."""
@@ -116,10 +119,10 @@ class Course(pl.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate the untrained model."""
         trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: False  # at the last step Lightning would, too
-        self._status = TrainerStatus(self._first_step, self._config.max_steps)
-        if not self._first_step:
+        self._status = TrainerStatus(self._start.step, self._config.max_steps)
+        if not self._start.step:
             self._validate_model(trainer, 0)
-        self._started, self._validating = time.perf_counter(), 0.0
+        self._started = time.perf_counter() - self._start.seconds
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Report the step; validate and save at their intervals."""
@@ -128,9 +131,9 @@ class Course(pl.Callback):
         if step % config.validation_interval == 0 or step == config.max_steps:
             started = time.perf_counter()
             self._validate_model(trainer, step)
-            self._validating += time.perf_counter() - started
+            self._started += time.perf_counter() - started
         if step % config.checkpoint_interval == 0 and step < config.max_steps:
-            self._save_checkpoint(trainer, self._work / f"step-{step}", weights_only=False)
+            self._save_checkpoint(trainer, step)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Tensor, *_: Any) -> None:
         """Add up the losses, each weighted by its sequences: the last batch may be filled up."""
@@ -142,21 +145,21 @@ class Course(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Complete the last checkpoint; write the seconds that training took, and the memory of the largest worker."""
-        seconds = time.perf_counter() - self._started - self._validating
-        _finish_saving(trainer)
+        end = {"best": self._best_step, "seconds": self._read_seconds()}
+        self._finish_saving(trainer)
         peaks = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _read_peak_gpu_mb()])
         peaks = peaks.to(get_device())
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         rss, gpu = (round(peak, 1) for peak in peaks.tolist())
-        end = {
-            "steps": trainer.global_step - self._first_step,
-            "seconds": seconds,
-            "peak_rss_mb": rss,
-            "peak_gpu_mb": gpu or None,
-        }
         self._status.close()
         if trainer.is_global_zero:
-            (self._work / FINISHED).write_text(json.dumps(end))
+            (self._work / FINISHED).mkdir()
+            shutil.copyfile(self._work / HISTORY, self._work / FINISHED / HISTORY)
+            mark_complete(self._work / FINISHED, end | {"peak_rss_mb": rss, "peak_gpu_mb": gpu or None})
+
+    def _read_seconds(self) -> float:
+        """Return the seconds of the training so far, without its validations."""
+        return time.perf_counter() - self._started
 
     def _make_row(self, trainer: Any, step: int) -> dict[str, Any]:
         metrics = trainer.callback_metrics
@@ -194,7 +197,8 @@ class Course(pl.Callback):
         diverged = torch.tensor(float(error is not None), device=get_device())
         torch.distributed.all_reduce(diverged, op=torch.distributed.ReduceOp.MAX)
         if diverged.item():
-            _finish_saving(trainer)
+            self._finish_saving(trainer)
+            torch.distributed.barrier()
             if error:
                 raise error
             torch.distributed.barrier()
@@ -211,51 +215,60 @@ class Course(pl.Callback):
         row, perplexity = {"step": step, "validation_loss": loss}, compute_perplexity(loss)
         self._write_row(trainer, row if perplexity is None else row | {"validation_perplexity": perplexity})
         if loss < self._best:
-            self._best = loss
-            self._save_checkpoint(trainer, self._work / BEST, weights_only=True, note={"step": step, "loss": loss})
+            self._best_step, self._best = step, loss
+            self._save_best(trainer, step)
 
-    def _save_checkpoint(
-        self, trainer: Any, path: Path, weights_only: bool, note: dict[str, float] | None = None
-    ) -> None:
-        """Start to write a checkpoint under another name; the untrained state is not copied.
+    def _save_checkpoint(self, trainer: Any, step: int) -> None:
+        """Start to write a checkpoint to resume from, with the history up to it."""
+        path, history = self._work / f"{CHECKPOINT}-{step}", self._work / HISTORY
+        rows = history.read_text() if trainer.is_global_zero else ""
+        note = {"best": self._best_step, "seconds": self._read_seconds()}
+
+        def publish() -> None:
+            (path / HISTORY).write_text(rows)
+            publish_checkpoint(path, note)
+
+        self._save(trainer, path, publish, weights_only=False)
+
+    def _save_best(self, trainer: Any, step: int) -> None:
+        """Start to write the best state, a NeMo checkpoint that can be exported; the untrained state is not copied."""
+        path, note = self._work / f"{BEST}-{step}", {"loss": self._best}
+
+        def publish() -> None:
+            if step:
+                shutil.copytree(self._work / "student" / "context", path / "context")
+            publish_checkpoint(path, note)
+
+        if step:
+            self._save(trainer, path, publish, weights_only=True)
+        elif trainer.is_global_zero:
+            path.mkdir()
+            publish()
+
+    def _save(self, trainer: Any, path: Path, publish: Callable[[], None], weights_only: bool) -> None:
+        """Start to write the model to a directory, and publish it when all processes have written it.
 
         Forked processes write it, from a copy in the host's memory, while the training goes on. They report to one
         queue per process (megatron/core/dist_checkpointing/strategies/filesystem_async.py), so that of two checkpoints
-        at a time each could get the other's report: the one before is completed first.
+        at a time each could get the other's report: the one before is completed first. A thread of the first process
+        sums up the files, which would keep the GPUs waiting.
         """
-        _finish_saving(trainer)
-        saving = path.with_name(f"{path.name}.saving")
-        publish = partial(self._publish_checkpoint, trainer, saving, path, note)
-        if note is None or note["step"]:
-            trainer.save_checkpoint(saving, weights_only=weights_only, storage_options={"finalize_fn": publish})
-        else:
-            publish()
+        self._finish_saving(trainer)
 
-    def _publish_checkpoint(self, trainer: Any, saving: Path, path: Path, note: dict[str, float] | None) -> None:
-        """Rename a checkpoint that all processes have written; delete the one that it replaces."""
-        if not trainer.is_global_zero:
-            return
-        saving.mkdir(exist_ok=True)
-        if note is not None:
-            if note["step"]:
-                shutil.copytree(self._work / "student" / "context", saving / "context")
-            (saving / "best.json").write_text(json.dumps(note))
-        shutil.rmtree(path, ignore_errors=True)
-        saving.rename(path)
-        if note is None:
-            _delete_all_but(self._work, parse_step(path))
+        def start_publishing() -> None:
+            if trainer.is_global_zero:
+                pool = ThreadPoolExecutor(1)
+                self._publishing = pool.submit(publish)
+                pool.shutdown(wait=False)
 
+        trainer.save_checkpoint(path, weights_only=weights_only, storage_options={"finalize_fn": start_publishing})
 
-def _finish_saving(trainer: Any) -> None:
-    """Wait until the checkpoint that is being written is complete, and free its copy; all processes call this."""
-    trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed tensors below 32 MB, and the next copy would come on top
-
-
-def _delete_all_but(work: Path, step: int) -> None:
-    for path in work.glob("step-*[0-9]"):
-        if parse_step(path) != step:
-            shutil.rmtree(path)
+    def _finish_saving(self, trainer: Any) -> None:
+        """Wait until the checkpoint that is being written is complete, and free its copy; all processes call this."""
+        trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+        if self._publishing:
+            self._publishing.result()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed tensors below 32 MB, and the next copy would come on top
 
 
 def _read_peak_gpu_mb() -> float:

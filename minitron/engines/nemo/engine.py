@@ -7,6 +7,7 @@ progress, where a killed stage finds them again.
 
 import gc
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
+from minitron.engines.checkpoints import Checkpoint, find_best, read_checkpoint
 from minitron.engines.divergence import Diverged, check_untrained, name_last_good
 from minitron.engines.launcher import launch
 from minitron.engines.nemo.checks import (
@@ -26,8 +28,9 @@ from minitron.engines.nemo.checks import (
     check_sizes,
     count_workers,
 )
-from minitron.engines.nemo.files import BEST, FINISHED, HISTORY, SCORES, TEACHER, forget_lost_steps
+from minitron.engines.nemo.files import HISTORY, SCORES, TEACHER, find_end
 from minitron.engines.nemo.progress import Progress
+from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
 from minitron.models.checks import check_architecture, read_config
 from minitron.models.importance import Importance
@@ -71,8 +74,7 @@ def train(
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
     job["model"] = str(initial)
-    if not (work / FINISHED).is_file():  # else an earlier attempt was killed while it exported
-        forget_lost_steps(work)
+    if not find_end(work):  # else an earlier attempt was killed while it exported
         try:
             with Progress(config, work, tracker) as progress:
                 if config.num_nodes == 1:
@@ -81,38 +83,39 @@ def train(
                     _run_job_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
         except Diverged as error:
             raise _keep_last_good(error, config, work, initial, directory) from error
-    best = json.loads((work / BEST / "best.json").read_text())
-    if best["step"]:
-        _export_model(work, work / BEST, initial, directory)
+    if not (found := find_end(work)):
+        raise RunError(f"{work}: the training ended, but its best state is damaged; check the disk and run it again")
+    end, best = found
+    if best.step:
+        _export_model(work, best.path, initial, directory)
     else:
         copy_model(initial, directory)
-    return _read_result(config, work, best, metrics)
+    return _read_result(config, end, best, metrics)
 
 
 def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial: Path, directory: Path) -> Diverged:
     """Keep the best state of a training that diverged as a model; return the error that names it."""
-    best = json.loads((work / BEST / "best.json").read_text())
-    path = initial
-    if best["step"]:
-        path = last_good_path(directory)
-        with replace_directory(path) as target:
-            _export_model(work, work / BEST, initial, target)
-    return name_last_good(error, config, path, best["step"], best["loss"])
+    best = find_best(work)
+    if best is None or not best.step:
+        return name_last_good(error, config, initial, 0, best.note["loss"] if best else math.nan)
+    path = last_good_path(directory)
+    with replace_directory(path) as target:
+        _export_model(work, best.path, initial, target)
+    return name_last_good(error, config, path, best.step, best.note["loss"])
 
 
-def _read_result(config: TrainingConfig, work: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Read the files that the workers left; return what the stage's record gets."""
-    history = [json.loads(row) for row in (work / HISTORY).read_text().splitlines()]
-    end = json.loads((work / FINISHED).read_text())
-    step_tokens = config.global_batch_size * config.sequence_length
+def _read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Read what the workers left at the end; return what the stage's record gets."""
+    history = [json.loads(row) for row in (end.path / HISTORY).read_text().splitlines()]
+    tokens = config.max_steps * config.global_batch_size * config.sequence_length
     metrics = metrics | {
-        "tokens": config.max_steps * step_tokens,
-        "tokens_per_second": round(end["steps"] * step_tokens / end["seconds"], 1),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / end.note["seconds"], 1),
         "validation_loss_before": history[0]["validation_loss"],
-        "validation_loss": best["loss"],
-        "best_step": best["step"],
+        "validation_loss": best.note["loss"],
+        "best_step": best.step,
     }
-    peaks = {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
+    peaks = {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
     return {"metrics": metrics, "history": history, "gpus": count_workers(config)} | peaks
 
 
@@ -226,7 +229,7 @@ def _run_job_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, fo
 
 def _import_models(models: dict[str, Path], work: Path) -> None:
     """Convert Hugging Face directories to NeMo checkpoints in `work`, by name, unless they are there already."""
-    missing = {name: str(path) for name, path in models.items() if not (work / name).exists()}
+    missing = {name: str(path) for name, path in models.items() if not read_checkpoint(work / name)}
     if missing:
         _run_job({"job": "import", "models": missing}, work)
 
@@ -245,11 +248,13 @@ def _score_teacher_near_gpus(config: TrainingConfig, teacher: Path, work: Path) 
     """Score the teacher: here, or on a node if the GPUs are there."""
     if config.num_nodes == 1:
         return score_teacher(config, teacher)
-    scores = work / TEACHER
-    if not scores.is_file():
+    if not (scores := read_checkpoint(work / TEACHER)):
         job = {"job": "score", "config": config.model_dump(mode="json"), "teacher": str(teacher)}
         _run_job_on_nodes(job, work, 1, 1)
-    return json.loads(scores.read_text())
+        scores = read_checkpoint(work / TEACHER)
+    if not scores:
+        raise RunError(f"{work / TEACHER}: the teacher was scored, but the scores are damaged; run it again")
+    return scores.note
 
 
 def score_teacher(config: TrainingConfig, teacher: Path) -> dict[str, float]:

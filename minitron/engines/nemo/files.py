@@ -1,30 +1,42 @@
-"""The files that engine nemo's workers write to the work in progress, and the leftovers of a killed one."""
+"""The files that engine nemo's workers leave in the work in progress for its other processes and for a later attempt.
 
-import json
+A later attempt trusts what has a marker (engines/checkpoints.py), and nothing else: models, checkpoints, best states,
+and the directories of notes TEACHER and FINISHED.
+"""
+
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-HISTORY, BEST, FINISHED, SCORES, TEACHER = "history.jsonl", "best", "finished.json", "scores.pt", "teacher.json"
-"""Among the checkpoints: a row per step and validation, best state, end, importance, the teacher's scores."""
+from minitron.engines.checkpoints import BEST, Checkpoint, find_resume_point, read_checkpoint
 
-
-def find_last_checkpoint(work: Path) -> Path | None:
-    """Return the newest complete checkpoint to resume from; half-written ones have another name."""
-    return max(work.glob("step-*[0-9]"), key=parse_step, default=None)
+HISTORY, FINISHED, SCORES, TEACHER = "history.jsonl", "finished", "scores.pt", "teacher-scores"
+"""Among the checkpoints: a row per step and validation, the end, the importance, the teacher's scores."""
 
 
-def parse_step(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(checkpoint.name.partition("-")[2])
+class Start(NamedTuple):
+    """Where a training begins: after `step`, with the best state so far and the seconds that it took so far."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    seconds: float = 0.0
 
 
-def forget_lost_steps(work: Path) -> None:
-    """Drop half-written checkpoints, and the history after the last whole one: those steps are done again."""
-    for path in work.glob("*.saving"):
-        shutil.rmtree(path)
-    last, history = find_last_checkpoint(work), work / HISTORY
-    if last and history.is_file():
-        rows = [row for row in history.read_text().splitlines(keepends=True) if row.endswith("\n")]
-        history.write_text("".join(row for row in rows if json.loads(row)["step"] <= parse_step(last)))
-    else:
+def find_start(work: Path) -> Start:
+    """Find the last whole checkpoint; put the history back as it was then, and delete what came later."""
+    shutil.rmtree(work / FINISHED, ignore_errors=True)
+    point, history = find_resume_point(work), work / HISTORY
+    if point is None:
         history.unlink(missing_ok=True)
+        return Start()
+    shutil.copyfile(point.checkpoint.path / HISTORY, work / f"{HISTORY}.tmp")
+    (work / f"{HISTORY}.tmp").replace(history)
+    return Start(point.checkpoint.step, point.best.step, point.best.note["loss"], point.checkpoint.note["seconds"])
+
+
+def find_end(work: Path) -> tuple[Checkpoint, Checkpoint] | None:
+    """Return what the workers left at the end of the training, and its best state; None before the end."""
+    end = read_checkpoint(work / FINISHED)
+    best = read_checkpoint(work / f"{BEST}-{end.note['best']}") if end else None
+    return (end, best) if end and best else None

@@ -5,6 +5,7 @@ Runs in the workers (engines/nemo/worker.py). B = batch, S = sequence.
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,27 @@ from transformers import get_scheduler
 
 from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
 from minitron.data.packed import open_training_data
+from minitron.engines.checkpoints import CHECKPOINT
 from minitron.engines.hf import get_compute_dtype, get_device
 from minitron.engines.nemo.checks import count_workers
 from minitron.engines.nemo.course import Balancer, Course
-from minitron.engines.nemo.files import find_last_checkpoint, parse_step
+from minitron.engines.nemo.files import Start
 from minitron.models.losses import LossWeights
 
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 
-def train(config: Any, weights: LossWeights, work: Path, initial: Path) -> None:
-    """Fine-tune or distil `<work>/student`, made of the model `initial`, from the last checkpoint if there is one."""
+def train(config: Any, weights: LossWeights, work: Path, initial: Path, start: Start) -> None:
+    """Fine-tune or distil `<work>/student`, made of the model `initial`, from its checkpoint at `start.step` if any."""
     train_set, validation_set = open_training_data(config)
     sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
     validations = math.ceil(sequences / batch)
     data = make_data_module(config, Batches(train_set), Batches(validation_set, sequences, validations * batch), batch)
     trainer = _make_trainer(config, validations)
     balancer = Balancer(weights)
-    last = find_last_checkpoint(work)
-    first_step = 0 if last is None else parse_step(last)
-    trainer.callbacks.append(Course(config, work, initial, sequences, balancer, first_step))
-    if last:
-        trainer.ckpt_path = last / "weights"
+    trainer.callbacks.append(Course(config, work, initial, sequences, balancer, start))
+    if start.step:
+        trainer.ckpt_path = work / f"{CHECKPOINT}-{start.step}" / "weights"
     common: dict[str, Any] = {
         "data": data,
         "trainer": trainer,
@@ -54,7 +54,7 @@ def train(config: Any, weights: LossWeights, work: Path, initial: Path) -> None:
     }
     if isinstance(config, DistillConfig):
         _leave_out_modelopt_state()
-        settings = work / "distillation.yaml"
+        settings = work / f"distillation-{os.environ['RANK']}.yaml"  # no process reads what another writes
         settings.write_text(yaml.safe_dump(_make_distillation_settings(config)))
         llm.distill(work / "student", work / "teacher", distillation_config_path=settings, **common)
     else:

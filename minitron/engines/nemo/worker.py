@@ -39,19 +39,20 @@ def main() -> None:
 
 
 def import_models(job: dict[str, Any], work: Path) -> None:
-    """Convert Hugging Face directories to NeMo checkpoints; a checkpoint gets its name when it is complete."""
+    """Convert Hugging Face directories to NeMo checkpoints; each says when it is complete."""
     from nemo.collections import llm
 
+    from minitron.engines.checkpoints import mark_complete
+
     for name, source in job["models"].items():
-        partial = work / f"{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work / name, ignore_errors=True)
         # the importer reads the real sizes from config.json; this only says which importer
         llm.import_ckpt(
             llm.LlamaModel(llm.LlamaConfig(num_layers=1, num_attention_heads=1, hidden_size=1)),
             f"hf://{source}",
-            partial,
+            work / name,
         )
-        partial.rename(work / name)
+        mark_complete(work / name)
 
 
 def export_models(job: dict[str, Any], work: Path) -> None:
@@ -132,26 +133,31 @@ def _rank_groups_by_their_own_heads() -> None:
 
 
 def train(job: dict[str, Any], work: Path) -> None:
-    """Fine-tune or distil, from the last checkpoint if there is one."""
+    """Fine-tune or distil, from the last checkpoint if there is one: also one that Kueue stopped and starts again."""
+    import torch.distributed
+
     from minitron.config.parse import parse
     from minitron.engines.nemo import training
-    from minitron.engines.nemo.files import forget_lost_steps
+    from minitron.engines.nemo.files import Start, find_start
     from minitron.models.losses import LossWeights
 
-    if os.environ["RANK"] == "0":  # Kueue may have stopped these workers after a step that is done again
-        forget_lost_steps(work)
-    training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work, Path(job["model"]))
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    if rank == 0:  # the others wait for its answer
+        store.set("minitron_start", json.dumps(find_start(work)))
+    start = Start(*json.loads(store.get("minitron_start")))
+    training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work, Path(job["model"]), start)
 
 
 def score_teacher_job(job: dict[str, Any], work: Path) -> None:
     """Score the teacher of a distillation."""
     from minitron.config.parse import parse
+    from minitron.engines.checkpoints import mark_complete
     from minitron.engines.nemo.engine import score_teacher
     from minitron.engines.nemo.files import TEACHER
-    from minitron.storage.files import write_atomically
 
     config: Any = parse("distill", job["config"])
-    write_atomically(work / TEACHER, score_teacher(config, Path(job["teacher"])))
+    (work / TEACHER).mkdir(exist_ok=True)
+    mark_complete(work / TEACHER, score_teacher(config, Path(job["teacher"])))
 
 
 JOBS = {"score": score_teacher_job, "import": import_models, "train": train, "prune": prune, "export": export_models}

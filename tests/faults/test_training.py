@@ -1,0 +1,136 @@
+"""A training that is killed at every write of its checkpoints, or whose checkpoints get damaged, ends as if it was not.
+
+The model is small, but real: its losses rise and fall, so that a lost best state would show in the result.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron.engines.checkpoints import MARKER
+from minitron.storage.hashing import content_hash
+from tests.servers import forks
+
+SETTINGS = {
+    "sequence_length": 32,
+    "micro_batch_size": 4,
+    "global_batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 0.07,
+    "min_learning_rate": 0.07,
+    "warmup_steps": 0,
+    "validation_interval": 1,
+    "validation_sequences": 8,
+    "checkpoint_interval": 1,
+    "seed": 4,
+}
+"""With these the validation loss is lowest after steps 1 and 3, and higher after the others."""
+
+CODE = """
+import sys
+from minitron.runtime.entry import main
+from tests.faults import injector
+injector.arm(sys.argv.pop(1), int(sys.argv.pop(1)), "cut", sys.argv.pop(1))
+main("finetune")
+"""
+
+WRITTEN = {
+    "best": {"config.json", "generation_config.json", "model.safetensors", "complete.tmp", MARKER},
+    "checkpoint": {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    | {"training_args.bin", "config.json", "generation_config.json", "complete.tmp", MARKER},
+}
+"""The files of a best state and of a checkpoint."""
+
+
+class Training:
+    """One training, in processes that can be killed at the n-th change of a file of its checkpoints."""
+
+    def __init__(self, teacher: Path, dataset: Path, output: Path) -> None:
+        self.output, self.partial = output, output.with_name(f"{output.name}.partial")
+        self.log, self.events = output.with_name(f"{output.name}.log"), output.with_name(f"{output.name}.events")
+        self._config = output.with_name(f"{output.name}.yaml")
+        places = {"teacher": str(teacher), "dataset": str(dataset), "output": str(output)}
+        self._config.write_text(yaml.safe_dump(SETTINGS | places))
+
+    def attempt(self, event: int = 0) -> int | None:
+        """Start it, or start it again; cut off the write number `event` by a kill. Return the exit status."""
+        arguments = [str(self.partial / "checkpoints"), str(event), str(self.events), "--config", str(self._config)]
+        process = forks.start_python(["-c", CODE, *arguments], self.log, self.log)
+        process.join()
+        return process.exitcode
+
+    def list_events(self) -> list[tuple[bool, Path]]:
+        """Return all changes of the checkpoints so far: whether it was killed there, and the path."""
+        lines = [json.loads(line) for line in self.events.read_text().splitlines()]
+        return [(action is not None, Path(path)) for _, action, _, path in lines]
+
+    def read_result(self) -> dict[str, Any]:
+        """Return what must not depend on kills."""
+        record = json.loads((self.output / "stage.json").read_text())
+        record["metrics"].pop("tokens_per_second")
+        weights = content_hash(self.output / "model.safetensors")
+        return {"weights": weights, "history": record["history"], "metrics": record["metrics"]}
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """The training that nothing disturbed."""
+    training = Training(teacher, dataset, tmp_path_factory.mktemp("whole") / "model")
+    assert training.attempt() == 0, training.log.read_text()
+    assert training.read_result()["metrics"]["best_step"] == 3
+    return training
+
+
+@pytest.fixture
+def killed(whole: Training, teacher: Path, dataset: Path, tmp_path: Path) -> Training:
+    """The same training, killed when its second checkpoint had become complete, and the first was still there."""
+    events = [path.parts[-2:] for _, path in whole.list_events()]
+    training = Training(teacher, dataset, tmp_path / "model")
+    assert training.attempt(events.index(("checkpoint-2", MARKER)) + 2)
+    assert {path.parent.name for path in training.partial.rglob(MARKER)} == {"best-1", "checkpoint-1", "checkpoint-2"}
+    return training
+
+
+def test_killed_at_every_write_of_a_checkpoint_it_ends_as_the_undisturbed_one(
+    whole: Training, killed: Training
+) -> None:
+    """Every attempt is killed one write later than the one before, until one comes to the end."""
+    deletions, writes = iter(range(1, 8)), iter(range(1, 200))
+    while status := killed.attempt(next(deletions, 0) or next(writes)):
+        assert status < 0, killed.log.read_text()
+    assert killed.read_result() == whole.read_result()
+    places = {
+        (path.parent.name.partition("-")[0], re.sub(r"\.json\.\w+\.", ".", path.name))
+        for at_kill, path in killed.list_events()
+        if at_kill
+    }
+    assert places >= {(kind, name) for kind, names in WRITTEN.items() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "begins_anew"),
+    [
+        (["checkpoint-2/optimizer.pt"], False),
+        (["checkpoint-2/trainer_state.json", f"checkpoint-1/{MARKER}"], True),
+        (["best-1/model.safetensors"], True),
+    ],
+)
+@pytest.mark.parametrize("damage", ["a bit", "cut off"])
+def test_a_damaged_checkpoint_is_not_used(
+    whole: Training, killed: Training, names: list[str], begins_anew: bool, damage: str
+) -> None:
+    """The one before is, if it is there, else the training begins anew; the best state belongs to both."""
+    for path in (killed.partial / "checkpoints" / name for name in names):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content if damage == "a bit" else b"")
+    killed.events.unlink()
+    assert killed.attempt() == 0, killed.log.read_text()
+    assert killed.read_result() == whole.read_result()
+    assert (("best-0", MARKER) in [path.parts[-2:] for _, path in killed.list_events()]) == begins_anew
+    for name in names:
+        assert f"warning: {killed.partial}/checkpoints/{name.partition('/')[0]}: " in killed.log.read_text()
