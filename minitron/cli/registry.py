@@ -45,6 +45,7 @@ def reproduce(
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in an existing directory") from error
         print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
+        print(f"Its version gets the alias {reproduce.ALIAS}; inputs that have changed since are refused.")
 
 
 @app.command(

@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from minitron.config.fields import Engine, Fault
+from minitron.config.fields import INPUT, Engine, Fault
 from minitron.config.parse import (
     Model,
     SectionError,
+    find_marked_fields,
     read_yaml,
     suggest_name,
     validate_section,
@@ -32,6 +33,7 @@ from minitron.config.settings import (
     Settings,
     StageSettings,
 )
+from minitron.config.stages import STAGES
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
@@ -172,6 +174,11 @@ def _find_contradictions(stages: Mapping[str, Any]) -> Iterator[Fault]:
     """Find what sections of one document contradict in each other."""
     prepare, evaluate = stages["prepare"], stages["evaluate"]
     assert isinstance(prepare, PrepareSettings) and isinstance(evaluate, EvaluateSettings)
+    for stage, settings in stages.items():
+        inputs = find_marked_fields(STAGES[stage], INPUT)
+        for name in settings.expected_sha256:
+            if name not in inputs:
+                yield Fault(f"{stage}.expected_sha256", f"{name} is no input of {stage}; known: {', '.join(inputs)}")
     if not (prepare.own_splits or prepare.test_fraction):
         for number, gate in enumerate(evaluate.gates):
             if gate.metric == "test_loss":

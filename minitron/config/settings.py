@@ -73,6 +73,11 @@ class StageSettings(Settings):
     gpus: Annotated[int, Field(ge=0), EXECUTION] = Field(
         0, description="GPUs of the task; it stops at once if it sees fewer."
     )
+    expected_sha256: Annotated[dict[str, str], EXECUTION] = Field(
+        {},
+        description="SHA-256 that inputs must have, by name, such as {corpus: 0f3a…}; the stage refuses any other. "
+        "minitron reproduce writes it.",
+    )
 
 
 class PrepareSettings(StageSettings):
@@ -157,7 +162,8 @@ class TrainingSettings(SequenceSettings):
             yield Fault(
                 "min_learning_rate", f"{self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
             )
-        if self.warmup_steps > self.max_steps and "warmup_steps" in self.model_fields_set:
+        default = TrainingSettings.model_fields["warmup_steps"].default  # it does not forbid to try a single step
+        if self.max_steps < self.warmup_steps != default:
             yield Fault(
                 "warmup_steps",
                 f"{self.warmup_steps} is above max_steps {self.max_steps}, so the learning rate would never be "

@@ -3,7 +3,9 @@
     minitron reproduce models:/NAME/7 --output again.yaml
     minitron run compress --preset again.yaml --work-dir runs/again
 
-With the same package, inputs and settings every stage has the same key. A result that still exists is reused.
+With the same package, inputs and settings every stage has the same key. A result that still exists is reused. Inputs
+that have changed since are refused: the preset has their hashes, as `expected_sha256`. The version that it makes gets
+an alias of its own.
 """
 
 from collections.abc import Iterator
@@ -20,8 +22,16 @@ from minitron.errors import ConfigError
 
 PIPELINE = "compress"
 
-_WHERE = {"output", "workspace", "caching"}
-"""Settings that say where results lie: the user of the preset chooses them."""
+ALIAS = "reproduced"
+"""Alias of a version that was made again: the first one's, which `promote` looks for, stays where it is."""
+
+_WHERE = {"output", "workspace", "caching", "expected_sha256"}
+"""Settings that say where results lie, which the user of the preset chooses, and what another run expected."""
+
+
+_HELD = {"prepare": ("corpus", "teacher"), "finetune": ("teacher", "dataset")}
+"""Inputs whose content must be the same again, beside those that a stage has in its section. A dataset is the same on
+every machine, a model on the same kind of machine."""
 
 
 def write_preset(lineage: dict[str, Any]) -> str:
@@ -40,6 +50,7 @@ def write_preset(lineage: dict[str, Any]) -> str:
             "version that the whole pipeline made"
         )
     shared, sections = _merge_settings(lineage)
+    sections["register"]["alias"] = ALIAS
     parts = ["\n".join(f"# {line}" for line in _list_comments(lineage)), _dump_yaml(shared)]
     for stage, section in sections.items():
         made = records[stage].get("output_sha256")  # register wrote the lineage before it had one
@@ -82,13 +93,17 @@ def _merge_settings(lineage: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
                     f"{lineage['version']}: {name} is {shared[name]} in one stage and {value} in {stage}, but pipeline "
                     f"{PIPELINE} has one for all; run the stages by hand with the settings that minitron lineage shows"
                 )
+        expected = {name: entry["sha256"] for name, entry in record["inputs"].items() if "pinned" not in entry}
+        given = [name for name in expected if f"{stage}.{name}" in known or name in _HELD.get(stage, ())]
+        if given:
+            sections.setdefault(stage, {})["expected_sha256"] = {name: expected[name] for name in given}
     return shared, sections
 
 
 def _read_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a stage, with pinned addresses."""
+    """Return the settings of a stage, with pinned addresses, and paths that do not depend on a directory."""
     settings = {name: value for name, value in record["config"].items() if value is not None and name not in _WHERE}
-    return settings | {name: entry["pinned"] for name, entry in record["inputs"].items() if "pinned" in entry}
+    return settings | {name: entry.get("pinned", entry["address"]) for name, entry in record["inputs"].items()}
 
 
 def _dump_yaml(values: dict[str, Any]) -> str:

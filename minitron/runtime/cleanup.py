@@ -18,7 +18,7 @@ from minitron.registry.lineage import read_all_lineages
 from minitron.storage import bucket
 from minitron.storage.files import delete_path
 from minitron.storage.hashing import NOTES
-from minitron.storage.layout import FAILURE, read_json_object, read_record
+from minitron.storage.layout import FAILURE, MEASUREMENTS, read_json_object, read_record
 from minitron.storage.staging import KEY, InUse, is_locked, lock_output
 from minitron.tracking.client import connect, fail_fast, one_line_errors, search_running_runs
 from minitron.tracking.stage_run import KEY_TAG
@@ -125,6 +125,8 @@ def list_items(root: str | Path) -> Iterator[Item]:
         yield from _list_results(directory / stage, "result")
     yield from _list_results(directory / "results", "result, fetched")
     yield from _list_models(directory / "models")
+    for path in _list_folder(directory / MEASUREMENTS):
+        yield _make_item(path, "measurements of evaluate", delete=partial(_delete_plain, path))
     for path in sorted(directory.glob("unsent/*/*")):
         yield _make_item(path, "messages for MLflow", stays="MLflow has not got them; the next stage sends them")
     for path in (*sorted(directory.glob("models/resolved/*.json")), directory / FAILURE):

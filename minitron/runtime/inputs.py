@@ -1,12 +1,12 @@
 """The inputs of a stage: identified before anything large is fetched, then resolved to local directories, once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minitron.config.addresses import Address, find_scheme_faults
-from minitron.config.fields import HUB_DATASET, INPUT, format_address
+from minitron.config.fields import HUB_DATASET, INPUT, Fault, format_address
 from minitron.config.parse import SectionError, find_marked_fields
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
@@ -36,7 +36,8 @@ class Input:
     def record(self) -> dict[str, str]:
         """Return the input's entry in stage.json."""
         fixed = {"pinned": None if self.pinned == self.address else self.pinned, "snapshot": self.snapshot}
-        return {"address": self.address, "sha256": self.sha256} | {name: text for name, text in fixed.items() if text}
+        address = self.address if ":/" in self.address else str(Path(self.address).absolute())
+        return {"address": address, "sha256": self.sha256} | {name: text for name, text in fixed.items() if text}
 
 
 def find_inputs(config: StageConfig, *names: str) -> dict[str, Input]:
@@ -47,12 +48,28 @@ def find_inputs(config: StageConfig, *names: str) -> dict[str, Input]:
         *names: the inputs; none: all that are given.
 
     Raises:
-        ConfigError: an input is missing, or the output lies inside it.
+        ConfigError: an input is missing, or is not the one that is expected, or the output lies inside it.
         RunError: an input is damaged, or cannot be reached.
     """
     wanted = names or find_marked_fields(type(config), INPUT)
     with keep_notes(persistent_directory(config.workspace)):
-        return {name: _find_input(config, name) for name in wanted if getattr(config, name) is not None}
+        found = {name: _find_input(config, name) for name in wanted if getattr(config, name) is not None}
+    if faults := list(_find_unexpected(config, found, wanted)):
+        raise SectionError(faults)
+    return found
+
+
+def _find_unexpected(config: StageConfig, found: dict[str, Input], names: Collection[str]) -> Iterator[Fault]:
+    for name, expected in config.expected_sha256.items():
+        if name not in names:
+            continue
+        sha256, address = (found[name].sha256, found[name].address) if name in found else ("none", "not given")
+        if sha256 != expected:
+            yield Fault(
+                name,
+                f"{address}: its SHA-256 is {sha256}, but expected_sha256 says {expected}; give what it was, or take "
+                f"{name} out of expected_sha256 to make something else of it",
+            )
 
 
 def with_local_paths(config: Config, inputs: dict[str, Input]) -> Config:

@@ -89,6 +89,10 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
         ({"evaluate": {"num_fewshot": {"mmlu": True}}}, "evaluate.num_fewshot: found true, as which YAML reads yes"),
         ({"evaluate": {"gates": [{"metric": "kl", "at_most": True}]}}, "evaluate.gates: found true, as which YAML "),
         ({"distill": {"learning_rate": float("inf")}}, "distill.learning_rate: Input should be a finite number"),
+        (
+            {"prepare": {"expected_sha256": {"dataset": "d1"}}},
+            "prepare.expected_sha256: dataset is no input of prepare; known: corpus, teacher",
+        ),
         ({"evaluate": {"tasks": ["mmlu", "mmlu"]}}, "evaluate.tasks: mmlu is there twice; remove one"),
         (
             {

@@ -199,8 +199,10 @@ def test_the_preset_has_settings_and_what_addresses_meant(found: dict[str, Any])
     assert values["prepare"]["licence"] == "CC0: [all]" and values["prune"]["drop_layers"] == [1, 2]
     assert values["distill"]["max_steps"] == 7 and values["register"] == {
         "name": "small",
-        "alias": "challenger",
+        "alias": "reproduced",
     }
+    assert values["prepare"]["expected_sha256"] == {"corpus": "d1"}  # the teacher's commit is in its address
+    assert values["finetune"]["expected_sha256"] == {"dataset": "r1"} and "expected_sha256" not in values["distill"]
     assert not {"workspace", "caching", "output", "pipeline_run_id"} & (values.keys() | values["distill"].keys())
     comments = [line for line in text.splitlines() if line.startswith("#")]
     for line in ("# corpus: gs://bucket/text", "#   sha256 d1", "# image registry/trainer:1", "# result sha256 r4"):

@@ -161,6 +161,26 @@ def test_a_damaged_input_is_refused(make: Callable[..., PrepareConfig], work: Co
     assert work.calls == 1 and not (tmp_path / "next").exists()
 
 
+def test_an_input_that_is_not_the_expected_one_is_refused(
+    make: Callable[..., PrepareConfig], work: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run expects is in no key; a relative address is recorded so that it works from everywhere."""
+    monkeypatch.chdir(tmp_path)
+    first = stage.run(make(corpus="corpus.txt"), work)
+    assert first["inputs"]["corpus"]["address"] == str(tmp_path / "corpus.txt")
+    expected = {name: entry["sha256"] for name, entry in first["inputs"].items()}
+    assert stage.run(make(expected_sha256=expected), work)["key"] == first["key"] and work.calls == 1
+    (tmp_path / "corpus.txt").write_text("one two four")
+    found = hashlib.sha256(b"one two four").hexdigest()
+    with pytest.raises(ConfigError) as refused:
+        stage.run(make(expected_sha256=expected), work)
+    assert str(refused.value) == (
+        f"corpus: {tmp_path}/corpus.txt: its SHA-256 is {found}, but expected_sha256 says {expected['corpus']}; give "
+        "what it was, or take corpus out of expected_sha256 to make something else of it"
+    )
+    assert work.calls == 1
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
