@@ -296,7 +296,7 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
         assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert_same_weights(paths["whole"], paths["killed"], ROUNDING if change else 0.0)
     whole, killed = (json.loads((path / "stage.json").read_text()) for path in paths.values())
-    same = 20 if change else 60
+    same = 10 if change else 60  # the checkpoint of step 20 may not have been complete
     assert [row for row in whole["history"] if row["step"] <= same] == [
         row for row in killed["history"] if row["step"] <= same
     ], "it did not resume"
