@@ -186,7 +186,9 @@ def test_an_output_in_a_bucket_is_the_result(make: Callable[..., Any], world: Wo
         assert stage.run(make("prepare", workspace, output), lambda *_: 1 / 0) == record  # type: ignore
         assert record["config"]["output"] == output
         pruned = stage.run(make("prune", None, tmp_path / f"{workspace is None}", dataset=output), work)
-        assert pruned["inputs"]["dataset"] == {"address": output, "sha256": record["output_sha256"]}
+        entry = pruned["inputs"]["dataset"]
+        assert (entry["address"], entry["sha256"]) == (output, record["output_sha256"])
+        assert entry["snapshot"].startswith(f"{output}/")
         assert content_hash(Path(pruned["seen"])) == record["output_sha256"]
     with pytest.raises(ConfigError, match="output gs://bucket/out/True: holds a result of prepare, not of prune"):
         stage.run(make("prune", None, "gs://bucket/out/True", dataset="gs://bucket/out/False"), work)
@@ -205,7 +207,9 @@ def test_an_output_in_a_bucket_refers_to_the_workspaces_result(
     assert len(world.names("out")) == 3, "an equal reference is not written again"
     record = stage.run(make("prepare", "gs://bucket/ws", "gs://bucket/out", caching=False), work)
     pruned = stage.run(make("prune", "gs://bucket/ws", "gs://bucket/pruned", dataset="gs://bucket/out"), work)
-    assert pruned["inputs"]["dataset"] == {"address": "gs://bucket/out", "sha256": record["output_sha256"]}
+    entry = pruned["inputs"]["dataset"]
+    assert (entry["address"], entry["sha256"]) == ("gs://bucket/out", record["output_sha256"])
+    assert entry["snapshot"].startswith("gs://bucket/out/")
     assert content_hash(Path(pruned["seen"])) == record["output_sha256"]
 
 
