@@ -7,14 +7,16 @@ taken from the Python packages that ship them (`DEMO_PACKAGES`, installed by `ma
 import gzip
 import importlib.util
 import json
+import os
 import random
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
@@ -57,10 +59,21 @@ def build_aside(name: str, directory: Path) -> Iterator[None]:
         yield
         build_inputs(name, directory)
         return
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
         building = pool.submit(build_inputs, name, directory)
         yield
         building.result()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone: it would wait for work for ever."""
+
+    def watch_parent() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    Thread(target=watch_parent, daemon=True).start()
 
 
 def input_paths(name: str, directory: Path) -> dict[str, Path]:
