@@ -137,9 +137,9 @@ def test_the_lineage_shows_every_stage_and_makes_the_preset_that_reuses_them_all
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES[:-1]
     registered = json.loads((flow["directory"] / "summary.json").read_text())["registered"]
     aliases = MlflowClient(uri["MLFLOW_TRACKING_URI"]).get_registered_model("tiny").aliases
-    assert registered["alias"] == "reproduced" and aliases == {
-        "challenger": str(flow["summary"]["registered"]["version"]),
-        "reproduced": str(registered["version"]),
+    assert registered["alias"] == "reproduced" and {alias: int(version) for alias, version in aliases.items()} == {
+        "challenger": int(flow["summary"]["registered"]["version"]),
+        "reproduced": int(registered["version"]),
     }
 
 
