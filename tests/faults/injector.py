@@ -63,7 +63,8 @@ class Site(NamedTuple):
             .removeprefix(f"{directory}/")
             .partition("?")[0]
         )
-        return re.sub(r"[0-9a-f]{16,}|\btmp\w{8}\b|tfevents.*|(?<=artifacts/)\d+", "*", f"{self.event} {path}")
+        changing = r"[0-9a-f]{16,}|\d{8,}|\btmp\w{8}\b|tfevents.*|(?<=hashes/).*|(?<=artifacts/)\d+"
+        return re.sub(changing, "*", f"{self.event} {path}")
 
 
 class _Fault(NamedTuple):
