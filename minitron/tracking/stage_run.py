@@ -100,6 +100,8 @@ class MlflowTracker(Tracker):
         self.run_id = self._open_run(config, parent.info.run_id if parent else None)
         self.pipeline_run_id = parent.info.run_id if parent else self.run_id
         self._unsent = _unsent_directory(config) / f"{self._attempt}-{self.run_id}.jsonl"
+        for leftover in self._unsent.parent.glob(f"*-{self.run_id}.tmp"):  # of a killed attempt: it is empty
+            leftover.unlink(missing_ok=True)
         self._outbox = Outbox(self._unsent, self._send_message, self._report_outage, self._make_sign_of_life)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:

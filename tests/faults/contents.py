@@ -50,7 +50,9 @@ def _read_files(pipeline: Pipeline) -> dict[str, Any]:
             else:
                 contents[name] = None if has_times else hashlib.sha256(path.read_bytes()).hexdigest()
     contents["left"] = sorted(str(path.relative_to(pipeline.root)) for path in pipeline.root.rglob("*.partial"))
-    contents["unsent"] = sorted(str(path.relative_to(pipeline.root)) for path in pipeline.root.rglob("unsent/*/*"))
+    contents["unsent"] = sorted(
+        str(path.relative_to(pipeline.root)) for path in pipeline.root.rglob("unsent/*/*.jsonl")
+    )
     return contents
 
 

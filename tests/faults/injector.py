@@ -63,7 +63,8 @@ class Site(NamedTuple):
             .removeprefix(f"{directory}/")
             .partition("?")[0]
         )
-        changing = r"[0-9a-f]{16,}|\d{8,}|\btmp\w{8}\b|tfevents.*|(?<=hashes/).*|(?<=artifacts/)\d+"
+        names = r"[0-9a-f]{16,}|\d{8,}|\btmp\w{8}\b|tfevents.*|(?<=hashes/).*"
+        changing = rf"{names}|(?<=\.)[0-9a-f]{{8}}(?=\.tmp)|(?<=artifacts/)\d+"
         return re.sub(changing, "*", f"{self.event} {path}")
 
 
