@@ -164,7 +164,7 @@ def test_a_resumed_training_has_the_history_of_its_last_whole_checkpoint(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-2", "checkpoint-3", files.HISTORY]
     (checkpoint / files.HISTORY).write_text("".join(rows[:2]))
     assert files.find_start(tmp_path) == files.Start()
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [files.HISTORY] and not history.read_text()
 
 
 def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path, tmp_path: Path) -> None:

@@ -27,11 +27,12 @@ def find_start(work: Path) -> Start:
     """Find the last whole checkpoint; put the history back as it was then, and delete what came later."""
     shutil.rmtree(work / FINISHED, ignore_errors=True)
     point, history = find_resume_point(work), work / HISTORY
+    rows = (point.checkpoint.path / HISTORY).read_text() if point else ""
+    temporary = work / f"{HISTORY}.tmp"
+    temporary.write_text(rows)
+    temporary.replace(history)  # the stage's process, which follows it, finds a whole file at any time
     if point is None:
-        history.unlink(missing_ok=True)
         return Start()
-    shutil.copyfile(point.checkpoint.path / HISTORY, work / f"{HISTORY}.tmp")
-    (work / f"{HISTORY}.tmp").replace(history)
     return Start(point.checkpoint.step, point.best.step, point.best.note["loss"], point.checkpoint.note["seconds"])
 
 
