@@ -36,7 +36,7 @@ test-all: setup ## run both, with the limit of coverage: about nine minutes
 	$(PYTEST) $(ROOMS) --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
 	$(MAKE) test-flows
 
-test-faults: setup ## kill the pipeline wherever it writes, start it again, and compare: about six minutes
+test-faults: setup ## kill the pipeline wherever it writes, start it again, and compare: about four minutes
 	$(PYTEST) tests/faults
 
 test-nightly: ## run what takes long and seldom breaks: the last NeMo that has language models, the images from nothing

@@ -13,6 +13,7 @@ import yaml
 
 from minitron.engines.checkpoints import MARKER
 from minitron.storage.hashing import content_hash
+from tests.faults import injector
 from tests.servers import forks
 
 SETTINGS = {
@@ -31,10 +32,10 @@ SETTINGS = {
 """With these the validation loss is lowest after steps 1 and 3, and higher after the others."""
 
 CODE = """
-import sys
+import json, sys
 from minitron.runtime.entry import main
 from tests.faults import injector
-injector.arm(sys.argv.pop(1), int(sys.argv.pop(1)), "cut", sys.argv.pop(1))
+injector.arm(sys.argv.pop(1), json.loads(sys.argv.pop(1)), "cut", sys.argv.pop(1))
 main("finetune")
 """
 
@@ -56,17 +57,26 @@ class Training:
         places = {"teacher": str(teacher), "dataset": str(dataset), "output": str(output)}
         self._config.write_text(yaml.safe_dump(SETTINGS | places))
 
-    def attempt(self, event: int = 0) -> int | None:
-        """Start it, or start it again; cut off the write number `event` by a kill. Return the exit status."""
-        arguments = [str(self.partial / "checkpoints"), str(event), str(self.events), "--config", str(self._config)]
+    def attempt(self, event: int | list[str] = 0) -> int | None:
+        """Start it, or start it again; cut off a write by a kill, as `injector.arm` does. Return the exit status."""
+        checkpoints = str(self.partial / "checkpoints")
+        arguments = [checkpoints, json.dumps(event), str(self.events), "--config", str(self._config)]
         process = forks.start_python(["-c", CODE, *arguments], self.log, self.log)
         process.join()
         return process.exitcode
 
     def list_events(self) -> list[tuple[bool, Path]]:
         """Return all changes of the checkpoints so far: whether it was killed there, and the path."""
+        return [(at_kill, Path(site.path)) for at_kill, site in self._list_sites()]
+
+    def list_labels(self, at_kill: bool = False) -> list[str]:
+        """Return the labels of the sites so far, or of those at which it was killed."""
+        checkpoints = self.partial / "checkpoints"
+        return [site.make_label(checkpoints) for killed, site in self._list_sites() if killed or not at_kill]
+
+    def _list_sites(self) -> list[tuple[bool, injector.Site]]:
         lines = [json.loads(line) for line in self.events.read_text().splitlines()]
-        return [(action is not None, Path(path)) for _, action, _, path in lines]
+        return [(action is not None, injector.Site(event, path)) for _, action, event, path in lines]
 
     def read_result(self) -> dict[str, Any]:
         """Return what must not depend on kills."""
@@ -98,10 +108,11 @@ def killed(whole: Training, teacher: Path, dataset: Path, tmp_path: Path) -> Tra
 def test_killed_at_every_write_of_a_checkpoint_it_ends_as_the_undisturbed_one(
     whole: Training, killed: Training
 ) -> None:
-    """Every attempt is killed one write later than the one before, until one comes to the end."""
-    deletions, writes = iter(range(1, 8)), iter(range(1, 200))
-    while status := killed.attempt(next(deletions, 0) or next(writes)):
+    """Every attempt is killed at the first write at which none before was killed, until one comes to the end."""
+    left = set(whole.list_labels())
+    while status := killed.attempt(sorted(left)):
         assert status < 0, killed.log.read_text()
+        left -= set(killed.list_labels(at_kill=True))
     assert killed.read_result() == whole.read_result()
     places = {
         (path.parent.name.partition("-")[0], re.sub(r"\.json\.\w+\.", ".", path.name))
