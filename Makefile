@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The NeMo that is tested is the image's; test-nightly tests the last one that has language models, too.
 NEMO ?= nemo_toolkit==2.6.2 megatron-core==0.15.0
-MODULES := minitron components pipelines images tests benchmarks
+MODULES := minitron components pipelines images tests benchmarks docs
 # Two processes, with a core each; the rooms are all tests but those of whole pipelines, which test-flows and test-faults
 # run.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
@@ -74,7 +74,7 @@ compile: setup ## rewrite the compiled pipelines beside their sources
 	$(BIN)/python -m minitron.pipelines.retrain
 
 docs: setup ## rewrite the generated pages of docs/reference
-	$(BIN)/python -m minitron.config.reference > docs/reference/parameters.md
+	$(BIN)/python docs/generate.py
 
 bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/hashing.py

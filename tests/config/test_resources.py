@@ -155,8 +155,8 @@ def test_the_sums_of_the_other_stages() -> None:
 
 
 def test_the_demo_asks_for_more_than_it_was_measured_to_take() -> None:
-    """README.md has the peaks of SmolLM2-135M, engine hf without a GPU."""
-    row = next(line for line in (REPOSITORY / "README.md").read_text().splitlines() if "peak memory, MB" in line)
+    """The tutorial has the peaks of SmolLM2-135M, engine hf without a GPU."""
+    row = next(line for line in (REPOSITORY / "docs/tutorial.md").read_text().splitlines() if "peak memory, MB" in line)
     models = Models(134_515_008, 88_509_888, 2)
     stages = plan_preset("demo")
     for name, peak in zip(stages, re.findall(r"\d+", row), strict=True):

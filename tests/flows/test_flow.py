@@ -1,7 +1,6 @@
 """The whole flow, as a user starts it: `minitron run` on the checked-in compiled pipeline."""
 
 import json
-import re
 import shlex
 import subprocess
 import urllib.request
@@ -17,7 +16,7 @@ from typer.testing import CliRunner, Result
 from minitron.cli.app import app
 from minitron.storage.hashing import content_hash
 from tests.constants import REPOSITORY
-from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN
+from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN, read_shell_lines
 from tests.report.event_files import read_events
 from tests.servers import forks
 from tests.servers.http_server import free_port
@@ -38,12 +37,12 @@ RUN_AGAIN = "minitron run compress --preset again.yaml --work-dir runs/tiny"
 
 
 def execute(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README, word for word, in a directory with .venv."""
+    """Run a command of the tutorial, word for word, in a directory with .venv."""
     return subprocess.run(_shell(command), capture_output=True, text=True, env=ENVIRONMENT, cwd=directory)
 
 
 def forked(command: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README without the start of its processes."""
+    """Run a command of the tutorial without the start of its processes."""
     program, *arguments = shlex.split(command)
     assert program == "minitron"
     return forks.run_minitron(*arguments, environment=ENVIRONMENT | environment, directory=directory)
@@ -60,7 +59,7 @@ def _shell(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The README's run of the preset tiny, in processes as a user has them: its directory, output and summary."""
+    """The tutorial's run of the preset tiny, in processes as a user has them: its directory, output and summary."""
     root = tmp_path_factory.mktemp("flow")
     directory = root / "runs" / "tiny"
     (root / ".venv").symlink_to(BIN.parent)
@@ -188,14 +187,9 @@ def test_the_version_is_shown() -> None:
     assert asked("--version").stdout.strip() == __version__
 
 
-def test_these_are_the_commands_of_the_readme() -> None:
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    on_a_cluster = re.compile(
-        r"minitron (doctor|submit|schedule|runs|unschedule|promote|rollback) "
-    )  # test_docs.py parses these
-    assert [line for line in lines if not on_a_cluster.match(line)] == [
-        *(MAKE_DEMO, MAKE_TEST, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW),
+def test_these_are_the_commands_of_the_tutorial() -> None:
+    assert read_shell_lines("docs/tutorial.md") == [
+        *(MAKE_DEMO, ACTIVATE, RUN, RUN_LONGER, HELP, MLFLOW),
         *(URI, LINEAGE, REPRODUCE, RUN_AGAIN, RETRAIN, RETRAIN),
         GARBAGE,
     ]
