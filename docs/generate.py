@@ -6,6 +6,7 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -61,7 +62,9 @@ def _find_example(command: click.Command) -> str:
 def make_preset_page() -> str:
     """Return the page of the presets that ship: what each is for, in its own words, and its settings."""
     parts = [_open_page("Presets", "pipelines/presets")]
-    parts.append("Give one by `--preset NAME`. A file of your own has the same form. Several are merged, later ones win.")
+    parts.append(
+        "Give one by `--preset NAME`. A file of your own has the same form. Several are merged, later ones win."
+    )
     for path in sorted((pipelines_directory() / "presets").glob("*.yaml")):
         text = path.read_text()
         comment = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
@@ -80,7 +83,7 @@ def make_file_page() -> str:
 def _read_file_names() -> Iterator[tuple[list[str], str]]:
     """Yield the names that each constant of storage/layout.py has, and the text below it."""
     body = ast.parse(inspect.getsource(layout)).body
-    for entry, text in zip(body, body[1:], strict=False):
+    for entry, text in pairwise(body):
         if isinstance(entry, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             value = ast.literal_eval(entry.value)
             yield [value] if isinstance(value, str) else list(value), str(text.value.value)
@@ -89,21 +92,29 @@ def _read_file_names() -> Iterator[tuple[list[str], str]]:
 def make_metric_page() -> str:
     """Return the page of what is measured of every model."""
     rows = [
-        (f"`{key}`", label, note or _UNITS.get(form, "–"), "less is better" if better < 0 else "more is better" if better else "")
+        (
+            f"`{key}`",
+            label,
+            note or _UNITS.get(form, "–"),
+            "less is better" if better < 0 else "more is better" if better else "",
+        )
         for key, label, note, form, _, better in metrics.MEASURES
     ]
     tasks = [(f"`TASK_{key}`", text, "share of 1", "more is better") for key, text in metrics.TASK_METRICS.items()]
     models = [(f"`{key}`", label) for key, label in metrics.MODELS.items()]
-    return "\n\n".join(
-        [
-            _open_page("Metrics", "minitron/config/metrics.py"),
-            "evaluate measures these of every model. A gate may name any of them. evaluate's run in MLflow has them as "
-            "`MODEL_METRIC`, such as `student_validation_loss`.",
-            _make_table(("metric", "name", "unit", "direction"), rows + tasks),
-            "## Models",
-            _make_table(("key in evaluation.json and gates", "name in the report"), models),
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                _open_page("Metrics", "minitron/config/metrics.py"),
+                "evaluate measures these of every model. A gate may name any of them. evaluate's run in MLflow has "
+                "them as `MODEL_METRIC`, such as `student_validation_loss`.",
+                _make_table(("metric", "name", "unit", "direction"), rows + tasks),
+                "## Models",
+                _make_table(("key in evaluation.json and gates", "name in the report"), models),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _open_page(title: str, source: str) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-INK, GREY, BLUE, ORANGE, GREEN = "#010203", "#888888", "#0072b2", "#d55e00", "#009e73"
+INK, GREY, BLUE, ORANGE, GREEN, PURPLE = "#010203", "#888888", "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 """Text and lines, then colours of Okabe and Ito, which colour-blind people can tell apart."""
 
 _PAGE_COLOURS = {
@@ -26,8 +26,9 @@ _PAGE_COLOURS = {
     BLUE: "var(--blue)",
     ORANGE: "var(--orange)",
     GREEN: "var(--green)",
+    PURPLE: "var(--purple)",
 }
-MODEL_COLOURS = (GREY, BLUE, ORANGE, GREEN)
+MODEL_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE)
 
 MOST_POINTS = 400
 """Points of a curve. A chart is about as many pixels wide; more points would only make the page larger."""
@@ -234,7 +235,7 @@ def draw_grouped_bars(
     axes.set_ylabel(axis)
     axes.margins(y=0.12)
     axes.grid(axis="y")
-    _add_legend(figure, [Patch(color=colour, label=name) for name, colour in zip(series, MODEL_COLOURS, strict=True)])
+    _add_legend(figure, [Patch(color=colour, label=name) for name, colour in zip(series, MODEL_COLOURS, strict=False)])
     return _render_svg(figure, label)
 
 
@@ -301,7 +302,13 @@ def _create_figure(width: float = WIDTH, height: float = 3.1) -> tuple[Figure, A
 
 def _add_legend(figure: Figure, handles: list[Any]) -> None:
     if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8.5, handlelength=1.4)
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=4 if len(handles) < 5 else 3,
+            fontsize=8.5,
+            handlelength=1.4,
+        )
 
 
 def _render_svg(figure: Figure, label: str) -> Markup:

@@ -9,7 +9,6 @@ from typing import Any
 from markupsafe import Markup
 
 from minitron.config.metrics import (
-    MODELS,
     Interval,
     format_count,
     format_loss,
@@ -18,7 +17,7 @@ from minitron.config.metrics import (
     parse_percent,
 )
 from minitron.report import charts
-from minitron.report.tables import list_tasks, read_interval
+from minitron.report.tables import label_models, list_tasks, read_interval
 
 
 def draw_comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -30,7 +29,8 @@ def draw_comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 def _draw_losses(evaluation: dict[str, Any]) -> dict[str, Any]:
     splits = ["validation"] + ["test"] * (evaluation["teacher"]["test_loss"] is not None)
     losses = {
-        name: [parse_number(evaluation[model][f"{split}_loss"]) for split in splits] for model, name in MODELS.items()
+        name: [parse_number(evaluation[model].get(f"{split}_loss")) for split in splits]
+        for model, name in label_models(evaluation).items()
     }
     errors = _list_intervals(evaluation, [f"{split}_loss" for split in splits])
     chart = charts.draw_grouped_bars(
@@ -50,7 +50,7 @@ _ERROR_BARS = (
 def _draw_accuracy(evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
     accuracy = {
         name: [parse_percent(evaluation[model]["tasks"].get(task, {}).get("acc")) for task in tasks]
-        for model, name in MODELS.items()
+        for model, name in label_models(evaluation).items()
     }
     errors = _list_intervals(evaluation, [f"{task}_acc" for task in tasks], 100)
     label = _describe_series("Accuracy in percent", accuracy, tasks)
@@ -63,7 +63,8 @@ def _list_intervals(evaluation: dict[str, Any], metrics: list[str], scale: int =
         interval = read_interval(evaluation[model], metric)
         return (scale * interval[0], scale * interval[1]) if interval else None
 
-    return {name: [read(model, metric) for metric in metrics] for model, name in MODELS.items()}
+    models = label_models(evaluation)
+    return {name: [read(model, metric) for metric in metrics] for model, name in models.items()}
 
 
 def _describe_series(title: str, series: dict[str, list[float | None]], groups: list[str]) -> str:

@@ -17,6 +17,7 @@ from minitron.config.metrics import (
     DASH,
     FORMS,
     MODELS,
+    SPEED,
     contains,
     format_count,
     format_decimal,
@@ -24,6 +25,7 @@ from minitron.config.metrics import (
     format_megabytes,
     format_share,
     parse_number,
+    parse_percent,
 )
 from minitron.config.stages import EvaluateConfig
 from minitron.registry import gates, lineage
@@ -130,9 +132,40 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
         f"the corrected teacher's{'' if differs else ', which is within the error'}, a perplexity of "
         f"{format_decimal(student['perplexity'])} against {format_decimal(teacher['perplexity'])}."
     )
-    return {"ratio": student["parameters"] / teacher["parameters"], "gap": gap, "text": text} | {
-        "facts": [fact for fact in _list_facts(evaluation) if fact]
+    return {
+        "summary": _summarise_result(evaluation),
+        "ratio": student["parameters"] / teacher["parameters"],
+        "gap": gap,
+        "text": text,
+        "facts": _list_facts(evaluation),
     }
+
+
+def _summarise_result(evaluation: dict[str, Any]) -> str:
+    """Say what the compression won and what it lost, for readers who know no other word of the page."""
+    teacher, student = evaluation["teacher"], evaluation["student"]
+    parts = [f"{teacher['parameters'] / student['parameters']:.1f}× smaller"]
+    if speed := _divide_numbers(student, teacher, SPEED):
+        parts.append(f"{speed:.1f}× {'faster' if speed > 1 else 'as fast'}")
+    return f"{', '.join(parts)}; {_describe_loss(evaluation)}"
+
+
+def _describe_loss(evaluation: dict[str, Any]) -> str:
+    """Say what the student lost against the corrected teacher: accuracy, or without tasks validation loss."""
+    teacher, student = evaluation["teacher"], evaluation["student"]
+    changes = {}
+    for task in tables.list_tasks(evaluation):
+        before, after = (parse_percent(model["tasks"].get(task, {}).get("acc")) for model in (teacher, student))
+        if before is not None and after is not None:
+            changes[task] = after - before
+    if not changes:
+        change = student["validation_loss"] - teacher["validation_loss"]
+        return f"validation loss {format_loss(abs(change))} nats {'higher' if change > 0 else 'lower'}"
+    named = next(iter(changes)) if len(changes) == 1 else f"accuracy, the mean of {len(changes)} tasks"
+    if all(contains(tables.read_interval(student, f"{task}_acc", "differences"), 0) for task in changes):
+        return f"no measurable change of {named}"
+    change = sum(changes.values()) / len(changes)
+    return f"{'loses' if change < 0 else 'gains'} {abs(change):.1f} points of {named}"
 
 
 def _write_gap(evaluation: dict[str, Any]) -> str:

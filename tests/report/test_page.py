@@ -145,6 +145,26 @@ def test_headline_without_a_gain(
     assert "of the gap closed" not in page.text["verdict"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "1.5× smaller, 1.5× faster; loses 10.0 points of arc"),
+        ({"student__tasks": {"arc": {"acc": 0.65}}}, "1.5× smaller, 1.5× faster; gains 5.0 points of arc"),
+        ({f"student__{SPEED}": 16.0}, "1.5× smaller, 0.8× as fast; loses"),
+        ({f"student__{SPEED}": None, "teacher__tasks": {}}, "1.5× smaller; validation loss 1.000 nats higher"),
+        (
+            {"student__differences": {"arc_acc": [-0.02, 0.01]}},
+            "1.5× smaller, 1.5× faster; no measurable change of arc",
+        ),
+    ],
+)
+def test_the_title_is_for_readers_who_were_not_there(
+    compressed: EvaluateConfig, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    page = write_page(tmp_path, compressed, change_evaluation(**changes))
+    assert words in page.text["verdict"]
+
+
 def test_table_of_models(page: Page) -> None:
     text = page.text["models"]
     assert "Parameters 134.5 M +0.0 % 134.5 M 90.21 M ▲ −32.9 % 90.21 M ▲ −32.9 %" in text
@@ -428,6 +448,10 @@ def test_the_champion_has_its_column(gated: Page, page: Page) -> None:
     assert "3.000 2.950 to 3.050 ▼ +1.000 2.900 2.850 to 2.950 ▼ +0.900" in text
     assert "Out-of-domain loss nats per token, on other text – – – 3.100 3.200" in text
     assert "Champion" not in page.text["models"] and "Out-of-domain" not in page.text["models"]
+
+
+def test_the_champion_has_its_bars(gated: Page) -> None:
+    assert "Champion, small/3, validation: 2.900" in gated.html and "Champion, small/3, arc: 55.0" in gated.html
 
 
 def test_without_a_champion_a_gate_against_it_is_passed_over(compressed: EvaluateConfig, tmp_path: Path) -> None:

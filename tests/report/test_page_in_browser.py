@@ -129,6 +129,17 @@ def test_nothing_is_wider_than_the_page(page: webdriver.Chrome, width: int) -> N
         assert set(page.execute_script(hidden)) == {0}
 
 
+def test_a_telephone_shows_the_student_without_scrolling(page: webdriver.Chrome) -> None:
+    show(page, 390, "light")
+    ends = page.execute_script(
+        "return [...document.querySelectorAll(`.stack td`)].map(part => part.getBoundingClientRect().right)"
+    )
+    labels = page.execute_script(
+        "return [...document.querySelectorAll(`#models td`)].map(part => getComputedStyle(part, '::before').content)"
+    )
+    assert max(ends) <= 390 and '"Distilled student"' in labels
+
+
 def test_the_tab_key_reaches_everything_and_shows_where_it_is(page: webdriver.Chrome) -> None:
     count = page.execute_script(f"return document.querySelectorAll(`{FOCUSABLE}`).length")
     assert count >= 4 + 4  # the tables that may scroll, the stages' records
