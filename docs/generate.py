@@ -5,7 +5,7 @@
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import click
 import typer
 import yaml
 
+import minitron
 from minitron.cli.app import app
 from minitron.config import metrics
 from minitron.config.pipelines import pipelines_directory
@@ -31,6 +32,7 @@ def make_pages() -> dict[str, str]:
         "presets.md": make_preset_page(),
         "files.md": make_file_page(),
         "metrics.md": make_metric_page(),
+        "modules.md": make_module_page(),
     }
 
 
@@ -117,11 +119,27 @@ def make_metric_page() -> str:
     )
 
 
+def make_module_page() -> str:
+    """Return the page of all modules: the first line of each room's and each module's docstring."""
+    parts = [_open_page("Modules", "the modules' first lines")]
+    root = Path(minitron.__file__).parent
+    for room in sorted(path.parent for path in root.rglob("__init__.py") if path.parent != root):
+        rows = [(f"`{path.name}`", _read_first_line(path)) for path in sorted(room.glob("[!_]*.py"))]
+        if rows:
+            name = room.relative_to(root.parent)
+            parts += [f"## `{name}`", _read_first_line(room / "__init__.py"), _make_table(("module", "purpose"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _read_first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0]
+
+
 def _open_page(title: str, source: str) -> str:
     return f"# {title}\n\nGenerated from {source} by `make docs`."
 
 
-def _make_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join(lines + [f"| {' | '.join(' '.join(cell.split()) for cell in row)} |" for row in rows])
 

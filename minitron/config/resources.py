@@ -2,7 +2,7 @@
 
 A task asks for a base per process, /dev/shm, and the most that it holds of the models at a time. What stays on a GPU
 does not count; what passes through the host on its way to a GPU or to the disk does. `plan` does this sum for every
-stage whose `memory` is not set, and shows it on its page; docs/deploy.md has it for the presets.
+stage whose `memory` is not set, and shows it on its page; docs/how-to/deploy.md has it for the presets.
 """
 
 import math

@@ -1,12 +1,13 @@
-"""The reference of the settings: the names that users import, the help of a stage, docs/reference/parameters.md."""
+"""The reference: the names that users import, the help of a stage, the generated pages of docs/reference."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from docs.generate import make_pages
 from minitron import config
-from minitron.config.reference import reference_page
 from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES
 from minitron.runtime import entry
@@ -39,6 +40,15 @@ def test_the_help_of_a_stage_lists_its_configuration(
         assert line.startswith(f"  {name}={default}  ") and str(field.description) in line
 
 
-def test_the_parameter_reference_is_what_the_models_say() -> None:
-    page = REPOSITORY / "docs" / "reference" / "parameters.md"
-    assert page.read_text() == reference_page(), "run 'make docs'"
+@pytest.mark.parametrize("name", make_pages())
+def test_a_generated_page_is_what_the_sources_say(name: str) -> None:
+    assert (REPOSITORY / "docs" / "reference" / name).read_text() == make_pages()[name], "run 'make docs'"
+
+
+def test_every_environment_variable_is_on_the_page() -> None:
+    """Those that the sources name in capitals beside `environ`, and those of the commands' options."""
+    page = (REPOSITORY / "docs" / "reference" / "environment.md").read_text()
+    text = "\n".join(path.read_text() for path in (REPOSITORY / "minitron").rglob("*.py"))
+    read = {*re.findall(r"environ(?:\.get\(|\.setdefault\(|\[)\"(\w+)\"", text), *re.findall(r"envvar=\"(\w+)\"", text)}
+    assert {"MINITRON_CACHE", "MLFLOW_TRACKING_URI"} <= read
+    assert [name for name in sorted(read) if f"`{name}`" not in page] == []

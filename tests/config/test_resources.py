@@ -39,7 +39,7 @@ SMALL = {
     "num_hidden_layers": 3, "vocab_size": 128, "head_dim": 24,
 }  # fmt: skip
 LARGE = Models(1000 * GIB, 100 * GIB)
-GUIDE = REPOSITORY / "docs" / "deploy.md"
+GUIDE = REPOSITORY / "docs" / "how-to" / "deploy.md"
 
 SPEEDS = (("standard-rwx", 100), ("premium-rwx", 350))
 """MiB per second that GKE's storage classes write, by Google's page on Filestore's performance."""

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is correct: shell, YAML, every `minitron` command; docs/deploy.md can be followed."""
+"""What README.md and docs/ show is correct: shell, YAML, every `minitron` command; docs/how-to/deploy.md can be followed."""
 
 import re
 import shlex
@@ -17,6 +17,7 @@ from tests.servers.deploy_guide import GUIDE, created_secrets, follow_guide, rea
 CLUSTER_COMMANDS = {"doctor", "submit", "schedule", "runs", "unschedule", "serve-manifest"}
 FENCE = re.compile(r"^```(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
 """Language and content of a code block."""
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^(?:.*\$\()?minitron ([^)\n]+)", re.MULTILINE)
 NAMED = re.compile(r"(?<![\w./:-])(?:manifests|images|docs|pipelines)/[\w./-]+")
 
@@ -29,6 +30,12 @@ def list_commands() -> dict[str, click.Command]:
 
 def list_pages() -> list[Path]:
     return [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+def list_sections(page: Path) -> set[str]:
+    """Return the anchors that a page's headings get."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def list_fences(*languages: str) -> list[str]:
@@ -63,8 +70,19 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     """A block without a language would be checked by nobody."""
     text = page.read_text()
     languages = [language for language, _ in FENCE.findall(text)]
-    assert set(languages) <= {"python", "sh", "text", "yaml"}
+    assert set(languages) <= {"mermaid", "python", "sh", "text", "yaml"}
     assert 2 * len(languages) == sum(line.lstrip().startswith(("```", "~~~")) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("page", list_pages(), ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    """Files and sections of this repository; other addresses are not asked."""
+    for target in LINK.findall(page.read_text()):
+        if not target.startswith(("http:", "https:")):
+            name, _, section = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            assert file.exists(), target
+            assert not section or section in list_sections(file), target
 
 
 @pytest.mark.parametrize("block", list_fences("sh"), ids=lambda block: block.split("\n")[0][:40])

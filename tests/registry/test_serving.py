@@ -198,7 +198,7 @@ class Receiver(State):
 
 def test_the_webhook_of_the_guide_tells_of_a_new_champion(mlflow_server: str, tmp_path: Path) -> None:
     """The guide's block makes it, a promotion calls it."""
-    guide = (REPOSITORY / "docs/deploy.md").read_text()
+    guide = (REPOSITORY / "docs/how-to/deploy.md").read_text()
     (block,) = (text for text in re.findall(r"^```python\n(.*?)^```$", guide, re.M | re.S) if "create_webhook" in text)
     with http_server(Receiver()) as receiver:
         block = block.replace("http://localhost:5000", mlflow_server)

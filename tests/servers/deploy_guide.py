@@ -1,4 +1,4 @@
-"""Follow docs/deploy.md: run its commands in one shell, with stand-ins that record their arguments.
+"""Follow docs/how-to/deploy.md: run its commands in one shell, with stand-ins that record their arguments.
 
 The shell, its variables and its files are real; the commands that reach a cluster or a cloud are stand-ins.
 """
@@ -16,7 +16,7 @@ import yaml
 
 from tests.constants import REPOSITORY
 
-GUIDE = REPOSITORY / "docs/deploy.md"
+GUIDE = REPOSITORY / "docs/how-to/deploy.md"
 STAND_INS = ("gcloud", "kubectl", "kind", "docker", "git", "minitron")
 STAND_IN = """#!/bin/bash
 # In one write, since some run in the background.
