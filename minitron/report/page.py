@@ -28,6 +28,7 @@ from minitron.config.metrics import (
     parse_percent,
 )
 from minitron.config.stages import EvaluateConfig
+from minitron.errors import without_password
 from minitron.registry import gates, lineage
 from minitron.report import TEMPLATES, figures, tables
 from minitron.storage.layout import PRUNING, REPORT
@@ -96,6 +97,7 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
         "stages": _list_costs(records),
         "records": records,
         "runs": {stage: _list_run_facts(record) for stage, record in records.items()},
+        "mlflow": _find_tracking_page(config.tracking_uri),
         "licenses": {
             "teacher": lineage.format_license(origin["licences"]["teacher"]),
             "corpus": origin["licences"]["data"],
@@ -213,6 +215,11 @@ def _list_run_facts(record: dict[str, Any]) -> dict[str, Any]:
         "seed": record["config"].get("seed"),
     }
     return {name: DASH if value is None else value for name, value in facts.items()}
+
+
+def _find_tracking_page(tracking_uri: str | None) -> str | None:
+    """Return the address of MLflow's page, if it has one: a database on this machine has none."""
+    return without_password(tracking_uri).rstrip("/") if (tracking_uri or "").startswith("http") else None
 
 
 def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

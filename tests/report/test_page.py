@@ -31,6 +31,7 @@ class Page(HTMLParser):
         super().__init__()
         self.html, self.tags, self.attributes, self.styles = html, [], [], []
         self.titles: list[str] = []
+        self.links: list[str] = []
         self.text: dict[str, str] = {}
         self._section, self._tag = "", ""
         self.feed(html)
@@ -39,6 +40,7 @@ class Page(HTMLParser):
         self._tag = tag
         self.tags.append(tag)
         self.attributes += attributes
+        self.links += [value for name, value in attributes if (tag, name) == ("a", "href") and value]
         if tag in ("section", "header"):
             self._section = dict(attributes)["id"] or ""
 
@@ -89,11 +91,22 @@ def test_opens_offline(page: Page) -> None:
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     references = page.read_attributes("src", "href", "xlink:href", "srcset", "action", "data")
     assert references
-    assert [reference for reference in references if not reference.startswith(("#", "data:image/png;base64,"))] == []
+    loaded = [reference for reference in references if not reference.startswith(("#", "data:image/png;base64,"))]
+    assert [reference for reference in loaded if reference not in page.links] == []
     styles = " ".join(page.styles + page.read_attributes("style", "clip-path", "fill"))
     assert "@import" not in styles
     assert set(re.findall(r"url\(\s*['\"]?(.)", page.html)) == {"#"}
     assert "http" not in styles
+
+
+def test_it_leads_to_mlflow_without_a_password(compressed: EvaluateConfig, tmp_path: Path) -> None:
+    student = shutil.copytree(compressed.student, tmp_path / "student")
+    (student / "stage.json").write_text(json.dumps(read_record(student) | {"mlflow_run_id": "f00d"}))
+    uri = "https://me:secret@mlflow.example/sub/"
+    page = write_page(tmp_path, compressed.model_copy(update={"tracking_uri": uri, "student": student}), EVALUATION)
+    outward = [link for link in page.links if not link.startswith("#")]
+    assert outward == ["https://mlflow.example/sub", "https://mlflow.example/sub/#/runs/f00d"]
+    assert "secret" not in page.html
 
 
 def test_ids_are_unique_and_references_have_a_target(page: Page) -> None:
