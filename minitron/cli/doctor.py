@@ -150,7 +150,10 @@ def _check_retries(core: Any) -> Check:
     else:
         return Check(True, name, "after failures and after deletions")
     return Check(
-        False, name, found, "patch Argo's settings with manifests/kubeflow/workflow-defaults.yaml (docs/how-to/deploy.md)"
+        False,
+        name,
+        found,
+        "patch Argo's settings with manifests/kubeflow/workflow-defaults.yaml (docs/how-to/deploy.md)",
     )
 
 

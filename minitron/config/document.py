@@ -237,4 +237,4 @@ def _flatten_sections(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"{key}: found {value!r}, not a section; write {key}: {{setting: value}}")
             yield from ((f"{key}.{name}", entry) for name, entry in value.items())
         else:
-            yield Fault(key, value)
+            yield key, value

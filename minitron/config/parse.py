@@ -93,7 +93,9 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
 
 
 def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the settings that decide a stage's result; docs/architecture.md says why, stage by stage.
+    """Return the names of the settings that decide a stage's result.
+
+    docs/explanation/caching-and-resume.md says why, stage by stage.
 
     Args:
         model: the stage's settings, or its configuration; its inputs count by their content, not here.

@@ -1,4 +1,7 @@
-"""Checks of a plan before anything is uploaded or a GPU is paid for; docs/architecture.md says what is checked when."""
+"""Checks of a plan before anything is uploaded or a GPU is paid for.
+
+docs/explanation/architecture.md says what is checked when.
+"""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is correct: shell, YAML, every `minitron` command; docs/how-to/deploy.md can be followed."""
+"""What README.md and docs/ show is correct: shell, YAML, commands, links; docs/how-to/deploy.md can be followed."""
 
 import re
 import shlex
