@@ -219,7 +219,9 @@ def _list_run_facts(record: dict[str, Any]) -> dict[str, Any]:
 
 def _find_tracking_page(tracking_uri: str | None) -> str | None:
     """Return the address of MLflow's page, if it has one: a database on this machine has none."""
-    return without_password(tracking_uri).rstrip("/") if (tracking_uri or "").startswith("http") else None
+    if tracking_uri is None or not tracking_uri.startswith("http"):
+        return None
+    return without_password(tracking_uri).rstrip("/")
 
 
 def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
