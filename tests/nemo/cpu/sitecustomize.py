@@ -3,6 +3,7 @@
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import os
 import sys
 import time
@@ -37,11 +38,12 @@ class _Shim(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, _Shim())
 
-if seconds := float(os.environ.get("SLOW_DISK_SECONDS", 0)):  # a disk that takes its time to keep a file
+if seconds := float(os.environ.get("SLOW_DISK_SECONDS", 0)):  # a disk that takes its time to keep what is written aside
     fsync = os.fsync
 
     def fsync_slowly(descriptor):
-        time.sleep(seconds)
+        if multiprocessing.parent_process():  # one of the writers; the worker itself syncs many small files
+            time.sleep(seconds)
         fsync(descriptor)
 
     os.fsync = fsync_slowly
