@@ -142,10 +142,11 @@ def test_a_run_ends_with_its_stage_however_it_ends_and_resumes_where_it_was(tmp_
     arguments += ["--set", "finetune.max_steps=200", "--set", "distill.max_steps=1", "--set", "evaluate.num_fewshot=2"]
     arguments += ["--set", "finetune.checkpoint_interval=20", "--set", "finetune.validation_interval=100"]
     command = ["-c", forks.COMMAND, *arguments]
+    complete = "workspace/finetune/*.partial/checkpoints/checkpoint-*/complete.json"
     for kill, number in ((os.kill, signal.SIGTERM), (os.kill, signal.SIGKILL), (os.killpg, signal.SIGKILL)):
-        before = set(tmp_path.glob("workspace/finetune/*.partial/checkpoints/*"))
+        before = set(tmp_path.glob(complete))
         process = forks.start_python(command, tmp_path / "log", tmp_path / "log")
-        while set(tmp_path.glob("workspace/finetune/*.partial/checkpoints/*")) == before:
+        while not set(tmp_path.glob(complete)) - before:
             assert process.exitcode is None, "the run ended before it could be killed"
             time.sleep(0.05)
         kill(process.pid or 0, number)

@@ -476,7 +476,8 @@ class TestRefusedBeforeAModelIsLoaded:
         (tasks / "own.jsonl").unlink()
         message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
         assert message.startswith("evaluate.tasks: own cannot be loaded (FileNotFoundError: ")
-        assert "own.jsonl" in message and message.endswith(f"correct the files in {tasks}")
+        remedy = f"correct the files in {tasks}, whose tasks read no dataset but those beside them"
+        assert "own.jsonl" in message and message.endswith(remedy)
 
     @pytest.mark.parametrize(
         ("rows", "changes", "named"),
