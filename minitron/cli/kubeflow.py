@@ -203,7 +203,7 @@ def _read_run(
     if plan:
         from minitron.runtime.preflight import check_plan
 
-        check_plan(plan, faults, hurry=True)
+        check_plan(plan, faults, ask_once=True)
     elif faults:
         raise SectionError(faults)
     if request.cluster.queue:

@@ -73,7 +73,7 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
         if plan := read_run_plan(arguments):
             from minitron.runtime.preflight import check_plan
 
-            check_plan(plan, find_missing_paths(plan, Path("/")), hurry=True)
+            check_plan(plan, find_missing_paths(plan, Path("/")), ask_once=True)
         results = local.run_pipeline(documents, arguments, work_dir)
         summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
 

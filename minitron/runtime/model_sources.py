@@ -86,8 +86,8 @@ def pin_address(address: str, config: StageConfig) -> str | None:
         return _resolve_once(address, find, config)
 
 
-def read_architecture(address: str, hurry: bool = False) -> dict[str, Any]:
-    """Return the config.json of a model, without fetching its weights; in a hurry a hub is asked once.
+def read_architecture(address: str, ask_once: bool = False) -> dict[str, Any]:
+    """Return the config.json of a model, without fetching its weights; `ask_once`: a hub is asked once.
 
     Raises:
         ConfigError: the source is none from which a single file is read, or there is no such model.
@@ -102,7 +102,7 @@ def read_architecture(address: str, hurry: bool = False) -> dict[str, Any]:
             content = _read_json(path / "config.json")
         case "hf":
             hub_file = "config.json"
-            content = read_hub_json(address, hub_file) if hurry else _read_json(fetch_hub_file(address, hub_file))
+            content = read_hub_json(address, hub_file) if ask_once else _read_json(fetch_hub_file(address, hub_file))
         case "gs":
             from minitron.storage import bucket_results
 

@@ -14,13 +14,13 @@ from minitron.errors import MinitronError
 from minitron.runtime.model_sources import read_architecture
 
 
-def check_plan(plan: Plan, faults: Iterable[Fault] = (), hurry: bool = False) -> tuple[dict[str, Any] | None, str]:
+def check_plan(plan: Plan, faults: Iterable[Fault] = (), ask_once: bool = False) -> tuple[dict[str, Any] | None, str]:
     """Check what can be known without weights and without a GPU.
 
     Args:
         plan: the settings; each section is checked already.
         faults: what the caller has found; it is reported with the rest.
-        hurry: True: ask a hub for the teacher once; what does not answer is checked by plan.
+        ask_once: True: ask a hub for the teacher once; what does not answer is checked by plan.
 
     Returns:
         The teacher's config.json, or None and the reason why it cannot be read yet.
@@ -30,7 +30,7 @@ def check_plan(plan: Plan, faults: Iterable[Fault] = (), hurry: bool = False) ->
     """
     architecture, reason = None, ""
     try:
-        architecture = read_architecture(plan.pipeline.teacher, hurry)
+        architecture = read_architecture(plan.pipeline.teacher, ask_once)
     except MinitronError as error:
         reason = str(error)
     if found := [*faults, *find_plan_faults(plan, architecture)]:

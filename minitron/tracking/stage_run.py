@@ -171,8 +171,8 @@ class MlflowTracker(Tracker):
         earlier = search_runs(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
         own = [run for run in earlier if run.data.tags.get(PARENT_TAG) == parent_id]
         # a pipeline run makes a result once: a run that ended but whose result was lost in a kill goes on, too
-        if unfinished := own if parent_id else [run for run in own if run.info.status != "FINISHED"]:
-            run = unfinished[0]
+        if continued := own if parent_id else [run for run in own if run.info.status != "FINISHED"]:
+            run = continued[0]
             for name in run.data.metrics:
                 points = self.client.get_metric_history(run.info.run_id, name)
                 self._steps[name] = {point.step for point in points}
