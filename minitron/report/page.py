@@ -153,19 +153,18 @@ def _summarise_result(evaluation: dict[str, Any]) -> str:
 
 
 def _describe_loss(evaluation: dict[str, Any]) -> str:
-    """Say what the student lost against the corrected teacher: accuracy, or without tasks validation loss."""
+    """Say what the student lost against the corrected teacher: accuracy, if that can be told, else validation loss."""
     teacher, student = evaluation["teacher"], evaluation["student"]
     changes = {}
     for task in tables.list_tasks(evaluation):
         before, after = (parse_percent(model["tasks"].get(task, {}).get("acc")) for model in (teacher, student))
         if before is not None and after is not None:
             changes[task] = after - before
-    if not changes:
-        change = student["validation_loss"] - teacher["validation_loss"]
-        return f"validation loss {format_loss(abs(change))} nats {'higher' if change > 0 else 'lower'}"
-    named = next(iter(changes)) if len(changes) == 1 else f"accuracy, the mean of {len(changes)} tasks"
     if all(contains(tables.read_interval(student, f"{task}_acc", "differences"), 0) for task in changes):
-        return f"no measurable change of {named}"
+        change = student["validation_loss"] - teacher["validation_loss"]
+        text = f"validation loss {format_loss(abs(change))} nats {'higher' if change > 0 else 'lower'}"
+        return f"{text}, accuracy the same within the error" if changes else text
+    named = next(iter(changes)) if len(changes) == 1 else f"accuracy, the mean of {len(changes)} tasks"
     change = sum(changes.values()) / len(changes)
     return f"{'loses' if change < 0 else 'gains'} {abs(change):.1f} points of {named}"
 
