@@ -1,6 +1,6 @@
 """Compress a large language model: prepare → finetune → prune → distill → evaluate → register."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 METHOD_VERSION = "0.1.0"
 """Changes when the same inputs and settings give another result: a part of every result's key, unlike the version."""
