@@ -20,6 +20,7 @@ def plan(
     settings: dict = {},
     workspace: Optional[str] = None,
     tracking_uri: Optional[str] = None,
+    experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Plan",
@@ -49,7 +50,7 @@ def plan(
     outputs = launch(
         "plan", output=planned.path, teacher=teacher, corpus=corpus, model_name=model_name,
         champion=champion, preset=preset, document=settings, workspace=workspace, tracking_uri=tracking_uri,
-        pipeline_run_id=pipeline_run_id,
+        experiment=experiment, pipeline_run_id=pipeline_run_id,
     )["outputs"]
     # fmt: on
     shutil.copyfile(f"{planned.path}/plan.html", report.path)

@@ -72,7 +72,7 @@ def compress(
     common = {"workspace": workspace, "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
     plan_task = plan(
         teacher=teacher, corpus=corpus, model_name=model_name, champion=champion, preset=preset, settings=settings,
-        tracking_uri=tracking_uri, **common,
+        tracking_uri=tracking_uri, experiment=experiment, **common,
     )  # fmt: skip
     set_resources(plan_task, TOOLS_CPU, TOOLS_MEMORY)
     set_pod(plan_task, "plan", tools_image, *pod)  # no retries: a wrong setting must fail within the first minute

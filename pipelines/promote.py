@@ -33,7 +33,7 @@ def promote(
     tracking_uri: str,
     version: Optional[int] = None,
     why: Optional[str] = None,
-    experiment: str = "minitron",
+    experiment: str = "promotions",
     workspace: str = VOLUME,
     workspace_claim: str = "minitron-workspace",
     tools_image: str = TOOLS,

@@ -45,13 +45,19 @@ _ANEW = "run the pipeline retrain, which evaluates it anew"
 class GatesFailed(RunError):
     """The version does not meet its gates."""
 
+    verdict = "gates not met"
+
 
 class NoQualityGate(GatesFailed):
     """No gate has judged the version's quality; only a person promotes it."""
 
+    verdict = "no gate on quality"
+
 
 class NotJudged(GatesFailed):
     """The gates of the version cannot be judged; it may be made and measured again."""
+
+    verdict = "not judged"
 
 
 @dataclass(frozen=True)

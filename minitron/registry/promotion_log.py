@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from minitron.errors import RunError
 from minitron.tracking.client import find_active_run, find_or_create_experiment, is_missing, is_refusal
+from minitron.tracking.pipeline_run import NOTE_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,8 @@ FORCED_TAG = "promoted_forced"
 
 _TAG = "minitron.promotions"
 """On a registered model: the id of its run. On the run: the model's name."""
+
+_NOTE = "Who made which version the champion, when and why, as its parameters. `minitron promote` reads it: keep it."
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ class PromotionLog:
         if (first := next(filter(None, runs), None)) is None:
             raise RunError(f"{self._name}: no version has an MLflow run; register one with the pipeline")
         experiment, title = find_or_create_experiment(client, EXPERIMENT), f"promotions of {self._name}"
-        made = client.create_run(experiment, tags={_TAG: self._name}, run_name=title).info.run_id
+        tags = {_TAG: self._name, NOTE_TAG: _NOTE}
+        made = client.create_run(experiment, tags=tags, run_name=title).info.run_id
         client.set_terminated(made)  # nothing runs in it
         key = f"promotions.{hashlib.sha256(self._name.encode()).hexdigest()[:12]}"
         if (run_id := self._write_once(first.info.run_id, key, made)) != made:

@@ -17,12 +17,15 @@ from minitron.config.fields import Fault
 from minitron.config.resources import Models, Term
 from minitron.config.settings import RESOURCES, PruneSettings, Settings
 from minitron.config.tasks import PlanConfig
+from minitron.errors import MinitronError
 from minitron.report import TEMPLATES
 from minitron.runtime.preflight import check_plan
 from minitron.storage.bucket import is_bucket
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
 from minitron.storage.staging import replace_directory
+from minitron.tracking.client import connect, fail_fast, one_line_errors
+from minitron.tracking.pipeline_run import join_pipeline_run
 
 
 class Memory(NamedTuple):
@@ -52,7 +55,19 @@ def run(config: PlanConfig) -> dict[str, Any]:
     with replace_directory(config.output) as directory:
         write_atomically(directory / PLAN, outputs)
         (directory / PLAN_PAGE).write_text(_render_page(plan, models, unknown, memory), encoding="utf-8")
+    _open_pipeline_run(config, plan.model_name)
     return {"metrics": {}, "outputs": outputs}
+
+
+def _open_pipeline_run(config: PlanConfig, model_name: str) -> None:
+    """Open the run in MLflow under its model's name; an error is only a warning, since the next task is retried."""
+    if config.tracking_uri is None or config.pipeline_run_id is None:
+        return
+    try:
+        with one_line_errors(config.tracking_uri), fail_fast():
+            join_pipeline_run(connect(config.tracking_uri), config, model_name)
+    except MinitronError as error:
+        print(f"warning: plan: {error}", flush=True)
 
 
 def _count_parameters(plan: Plan, config: PlanConfig) -> tuple[Models, str | None]:

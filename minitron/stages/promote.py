@@ -30,16 +30,16 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     gate_outcome: str | None
     try:
         promotion = promote(uri, name, version, config.why, run_id)
-        outcome, rows, gate_outcome = "promoted", promotion.gates, _explain_promotion(promotion)
+        outcome, verdict, rows, gate_outcome = "promoted", "promoted", promotion.gates, _explain_promotion(promotion)
         reason = f"version {version} of {name} is the champion: {gate_outcome}"
     except GatesFailed as error:
-        outcome, rows, reason = "challenger", [], str(error)
+        outcome, verdict, rows, reason = "challenger", error.verdict, [], str(error)
         gate_outcome = None if isinstance(error, NotJudged) else reason
     with one_line_errors(uri):
         if gate_outcome:
             client.set_model_version_tag(name, str(version), GATE_OUTCOME_TAG, gate_outcome)
-        if (parent := join_pipeline_run(client, config)) is not None:
-            record_outcome(client, parent.info.run_id, outcome, reason)
+        if (parent := join_pipeline_run(client, config, name)) is not None:
+            record_outcome(client, parent.info.run_id, outcome, reason, verdict)
     print(f"promote: {outcome}: {reason}", flush=True)
     result = {"name": name, "version": version, "outcome": outcome, "reason": reason, "gates": rows}
     with replace_directory(config.output) as directory:

@@ -66,7 +66,7 @@ def _identify_inputs(prepare: PrepareConfig, name: str) -> tuple[str, str]:
 
 def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint) -> dict[str, Any]:
     name, client = plan.model_name, connect(config.tracking_uri)
-    run = join_pipeline_run(client, config)
+    run = join_pipeline_run(client, config, name)
     assert run is not None  # there is a pipeline_run_id
     number = read_aliases(client, name).get(CHAMPION)
     champion = client.get_model_version(name, number) if number else None

@@ -197,8 +197,9 @@ def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
     database = _sqlite_file(client.tracking_uri)
     # MLflow's default is ./mlruns in the working directory of the stage.
     location = str(database.absolute().parent / "mlartifacts") if database else None
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page asks what its runs are
     try:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, artifact_location=location, tags=kind)
     except MlflowException as error:
         experiment = client.get_experiment_by_name(name)  # another process may have been faster
         if experiment is None:

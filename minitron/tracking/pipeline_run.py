@@ -1,8 +1,11 @@
 """The MLflow run that the stages of a pipeline run share: join it, list its stages, record its outcome."""
 
 import os
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from minitron.config.metrics import format_moment
 from minitron.config.stages import StageConfig
 from minitron.tracking.client import find_or_create_experiment, search_runs
 
@@ -13,45 +16,71 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIVE_TAG",
     "ERROR_TAG",
+    "MODEL_TAG",
+    "NOTE_TAG",
     "NO_REASON",
     "OUTCOME_TAG",
     "PARENT_TAG",
     "REASON_TAG",
     "RUN_TAG",
+    "STAGE_TAG",
+    "VERDICT_TAG",
     "find_failure",
     "find_reason",
     "join_pipeline_run",
     "list_stage_runs",
     "record_outcome",
+    "tag_run",
 ]
 
 RUN_TAG, PARENT_TAG = "kfp.run_id", "mlflow.parentRunId"
 """Tags of a pipeline run: Kubeflow's id of it. Of a stage's run: the pipeline run's."""
 
-ERROR_TAG, ALIVE_TAG = "minitron.error", "minitron.alive"
-"""Tags of a stage's run: its error, and its last sign of life, in seconds since 1970."""
+STAGE_TAG, ERROR_TAG, ALIVE_TAG = "minitron.runtime.stage", "minitron.error", "minitron.alive"
+"""Tags of a stage's run: the stage, its error, and its last sign of life, in seconds since 1970."""
 
 OUTCOME_TAG, REASON_TAG = "minitron.outcome", "minitron.reason"
-"""Tags of a pipeline run: its outcome, and the reason in words."""
+"""Tags of a pipeline run: its outcome, and the reason in words. An outcome releases the training lock."""
+
+MODEL_TAG, VERDICT_TAG, NOTE_TAG = "model", "verdict", "mlflow.note.content"
+"""Tags of a pipeline run that people read in MLflow's list: the registered model, the verdict in a few words, and the
+description, which is Markdown."""
 
 NO_REASON = "see the log of its tasks"
 """The reason of a failed pipeline run when neither a stage nor Kubeflow gives one."""
 
 
-def join_pipeline_run(client: "MlflowClient", config: StageConfig) -> "Run | None":
-    """Return the run in MLFLOW_RUN_ID, or find or create the run with this pipeline run's tag; None without either."""
+def join_pipeline_run(client: "MlflowClient", config: StageConfig, model: str | None = None) -> "Run | None":
+    """Return the run in MLFLOW_RUN_ID, or find or create the run with this pipeline run's tag; None without either.
+
+    Args:
+        client: MLflow's.
+        config: `experiment` and `pipeline_run_id`.
+        model: registered model that the pipeline run makes, if the caller knows it.
+    """
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        return client.get_run(run_id)
-    if config.pipeline_run_id is None:
+        run = client.get_run(run_id)
+    elif config.pipeline_run_id is None:
         return None
-    experiment = find_or_create_experiment(client, config.experiment)
-    return _find_earliest_run(client, experiment, config.pipeline_run_id) or _create_run(
-        client, experiment, config.pipeline_run_id
+    else:
+        experiment = find_or_create_experiment(client, config.experiment)
+        run = _find_earliest_run(client, experiment, config.pipeline_run_id) or _create_run(
+            client, experiment, config.pipeline_run_id, model
+        )
+    if model and MODEL_TAG not in run.data.tags:
+        client.set_tag(run.info.run_id, MODEL_TAG, model)
+    return run
+
+
+def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str, model: str | None) -> "Run":
+    """Create a run that is named by its model and its start; Kubeflow's id stands in a tag."""
+    now = time.time()
+    created = client.create_run(
+        experiment_id,
+        start_time=int(now * 1000),
+        tags={RUN_TAG: pipeline_run_id} | ({MODEL_TAG: model} if model else {}),
+        run_name=f"{model or 'pipeline'} {format_moment(now)}",
     )
-
-
-def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str) -> "Run":
-    created = client.create_run(experiment_id, tags={RUN_TAG: pipeline_run_id}, run_name=pipeline_run_id)
     first = _find_earliest_run(client, experiment_id, pipeline_run_id) or created
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)  # another process was faster
@@ -75,7 +104,9 @@ def find_failure(client: "MlflowClient", run: "Run") -> str | None:
     runs = list_stage_runs(client, run)
     failed = [entry for entry in runs if ERROR_TAG in entry.data.tags and entry.info.status != "FINISHED"]
     latest = max(failed, key=lambda entry: entry.info.end_time or 0, default=None)
-    return f"{latest.info.run_name}: {latest.data.tags[ERROR_TAG]}" if latest else None
+    if latest is None:
+        return None
+    return f"{latest.data.tags.get(STAGE_TAG, latest.info.run_name)}: {latest.data.tags[ERROR_TAG]}"
 
 
 def find_reason(client: "MlflowClient", experiment: str, pipeline_run_id: str) -> str | None:
@@ -89,9 +120,24 @@ def find_reason(client: "MlflowClient", experiment: str, pipeline_run_id: str) -
     return find_failure(client, run) or (None if recorded == NO_REASON else recorded)
 
 
-def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: str) -> None:
-    """Tag a pipeline run with its outcome and the reason, and end it: this releases its training lock."""
-    client.set_tag(run_id, REASON_TAG, reason)
-    client.set_tag(run_id, OUTCOME_TAG, outcome)
+def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: str, verdict: str | None = None) -> None:
+    """Tag a pipeline run with its outcome and the reason, and end it: this releases its training lock.
+
+    Args:
+        client: MLflow's.
+        run_id: the pipeline run's.
+        outcome: promoted, challenger, unchanged, made elsewhere or failed.
+        reason: the reason in words.
+        verdict: on the student; None: the run has none, so outcome and reason describe the run.
+    """
+    described = {VERDICT_TAG: verdict} if verdict else {VERDICT_TAG: outcome, NOTE_TAG: reason}
+    tag_run(client, run_id, {REASON_TAG: reason, OUTCOME_TAG: outcome} | described)
     if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened the run, and ends it
         client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")
+
+
+def tag_run(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+    """Set several tags of a run in one request."""
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(name, text) for name, text in tags.items()])

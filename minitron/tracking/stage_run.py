@@ -17,7 +17,7 @@ import posixpath
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,19 +39,19 @@ from minitron.tracking.client import (
     search_runs,
 )
 from minitron.tracking.outbox import Message, Outbox, deliver_messages
-from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, PARENT_TAG, join_pipeline_run
+from minitron.tracking.pipeline_run import ALIVE_TAG, ERROR_TAG, PARENT_TAG, STAGE_TAG, join_pipeline_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 KEY_TAG, ATTEMPT_TAG = "minitron.key", "minitron.attempt"
 """Tags of a stage's run: its key, and the time when the latest process opened it. A status that arrives late from an
 earlier process is ignored."""
 
-# MLflow's limits: characters of a parameter and of a tag, parameters per request.
+# MLflow's limits: characters of a parameter and of a tag, parameters per request; of a metric's name and of a digest.
 _PARAMETER_LENGTH, _TAG_LENGTH, _PARAMETERS_PER_CALL = 6000, 5000, 100
-_METRIC_LENGTH = 250
+_METRIC_LENGTH, _DIGEST_LENGTH = 250, 36
 
 
 class Tracker:
@@ -97,7 +97,7 @@ class MlflowTracker(Tracker):
         self.experiment_id = (
             parent.info.experiment_id if parent else find_or_create_experiment(client, config.experiment)
         )
-        self.run_id = self._open_run(config, parent.info.run_id if parent else None)
+        self.run_id = self._open_run(config, parent)
         self.pipeline_run_id = parent.info.run_id if parent else self.run_id
         self._unsent = _unsent_directory(config) / f"{self._attempt}-{self.run_id}.jsonl"
         for leftover in self._unsent.parent.glob(f"*-{self.run_id}.tmp"):  # of a killed attempt: it is empty
@@ -163,24 +163,29 @@ class MlflowTracker(Tracker):
         runs = [self.run_id, *([self.pipeline_run_id] if self._owns_parent else [])]
         return [{"run": run, "status": status, "end": _now_milliseconds(), "attempt": self._attempt} for run in runs]
 
-    def _open_run(self, config: StageConfig, parent_id: str | None) -> str:
+    def _open_run(self, config: StageConfig, parent: "Run | None") -> str:
         """Continue the run of a killed attempt, or create one; return its id."""
+        stage, parent_id = self.identity["stage"], parent.info.run_id if parent else None
         tags = {f"input.{name}": entry["sha256"] for name, entry in self.identity["inputs"].items()}
-        tags |= {KEY_TAG: self.identity["key"], "minitron.runtime.stage": self.identity["stage"]}
+        tags |= {KEY_TAG: self.identity["key"], STAGE_TAG: stage, ATTEMPT_TAG: self._attempt}
         tags |= {PARENT_TAG: parent_id} if parent_id else {}
         earlier = search_runs(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
         own = [run for run in earlier if run.data.tags.get(PARENT_TAG) == parent_id]
         # a pipeline run makes a result once: a run that ended but whose result was lost in a kill goes on, too
-        if continued := own if parent_id else [run for run in own if run.info.status != "FINISHED"]:
+        continued = own if parent_id else [run for run in own if run.info.status != "FINISHED"]
+        if continued:
             run = continued[0]
             for name in run.data.metrics:
                 points = self.client.get_metric_history(run.info.run_id, name)
                 self._steps[name] = {point.step for point in points}
             self._last_step = max((step for steps in self._steps.values() for step in steps), default=0)
         else:
-            run = self.client.create_run(self.experiment_id, tags=tags, run_name=self.identity["stage"])
+            name = f"{stage} · {parent.info.run_name}" if parent else stage
+            run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
         self._log_parameters(config, run)
-        for run_id in [run.info.run_id, *([parent_id] if self._owns_parent and parent_id else [])]:
+        self.client.log_inputs(run.info.run_id, make_dataset_inputs(self.identity["inputs"]))  # again does no harm
+        reopened = [run.info.run_id] if continued else []
+        for run_id in [*reopened, *([parent_id] if self._owns_parent and parent_id else [])]:
             self.client.set_tag(run_id, ATTEMPT_TAG, self._attempt)
             self.client.update_run(run_id, status="RUNNING")
         return run.info.run_id
@@ -290,6 +295,25 @@ def _send_apart(client: "MlflowClient", message: Message, attempt: str | None) -
         points.setdefault(point[0], []).append(point)
     for group in points.values():
         _send_or_drop(client, message | {"points": group}, attempt)
+
+
+def make_dataset_inputs(inputs: Mapping[str, Mapping[str, str]]) -> "list[DatasetInput]":
+    """Return inputs as MLflow's datasets, models too: name, digest and address, and what the input is to the run.
+
+    Args:
+        inputs: the inputs of a stage by name, as its record has them.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    found = []
+    for name, entry in inputs.items():
+        scheme, _, path = entry["address"].rpartition(":/")
+        parts = path.strip("/").split("/")
+        title = "/".join(parts[-2:]) if scheme else parts[-1]
+        source = json.dumps({"uri": entry.get("pinned", entry["address"])})
+        dataset = Dataset(title, entry["sha256"][:_DIGEST_LENGTH], scheme or "local", source)
+        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
+    return found
 
 
 def make_metric_name(name: str) -> str:

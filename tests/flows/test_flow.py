@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from minitron.cli.app import app
 from minitron.storage.hashing import content_hash
+from minitron.tracking.pipeline_run import STAGE_TAG
 from tests.constants import REPOSITORY
 from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN, read_shell_lines
 from tests.report.event_files import read_events
@@ -106,7 +107,7 @@ def test_mlflow_has_a_parent_run_a_run_per_stage_and_the_version(flow: dict[str,
     experiment = client.get_experiment_by_name("minitron")
     runs = client.search_runs([experiment.experiment_id])
     nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert sorted(run.info.run_name for run in nested) == sorted(STAGES)
+    assert sorted(run.data.tags[STAGE_TAG] for run in nested) == sorted(STAGES)
     assert len(runs) == 7 and len({run.data.tags["mlflow.parentRunId"] for run in nested}) == 1
     assert all(run.info.status == "FINISHED" for run in runs)
     version = client.get_model_version_by_alias("tiny", "challenger")

@@ -337,6 +337,8 @@ def test_what_could_not_be_judged_is_not_decided(mlflow_file: str, name: str, tm
     assert tags[:3] == ["it met its gates", "", ""] and "Validation loss" in tags[3]
     runs = client.search_runs([find_or_create_experiment(client, name)], f"tags.`{pipeline_run.RUN_TAG}` LIKE 'run-%'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    verdicts = {run.data.tags["kfp.run_id"]: run.data.tags["verdict"] for run in runs}
+    assert verdicts == {"run-1": "promoted", "run-2": "not judged", "run-3": "not judged", "run-4": "gates not met"}
 
 
 GENERATE = """

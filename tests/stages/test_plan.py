@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from minitron.config.metrics import format_moment
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 from minitron.stages import plan
+from minitron.tracking.client import connect
 from tests.constants import LLAMA_3_1_8B, REPOSITORY
+from tests.servers.http_server import free_port
 
 FORM = {"teacher": "/teacher", "corpus": "/corpus"}
 TASKS = str(REPOSITORY / "tests")
@@ -50,6 +53,24 @@ def test_the_page_shows_every_setting_and_marks_what_is_not_the_default(tmp_path
     assert '<tr class="changed"><th scope="row">max_steps</th><td>7</td>' in page
     assert '<tr><th scope="row">warmup_steps</th><td>2</td>' in page
     assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_the_run_in_mlflow_has_the_model_s_name_before_a_stage_starts(mlflow_file: str, tmp_path: Path) -> None:
+    run_plan(
+        tmp_path / "out", tracking_uri=mlflow_file, pipeline_run_id="run-1", experiment=tmp_path.name, model_name="m"
+    )
+    experiment = connect(mlflow_file).get_experiment_by_name(tmp_path.name)
+    (run,) = connect(mlflow_file).search_runs([experiment.experiment_id])
+    assert run.info.run_name == f"m {format_moment(run.info.start_time / 1000)}" and run.info.status == "RUNNING"
+    assert (run.data.tags["model"], run.data.tags["kfp.run_id"]) == ("m", "run-1")
+
+
+def test_an_mlflow_that_does_not_answer_stops_the_next_task_which_is_retried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    assert run_plan(tmp_path / "out", tracking_uri=uri, pipeline_run_id="run-1")["teacher"] == "/teacher"
+    assert f"warning: plan: MLflow at {uri}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

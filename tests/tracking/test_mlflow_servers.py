@@ -21,6 +21,7 @@ from minitron.errors import RunError, without_password
 from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
+from minitron.tracking.pipeline_run import STAGE_TAG
 from tests.registry.promotions import race_promotions
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
@@ -83,10 +84,9 @@ def _work(config: Any, directory: Path, tracker: stage_run.Tracker) -> dict[str,
 
 def _assert_complete(uri: str, experiment: str) -> None:
     client = connect(uri)
-    runs = {
-        run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    }
-    assert {name: run.info.status for name, run in runs.items()} == {"prepare": "FINISHED", "p": "FINISHED"}
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    runs = {run.data.tags.get(STAGE_TAG, "pipeline"): run for run in found}
+    assert {name: run.info.status for name, run in runs.items()} == {"prepare": "FINISHED", "pipeline": "FINISHED"}
     loss, other = (client.get_metric_history(runs["prepare"].info.run_id, name) for name in ("loss", "other"))
     assert sorted((point.step, point.value) for point in loss) == [(step, float(step)) for step in range(1500)]
     assert sorted(point.step for point in other) == list(range(1500))

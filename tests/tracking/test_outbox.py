@@ -20,6 +20,7 @@ from minitron.runtime import stage
 from minitron.tracking import stage_run
 from minitron.tracking.client import connect
 from minitron.tracking.outbox import Message, Outbox, deliver_messages
+from minitron.tracking.pipeline_run import RUN_TAG
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
 from tests.servers.processes import wait_until
@@ -75,7 +76,7 @@ def _runs(uri: str, experiment: str) -> dict[str, Any]:
     """Return the runs by their corpus, the parent by its name."""
     client = connect(uri)
     runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    return {Path(run.data.params.get("corpus", run.info.run_name)).stem: run for run in runs}
+    return {Path(run.data.params.get("corpus", run.data.tags.get(RUN_TAG, ""))).stem: run for run in runs}
 
 
 def _points(uri: str, run: Any) -> list[tuple[int, float, int]]:

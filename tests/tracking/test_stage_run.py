@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from minitron.config.metrics import format_moment
 from minitron.config.parse import parse
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
@@ -53,6 +54,11 @@ def _runs(uri: str, experiment: str) -> list[Any]:
     return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
 
 
+def _runs_by_stage(uri: str, experiment: str) -> dict[str, Any]:
+    """Return the runs by their stages; the pipeline run's is `pipeline`."""
+    return {run.data.tags.get(pipeline_run.STAGE_TAG, "pipeline"): run for run in _runs(uri, experiment)}
+
+
 def _history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     points = connect(uri).get_metric_history(run_id, metric)
     return sorted((point.step, point.value) for point in points)
@@ -84,15 +90,22 @@ def test_stages_are_nested_under_one_parent(uri: str, make: Callable[..., StageC
     records = {}
     for name in ("prepare", "finetune"):
         records[name] = stage.run(make(name, uri, pipeline_run_id="pipeline-7"), _work)
-    runs = {run.info.run_name: run for run in _runs(uri, tmp_path.name)}
-    assert runs.keys() == {"pipeline-7", "prepare", "finetune"}
-    parent = runs.pop("pipeline-7")
+    runs = _runs_by_stage(uri, tmp_path.name)
+    parent = runs.pop("pipeline")
     assert parent.data.tags["kfp.run_id"] == "pipeline-7" and parent.info.status == "FINISHED"
+    assert parent.info.run_name == f"pipeline {format_moment(parent.info.start_time / 1000)}"
+    assert runs.keys() == {"prepare", "finetune"}
     for name, run in runs.items():
+        assert run.info.run_name == f"{name} · {parent.info.run_name}"
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["minitron.key"] == records[name]["key"]
         assert run.data.tags["input.teacher"] == records[name]["inputs"]["teacher"]["sha256"]
+        read = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+        assert {name: dataset.digest for name, dataset in read.items()} == {
+            input_name: entry["sha256"][:36] for input_name, entry in records[name]["inputs"].items()
+        }
+        assert json.loads(read["teacher"].source) == {"uri": records[name]["inputs"]["teacher"]["address"]}
         assert {k: v for k, v in run.data.metrics.items() if k != "loss"} == {
             "learning_rate": 0.1,
             "best_loss": 1.0,
@@ -144,9 +157,10 @@ def test_mlflow_run_id_is_joined(
     given = client.create_run(experiment, run_name="opened by someone else").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     stage.run(make("prepare", uri, pipeline_run_id="ignored"), _work)
-    runs = {run.info.run_name: run for run in _runs(uri, f"{tmp_path.name}-given")}
+    runs = _runs_by_stage(uri, f"{tmp_path.name}-given")
     assert runs["prepare"].data.tags["mlflow.parentRunId"] == given
-    assert runs["opened by someone else"].info.status == "RUNNING" and len(runs) == 2
+    assert runs["prepare"].info.run_name == "prepare · opened by someone else"
+    assert runs["pipeline"].info.status == "RUNNING" and len(runs) == 2
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(RunError, match=f"{'0' * 32}.* not found"):
         stage.run(make("finetune", uri), _work)
@@ -161,7 +175,7 @@ def test_every_stage_joins_the_earliest_parent(uri: str, make: Callable[..., Sta
     )
     stage.run(make("prepare", uri, pipeline_run_id="p"), _work)
     runs = _runs(uri, tmp_path.name)
-    assert [run.data.tags["mlflow.parentRunId"] for run in runs if run.info.run_name == "prepare"] == [early]
+    assert [tags["mlflow.parentRunId"] for run in runs if pipeline_run.STAGE_TAG in (tags := run.data.tags)] == [early]
     assert len(runs) == 3 and late in {run.info.run_id for run in runs}
 
 
@@ -172,17 +186,17 @@ def test_a_parent_made_too_late_is_taken_back(
     client = connect(mlflow_file)
     create_run, rivals = client.create_run, []
 
-    def slowly(experiment_id: str, tags: dict[str, str], run_name: str) -> Any:
-        if "kfp.run_id" in tags:
-            rivals.append(create_run(experiment_id, start_time=1000, tags=tags, run_name="rival").info.run_id)
-        return create_run(experiment_id, tags=tags, run_name=run_name)
+    def slowly(experiment_id: str, start_time: int | None = None, **values: Any) -> Any:
+        if "kfp.run_id" in values["tags"]:
+            rivals.append(create_run(experiment_id, 1000, **values | {"run_name": "rival"}).info.run_id)
+        return create_run(experiment_id, start_time, **values)
 
     monkeypatch.setattr(client, "create_run", slowly)
     monkeypatch.setattr(stage_run, "connect", lambda uri: client)
     stage.run(make("prepare", mlflow_file, pipeline_run_id="p"), _work)
-    runs = {run.info.run_name: run for run in _runs(mlflow_file, tmp_path.name)}
-    assert runs.keys() == {"rival", "prepare"}
-    assert [runs["prepare"].data.tags["mlflow.parentRunId"]] == rivals == [runs["rival"].info.run_id]
+    runs = _runs_by_stage(mlflow_file, tmp_path.name)
+    assert runs.keys() == {"pipeline", "prepare"} and runs["pipeline"].info.run_name == "rival"
+    assert [runs["prepare"].data.tags["mlflow.parentRunId"]] == rivals == [runs["pipeline"].info.run_id]
 
 
 def _assert_the_environment_rests(seconds: float) -> None:
@@ -246,11 +260,11 @@ def test_failure_is_told_and_continued(
     config = make("prepare", uri, pipeline_run_id="p")
     with pytest.raises(type(error)):
         stage.run(config, work)
-    runs = {run.info.run_name: run for run in _runs(uri, tmp_path.name)}
+    runs = _runs_by_stage(uri, tmp_path.name)
     assert [run.info.status for run in runs.values()] == [status, status]
     assert runs["prepare"].data.tags["minitron.error"] == f"{type(error).__name__}: {error}"
     stage.run(config, _work)
-    again = {run.info.run_name: run for run in _runs(uri, tmp_path.name)}
+    again = _runs_by_stage(uri, tmp_path.name)
     assert [run.info.status for run in again.values()] == ["FINISHED", "FINISHED"]
     assert {name: run.info.run_id for name, run in again.items()} == {n: r.info.run_id for n, r in runs.items()}
 
