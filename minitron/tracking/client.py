@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 __all__ = [
+    "annotate_run",
     "connect",
     "default_retries",
     "defer_sigterm",
@@ -144,6 +145,30 @@ def defer_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
         if arrived:
             signal.raise_signal(signal.SIGTERM)
+
+
+def annotate_run(
+    client: "MlflowClient",
+    run_id: str,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float] | None = None,
+    moment: float = 0,
+    model_id: str | None = None,
+) -> None:
+    """Set tags of a run and log metrics to it, in one request; with the same moment a second time does no harm.
+
+    Args:
+        client: MLflow's.
+        run_id: the run.
+        tags: by name.
+        metrics: by name.
+        moment: of the metrics, in seconds since 1970.
+        model_id: logged model that the metrics are of.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    points = [Metric(name, value, int(moment * 1000), 0, model_id) for name, value in (metrics or {}).items()]
+    client.log_batch(run_id, metrics=points, tags=[RunTag(name, text) for name, text in tags.items()])
 
 
 def search_runs(client: "MlflowClient", experiment: str, tag: str, value: str) -> list["Run"]:

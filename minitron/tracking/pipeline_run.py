@@ -2,12 +2,11 @@
 
 import os
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from minitron.config.metrics import format_moment
 from minitron.config.stages import StageConfig
-from minitron.tracking.client import find_or_create_experiment, search_runs
+from minitron.tracking.client import annotate_run, find_or_create_experiment, search_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +29,6 @@ __all__ = [
     "join_pipeline_run",
     "list_stage_runs",
     "record_outcome",
-    "tag_run",
 ]
 
 RUN_TAG, PARENT_TAG = "kfp.run_id", "mlflow.parentRunId"
@@ -131,13 +129,6 @@ def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: st
         verdict: on the student; None: the run has none, so outcome and reason describe the run.
     """
     described = {VERDICT_TAG: verdict} if verdict else {VERDICT_TAG: outcome, NOTE_TAG: reason}
-    tag_run(client, run_id, {REASON_TAG: reason, OUTCOME_TAG: outcome} | described)
+    annotate_run(client, run_id, {REASON_TAG: reason, OUTCOME_TAG: outcome} | described)
     if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened the run, and ends it
         client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")
-
-
-def tag_run(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
-    """Set several tags of a run in one request."""
-    from mlflow.entities import RunTag
-
-    client.log_batch(run_id, tags=[RunTag(name, text) for name, text in tags.items()])

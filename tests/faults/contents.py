@@ -17,6 +17,12 @@ _DIFFERENT = re.compile(r"seconds|per_second|^peak_|^started$|^mlflow_run_id$|^m
 
 _OF_EVALUATION = re.compile(r"\.tfevents\..*")
 
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
+"""What differs within a name."""
+
+_DIGEST_LENGTH = 36
+"""Of a dataset in MLflow."""
+
 
 def check_results(root: Path) -> int:
     """Check that every directory with a record is complete; return how many there are."""
@@ -35,6 +41,7 @@ def read_contents(pipeline: Pipeline) -> dict[str, Any]:
     evaluated, registered = (json.loads((pipeline.output(stage) / RECORD).read_text()) for stage in STAGES[-2:])
     names |= {str(pipeline.root): "ROOT", pipeline.name: "NAME", evaluated["output_sha256"]: "EVALUATION"}
     names |= {registered["output_sha256"]: "REGISTERED", registered["key"]: "KEY"}
+    names |= {evaluated["output_sha256"][:_DIGEST_LENGTH]: "EVALUATION"}
     return _scrub(_read_files(pipeline) | _read_runs(pipeline, runs) | _read_registry(pipeline, experiment), names)
 
 
@@ -64,6 +71,9 @@ def _read_runs(pipeline: Pipeline, runs: list[Any]) -> dict[str, Any]:
         contents[f"{part}: status"] = run.info.status
         contents[f"{part}: params"] = run.data.params
         contents[f"{part}: tags"] = run.data.tags
+        contents[f"{part}: datasets"] = sorted(
+            (entry.tags[0].value, entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs
+        )
         for name in run.data.metrics:
             points = sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
             contents[f"{part}: {name}"] = [step for step, _ in points] if _DIFFERENT.search(name) else points
@@ -120,4 +130,5 @@ def _scrub(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, str):
         for found, name in names.items():
             value = value.replace(found, name)
+        return _MOMENT.sub("MOMENT", value)
     return value
