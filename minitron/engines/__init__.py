@@ -11,9 +11,9 @@ from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.fast_imports import many_imports
 
 if TYPE_CHECKING:  # register's image has no torch
-    from minitron.models.importance import Importance
     from minitron.models.losses import LossWeights
-    from minitron.models.surgery import Plan, Shape
+    from minitron.models.pruning.importance import Importance
+    from minitron.models.pruning.surgery import Plan, Shape
     from minitron.tracking.stage_run import Tracker
 
 

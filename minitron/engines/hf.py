@@ -31,10 +31,10 @@ from minitron.engines.divergence import Diverged, check_step, check_untrained, n
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
-from minitron.models.importance import Importance, measure_importance
 from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.pruning.importance import Importance, measure_importance
+from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
-from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 

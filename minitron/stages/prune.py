@@ -17,8 +17,8 @@ from minitron.engines import get_engine
 from minitron.engines.plan_checks import find_size_faults
 from minitron.models.checkpoint import count_config_parameters
 from minitron.models.checks import check_finite, check_model, check_sequence_length, read_config
-from minitron.models.importance import Importance
-from minitron.models.surgery import Plan, Shape
+from minitron.models.pruning.importance import Importance
+from minitron.models.pruning.surgery import Plan, Shape
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.storage.layout import PRUNING

@@ -17,7 +17,7 @@ from minitron.engines.nemo import engine as nemo
 from minitron.engines.nemo.progress import Progress
 from minitron.errors import ConfigError
 from minitron.models.checks import check_architecture, read_config
-from minitron.models.importance import measure_importance
+from minitron.models.pruning.importance import measure_importance
 from minitron.stages import finetune, prune
 from minitron.tracking.stage_run import Tracker
 
@@ -118,7 +118,7 @@ def test_a_cut_that_model_optimizer_cannot_make_is_refused(
 
 def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dataset: Path, tmp_path: Path) -> None:
     from minitron.models.checkpoint import load_model
-    from minitron.models.importance import _Sums
+    from minitron.models.pruning.importance import _Sums
 
     model = load_model(teacher)
     expected = measure_importance(model, PackedDataset(dataset / "train", 32, 1), 4, 2)

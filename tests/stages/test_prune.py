@@ -28,8 +28,8 @@ from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import count_model_parameters, load_model, save_model
-from minitron.models.importance import Importance, measure_importance
-from minitron.models.surgery import Plan, Shape, choose_plan, cut_model
+from minitron.models.pruning.importance import Importance, measure_importance
+from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.stages import prune
 from minitron.storage.hashing import content_hash
 from tests.servers import forks

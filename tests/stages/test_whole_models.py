@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
 from minitron.engines.nemo import engine as nemo
 from minitron.models.checkpoint import finish_derived_model
-from minitron.models.surgery import Shape
+from minitron.models.pruning.surgery import Shape
 from minitron.stages import distill, finetune, prune
 from minitron.storage.hashing import content_hash
 

@@ -33,10 +33,10 @@ from minitron.engines.nemo.progress import Progress
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
 from minitron.models.checks import check_architecture, read_config
-from minitron.models.importance import Importance
 from minitron.models.losses import LossWeights
+from minitron.models.pruning.importance import Importance
+from minitron.models.pruning.surgery import Plan, Shape, choose_plan
 from minitron.models.scoring import validate_teacher
-from minitron.models.surgery import Plan, Shape, choose_plan
 from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron.models.importance import Importance
+from minitron.models.pruning.importance import Importance
 
 DIMENSIONS = {
     "embed_tokens": (None, "hidden"),

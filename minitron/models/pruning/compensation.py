@@ -1,0 +1,402 @@
+"""Compensated cuts: what remains is refitted, layer by layer, so that the student's states come close to the teacher's.
+
+No gradient is computed. Each fit is a least-squares problem on the student's own stream, so that a layer also makes
+good what the layers before it lost. `o_proj` is fitted to the teacher's state after the attention, `down_proj` to its
+state after the layer. Before dropped layers that is the state after the last of them: the seam is folded into the
+matrix, and the student has no new parameters (as in ReplaceMe, arXiv 2505.02819). Channels and heads are chosen by
+Optimal Brain Surgeon. If channels of the stream are dropped, the matrices that read it are fitted, too.
+
+B = batch, S = sequence, H = hidden size of a model, C = input channels, O = output channels, N = tokens.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Linear
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from minitron.errors import ConfigError, RunError
+from minitron.models.pruning.least_squares import Moments, choose_channels, choose_heads, expand_groups, fit_columns
+from minitron.models.pruning.surgery import Plan, Shape, cut_model, get_head_dim
+
+HELD_OUT = 8
+"""One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
+
+Call = dict[str, Any]
+"""The keyword arguments of a layer's call: its mask and positions."""
+
+
+class Compensated(NamedTuple):
+    """A student, what of the teacher it keeps, and how well each of its layers was fitted."""
+
+    student: PreTrainedModel
+    plan: Plan
+    fits: list[dict[str, Any]]
+
+
+@dataclass
+class _Batch:
+    """A batch of calibration on its way through both models.
+
+    Attributes:
+        held_out: not used for the fits.
+        teacher: the teacher's state [B, S, H] after the layers so far.
+        student: the student's.
+        middle: the teacher's state after the present layer's attention.
+        heads: input [B, S, C] of the present layer's o_proj in the student.
+    """
+
+    held_out: bool
+    teacher: Tensor
+    student: Tensor
+    middle: Tensor
+    heads: Tensor
+
+
+def check_calibration(sequences: int, sequence_length: int, config: Any) -> None:
+    """Refuse calibration that is too small to fit a layer's matrices.
+
+    Raises:
+        ConfigError: the fits would see fewer tokens than a matrix has columns; the message says how many are needed.
+    """
+    columns = max(config.intermediate_size, config.num_attention_heads * get_head_dim(config), config.hidden_size)
+    needed = next(number for number in count(2) if (number - _count_held_out(number)) * sequence_length >= columns)
+    if sequences < needed:
+        raise ConfigError(
+            f"prune.calibration_sequences: {sequences} sequences of {sequence_length} tokens are too few to refit "
+            f"matrices of {columns} columns; give at least {needed}, with a corpus that has as many, or set method to "
+            "minitron"
+        )
+
+
+@torch.no_grad()
+def cut_with_compensation(
+    teacher: PreTrainedModel,
+    plan: Plan,
+    shape: Shape,
+    input_ids: Tensor,
+    micro_batch_size: int,
+    device: torch.device,
+    choose: bool = True,
+) -> Compensated:
+    """Build the student of a plan, with its matrices refitted; the computation is in float32, the solving in float64.
+
+    One layer of each model is on the device at a time, beside the states of all calibration tokens.
+
+    Args:
+        teacher: the model to cut, on the CPU; it is not changed and shares no memory with the student.
+        plan: what to keep: layers, hidden channels; and, unless `choose`, MLP channels and heads.
+        shape: the student's sizes.
+        input_ids: calibration sequences, int64 [sequences, S]; the last ones are held out.
+        micro_batch_size: sequences that are computed at once.
+        device: where to compute.
+        choose: choose MLP channels and heads by Optimal Brain Surgeon; False: keep the plan's.
+
+    Returns:
+        The student in the teacher's dtype; the plan with what was chosen; per kept layer the ridges and the errors.
+
+    Raises:
+        RunError: activations are not finite, or a fit is too badly conditioned.
+    """
+    cut = _CompensatedCut(teacher, plan, shape, device, choose)
+    batches = list(cut.embed(input_ids, micro_batch_size))
+    ends = [*(layer - 1 for layer in plan.layers[1:]), teacher.config.num_hidden_layers - 1]
+    for dropped in range(plan.layers[0]):  # no layer before them could make up for them
+        cut.run_teacher(dropped, batches)
+    for place, (layer, end) in enumerate(tqdm(list(zip(plan.layers, ends, strict=True)), desc="compensated cut")):
+        try:
+            if cut.is_whole_up_to(place) and layer == end:
+                cut.keep_layer(layer, batches)
+            else:
+                cut.fit_layer(place, layer, end, batches)
+        except RunError as error:
+            raise RunError(f"compensated cut of layer {layer + 1}: {error}") from error
+    cut.fit_head(batches)
+    return cut.finish()
+
+
+class _CompensatedCut:
+    """The student while it is made: whole layers, in which what is dropped has columns of zeros until the end."""
+
+    def __init__(self, teacher: PreTrainedModel, plan: Plan, shape: Shape, device: torch.device, choose: bool) -> None:
+        self._teacher, self._plan, self._shape, self._device, self._choose = teacher, plan, shape, device, choose
+        config, layers = teacher.config, len(plan.layers)
+        self._kept: dict[str, Any] = {"intermediate": [], "heads": [], "key_value": []}
+        totals = (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads)
+        whole: dict[str, Any] = {
+            axis: [list(range(total))] * layers for axis, total in zip(self._kept, totals, strict=True)
+        }
+        self._student = cut_model(teacher, replace(plan, **whole))
+        self._hidden = torch.tensor(plan.hidden, device=device)
+        self._cuts_hidden = len(plan.hidden) < config.hidden_size
+        self._calls: list[Call] = []
+        self._fits: list[dict[str, Any]] = []
+
+    def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
+        """Yield the calibration batch by batch, as both models see it before their first layer."""
+        self._calls = _record_calls(self._teacher, input_ids[:1])
+        fitted = len(input_ids) - _count_held_out(len(input_ids))
+        for held_out, part in ((False, input_ids[:fitted]), (True, input_ids[fitted:])):
+            for ids in part.split(micro_batch_size):
+                state = self._teacher.model.embed_tokens(ids.cpu()).to(self._device, torch.float32)
+                yield _Batch(held_out, state, state[..., self._hidden], state, state)
+
+    def run_teacher(self, layer: int, batches: list[_Batch]) -> None:
+        """Run a layer of the teacher that the student has not."""
+        module, call = self._load(layer)
+        for batch in batches:
+            middle = batch.teacher + module.self_attn.o_proj(_read_heads(module, batch.teacher, call))
+            batch.teacher = _run_mlp(module, middle)
+
+    def is_whole_up_to(self, place: int) -> bool:
+        """Return whether the student is the teacher as far as this layer's width and the layers before it go."""
+        whole = replace(Shape.from_config(self._teacher.config), num_hidden_layers=self._shape.num_hidden_layers)
+        return self._shape == whole and self._plan.layers[: place + 1] == list(range(place + 1))
+
+    def keep_layer(self, layer: int, batches: list[_Batch]) -> None:
+        """Go on with a layer that is the teacher's, on the teacher's states."""
+        self.run_teacher(layer, batches)
+        for batch in batches:
+            batch.student = batch.teacher
+        config = self._teacher.config
+        self._kept["intermediate"].append(list(range(config.intermediate_size)))
+        self._kept["heads"].append(list(range(config.num_attention_heads)))
+        self._kept["key_value"].append(list(range(config.num_key_value_heads)))
+
+    def fit_layer(self, place: int, layer: int, end: int, batches: list[_Batch]) -> None:
+        """Fit the student's layer at a place, the teacher's `layer`, to the teacher's states up to that after `end`."""
+        old, call = self._load(layer)
+        stored = self._student.model.layers[place]
+        new = copy.deepcopy(stored).to(self._device, torch.float32)
+        fit = {"layer": layer, "o_proj": self._fit_attention(place, new, stored, old, call, batches)}
+        for batch in batches:
+            batch.student = batch.student + new.self_attn.o_proj(batch.heads)
+        self._fit_readers("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), new, stored, old, batches)
+        for batch in batches:
+            batch.teacher = _run_mlp(old, batch.middle)
+        for dropped in range(layer + 1, end + 1):
+            self.run_teacher(dropped, batches)
+        fit["down_proj"] = self._fit_mlp(place, new, stored, batches)
+        for batch in batches:
+            batch.student = _run_mlp(new, batch.student)
+        self._fits.append(fit)
+
+    def fit_head(self, batches: list[_Batch]) -> None:
+        """Fit the output head if channels of the stream were dropped; a tied one belongs to the embedding."""
+        if not self._cuts_hidden or self._teacher.config.tie_word_embeddings:
+            return
+        new, old = (
+            copy.deepcopy(model.model.norm).to(self._device).float() for model in (self._student, self._teacher)
+        )
+        pairs = ((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
+        head = self._teacher.lm_head.weight.to(self._device, torch.float64) @ self._fit_map(pairs)
+        self._student.lm_head.weight.copy_(head)
+
+    def finish(self) -> Compensated:
+        """Cut the columns of zeros out of the student."""
+        kept = replace(self._plan, **self._kept)
+        own = replace(kept, layers=list(range(len(kept.layers))), hidden=list(range(len(kept.hidden))))
+        return Compensated(cut_model(self._student, own), kept, self._fits)
+
+    def _load(self, layer: int) -> tuple[Any, Call]:
+        """Return a layer of the teacher, and the arguments of its call, on the device in float32."""
+        module = copy.deepcopy(self._teacher.model.layers[layer]).to(self._device, torch.float32)
+        return module, _move(self._calls[layer], self._device)
+
+    def _fit_attention(
+        self, place: int, new: Any, stored: Any, old: Any, call: Call, batches: list[_Batch]
+    ) -> dict[str, Any]:
+        """Choose the heads, and fit o_proj to the teacher's state after the attention."""
+        self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, stored, old, batches)
+        sums = _Sums()
+        for batch in batches:
+            batch.heads = _read_heads(new, batch.student, call)
+            batch.middle = batch.teacher + old.self_attn.o_proj(_read_heads(old, batch.teacher, call))
+            sums.add_change(batch.held_out, batch.heads, batch.student, batch.middle, self._hidden)
+        o_proj, size = new.self_attn.o_proj, get_head_dim(self._teacher.config)
+        heads, groups = self._choose_heads(place, o_proj, size, sums)
+        self._kept["heads"].append(heads.tolist())
+        self._kept["key_value"].append(groups.tolist())
+        return _fit_output(o_proj, stored.self_attn.o_proj, expand_groups(heads, size), sums)
+
+    def _fit_mlp(self, place: int, new: Any, stored: Any, batches: list[_Batch]) -> dict[str, Any]:
+        """Choose the channels, and fit down_proj to the teacher's state after the layer."""
+        sums = _Sums()
+        for batch in batches:
+            sums.add_change(
+                batch.held_out, _read_channels(new, batch.student), batch.student, batch.teacher, self._hidden
+            )
+        channels = self._choose_channels(place, new.mlp.down_proj, sums)
+        self._kept["intermediate"].append(channels.tolist())
+        return _fit_output(new.mlp.down_proj, stored.mlp.down_proj, channels, sums)
+
+    def _choose_heads(self, place: int, o_proj: Linear, size: int, sums: "_Sums") -> tuple[Tensor, Tensor]:
+        """Return the query heads and the key-value groups to keep; every kept group keeps equally many heads."""
+        config, shape = self._teacher.config, self._shape
+        if not self._choose:
+            kept = (self._plan.heads[place], self._plan.key_value[place])
+            return torch.tensor(kept[0], device=self._device), torch.tensor(kept[1], device=self._device)
+        problem = (_read_matrix(o_proj), sums.get(with_bias=o_proj.bias is not None)[0])
+        per_group, all_columns = config.num_attention_heads // config.num_key_value_heads, o_proj.in_features
+        groups = torch.arange(config.num_key_value_heads, device=self._device)
+        one_owner = torch.zeros_like(groups)
+        left, size_of_group = shape.num_key_value_heads, per_group * size
+        groups = choose_heads(*problem, groups, size_of_group, one_owner, left, all_columns)
+        heads, left = expand_groups(groups, per_group), shape.num_attention_heads // shape.num_key_value_heads
+        return choose_heads(*problem, heads, size, heads // per_group, left, all_columns), groups
+
+    def _choose_channels(self, place: int, down_proj: Linear, sums: "_Sums") -> Tensor:
+        """Return the MLP channels to keep."""
+        total, left = down_proj.in_features, self._shape.intermediate_size
+        if not self._choose or left == total:
+            return torch.tensor(self._plan.intermediate[place], device=self._device)
+        fitted = sums.get(with_bias=down_proj.bias is not None)[0]
+        return choose_channels(_read_matrix(down_proj), fitted, total, left)
+
+    def _fit_readers(
+        self, norm: str, part: str, readers: tuple[str, ...], new: Any, stored: Any, old: Any, batches: list[_Batch]
+    ) -> None:
+        """Fit the matrices that read the stream through a norm if channels of the stream were dropped.
+
+        Each is the teacher's matrix behind one linear map from the student's normed state to the teacher's.
+        """
+        if not self._cuts_hidden:
+            return
+        pairs = (
+            (batch.held_out, getattr(new, norm)(batch.student), getattr(old, norm)(state))
+            for batch in batches
+            for state in [batch.middle if part == "mlp" else batch.teacher]
+        )
+        fitted = self._fit_map(pairs)
+        for reader in readers:
+            source, target, kept = (getattr(getattr(layer, part), reader) for layer in (old, new, stored))
+            _store(source.weight.double() @ fitted, target.weight, kept.weight)
+
+    def _fit_map(self, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
+        """Return the map [teacher's H, student's H] from the student's states to the teacher's, in float64."""
+        sums = _Sums()
+        for held_out, student, teacher in pairs:
+            sums.add(held_out, student, teacher)
+        present = torch.eye(self._teacher.config.hidden_size, dtype=torch.float64, device=self._device)[:, self._hidden]
+        columns = torch.arange(len(self._hidden), device=self._device)
+        return fit_columns(present, columns, *sums.get(with_bias=False)).weight
+
+
+class _Sums:
+    """The moments of the tokens that are fitted and of those that are held out; the last input column is the bias's."""
+
+    def __init__(self) -> None:
+        self._parts: dict[bool, Moments] = {}
+
+    def add(self, held_out: bool, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch [B, S, C] and [B, S, O]; `weights` [B, S, 1] multiply both sides."""
+        weights = torch.ones_like(targets[..., :1]) if weights is None else weights
+        inputs = (torch.cat([inputs, torch.ones_like(weights)], dim=-1) * weights).flatten(0, 1)
+        targets = (targets * weights).flatten(0, 1)
+        if held_out not in self._parts:
+            self._parts[held_out] = Moments(inputs.shape[1], targets.shape[1], inputs.device)
+        self._parts[held_out].add(inputs, targets)
+
+    def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
+        """Add what has to be added to the student's state `before` to come to the teacher's state `after`.
+
+        What follows sees states through a norm: the error of a token counts in units of its own root mean square, so
+        that the few tokens of enormous states do not drown the others.
+        """
+        weights = after.square().mean(dim=-1, keepdim=True).rsqrt()
+        self.add(held_out, inputs, after[..., hidden] - before, weights)
+
+    def get(self, with_bias: bool) -> tuple[Moments, Moments]:
+        """Return the moments of the fitted and of the held-out tokens."""
+        fitted, held_out = (self._parts[held_out] for held_out in (False, True))
+        return (fitted, held_out) if with_bias else (fitted.without_last(), held_out.without_last())
+
+
+def _fit_output(module: Linear, stored: Linear, columns: Tensor, sums: _Sums) -> dict[str, Any]:
+    """Fit the columns of a matrix that writes to the stream, and its bias; return the ridge and relative errors."""
+    if has_bias := module.bias is not None:
+        columns = torch.cat([columns, columns.new_tensor([module.in_features])])
+    fit = fit_columns(_read_matrix(module), columns, *sums.get(has_bias))
+    _store(fit.weight[:, : module.in_features], module.weight, stored.weight)
+    if has_bias:
+        _store(fit.weight[:, -1], module.bias, stored.bias)
+    return {"ridge": fit.ridge, "error": round(fit.error**0.5, 4), "plain_error": round(fit.plain_error**0.5, 4)}
+
+
+def _read_matrix(module: Linear) -> Tensor:
+    """Return a matrix in float64, with the bias as its last column if it has one."""
+    weight = module.weight.double()
+    return weight if module.bias is None else torch.cat([weight, module.bias.double()[:, None]], dim=1)
+
+
+def _store(values: Tensor, computing: Tensor, stored: Tensor) -> None:
+    """Store a matrix in the student's dtype, and let the computation go on with what was stored."""
+    stored.copy_(values)
+    computing.copy_(stored)
+
+
+def _read_heads(layer: Any, state: Tensor, call: Call) -> Tensor:
+    """Return the input of a layer's o_proj."""
+    caught: list[Tensor] = []
+    handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+    layer.self_attn(hidden_states=layer.input_layernorm(state), **call)
+    handle.remove()
+    return caught[0]
+
+
+def _read_channels(layer: Any, middle: Tensor) -> Tensor:
+    """Return the input of a layer's down_proj, of the state after the attention."""
+    normed = layer.post_attention_layernorm(middle)
+    return layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+
+
+def _run_mlp(layer: Any, middle: Tensor) -> Tensor:
+    """Return the state after a layer, of the state after its attention."""
+    return middle + layer.mlp.down_proj(_read_channels(layer, middle))
+
+
+def _record_calls(model: PreTrainedModel, input_ids: Tensor) -> list[Call]:
+    """Return the arguments that a model calls its layers with; no layer is computed.
+
+    Sequences have no padding and the same length, so that the arguments are the same for all of them.
+    """
+    calls: list[Call] = []
+
+    def make_recorder() -> Any:
+        def record(hidden_states: Tensor, **call: Any) -> Tensor:
+            calls.append(call)
+            return hidden_states
+
+        return record
+
+    for layer in model.model.layers:
+        layer.forward = make_recorder()
+    try:
+        model.model(input_ids=input_ids.cpu(), use_cache=False)
+    finally:
+        for layer in model.model.layers:
+            del layer.forward
+    return calls
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """Bring the tensors of a call to the device, those of floats in float32."""
+    match value:
+        case Tensor():
+            return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+        case tuple():
+            return tuple(_move(entry, device) for entry in value)
+        case dict():
+            return {name: _move(entry, device) for name, entry in value.items()}
+        case _:
+            return value
+
+
+def _count_held_out(sequences: int) -> int:
+    return max(sequences // HELD_OUT, 1)

@@ -1,0 +1,193 @@
+"""Compensated cuts on tiny models of every supported architecture: fits, choices, exactness, bad calibration."""
+
+import copy
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from minitron.errors import ConfigError, RunError
+from minitron.models.pruning.compensation import Compensated, check_calibration, cut_with_compensation
+from minitron.models.pruning.least_squares import Moments, choose_channels, fit_columns
+from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
+from tests.stages.test_prune import ARCHITECTURES, CUTS, make_model, random_importance, shape, token_ids
+
+CPU = torch.device("cpu")
+
+
+def compensate(model: PreTrainedModel, cuts: dict[str, int], choose: bool = True, sequences: int = 24) -> Compensated:
+    sizes = replace(Shape.from_config(model.config), **cuts)
+    plan = choose_plan(random_importance(), sizes)
+    return cut_with_compensation(model, plan, sizes, token_ids(sequences), 5, CPU, choose)
+
+
+@torch.no_grad()
+def measure_loss_of_state(student: PreTrainedModel, teacher: PreTrainedModel, hidden: list[int]) -> float:
+    """Return how far the last states of a student are from its teacher's, on tokens of no calibration."""
+    ids = torch.randint(0, 512, (8, 32), generator=torch.Generator().manual_seed(77))
+    states = teacher.model(ids).last_hidden_state[..., hidden]
+    return float((student.model(ids).last_hidden_state - states).norm() / states.norm())
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_fit_is_worse_than_the_plain_cut_on_held_out_tokens(architecture: str, cut: str) -> None:
+    model = make_model(architecture, tied=cut == "layers")
+    before = copy.deepcopy(model.state_dict())
+    found = compensate(model, CUTS[cut])
+    assert Shape.from_config(found.student.config) == shape(**CUTS[cut])
+    for fit in found.fits:
+        for name in ("o_proj", "down_proj"):
+            assert fit[name]["error"] <= fit[name]["plain_error"], (fit["layer"], name)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    for heads, groups in zip(found.plan.heads, found.plan.key_value, strict=True):
+        per_group = len(heads) // len(groups)
+        assert [head // 4 for head in heads] == [group for group in groups for _ in range(per_group)]
+
+
+@pytest.mark.parametrize("cut", ["hidden", "intermediate", "heads", "layers"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_compensated_student_is_closer_to_its_teacher_than_the_plain_cut(architecture: str, cut: str) -> None:
+    model = make_model(architecture)
+    plan = choose_plan(random_importance(), shape(**CUTS[cut]))
+    plain = measure_loss_of_state(cut_model(model, plan), model, plan.hidden)
+    assert measure_loss_of_state(compensate(model, CUTS[cut]).student, model, plan.hidden) < plain
+
+
+def double_channels(model: PreTrainedModel) -> None:
+    """Make the second half of the MLP's channels, and of each group's query heads, copies of the first."""
+    for layer in model.model.layers:
+        mlp, attention = layer.mlp, layer.self_attn
+        for matrix in (mlp.gate_proj, mlp.up_proj):
+            for parameter in matrix.parameters():
+                parameter.data[40:] = parameter.data[:40]
+        for parameter in attention.q_proj.parameters():
+            by_group = parameter.data.view(4, 2, 16, *parameter.shape[1:])  # groups, halves, two heads of 8 channels
+            by_group[:, 1] = by_group[:, 0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_others_can_replace_is_cut_without_loss(architecture: str) -> None:
+    """Minitron's cut of the same model loses most of it: the copies carry half of each output."""
+    model = make_model(architecture)
+    double_channels(model)
+    found = compensate(model, {"intermediate_size": 40, "num_attention_heads": 8}, sequences=48)
+    with torch.no_grad():
+        expected, logits = (either(token_ids(3)).logits for either in (model, found.student))
+    assert (logits - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_student_has_the_dtype_of_its_teacher(dtype: torch.dtype) -> None:
+    found = compensate(make_model("qwen2").to(dtype), CUTS["all"])
+    assert {weight.dtype for weight in found.student.parameters()} == {dtype}
+
+
+def test_layers_before_the_first_gap_stay_what_they_are_and_the_one_before_it_takes_over() -> None:
+    model = make_model("llama")
+    plan = choose_plan(random_importance(), shape(num_hidden_layers=2), layers=[0, 2])
+    found = cut_with_compensation(model, plan, shape(num_hidden_layers=2), token_ids(24), 5, CPU)
+    assert [fit["layer"] for fit in found.fits] == [0, 2]
+    plan = choose_plan(random_importance(), shape(num_hidden_layers=3), layers=[0, 1, 3])
+    found = cut_with_compensation(model, plan, shape(num_hidden_layers=3), token_ids(24), 5, CPU)
+    assert [fit["layer"] for fit in found.fits] == [1, 3]
+    weights, expected = (either.model.layers[0].state_dict() for either in (found.student, model))
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_the_choice_may_be_minitrons() -> None:
+    plan = choose_plan(random_importance(), shape(**CUTS["all"]))
+    found = compensate(make_model("qwen3"), CUTS["all"], choose=False)
+    assert found.plan == plan
+
+
+def test_the_size_of_the_micro_batches_changes_nothing_but_rounding() -> None:
+    model, sizes = make_model("qwen3"), shape(intermediate_size=40)
+    plan = choose_plan(random_importance(), sizes)
+    found = [cut_with_compensation(model, plan, sizes, token_ids(24), size, CPU) for size in (1, 24)]
+    assert found[0].plan == found[1].plan
+    for one, other in zip(*(compensated.student.parameters() for compensated in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+# ---- the fit
+
+
+def make_moments(tokens: int, noise: float, seed: int, matrix: torch.Tensor) -> Moments:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, matrix.shape[1], generator=generator)
+    moments = Moments(matrix.shape[1], len(matrix), CPU)
+    moments.add(inputs, inputs @ matrix.T + noise * torch.randn(tokens, len(matrix), generator=generator))
+    return moments
+
+
+def test_a_fit_finds_the_matrix_and_the_noisier_the_tokens_the_stronger_the_ridge() -> None:
+    matrix = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    present, columns = torch.zeros(5, 20, dtype=torch.float64), torch.arange(20)
+    exact = fit_columns(present, columns, *(make_moments(100, 0.0, seed, matrix) for seed in (1, 2)))
+    torch.testing.assert_close(exact.weight, matrix.double(), rtol=1e-5, atol=1e-5)
+    noisy = fit_columns(present, columns, *(make_moments(40, 8.0, seed, matrix) for seed in (1, 2)))
+    assert exact.ridge is not None and noisy.ridge is not None and noisy.ridge > exact.ridge
+    assert exact.error < 1e-9 and noisy.error <= noisy.plain_error
+
+
+def test_what_is_right_already_is_not_fitted() -> None:
+    matrix = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    found = fit_columns(matrix.double(), torch.arange(20), *(make_moments(40, 1.0, seed, matrix) for seed in (1, 2)))
+    assert found.ridge is None or found.error <= found.plain_error
+    assert (found.weight - matrix).norm() < 0.05 * matrix.norm()
+
+
+def test_the_columns_that_are_chosen_are_the_best_of_all_choices() -> None:
+    """Three of seven, two of which are nearly the same: both are important, and either of them suffices."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(500, 7, generator=generator)
+    inputs[:, 5] = inputs[:, 2] + 0.01 * torch.randn(500, generator=generator)
+    matrix = torch.tensor([[0.1, 0.9, 2.0, 0.05, 1.5, 2.0, 0.2]])
+    moments = Moments(7, 1, CPU)
+    moments.add(inputs, inputs @ matrix.T)
+    present = matrix.double()
+    errors = {
+        kept: fit_columns(present, torch.tensor(kept), moments, moments).error for kept in combinations(range(7), 3)
+    }
+    assert tuple(choose_channels(present, moments, 7, 3).tolist()) == min(errors, key=errors.__getitem__)
+
+
+# ---- bad input
+
+
+def test_too_few_tokens_are_refused_with_how_many_are_needed() -> None:
+    config = make_model("llama").config  # its widest matrix has 128 columns: 16 heads of 8
+    check_calibration(6, 32, config)
+    with pytest.raises(ConfigError, match=r"calibration_sequences: 4 .*32 tokens .* 128 columns; give at least 5"):
+        check_calibration(4, 32, config)
+    with pytest.raises(ConfigError, match="give at least 2"):
+        check_calibration(1, 8192, config)
+
+
+def test_activations_that_are_not_numbers_are_refused_with_their_layer() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[7] = 3e38
+    with pytest.raises(RunError, match=r"compensated cut of layer 2: activations are not finite"):
+        compensate(model, CUTS["intermediate"])
+
+
+def test_equations_that_have_no_solution_are_refused() -> None:
+    moments = Moments(3, 2, CPU)
+    moments.gram_CC += torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) * 1e9  # of no real inputs
+    moments.tokens = 10
+    present = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(RunError, match=r"3 x 3 Gram matrix of the inputs over 10 tokens is too badly conditioned"):
+        choose_channels(present, moments, 3, 2)
+
+
+def test_a_layer_that_no_token_reaches_keeps_its_weights() -> None:
+    model = make_model("llama")
+    for parameter in model.model.layers[2].mlp.gate_proj.parameters():
+        parameter.data.zero_()
+    found = compensate(model, CUTS["intermediate"])
+    kept = found.plan.intermediate[2]
+    expected = model.model.layers[2].mlp.down_proj.weight[:, kept]
+    torch.testing.assert_close(found.student.model.layers[2].mlp.down_proj.weight, expected)
