@@ -3,7 +3,7 @@
 Run it: `python benchmarks/prepare.py` (`make bench`).
 
 One side is `tokenizers`' encode_batch on the documents' text in memory; its token ids are dropped. The other side is
-prepare from the corpus's files to the dataset's: reading, cleaning, deduplicating, splitting, tokenising, writing.
+prepare from the corpus's files to the dataset's: reading, cleaning, deduplicating, splitting, tokenizing, writing.
 Fixed costs of a start, loading the tokenizer and hashing the teacher, are left out. Both sides use all cores, in turn.
 """
 
@@ -65,7 +65,7 @@ def _make_prepare_run(config: PrepareConfig) -> Callable[[], int]:
 
 
 def _make_tokenizer_run(config: PrepareConfig, method: str) -> Callable[[], int]:
-    """Return a function that tokenises the documents that prepare keeps, and returns the number of tokens."""
+    """Return a function that tokenizes the documents that prepare keeps, and returns the number of tokens."""
     encode = getattr(load_tokenizer(Path(config.teacher)).backend_tokenizer, method)
     texts = [text for _, text in Selection(Corpus(config.corpus, config.text_field), config)]
     return lambda: sum(map(len, encode(texts, add_special_tokens=False)))

@@ -1,4 +1,4 @@
-"""Turn a corpus into a deduplicated, split, tokenised dataset."""
+"""Turn a corpus into a deduplicated, split, tokenized dataset."""
 
 from typing import Optional
 
@@ -20,7 +20,7 @@ def prepare(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Turn a corpus into a deduplicated, split, tokenised dataset.
+    """Turn a corpus into a deduplicated, split, tokenized dataset.
 
     Settings: minitron.config.PrepareSettings.
     """

@@ -3,7 +3,7 @@
 __version__ = "0.5.0"
 
 METHOD_VERSION = "0.1.0"
-"""Changes when the same inputs and settings give another result: a part of every result's key, unlike the version."""
+"""Part of every result's key, unlike the version. It changes when the same inputs and settings give another result."""
 
 # `python -m minitron.STAGE` starts minitron/stages/STAGE.py; code imports minitron.stages.STAGE.
 __path__ += [f"{__path__[0]}/stages"]

@@ -10,19 +10,19 @@ class MinitronError(Exception):
 
 
 class ConfigError(MinitronError):
-    """What was asked for cannot work: nothing was run. Exit status 2."""
+    """The configuration is invalid; nothing ran. Exit status 2."""
 
     exit_status = 2
 
 
 class RunError(MinitronError):
-    """What was asked for is valid, but the run could not be finished. Exit status 1."""
+    """The configuration is valid, but the run failed. Exit status 1."""
 
     exit_status = 1
 
 
 def without_password(text: str) -> str:
-    """Return a URI, or a text that has some, without users and passwords; a password may have any character but spaces.
+    """Remove users and passwords from the URIs in a text. A password may contain any character except spaces.
 
     An address hf://org/name@revision stays as it is.
     """

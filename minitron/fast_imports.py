@@ -1,4 +1,4 @@
-"""Imports of what is large: torch, transformers, mlflow."""
+"""Import large packages (torch, transformers, mlflow) faster."""
 
 import gc
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ __all__ = ["many_imports"]
 
 @contextmanager
 def many_imports() -> Iterator[None]:
-    """Let the garbage collector wait, which would look through all that the block imports: a third faster.
+    """Pause the garbage collector while the block imports: the imports take a third less time.
 
-    What is in memory after the block, the collector never looks at again: let no block make a model.
+    After the block, the collector ignores every object that is in memory: do not create a model in the block.
     """
-    if not gc.isenabled():  # a block within such a block
+    if not gc.isenabled():  # nested in another block
         yield
         return
     gc.disable()

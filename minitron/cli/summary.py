@@ -39,7 +39,7 @@ def write_summary(pipeline: str, results: Path, work_dir: Path, tracking_uri: st
     pages = []
     if (outputs := _find_outputs(results)).keys() == STAGES.keys():
         evaluation = _read_json(outputs["evaluate"] / EVALUATION)
-        summary |= summarise_compression(outputs, evaluation)
+        summary |= summarize_compression(outputs, evaluation)
         _print_compression(console, summary, evaluation)
         pages.append(outputs["evaluate"] / REPORT)
     decisions = [*results.glob(f"promote/*/{PROMOTED}"), *results.glob(f"conclude/*/{CONCLUSION}")]
@@ -71,7 +71,7 @@ def _print_compression(console: Console, summary: dict[str, Any], evaluation: di
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
 
 
-def summarise_compression(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
+def summarize_compression(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of summary.json for a compression, from the stages' output directories and the evaluation."""
     records = {stage: _read_json(directory / RECORD) for stage, directory in outputs.items()}
     registered = _read_json(outputs["register"] / REGISTERED)

@@ -81,7 +81,7 @@ class StageSettings(Settings):
 
 
 class PrepareSettings(StageSettings):
-    """Corpus → deduplicated, split, tokenised dataset."""
+    """Corpus → deduplicated, split, tokenized dataset."""
 
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
     document_separator: Annotated[str, Field(min_length=1)] | None = Field(

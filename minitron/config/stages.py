@@ -38,7 +38,7 @@ class StageConfig(StageSettings):
 
 
 class PrepareConfig(PrepareSettings, StageConfig):
-    """Corpus → deduplicated, split, tokenised dataset."""
+    """Corpus → deduplicated, split, tokenized dataset."""
 
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
         min_length=1,

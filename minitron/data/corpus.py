@@ -4,11 +4,11 @@ Every corpus is read as a stream, one record at a time. A document is
 
 - a record of a .jsonl, .ndjson, .json or .parquet file, or of a hub's dataset;
 - the text of a .txt file, or the texts between the separators that the settings name;
-- an article, if the records, or the lines of a .txt file, are WikiText's. It reaches from its ` = Title = ` line to the
-  next one, even into the next file: an article may be split between two shards.
+- an article, if the records, or the lines of a .txt file, are WikiText's. An article starts at its ` = Title = ` line
+  and ends before the next one, even in the next file: an article may be split between two shards.
 
 corpus_files.py says which files are read. If the corpus has splits of its own, they are read in the order test,
-validation, train: Selection drops from a split what it has seen in another one.
+validation, train: Selection drops a document that it has seen in an earlier split.
 """
 
 import io
@@ -33,9 +33,9 @@ Numbered = Iterator[tuple[int, Any]]
 
 _TITLE = re.compile(r"\s*= [^=](?:.*[^=])? =\s*")
 _LOOK_AHEAD = 1 << 20
-"""Characters to search for the first title of a WikiText file: more than its longest article has."""
+"""Characters in which the first title of a WikiText file is searched; its longest article is shorter."""
 _LONGEST = 1 << 26
-"""Characters of a whole .txt file: it is held in memory, and its tokens take far more."""
+"""Most characters of a .txt file that is one document: it is held in memory, and its tokens take far more."""
 _CHUNK = 1 << 20
 _ROWS = 256
 
@@ -46,8 +46,8 @@ class Corpus:
     Attributes:
         size: bytes of all files; None for a dataset on a hub.
         files: number of files; None for a dataset on a hub.
-        left_out: what is not read, with the reason.
-        own_splits: the splits that the corpus has of its own, train among them; else empty.
+        left_out: names that are not read, each with the reason.
+        own_splits: the corpus's own splits, train among them; else empty.
     """
 
     def __init__(self, address: str, text_field: str, separator: str | None = None, own_splits: bool = True) -> None:
@@ -55,12 +55,12 @@ class Corpus:
 
         Args:
             address: a local path, or hf://org/name[@revision][/config].
-            text_field: the field of a record that has the text.
+            text_field: the field of a record that holds the text.
             separator: the text between two documents of a .txt file; None: the file is one document.
-            own_splits: False: the names of files and of a hub's splits say nothing.
+            own_splits: False: ignore the splits that the names of files, or a hub, give.
 
         Raises:
-            ConfigError: nothing is there, or a file can neither be read nor be left out.
+            ConfigError: the address does not exist, or a file can be neither read nor left out.
             RunError: the hub cannot be reached.
         """
         self._address, self._field, self._separator = address, text_field, separator
@@ -69,7 +69,7 @@ class Corpus:
         self._hub_splits = _load_hub_splits(address, dataset) if dataset else {}
         sources: dict[Any, str | None] = dict(listed.files) if listed else {}
         sources |= {name: SPLIT_NAMES[name] for name in self._hub_splits if name in SPLIT_NAMES}
-        unused = {f"split {name}": "of another name" for name in self._hub_splits if name not in sources}
+        unused = {f"split {name}": "unknown name" for name in self._hub_splits if name not in sources}
         self.left_out = listed.left_out if listed else unused
         self.files = len(sources) if listed else None
         self.size = sum(file.stat().st_size for file in sources) if listed else None
@@ -80,7 +80,7 @@ class Corpus:
         self._position_in_file: Callable[[], int] = lambda: 0
 
     def describe(self) -> str:
-        """Return what is read, which splits are used, and what is left out."""
+        """Describe the corpus: its files, its own splits that are used, and the names that are left out."""
         what = "a dataset on a hub" if self.files is None else f"{self.files} files"
         splits = f"own splits {', '.join(self.own_splits)}" if self.own_splits else "no splits of its own"
         left_out = shorten([f"{name} ({reason})" for name, reason in self.left_out.items()]) or "nothing"
@@ -92,15 +92,15 @@ class Corpus:
         return self._done + self._position_in_file()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the documents, as `read_documents`, without their splits."""
+        """Yield the documents of `read_documents`, without their splits."""
         return (text for _, text in self.read_documents())
 
     def read_documents(self) -> Iterator[tuple[str | None, str]]:
-        """Yield the split, if it is the corpus's own, and the text of every document, in the order of the file names.
+        """Yield every document's split, if it is the corpus's own, and its text, in the order of the file names.
 
         Raises:
             ConfigError: a record has no text field, or no .txt file has the separator.
-            RunError: a file is damaged, or the hub cannot be reached any more.
+            RunError: a file is damaged, or the hub cannot be reached anymore.
         """
         document: list[str] = []
         previous = None
@@ -115,7 +115,7 @@ class Corpus:
             yield previous, "".join(document)
 
     def _read_pieces(self) -> Iterator[tuple[str | None, bool, str]]:
-        """Yield pieces of text; for each, its split and whether it begins a document."""
+        """Yield pieces of text, each with its split and whether it begins a document."""
         for source, split in self._sources:
             is_text = isinstance(source, Path) and file_kind(source.name) == ".txt"
             records = self._file_records(source) if isinstance(source, Path) else self._hub_records(source)
@@ -133,8 +133,8 @@ class Corpus:
                 self._done += source.stat().st_size
         if self._separated == {False}:
             raise ConfigError(
-                f"{self._address}: document_separator {self._separator!r} is in none of its .txt files; correct it, or "
-                "leave it out: then a file is one document"
+                f"{self._address}: no .txt file contains document_separator {self._separator!r}; correct it, or leave "
+                "it out so that each file is one document"
             )
 
     def _file_records(self, path: Path) -> Iterator[str]:
@@ -145,7 +145,7 @@ class Corpus:
         except MinitronError:
             raise
         except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pyarrow.ArrowException) as error:
-            remedy = "save it as UTF-8" if isinstance(error, UnicodeError) else "repair the file or get it again"
+            remedy = "save it as UTF-8" if isinstance(error, UnicodeError) else "repair the file or download it again"
             raise RunError(
                 f"{path}: cannot be read after record {number} ({_one_line_reason(error)}); {remedy}"
             ) from error
@@ -207,10 +207,10 @@ class Corpus:
 
 
 def _load_hub_splits(address: str, dataset: HubDataset) -> dict[str, Iterable[Any]]:
-    """Return the splits of a hub's dataset, to be read as streams.
+    """Return the splits of a hub's dataset, as streams.
 
     Raises:
-        ConfigError: there is no split for training.
+        ConfigError: there is no train split.
         RunError: the hub cannot be reached, or has no such configuration.
     """
     from datasets import load_dataset
@@ -219,8 +219,8 @@ def _load_hub_splits(address: str, dataset: HubDataset) -> dict[str, Iterable[An
         splits = load_dataset(dataset.repository, dataset.config, streaming=True, revision=dataset.commit)
     if not any(SPLIT_NAMES.get(name) == "train" for name in splits):
         raise ConfigError(
-            f"{address}: no split train (found: {shorten(list(splits))}); give a configuration that has one after the "
-            "name, or fetch the files and give their directory"
+            f"{address}: no split train (found: {shorten(list(splits))}); give hf://org/name/CONFIG of a configuration "
+            "that has one, or download the files and give their directory"
         )
     return dict(splits)
 
@@ -232,12 +232,12 @@ def _hub_errors(address: str) -> Iterator[None]:
     except MinitronError:
         raise
     except Exception as error:  # each dataset builder and network library has its own classes
-        remedy = "check the configuration after the name, and the network, or give a local path"
+        remedy = "check the dataset's configuration and the network, or give a local path"
         raise RunError(f"{address}: cannot be read ({_one_line_reason(error)}); {remedy}") from error
 
 
 def _find_own_splits(address: str, sources: dict[Any, str | None]) -> tuple[str, ...]:
-    """Return the splits that the names in a corpus give it: none, unless train and another one are there.
+    """Return the corpus's own splits, by the names in it; none unless there are train and another one.
 
     Raises:
         ConfigError: some names give a split, and others do not.
@@ -248,7 +248,7 @@ def _find_own_splits(address: str, sources: dict[Any, str | None]) -> tuple[str,
     if nameless := [source.name for source, split in sources.items() if split is None]:
         raise ConfigError(
             f"{address}: has files for {' and '.join(splits)}, but the names of {shorten(nameless)} give no split; "
-            "rename them, or set prepare.own_splits to false: then all documents are divided by the fractions"
+            "rename them, or set prepare.own_splits to false to divide all documents by the fractions"
         )
     return splits
 
@@ -259,7 +259,7 @@ def _order_sources(sources: dict[Any, str | None]) -> list[tuple[Any, str | None
 
 
 def _decompress(raw: BinaryIO, compression: str | None) -> BinaryIO:
-    """Return the stream of a file's content. All of these detect a truncated file; zstandard's own would not."""
+    """Return the stream of a file's content. These readers detect a truncated file; zstandard's own would not."""
     match compression:
         case None:
             return raw
@@ -276,8 +276,7 @@ def _limit_length(lines: Iterator[str], path: Path) -> Iterator[str]:
         if length > _LONGEST:
             raise ConfigError(
                 f"{path}: one document of more than {_LONGEST / 1e6:.0f} million characters; if it has several, set "
-                r"prepare.document_separator to what stands between them ('\n\n', a blank line, say), or save them as "
-                ".jsonl"
+                r"prepare.document_separator to the text between them ('\n\n' for a blank line), or save them as .jsonl"
             )
         yield line
 
@@ -297,8 +296,8 @@ def _look_ahead(records: Iterator[str]) -> tuple[list[str], bool]:
 def _mark_titles(records: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Yield each record; say whether it is a title that begins an article.
 
-    A title comes after a blank line, because some lines in formulas look like titles. Some copies of WikiText have no
-    blank lines; there every such line counts.
+    A title must follow a blank line, because some lines in formulas look like titles. In copies of WikiText without
+    blank lines, every such line counts as a title.
     """
     blank, has_blanks = True, False
     for record in records:
@@ -327,7 +326,7 @@ def _json_values(stream: io.TextIOBase) -> Iterator[Any]:
             value, start = decoder.raw_decode(buffer, start)
             yield value
         except json.JSONDecodeError as error:
-            # A value cut off by the end of the buffer fails at the very end, or has an unterminated string.
+            # A value that the end of the buffer cuts off fails at the very end, or has an unterminated string.
             incomplete = error.pos >= len(buffer) - len("-Infinity") or error.msg.startswith("Unterminated string")
             chunk = stream.read(max(_CHUNK, len(buffer) - start)) if incomplete else ""
             if not chunk and (start < len(buffer) or open_arrays):

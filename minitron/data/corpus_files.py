@@ -1,14 +1,14 @@
-"""List the files of a corpus: each is read, or left out and named, or refused by name.
+"""List the files of a corpus. Each is read, left out and named, or refused by name.
 
 - A file of a supported kind is read: .txt, .jsonl, .ndjson, .json, each also .gz, .bz2, .xz or .zst, and .parquet.
-- A linked file or directory is read as if it lay there; a link back to a directory above it is left out.
+- A linked file or directory is read like any other; a link back to a directory above it is left out.
 - Hidden files and directories, companions of data (README, LICENSE, checksums, ...) and empty files are left out.
-- Everything else is refused: other kinds, links to nothing, pointers of Git LFS and git-annex, binary files named .txt.
+- Everything else is refused: other kinds, broken links, pointers of Git LFS and git-annex, binary files named .txt.
 
-A file that is given itself, not its directory, is read whatever its name before the suffix.
+If you give a file, not a directory, only its suffix matters.
 
-The splits are those of the library `datasets`: a name that has `train`, `validation` or `test` as a word, or one of
-their synonyms, belongs to that split, a directory's name before a file's.
+Splits are found as in the library `datasets`: a name with the word `train`, `validation` or `test`, or a synonym,
+belongs to that split. A directory's name comes before a file's.
 """
 
 import re
@@ -28,7 +28,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""The split that a name stands for; so has `datasets`' data_files.py."""
+"""The split that a name stands for, as in data_files.py of `datasets`."""
 
 _KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 _SUPPORTED = ".txt, .jsonl, .ndjson or .json (each also .gz, .bz2, .xz or .zst) or .parquet"
@@ -45,9 +45,9 @@ _POINTERS = {
     b"/annex/objects/": ("git-annex", "git annex get"),
 }
 _HEAD = 8000
-"""Bytes in which git, too, looks for a NUL to tell a binary file."""
+"""Bytes that are searched for a NUL, the mark of a binary file; git searches as many."""
 _NAMED = 5
-"""Files named in a message; the others are counted."""
+"""Files that a message names; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class CorpusFiles:
     """The files of a corpus in the order of their names.
 
     Attributes:
-        files: the files to read, each with the split that its name says.
-        left_out: what is not read, by its path in the corpus, with the reason.
+        files: the files to read, each with the split that its name gives.
+        left_out: reasons for not reading a file, by its path in the corpus.
     """
 
     files: dict[Path, str | None] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def list_corpus_files(address: str) -> CorpusFiles:
     """Return the files of a local corpus.
 
     Raises:
-        ConfigError: nothing is there, or a file can neither be read nor be left out.
+        ConfigError: the address does not exist, or a file can be neither read nor left out.
     """
     path = resolve_local_path(address)
     entries = {path.name: path}
@@ -91,10 +91,10 @@ def list_corpus_files(address: str) -> CorpusFiles:
 
 
 def sort_names(address: str, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the files to read in a directory or a bucket, and what is left out with the reason.
+    """Return the names of the files to read in a directory or a bucket, and the others with the reason.
 
     Raises:
-        ConfigError: a name is of neither sort, or there is nothing to read.
+        ConfigError: a file can be neither read nor left out, or there is nothing to read.
     """
     data, left_out, others = [], {}, []
     for name in names:
@@ -110,7 +110,7 @@ def sort_names(address: str, names: Iterable[str]) -> tuple[list[str], dict[str,
         raise _nothing_to_read(address, others or list(left_out))
     if others:
         raise ConfigError(
-            f"{address}: {len(others)} of {len(data) + len(others)} files are of no supported kind "
+            f"{address}: {len(others)} of {len(data) + len(others)} files have an unsupported format "
             f"({shorten(others)}); give {_SUPPORTED}, or move them out of the corpus"
         )
     return data, left_out
@@ -148,19 +148,17 @@ def _hidden_part(name: str) -> str | None:
 
 def _nothing_to_read(address: str, names: list[str]) -> ConfigError:
     found = shorten(names) or "nothing"
-    return ConfigError(f"{address}: no file of a supported kind (found: {found}); give {_SUPPORTED}")
+    return ConfigError(f"{address}: no file in a supported format (found: {found}); give {_SUPPORTED}")
 
 
 def _refuse_irregular(path: Path) -> None:
     if path.is_symlink():
-        raise ConfigError(
-            f"{path}: a link to {path.readlink()}, where there is nothing; repair it, or move it out of the corpus"
-        )
+        raise ConfigError(f"{path}: broken link to {path.readlink()}; repair it, or move it out of the corpus")
     raise ConfigError(f"{path}: neither a file nor a directory; move it out of the corpus")
 
 
 def _check_content(path: Path) -> None:
-    """Refuse a pointer to a file that was not fetched, and a binary file that its name calls text.
+    """Refuse a pointer to a file that was not fetched, and a binary file with the suffix .txt.
 
     Raises:
         ConfigError: it is either.
@@ -169,8 +167,8 @@ def _check_content(path: Path) -> None:
         head = stream.read(_HEAD)
     for pointer, (tool, command) in _POINTERS.items():
         if head.startswith(pointer):
-            raise ConfigError(f"{path}: a pointer of {tool}, not the data; run `{command}` in its directory")
+            raise ConfigError(f"{path}: a {tool} pointer, not the data; run `{command}` in its directory")
     if path.suffix.lower() == ".txt" and b"\0" in head:
         raise ConfigError(
-            f"{path}: not text (a NUL at byte {head.index(0)}); save it as UTF-8, or move it out of the corpus"
+            f"{path}: not text (NUL at byte {head.index(0)}); save it as UTF-8, or move it out of the corpus"
         )

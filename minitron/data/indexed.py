@@ -1,4 +1,4 @@
-"""Write Megatron's .bin/.idx, and read them by memory map."""
+"""Write Megatron's .bin and .idx files, and read them by memory map."""
 
 import struct
 from array import array
@@ -18,7 +18,7 @@ _HEADER = struct.Struct("<QBQQ")  # version, dtype code, sequences, document bou
 
 
 class IndexedWriter:
-    """Write documents to `<prefix>.bin` as they come and `<prefix>.idx` at the end."""
+    """Write documents to `<prefix>.bin` as they come, and `<prefix>.idx` at the end."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         """Open the file. A token takes two bytes if the vocabulary allows it, as in Megatron."""
@@ -53,7 +53,7 @@ class IndexedDataset:
 
         Raises:
             ConfigError: the split does not exist.
-            RunError: a file is truncated or not Megatron's.
+            RunError: a file is truncated, or not in Megatron's format.
         """
         idx_path, bin_path = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
         if not (idx_path.is_file() and bin_path.is_file()):
@@ -69,7 +69,7 @@ class IndexedDataset:
         dtype: Any = _DTYPES[code]
         expected, actual = int(self.lengths.sum()) * dtype.itemsize, bin_path.stat().st_size
         if actual != expected:
-            raise RunError(f"{bin_path}: {actual} bytes, but its index lists {expected}: truncated; run prepare again")
+            raise RunError(f"{bin_path}: damaged: {actual} bytes, but its index lists {expected}; run prepare again")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) if count else self.lengths
         self.tokens: Any = np.memmap(bin_path, dtype=dtype, mode="r") if actual else np.empty(0, dtype)
 

@@ -22,7 +22,7 @@ def read_manifest(dataset: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(dataset: Path, model: Path) -> None:
-    """Check that a model has the tokenizer that the dataset was made with.
+    """Check that a model has the same tokenizer as the dataset.
 
     Raises:
         ConfigError: the tokenizers differ.
@@ -30,6 +30,6 @@ def check_tokenizer(dataset: Path, model: Path) -> None:
     expected, actual = read_manifest(dataset)["tokenizer_sha256"], tokenizer_hash(model)
     if actual != expected:
         raise ConfigError(
-            f"{model}: tokenizer {actual[:12]} is not the {expected[:12]} that {dataset} was tokenised with; "
+            f"{model}: tokenizer {actual[:12]}, but {dataset} was tokenized with {expected[:12]}; "
             "prepare the corpus again with this model as teacher"
         )

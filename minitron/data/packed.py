@@ -1,8 +1,8 @@
-"""Pack the tokens of Megatron's .bin/.idx, read by memory map, into fixed-length sequences.
+"""Pack the tokens of Megatron's .bin and .idx files, read by memory map, into fixed-length sequences.
 
 The format is megatron-core's `IndexedDataset` (one sequence per document). A test reads our files with megatron-core,
-and its files with this module. We do not use megatron-core's code because it requires numpy < 2, which cannot be
-installed beside the numpy of this environment.
+and its files with this module. We do not use megatron-core's code because it requires numpy < 2, but this environment
+has a newer numpy.
 
 S = sequence length, T = tokens of a split, D = documents of a split.
 """
@@ -37,7 +37,7 @@ class PackedDataset(Dataset):
         if total < sequence_length + 1:
             raise ConfigError(
                 f"{prefix}: {total} tokens are fewer than one sequence of {sequence_length} + 1; "
-                "give a larger corpus, a larger share to this split, or a smaller sequence_length"
+                "give a larger corpus, raise this split's share, or lower sequence_length"
             )
         self._order = np.random.default_rng(seed).permutation(len(self._indexed))
         self._ends = np.cumsum(self._indexed.lengths[self._order])
@@ -89,7 +89,7 @@ class TrainingSequences(Dataset):
 
 
 def open_training_data(config: TrainingConfig) -> tuple[TrainingSequences, PackedDataset]:
-    """Return the training sequences, and the validation split in its order."""
+    """Return the training sequences and the validation split."""
     train, validation = (
         PackedDataset(config.dataset / split, config.sequence_length, config.seed) for split in ("train", "validation")
     )

@@ -1,4 +1,4 @@
-"""Select the documents of a dataset: normalise and deduplicate them, and assign each to a split."""
+"""Select the documents of a dataset: normalize and deduplicate them, and assign each to a split."""
 
 import hashlib
 from collections import Counter
@@ -9,18 +9,18 @@ from typing import Any
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS
-from minitron.data.text import normalise_text
+from minitron.data.text import normalize_text
 from minitron.errors import ConfigError, RunError
 
 
 class Selection:
-    """Iterate over the distinct documents of a corpus, normalised, each with its split.
+    """Iterate over the distinct, normalized documents of a corpus, each with its split.
 
     Attributes:
         digests: per split, the digests of its documents.
-        empty: documents dropped because no text was left.
-        duplicates: documents dropped because an earlier one of their split has the same text.
-        overlaps: per split, documents dropped because one of another split, read earlier, has the same text.
+        empty: number of documents dropped because they have no text.
+        duplicates: number of documents dropped because an earlier one in their split has the same text.
+        overlaps: per split, number of documents dropped because an earlier one in another split has the same text.
         characters: per split, characters of the documents.
         bytes: per split, their bytes in UTF-8.
     """
@@ -37,7 +37,7 @@ class Selection:
         """Yield split and text of every document, in the order of the corpus."""
         own_splits = self.corpus.own_splits
         for own, raw in self.corpus.read_documents():
-            text = normalise_text(raw)
+            text = normalize_text(raw)
             if not text:
                 self.empty += 1
                 continue
@@ -74,10 +74,10 @@ class Selection:
         """
         for left, right in combinations(SPLITS, 2):
             if common := len(self.digests[left] & self.digests[right]):
-                raise RunError(f"{common} documents are both in {left} and in {right}: nothing was written; report it")
+                raise RunError(f"{common} documents are both in {left} and in {right}; nothing was written; report it")
         corpus, total = self._config.corpus, sum(map(len, self.digests.values()))
         if not total:
-            raise ConfigError(f"corpus {corpus}: no text ({self.empty} empty documents); give one that has text")
+            raise ConfigError(f"corpus {corpus}: no text ({self.empty} empty documents); give a corpus with text")
         for split in SPLITS:
             share = 1.0 if split in self.corpus.own_splits else getattr(self._config, f"{split}_fraction", 1.0)
             if share and not self.digests[split]:
@@ -89,12 +89,9 @@ class Selection:
         """Return the remedy for a split without a document."""
         if split in self.corpus.own_splits:
             dropped = self.overlaps[split]
-            return f"all of its own ({dropped}) are in another split: set prepare.own_splits to false"
+            return f"all of its own ({dropped}) are also in another split: set prepare.own_splits to false"
         remedy = f"raise {split}_fraction" if split != "train" else "lower the fractions of the other splits"
-        return (
-            f"{remedy}, or give more documents (a .txt file is one document unless document_separator says what stands "
-            "between them)"
-        )
+        return f"{remedy}, or give more documents (a .txt file is one document unless you set document_separator)"
 
 
 def assign_split(digest: bytes, config: PrepareConfig, own_splits: tuple[str, ...] = ()) -> str:
@@ -103,7 +100,7 @@ def assign_split(digest: bytes, config: PrepareConfig, own_splits: tuple[str, ..
     Args:
         digest: the digest of the document's text.
         config: gives the seed, and the shares of validation and test.
-        own_splits: splits that get no share, since the corpus has them.
+        own_splits: the corpus's own splits, which get no share.
     """
     key = hashlib.sha256(str(config.seed).encode()).digest()
     position = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=key).digest()) / 2**64

@@ -24,10 +24,10 @@ TOKENIZER_FILES = (
 )
 
 _SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Files of tokenizers that are no tokenizer.json; some libraries make one of them."""
+"""Files of other kinds of tokenizers; a tokenizer.json can be made from them."""
 
 _UNKNOWN_FORMAT = ("did not match any variant", "Unknown tokenizer version", "unknown variant", "missing field")
-"""What tokenizers says of a tokenizer.json that a newer version wrote."""
+"""Errors of the library tokenizers for a tokenizer.json that a newer version wrote."""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """The beginning of a file that `git lfs pull` replaces."""
@@ -44,30 +44,30 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     _check_tokenizer_file(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # tokenizers, written in Rust, has no other class
+    except Exception as error:  # the library tokenizers, written in Rust, has no other class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(f"{directory}: {_explain_fault(directory, reason)}") from error
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise ConfigError(f"{directory}: {kind} is no fast tokenizer; give a model that has one")
+        raise ConfigError(f"{directory}: {kind} is not a fast tokenizer; give a model that has one")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{directory}: the tokenizer has no EOS token, which ends every document; name one of its tokens as "
-            "eos_token in tokenizer_config.json"
+            f"{directory}: the tokenizer has no EOS token, which must end every document; set eos_token in "
+            "tokenizer_config.json to one of its tokens"
         )
     if not tokenizer.backend_tokenizer.encode("a b", add_special_tokens=False).ids:
         raise ConfigError(
-            f"{directory}: the tokenizer makes no tokens of text (vocabulary of {tokenizer.vocab_size}); get its "
+            f"{directory}: the tokenizer finds no tokens in text (vocabulary of {tokenizer.vocab_size}); download its "
             "tokenizer.json again"
         )
     return tokenizer
 
 
 def _check_tokenizer_file(directory: Path) -> None:
-    """Check that the directory has a tokenizer.json, and that it is JSON.
+    """Check that the directory has a tokenizer.json, and that the file is JSON.
 
     Raises:
-        ConfigError: it has none, or another file in its place.
+        ConfigError: the file is missing, or has other content.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -75,23 +75,23 @@ def _check_tokenizer_file(directory: Path) -> None:
         if not slow:
             raise ConfigError(f"{directory}: no tokenizer; put its tokenizer.json beside the weights")
         raise ConfigError(
-            f"{directory}: no tokenizer.json, only {' and '.join(slow)}; make it where sentencepiece and tiktoken are "
+            f"{directory}: no tokenizer.json, only {' and '.join(slow)}; convert it with sentencepiece and tiktoken "
             "installed: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
         )
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         pointer = path.read_bytes().startswith(LFS_POINTER)
-        fault = "a pointer of Git LFS, not the tokenizer; run `git lfs pull`" if pointer else "no JSON; get it again"
+        fault = "a Git LFS pointer, not the tokenizer; run `git lfs pull`" if pointer else "not JSON; download it again"
         raise ConfigError(f"{path}: {fault}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: {type(content).__name__}, no tokenizer; get it again")
+        raise ConfigError(f"{path}: holds {type(content).__name__}, not a tokenizer; download it again")
 
 
 def _explain_fault(directory: Path, reason: str) -> str:
     """Return why a tokenizer cannot be loaded, and the remedy."""
     if not any(text in reason for text in _UNKNOWN_FORMAT):
-        return f"the tokenizer cannot be loaded ({reason}); get its files again, or save it again as a fast tokenizer"
+        return f"the tokenizer cannot be loaded ({reason}); download its files again, or save it as a fast tokenizer"
     installed = {name: version(name) for name in ("tokenizers", "transformers")}
     try:
         saved_with = json.loads((directory / "config.json").read_text())["transformers_version"]
@@ -102,13 +102,13 @@ def _explain_fault(directory: Path, reason: str) -> str:
         f"the tokenizers of transformers {saved_with}, which saved the model," if newer else "a newer version of it,"
     )
     return (
-        f"tokenizer.json is of a format that tokenizers {installed['tokenizers']} does not know ({reason}); install "
+        f"tokenizers {installed['tokenizers']} does not know the format of tokenizer.json ({reason}); install "
         f"{reader} or save the tokenizer again with transformers {installed['transformers']}"
     )
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """Return the sha256 of tokenizer.json: two models can share a dataset only if it is equal.
+    """Return the sha256 of tokenizer.json: models with equal hashes can share a dataset.
 
     Raises:
         ConfigError: the directory has no tokenizer.json.

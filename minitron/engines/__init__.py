@@ -38,7 +38,7 @@ class Engine(Protocol):
             directory: the stage's directory of work in progress, which becomes a Hugging Face model directory;
                 `staging.checkpoints_path` gives the directory for the checkpoints.
             tracker: gets the metrics while the training runs.
-            teacher: model directory whose logits are learnt; None: cross-entropy alone.
+            teacher: model directory whose logits are learned; None: cross-entropy alone.
 
         Returns:
             What the stage's record gets: `metrics`, `history`, and the numbers that the engine knows better.

@@ -36,11 +36,11 @@ _SCALE = re.compile(
     r".*\.((weight|input|output|[qkv])_scale(_inv|_\d)?|weight_(packed|shape|zero_point|g_idx)|scales|zero_point"
     r"|qweight|qzeros|g_idx|SCB|absmax|(nested_)?quant_map)|.*quant_state.*"
 )
-"""Names of what quantisation tools store beside the weights."""
+"""Names of what quantization tools store beside the weights."""
 
 _OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
-_UNQUANTISED = "give the model in bfloat16, float16 or float32, as it was before it was quantised"
+_UNQUANTIZED = "give the model in bfloat16, float16 or float32, as it was before it was quantized"
 
 
 class Header(NamedTuple):
@@ -112,7 +112,7 @@ def check_architecture(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{directory}: no {CONFIG}; give a Hugging Face model directory")
     config = _read_json(directory / CONFIG)
     check_config(config, directory)
-    _refuse_quantised_files(directory)
+    _refuse_quantized_files(directory)
     return config
 
 
@@ -120,7 +120,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     """Check the content of a config.json; `model` is its address, for the message.
 
     Raises:
-        ConfigError: not one of the SUPPORTED architectures, quantised, or with token ids beyond the embedding.
+        ConfigError: not one of the SUPPORTED architectures, quantized, or with token ids beyond the embedding.
     """
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED:
@@ -129,7 +129,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     for key in ("quantization_config", "compression_config"):
         if settings := config.get(key):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-            raise ConfigError(f"{model}: quantised ({key} of {CONFIG}: {method}); {_UNQUANTISED}")
+            raise ConfigError(f"{model}: quantized ({key} of {CONFIG}: {method}); {_UNQUANTIZED}")
     if isinstance(rows := config.get("vocab_size"), int):
         _refuse_ids_beyond(config, CONFIG, rows, model)
 
@@ -138,13 +138,13 @@ def check_weights(directory: Path) -> None:
     """Compare the headers of the weight files with config.json.
 
     Raises:
-        ConfigError: quantised, or tensors whose names or shapes are not those that config.json asks for.
+        ConfigError: quantized, or tensors whose names or shapes are not those that config.json asks for.
         RunError: a weight file is damaged or missing, or lacks weights.
     """
     headers = read_headers(directory)
     for name, header in headers.items():
         if header.dtype not in FLOATS:
-            raise ConfigError(f"{directory}: {name} has the dtype {header.dtype}, a quantised one; {_UNQUANTISED}")
+            raise ConfigError(f"{directory}: {name} has the dtype {header.dtype}, a quantized one; {_UNQUANTIZED}")
     expected, is_tied = _compute_expected_shapes(directory)
     _refuse_unexpected(directory, headers.keys() - expected.keys())
     optional = {HEAD} if is_tied else set()  # the embedding is needed: transformers 4.57 does not take it from the head
@@ -255,21 +255,21 @@ def _refuse_other_formats(directory: Path, absent: str) -> None:
         )
 
 
-def _refuse_quantised_files(directory: Path) -> None:
-    """Refuse what a quantisation tool's own file says to be quantised."""
+def _refuse_quantized_files(directory: Path) -> None:
+    """Refuse what a quantization tool's own file says to be quantized."""
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
         if (directory / name).is_file():
             settings = _read_json(directory / name)
             settings = settings.get("quantization", settings)
             method = settings.get("quant_algo", settings.get("quant_method", "unknown"))
-            if method is not None:  # Model-Optimizer writes the file for an unquantised model, too
-                raise ConfigError(f"{directory}: quantised ({name}: {method}); {_UNQUANTISED}")
+            if method is not None:  # Model-Optimizer writes the file for an unquantized model, too
+                raise ConfigError(f"{directory}: quantized ({name}: {method}); {_UNQUANTIZED}")
 
 
 def _refuse_unexpected(directory: Path, names: Iterable[str]) -> None:
     unexpected = sorted(names)
     if scales := [name for name in unexpected if _SCALE.fullmatch(name)]:
-        raise ConfigError(f"{directory}: quantised: beside the weights it has {_shorten(scales)}; {_UNQUANTISED}")
+        raise ConfigError(f"{directory}: quantized: beside the weights it has {_shorten(scales)}; {_UNQUANTIZED}")
     if unexpected:
         raise ConfigError(
             f"{directory}: {len(unexpected)} tensors that {CONFIG} does not ask for ({_shorten(unexpected)}); they "

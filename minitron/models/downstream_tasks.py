@@ -1,4 +1,4 @@
-"""Downstream tasks, run by lm-eval: from its catalogue, or from local task files without a network.
+"""Downstream tasks, run by lm-eval: from its catalog, or from local task files without a network.
 
 Used by `python -m minitron.evaluate --config FILE`.
 
@@ -53,7 +53,7 @@ def load_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
     Raises:
         ConfigError: a task is unknown, or runs code that models write without being named in `unsafe_tasks`, or has no
             examples for `num_fewshot`; or the files of a local task cannot be used.
-        RunError: the data of a task in lm-eval's catalogue cannot be fetched.
+        RunError: the data of a task in lm-eval's catalog cannot be fetched.
     """
     if not config.tasks:
         yield None

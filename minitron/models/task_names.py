@@ -36,15 +36,15 @@ def find_task_faults(evaluate: EvaluateSettings) -> Iterator[Fault]:
                 if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
                     yield Fault("evaluate.tasks", f"{name} is in no .yaml file of {directory}; correct or remove it")
         return
-    catalogue = read_task_names() if evaluate.tasks else {"tasks": [], "unsafe": []}
+    catalog = read_task_names() if evaluate.tasks else {"tasks": [], "unsafe": []}
     for name in evaluate.tasks:
-        if name not in catalogue["tasks"]:
-            close = " or ".join(difflib.get_close_matches(name, catalogue["tasks"], n=3)) or "another name"
+        if name not in catalog["tasks"]:
+            close = " or ".join(difflib.get_close_matches(name, catalog["tasks"], n=3)) or "another name"
             yield Fault(
                 "evaluate.tasks",
-                f"{name} is not a task of lm-eval {catalogue['version']}; give {close}, or its files in task_directory",
+                f"{name} is not a task of lm-eval {catalog['version']}; give {close}, or its files in task_directory",
             )
-        if name in catalogue["unsafe"] and name not in evaluate.unsafe_tasks:
+        if name in catalog["unsafe"] and name not in evaluate.unsafe_tasks:
             yield Fault(
                 "evaluate.tasks",
                 f"{name} runs code that the models write; remove it, or name it in evaluate.unsafe_tasks where that "

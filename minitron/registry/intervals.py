@@ -91,9 +91,9 @@ def _relate(values: np.ndarray, others: np.ndarray, by: Comparison) -> np.ndarra
 def _estimate_share(share: float, count: int) -> Interval:
     """Return Wilson's score interval."""
     square = Z**2 / count
-    centre = (share + square / 2) / (1 + square)
+    center = (share + square / 2) / (1 + square)
     half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _compare_answers(items: list[float], others: list[float], by: Comparison) -> Interval:

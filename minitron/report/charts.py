@@ -1,4 +1,4 @@
-"""The charts of the report, as inline SVG that follows the page's light or dark colours.
+"""The charts of the report, as inline SVG that follows the page's light or dark colors.
 
 Used by minitron/report/page.py, which `python -m minitron.evaluate --config FILE` calls.
 """
@@ -17,18 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-INK, GREY, BLUE, ORANGE, GREEN, PURPLE = "#010203", "#888888", "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-"""Text and lines, then colours of Okabe and Ito, which colour-blind people can tell apart."""
+INK, GRAY, BLUE, ORANGE, GREEN, PURPLE = "#010203", "#888888", "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+"""Text and lines, then colors of Okabe and Ito, which color-blind people can tell apart."""
 
-_PAGE_COLOURS = {
+_PAGE_COLORS = {
     INK: "currentColor",
-    GREY: "var(--grey)",
+    GRAY: "var(--gray)",
     BLUE: "var(--blue)",
     ORANGE: "var(--orange)",
     GREEN: "var(--green)",
     PURPLE: "var(--purple)",
 }
-MODEL_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE)
+MODEL_COLORS = (GRAY, BLUE, ORANGE, GREEN, PURPLE)
 
 MOST_POINTS = 400
 """Points of a curve. A chart is about as many pixels wide; more points would only make the page larger."""
@@ -44,7 +44,7 @@ _REWRITES = (
     (r'<g id="tip:([^"]*)">', r"<g><title>\1</title>"),
     (r' id="[\w.]+_\d{1,4}"', ""),
     (r'<g id="([\w-]+)">', r'<g class="\1">'),
-    *((colour, name) for colour, name in _PAGE_COLOURS.items()),
+    *((color, name) for color, name in _PAGE_COLORS.items()),
 )
 """Rewrites of matplotlib's SVG for the page: a gid becomes a class, or a tooltip if it is 'tip:TEXT'."""
 
@@ -62,7 +62,7 @@ _SETTINGS: Any = {
     "axes.axisbelow": True,
     "xtick.color": INK,
     "ytick.color": INK,
-    "grid.color": GREY,
+    "grid.color": GRAY,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
@@ -146,7 +146,7 @@ def draw_ranking(label: str, scores: Sequence[float], kept: Sequence[int]) -> Ma
 def draw_layer_rankings(
     label: str, scores: Sequence[Sequence[float]], kept_layers: Sequence[int], count: int
 ) -> Markup:
-    """Draw the scores of every layer's channels, sorted, as one row of colours; cut channels are pale.
+    """Draw the scores of every layer's channels, sorted, as one row of colors; cut channels are pale.
 
     Args:
         label: text that screen readers say.
@@ -192,9 +192,9 @@ def draw_heads(
     for layer, heads in zip(kept_layers, kept, strict=True):
         cut[layer, list(heads)] = False
     rows, columns = np.nonzero(cut)
-    for colour, stroke in (("black", 2.2), ("white", 1.0)):
-        size, name = 250 / max(total, 6), f"cut-{colour}"
-        axes.scatter(columns + 1, rows + 1, s=size, c=colour, marker="x", linewidths=stroke, gid=name)
+    for color, stroke in (("black", 2.2), ("white", 1.0)):
+        size, name = 250 / max(total, 6), f"cut-{color}"
+        axes.scatter(columns + 1, rows + 1, s=size, c=color, marker="x", linewidths=stroke, gid=name)
     axes.set(xlabel=axis, ylabel="layer", ylim=(total + 0.5, 0.5))
     for direction in (axes.xaxis, axes.yaxis):
         direction.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -216,7 +216,7 @@ def draw_grouped_bars(
         label: text that screen readers say.
         axis: quantity and unit.
         groups: names under the axis.
-        series: values by name, one per group, in the order of MODEL_COLOURS; None leaves a gap.
+        series: values by name, one per group, in the order of MODEL_COLORS; None leaves a gap.
         errors: the ends of each error bar.
         digits: after the point of a value.
     """
@@ -225,35 +225,35 @@ def draw_grouped_bars(
     for index, (name, values) in enumerate(series.items()):
         for group, value in enumerate(values):
             if value is not None:
-                centre = group + (index + 0.5) * width - 0.42
-                bar = axes.bar(centre, value, 0.9 * width, color=MODEL_COLOURS[index])[0]
+                center = group + (index + 0.5) * width - 0.42
+                bar = axes.bar(center, value, 0.9 * width, color=MODEL_COLORS[index])[0]
                 error = errors[name][group] if errors else None
-                text = _annotate_bar(axes, centre, value, error, digits)
+                text = _annotate_bar(axes, center, value, error, digits)
                 bar.set_gid(f"tip:{name}, {groups[group]}: {text}")
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(axis)
     axes.margins(y=0.12)
     axes.grid(axis="y")
-    _add_legend(figure, [Patch(color=colour, label=name) for name, colour in zip(series, MODEL_COLOURS, strict=False)])
+    _add_legend(figure, [Patch(color=color, label=name) for name, color in zip(series, MODEL_COLORS, strict=False)])
     return _render_svg(figure, label)
 
 
-def _annotate_bar(axes: Axes, centre: float, value: float, error: tuple[float, float] | None, digits: int) -> str:
+def _annotate_bar(axes: Axes, center: float, value: float, error: tuple[float, float] | None, digits: int) -> str:
     """Draw a bar's error bar and value; return the two as text."""
     text = f"{value:.{digits}f}"
     top = max(value, error[1]) if error else value
-    axes.annotate(text, (centre, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+    axes.annotate(text, (center, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
     if error is None:
         return text
     low, high = error
     lengths = [[max(value - low, 0)], [max(high - value, 0)]]
-    axes.errorbar(centre, value, lengths, color=INK, linewidth=1, capsize=2.5)
+    axes.errorbar(center, value, lengths, color=INK, linewidth=1, capsize=2.5)
     return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def downsample(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return at most MOST_POINTS values, each the mean of equally many neighbours."""
+    """Return at most MOST_POINTS values, each the mean of equally many neighbors."""
     numbers = np.asarray(values, dtype=float)
     if len(numbers) <= MOST_POINTS:
         return numbers
@@ -261,7 +261,7 @@ def downsample(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _choose_fill(kept: bool) -> dict[str, Any]:
-    """Return the fill of a kept or a cut part; a hatch tells them apart without colour, too."""
+    """Return the fill of a kept or a cut part; a hatch tells them apart without color, too."""
     if kept:
         return {"facecolor": GREEN, "edgecolor": GREEN}
     return {"facecolor": "none", "edgecolor": ORANGE, "hatch": "////"}
@@ -287,7 +287,7 @@ def _scale_axis(axes: Axes, scores: Sequence[float], label: str) -> str:
 def _draw_image(
     figure: Figure, axes: Axes, values: np.ndarray, extent: tuple[float, float, float, float], label: str
 ) -> None:
-    lowest, highest = np.percentile(values, (1, 99))  # a few outliers would leave one colour for all others
+    lowest, highest = np.percentile(values, (1, 99))  # a few outliers would leave one color for all others
     limits: dict[str, Any] = {"vmin": lowest, "vmax": highest, "extent": extent}
     drawn = axes.imshow(values, "cividis", aspect="auto", interpolation="none", **limits)
     bar = figure.colorbar(drawn, ax=axes, label=label, fraction=0.05, pad=0.02, extend="both")
@@ -312,7 +312,7 @@ def _add_legend(figure: Figure, handles: list[Any]) -> None:
 
 
 def _render_svg(figure: Figure, label: str) -> Markup:
-    """Return the figure as an SVG element that scales, takes its colours from the page and shares no id with it."""
+    """Return the figure as an SVG element that scales, takes its colors from the page and shares no id with it."""
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label}):  # ids are hashes of this and of what they name

@@ -135,7 +135,7 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
         f"{format_decimal(student['perplexity'])} against {format_decimal(teacher['perplexity'])}."
     )
     return {
-        "summary": _summarise_result(evaluation),
+        "summary": _summarize_result(evaluation),
         "ratio": student["parameters"] / teacher["parameters"],
         "gap": gap,
         "text": text,
@@ -143,7 +143,7 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summarise_result(evaluation: dict[str, Any]) -> str:
+def _summarize_result(evaluation: dict[str, Any]) -> str:
     """Say what the compression won and what it lost, for readers who know no other word of the page."""
     teacher, student = evaluation["teacher"], evaluation["student"]
     parts = [f"{teacher['parameters'] / student['parameters']:.1f}× smaller"]

@@ -4,7 +4,7 @@
     hf://org/name[@revision]          Hugging Face's hub
     gs://bucket/path                  Google Cloud Storage
     models:/NAME@alias, models:/NAME/VERSION        MLflow's registry
-    ngc://org/team/model:version      NVIDIA's catalogue (its key in NGC_API_KEY)
+    ngc://org/team/model:version      NVIDIA's catalog (its key in NGC_API_KEY)
 
 Fetched models lie in `models` of the workspace (of the cache, if that is a bucket): a killed download goes on, and all
 stages of a run share one copy. A movable address (alias, branch, prefix) is resolved once per pipeline run.

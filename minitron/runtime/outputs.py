@@ -48,7 +48,7 @@ def find_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
     """Return the record of the finished result of a key, or None; complete it first if a kill prevented that.
 
     Raises:
-        InUse: another process is at work there.
+        InUse: another process is working there.
     """
     record = _read_result(location, key, warn=True)
     is_begun = partial_path(location.directory).exists() or (location.remote and location.directory.exists())
@@ -69,7 +69,7 @@ def lock_result(location: ResultLocation, key: str, reuse: bool) -> Iterator[dic
         reuse: take a result that is there: another process may have finished it in this moment.
 
     Raises:
-        InUse: another process is at work there.
+        InUse: another process is working there.
     """
     with ExitStack() as stack:
         try:

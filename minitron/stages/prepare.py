@@ -1,8 +1,8 @@
-"""Turn a corpus into a dataset: its documents cleaned, deduplicated, split, tokenised.
+"""Turn a corpus into a dataset: its documents cleaned, deduplicated, split, tokenized.
 
 Run it: `python -m minitron.prepare --config prepare.yaml`.
 
-A document is tokenised as plain text and ends with one EOS; words that look like special tokens are text. It begins
+A document is tokenized as plain text and ends with one EOS; words that look like special tokens are text. It begins
 with a BOS if the tokenizer sets one before a text: see minitron/data/text.py. Sequences are cut from a stream of
 documents.
 
@@ -142,7 +142,7 @@ def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker
 
 
 def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[list[int]]]]:
-    """Yield the token ids of every document, per batch and split, while the next batches are read and tokenised.
+    """Yield the token ids of every document, per batch and split, while the next batches are read and tokenized.
 
     The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so
     reading, cleaning and writing cost time only if they are slower than it.

@@ -124,9 +124,9 @@ def _parse_json(content: bytes) -> Any:
 
 
 def write_json(address: str, name: str, content: Any, generation: int) -> None:
-    """Write a JSON object in place of the given generation, 0 for none, unless it has another one by now.
+    """Write a JSON object over the given generation (0: there is no object yet), unless the generation has changed.
 
-    The object is there afterwards: this writer's or that of one who was faster. Read it.
+    If another writer was faster, its content is kept: read the object afterwards.
     """
     from google.api_core.exceptions import PreconditionFailed
 
@@ -170,7 +170,7 @@ def check_writable(address: str) -> None:
 
 @contextmanager
 def one_line_errors(address: str, done: str) -> Iterator[None]:
-    """Turn an error of Google's libraries into one line: the address, not `done`, the reason and the remedy.
+    """Turn an error of Google's libraries into one line: the address, "not `done`", the reason and the remedy.
 
     Raises:
         ConfigError: there are no credentials.
@@ -191,16 +191,16 @@ def _suggest_remedy(error: Exception) -> str:
     from google.api_core import exceptions
 
     if _lacks_credentials(error):
-        return "name a service account's key in GOOGLE_APPLICATION_CREDENTIALS, or give the pod a service account"
+        return "set GOOGLE_APPLICATION_CREDENTIALS to a service account's key, or give the pod a service account"
     match error:
         case exceptions.Forbidden() | exceptions.Unauthorized():
-            return "give this account the role Storage Object User (Viewer, to read only) on the bucket"
+            return "give this account the role Storage Object User on the bucket (Storage Object Viewer, to read only)"
         case exceptions.PreconditionFailed():
-            return "another process writes there: wait for it, and run it again"
+            return "another process is writing there; wait for it, then run it again"
         case exceptions.NotFound():
-            return "check the bucket's name and the right to read it"
+            return "check the bucket's name and your permission to read it"
         case _:
-            return "check the bucket's name and the network, and run it again: what is there complete is kept"
+            return "check the bucket's name and the network, then run it again; complete files are kept"
 
 
 def _lacks_credentials(error: Exception) -> bool:

@@ -3,10 +3,11 @@
     gs://bucket/path/stage.json                    the record, with `directory` and the generations of its `objects`
     gs://bucket/path/9f86d081884c7d65-0/…          model.safetensors, config.json, stage.json as the stage wrote it, …
 
-A writer uploads into a directory of its own, named by the hash of its record and the generation of the record that it
-replaces (0: none), and then writes its record over that generation. Google Cloud Storage lets one writer do that: the
-others take its result. So once a record names a directory `…-0`, no other `…-0` can ever be named: they are deleted.
-A directory that was named once is deleted by `minitron gc` alone, and no object but the record is ever replaced.
+A writer uploads into a directory of its own. The directory's name is the hash of the writer's record and the generation
+of the record that it replaces (0: none). The writer then writes its record over that generation. Google Cloud Storage
+lets one writer do that; the others use its result. So once a record names a directory `…-0`, no other `…-0` can ever be
+named, and these are deleted. Only `minitron gc` deletes a directory that a record has named. Only the record is ever
+replaced.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from minitron.storage.transfers import upload_files
 
 _DAY = 24 * 3600
 _RESULT_OBJECT = re.compile(r"(\w+/[0-9a-f]{16})/(?:([0-9a-f]{16}-[0-9]+)/)?(.+)")
-"""An object of a workspace: stage and key, the writer's directory, the name in it."""
+"""An object of a workspace: stage and key, the writer's directory, the name in that directory."""
 
 _DIRECTORY = re.compile(r"([0-9a-f]{16})-([0-9]+)/")
 """A writer's directory: the hash of its record, and the generation of the record that it replaces."""
@@ -46,13 +47,13 @@ def read_record_at(address: str) -> dict[str, Any] | None:
 def commit_result(directory: Path, address: str, replace: bool) -> dict[str, Any]:
     """Upload a result, then write its record; return the record that is in the bucket afterwards.
 
-    Objects that an interrupted attempt at the same result has uploaded are not uploaded again. If another process has
+    Objects that an interrupted attempt at the same result uploaded are not uploaded again. If another process has
     committed a result with the same key, that result is kept.
 
     Args:
         directory: a result with its record.
-        address: gs://bucket/path; it holds this result alone.
-        replace: replace a result with the same key, unless it is committed while this one is uploaded.
+        address: gs://bucket/path, which holds only this result.
+        replace: replace a result with the same key, unless that one is committed during this upload.
 
     Raises:
         RunError: this account may not write to the bucket, or the connection broke.
@@ -69,7 +70,7 @@ def commit_result(directory: Path, address: str, replace: bool) -> dict[str, Any
         target = f"{name}-{generation}"
         objects = _upload_directory(directory, f"{address}/{target}")
         bucket.write_json(address, RECORD, record | {"directory": target, "objects": objects}, generation)
-        replace = False  # the record is this one now, or that of a writer who was faster
+        replace = False  # the record is now ours, or that of a faster writer
 
 
 def _upload_directory(directory: Path, address: str) -> dict[str, int]:
@@ -80,10 +81,10 @@ def _upload_directory(directory: Path, address: str) -> dict[str, int]:
 
 
 def _delete_lost_directories(address: str, record: dict[str, Any]) -> None:
-    """Delete the directories that no record can name any more: the named one replaced the same generation."""
+    """Delete the directories that no record can name anymore: the named one replaced the same generation."""
     name, _, generation = record.get("directory", "").partition("-")
     objects = bucket.list_objects(address)
-    for path in sorted(objects, key=lambda path: not path.endswith(RECORD)):  # first what makes a directory complete
+    for path in sorted(objects, key=lambda path: not path.endswith(RECORD)):  # a directory without one is incomplete
         lost = _DIRECTORY.match(path)
         if lost and lost[1] != name and lost[2] == generation:
             bucket.delete_object(objects[path])
@@ -95,9 +96,9 @@ class Stored:
 
     Attributes:
         address: gs://bucket/path.
-        record: the record, as its stage wrote it; None: the upload has not ended.
+        record: the record, as its stage wrote it; None if the upload has not ended.
         named: whether the record of the key names it.
-        objects: all its objects, and the record that names it, in the order in which they are deleted.
+        objects: all its objects and the record that names it, in the order of deletion.
     """
 
     address: str
@@ -107,7 +108,7 @@ class Stored:
 
 
 def list_stored(workspace: str, objects: bucket.Objects) -> Iterator[Stored]:
-    """Yield the directories of all results of a workspace, whose objects were listed."""
+    """Yield the directories of all results of a workspace, given its listed objects."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for path, blob in objects.items():
         if match := _RESULT_OBJECT.fullmatch(path):
@@ -127,7 +128,7 @@ def list_stored(workspace: str, objects: bucket.Objects) -> Iterator[Stored]:
 
 
 def delete_stored(stored: Stored) -> bool:
-    """Delete a result, first what makes it complete; return False, and leave it, if it was used meanwhile."""
+    """Delete a result, its record first. If it was used meanwhile, leave it and return False."""
     first, *rest = stored.objects
     if not bucket.delete_object(first):
         return False
@@ -137,27 +138,27 @@ def delete_stored(stored: Stored) -> bool:
 
 
 def mark_used(address: str, record: dict[str, Any]) -> None:
-    """Write a record again if it is older than a day: `minitron gc` reads there when the result was used last."""
+    """Write a record again if it is older than a day: its time tells `minitron gc` when the result was last used."""
     blob = bucket.list_objects(f"{address}/{RECORD}").get(RECORD)
     if blob and time.time() - blob.updated.timestamp() > _DAY:
-        with suppress(RunError):  # this account may only read
+        with suppress(RunError):  # this account has only read access
             if (current := bucket.read_json(address, RECORD)) == (record, blob.generation):
                 bucket.write_json(address, RECORD, *current)
 
 
 def find_files(address: str) -> str:
-    """Return the address of a result's files, which its record names; of anything else, the address itself."""
+    """Return the address of a result's files, which its record names. Any other address is returned unchanged."""
     address = address.rstrip("/")
     record, _ = bucket.read_json(address, RECORD)
     return result_address(address, record) if is_record(record) else address
 
 
 def take_snapshot(address: str) -> str:
-    """Return the snapshot of a directory in a bucket; of a result, that of the directory which its record names.
+    """Return the snapshot of a directory in a bucket; for a result, that of the directory that its record names.
 
     Raises:
         ConfigError: there are no objects.
-        RunError: the upload of the result has not ended, or the bucket cannot be read.
+        RunError: the upload of the result is not complete, or the bucket cannot be read.
     """
     address = find_files(address)
     objects = bucket.require_objects(address)
@@ -169,7 +170,7 @@ def take_snapshot(address: str) -> str:
 
 def inspect_output(address: str) -> tuple[dict[str, Any] | None, bool]:
     """Return the record at an address, and whether a stage may write there: it is empty or holds a result."""
-    paths = bucket.list_objects(address)  # before the record: one that is written meanwhile is no foreign object
+    paths = bucket.list_objects(address)  # before the record: an object that is written meanwhile is not foreign
     record, _ = bucket.read_json(address, RECORD)
     if is_record(record):
         return record, True
@@ -177,7 +178,7 @@ def inspect_output(address: str) -> tuple[dict[str, Any] | None, bool]:
 
 
 def _read_intact_record(address: str) -> tuple[dict[str, Any] | None, int]:
-    """Return the record if its objects have the generations that it lists, else None; and the record's generation."""
+    """Return the record, None unless its objects have the generations that it lists; and the record's generation."""
     record, generation = bucket.read_json(address, RECORD)
     if not is_record(record):
         return None, generation
@@ -187,5 +188,5 @@ def _read_intact_record(address: str) -> tuple[dict[str, Any] | None, int]:
     generations = {path: blob.generation for path, blob in objects.items()}
     if record.get("objects", generations) == generations:
         return record, generation
-    print(f"warning: {address}: damaged or changed since it was written; it is made again", file=sys.stderr)
+    print(f"warning: {address}: damaged or changed since it was written; making it again", file=sys.stderr)
     return None, generation

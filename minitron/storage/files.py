@@ -1,6 +1,6 @@
-"""Write files atomically, link, copy and delete them.
+"""Write files atomically; link, copy and delete files.
 
-Errors of a disk that is full, broken or protected become one line.
+Errors of a disk that is full, broken or read-only become one line.
 """
 
 import errno
@@ -19,13 +19,13 @@ from minitron.errors import MinitronError, RunError
 from minitron.storage.layout import CHECKPOINTS, RECORD, RESULT, partial_path
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-"""Errors of a hard link across file systems, or on a file system that has none."""
+"""Errors of a hard link across file systems, or on a file system without hard links."""
 
 
 def delete_path(path: Path) -> None:
     """Delete a file, a link, or a directory with its content, if it is there.
 
-    A result's record goes first: a directory that has one is complete, also after a kill.
+    A result's record goes first: a directory with a record is complete, even after a kill.
     """
     if path.is_dir() and not path.is_symlink():
         (path / RECORD).unlink(missing_ok=True)
@@ -35,13 +35,13 @@ def delete_path(path: Path) -> None:
 
 
 def mark_used(path: Path) -> None:
-    """Set the time of a directory to now: `minitron gc` reads there when it was used last."""
-    with suppress(OSError):  # a volume that is mounted to be read
+    """Set the time of a directory to now: it tells `minitron gc` when the directory was last used."""
+    with suppress(OSError):  # a volume that is mounted read-only
         path.touch()
 
 
 def link_file(source: str | Path, target: str | Path) -> None:
-    """Hard-link a file. Of a link its target is linked: a relative link leads nowhere from another directory."""
+    """Hard-link a file; for a symbolic link, its target: a relative link breaks in another directory."""
     os.link(Path(source).resolve(strict=True), target)
 
 
@@ -54,10 +54,10 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that no reader sees half of the file.
+    """Write JSON so that no reader sees a partial file.
 
     Raises:
-        RunError: a number is infinite or not a number, for which JSON has no word.
+        RunError: a number is infinite or NaN, which JSON cannot represent.
     """
     text = format_json(content, path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
         with temporary.open("w") as stream:
             stream.write(text)
             stream.flush()
-            os.fsync(stream.fileno())  # else a node that loses power may have done the rename, and not the text
+            os.fsync(stream.fileno())  # else a node that loses power may have the rename, but not the text
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -78,7 +78,7 @@ def format_json(content: dict[str, Any], path: Path) -> str:
     """Return the JSON of what will be written to a path.
 
     Raises:
-        RunError: a number is infinite or not a number, for which JSON has no word.
+        RunError: a number is infinite or NaN, which JSON cannot represent.
     """
     try:
         return json.dumps(content, indent=2, default=_to_json_value, allow_nan=False)
@@ -94,10 +94,10 @@ def _to_json_value(value: Any) -> Any:
 
 @contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Turn the errors of a disk that is full, broken or protected, in any library, into one line.
+    """Turn the errors of a disk that is full, broken or read-only, in any library, into one line.
 
     Args:
-        output: the directory that is written; the line says if work for it is kept.
+        output: the directory that is written; the line says whether work for it is kept.
 
     Raises:
         RunError: a file could not be written or read.
@@ -113,16 +113,16 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 def _explain_disk_error(error: Exception, output: Path) -> str | None:
-    """Return what failed and the remedy; None if it is no error of a disk."""
+    """Return what failed and the remedy; None if it is not a disk error."""
     number = _find_errno(error)
     path = getattr(error, "filename2", None) or getattr(error, "filename", None) or output
     match number:
         case errno.ENOSPC | errno.EDQUOT:
-            return f"{output}: disk full ({_free_megabytes(output):.0f} MB free); free space and run it again"
+            return f"{output}: disk full ({_free_megabytes(output):.0f} MB free); free some space, then run it again"
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"{path}: {os.strerror(number)}; give this user the right, or another directory"
+            return f"{path}: {os.strerror(number)}; give this user permission, or give another directory"
         case errno.EIO | errno.ESTALE:
-            return f"{path}: {os.strerror(number)}; look after the disk or its server and run it again"
+            return f"{path}: {os.strerror(number)}; check the disk or its server, then run it again"
     return None
 
 
@@ -137,7 +137,7 @@ def _find_errno(error: Exception) -> int | None:
 def _name_kept_work(output: Path) -> str:
     partial = partial_path(output)
     kept = (partial / CHECKPOINTS).exists() or (partial / RESULT / RECORD).exists()
-    return f"; it goes on from {partial}" if kept else ""
+    return f"; it will resume from {partial}" if kept else ""
 
 
 def _free_megabytes(path: Path) -> float:

@@ -1,9 +1,9 @@
 """Hash the content of files and directories: equal hashes mean that a result can be reused.
 
-A large file is read once per change, not once per reader: while a stage runs, a note has its hash. The note is found by
-the file's size, time of change and inode, which a rename and a hard link keep, and is valid if samples of the content
-are what they were. So a copy is read again, and so is a file that was written or replaced. What is not found: damage
-between the samples that leaves size, time and inode, by a failing disk, say.
+A large file is read once per change, not once per reader: a note keeps its hash while a stage runs. The note's name is
+the file's size, modification time and inode, which a rename and a hard link keep. The note is valid if samples of the
+content are unchanged. So a copy is read again, and so is a file that was written or replaced. Damage between the
+samples that changes neither size, time nor inode (by a failing disk, say) is not detected.
 """
 
 import base64
@@ -24,17 +24,17 @@ from minitron.storage.files import write_atomically
 from minitron.storage.layout import RECORD, read_record
 
 NOTES = "hashes"
-"""Folder of the workspace, or of the cache, that has the notes. Any of them may be deleted: its file is read again."""
+"""Folder of the notes, in the workspace or the cache. You may delete any note: its file is read again."""
 
 _NOTED_SIZE = 64 * 1024
-"""Bytes from which on a file is noted; to read a smaller one is not slower than to read its note."""
+"""Smallest size in bytes of a file with a note; reading a smaller file is as fast as reading its note."""
 
 _SAMPLES, _SAMPLE_SIZE = 16, 256
-"""Samples of a file's content, evenly spread, and the bytes of each: those of two models of one shape differ."""
+"""Number of evenly spread samples of a file, and bytes of each. Two models of the same shape differ in them."""
 
 _CLOCK_TICK, _COARSE_CLOCK_TICK = 20_000_000, 2_000_000_000
-"""Nanoseconds between two times of change that surely differ: the clock by which Linux stamps files moves every 10 ms
-or faster; a file system that stores whole seconds, or every second one, is slower."""
+"""Nanoseconds after which a change certainly gets another modification time. Linux's clock for files ticks every 10 ms
+or faster; some file systems store only whole seconds, or even seconds."""
 
 _notes: ContextVar[Path | None] = ContextVar("notes", default=None)
 
@@ -52,10 +52,10 @@ def keep_notes(directory: Path) -> Iterator[None]:
 def content_hash(path: Path) -> str:
     """Return the sha256 of a file, or of a directory's names and contents without stage.json.
 
-    A link counts as what it leads to: a directory of links has the hash of the same files without links.
+    A link counts as its target: a directory of links has the hash of the same files without links.
 
     Raises:
-        ConfigError: a link leads to nothing.
+        ConfigError: a link is broken.
     """
     if path.is_file():
         return hash_file(path)
@@ -71,21 +71,21 @@ def list_files(directory: Path) -> list[Path]:
     """Return the files at any depth, sorted; those behind links count as if they were here.
 
     Raises:
-        ConfigError: a link leads to nothing.
+        ConfigError: a link is broken.
     """
     files = []
     for path in walk_files(directory):
         if path.is_file():
             files.append(path)
         elif path.is_symlink() and not path.exists():
-            raise ConfigError(f"{path}: a link to {path.readlink()}, and nothing is there; get the file, or remove it")
+            raise ConfigError(f"{path}: broken link to {path.readlink()}; restore its target, or remove the link")
     return sorted(files)
 
 
 def walk_files(directory: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield all that lies below a directory and is no directory; linked directories are followed.
+    """Yield everything below a directory except directories; links to directories are followed.
 
-    A link back to a directory above it is yielded itself: to follow it would never end.
+    A link back to a directory above it is yielded itself: following it would never end.
 
     Args:
         directory: a directory, or a link to one.
@@ -115,7 +115,7 @@ def verified_hash(path: Path) -> str:
         record = read_record(path)
         try:
             actual = content_hash(path)
-        except FileNotFoundError:  # another process replaces the result in this moment
+        except FileNotFoundError:  # another process is replacing the result
             time.sleep(0.1)
             continue
         if record is None or record["output_sha256"] == actual:
@@ -125,11 +125,11 @@ def verified_hash(path: Path) -> str:
                 f"{path}: content hash {actual[:12]} is not the {record['output_sha256'][:12]} its {RECORD} records: "
                 "a file is damaged or was changed; delete the directory and run the stage that writes it again"
             )
-    raise RunError(f"{path}: files vanish while it is read; wait for the process that changes it, and run it again")
+    raise RunError(f"{path}: files vanish during reading; wait for the process that changes them, then run it again")
 
 
 def file_crc32c(path: Path) -> str:
-    """Return the CRC32C of a file as Google Cloud Storage writes it: for damage, six times as fast as a sha256."""
+    """Return the CRC32C of a file as Google Cloud Storage writes it. It finds damage six times as fast as a sha256."""
     checksum = google_crc32c.Checksum()
     with path.open("rb") as stream:
         for _ in checksum.consume(stream, 1 << 20):
@@ -138,7 +138,7 @@ def file_crc32c(path: Path) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file; its note is asked first, if there are notes."""
+    """Return the sha256 of a file, from its note if there is a valid one."""
     directory, state = _notes.get(), _read_state(path)
     if directory is None or state[0] < _NOTED_SIZE:
         return _read_hash(path)
@@ -148,13 +148,13 @@ def hash_file(path: Path) -> str:
     is_settled = _wait_for_clock(state[1])
     sha256 = _read_hash(path)
     if is_settled and state == _read_state(path):
-        with suppress(OSError):  # a workspace that may not be written: the next reader reads the file, too
+        with suppress(OSError):  # a read-only workspace: the next reader reads the file again
             write_atomically(note, {"sha256": sha256, "samples": samples, "file": str(path)})
     return sha256
 
 
 def _read_state(path: Path) -> tuple[int, int, int]:
-    """Return a file's size, its time of change in nanoseconds, and its inode."""
+    """Return a file's size, its modification time in nanoseconds, and its inode."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -182,9 +182,9 @@ def _read_note(note: Path) -> dict[str, Any]:
 
 
 def _wait_for_clock(changed: int) -> bool:
-    """Wait until a later change of a file would have another time; return False if that takes longer than a tick.
+    """Wait until a later change would give the file another time; return False if that takes longer than a tick.
 
-    Else a change right after the file was read would not be seen.
+    Otherwise a change right after the file was read would go unnoticed.
     """
     tick = _CLOCK_TICK if changed % 1_000_000_000 else _COARSE_CLOCK_TICK
     wait = changed + tick - time.time_ns()

@@ -11,7 +11,7 @@ from minitron.errors import ConfigError, RunError
 from minitron.storage.layout import MODEL_FILES, OTHER_MODEL_FILES
 
 _HURRY = 5
-"""Seconds to wait for an answer that is only wanted if it comes soon."""
+"""Seconds to wait for an answer that is worth having only if it comes soon."""
 
 _HUB_DATASET = re.compile(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/@]+))?(?:/([^/@]+))?")
 """hf://org/name[@revision][/config]"""
@@ -104,7 +104,7 @@ def fetch_hub_file(address: str, name: str) -> Path:
 
 
 def read_hub_json(address: str, name: str) -> Any:
-    """Return the content of a small JSON file of an hf:// model, asking once: someone waits at a terminal.
+    """Return the content of a small JSON file of an hf:// model. The hub is asked once: a user waits at a terminal.
 
     Raises:
         RunError: the hub does not answer at once, or has no such file.
@@ -142,8 +142,8 @@ def _download_from_hub(repository: str) -> Path:
         raise _hub_error(f"hf://{repository}", error) from error
     if not any(path.glob("*.safetensors")):
         raise ConfigError(
-            f"hf://{repository}: there is no .safetensors file in it, and nothing else is fetched; load the model with "
-            "transformers' from_pretrained, save it with save_pretrained, and give that directory"
+            f"hf://{repository}: no .safetensors file, and weights in other formats are not fetched; load the model "
+            "with transformers' from_pretrained, save it with save_pretrained, and give that directory"
         )
     return path
 

@@ -1,4 +1,4 @@
-"""The names of the files that stages leave for each other, of those that make a model, and the record of a result."""
+"""The names of the files that stages leave for each other and of a model's files, and the record of a result."""
 
 import json
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 RECORD = "stage.json"
-"""A stage's record. It makes the directory complete: it is written last and is not part of the content hash."""
+"""A stage's record. A directory with a record is complete: the record is written last. The hash leaves it out."""
 
 REFERENCE = "reference.json"
 """The address, hash and key of a result that lies elsewhere."""
@@ -22,10 +22,10 @@ EVALUATION = "evaluation.json"
 """From evaluate: the measurements of all models, and the judged gates."""
 
 ITEMS = "items.json"
-"""From evaluate: every model's answers to the questions, losses of the sequences and speeds of the rounds, packed."""
+"""From evaluate: every model's answer to each question, loss of each sequence and speed in each round, compressed."""
 
 MEASUREMENTS = "measurements"
-"""Directory of the workspace: what evaluate measured, by all that decides it. Gates do not."""
+"""Directory of the workspace: evaluate's measurements, by a hash of all that affects them (gates do not)."""
 
 REPORT = "report.html"
 """From evaluate: the report. `minitron run` copies it into the run's directory."""
@@ -34,7 +34,7 @@ EVENTS = "tensorboard"
 """From evaluate: the folder of the training curves."""
 
 LINEAGE = "lineage.json"
-"""From evaluate and register: the records of the stages before it, and the licenses."""
+"""From evaluate and register: the records of the earlier stages, and the licenses."""
 
 REGISTERED = "registered.json"
 """From register: the model version's name, number, alias, URI and run."""
@@ -43,7 +43,7 @@ PLAN, PLAN_PAGE = "plan.json", "plan.html"
 """From plan: each stage's settings, and the page that shows them."""
 
 RESOLUTION = "decision.json"
-"""From resolve: whether to train, and why. The file's name is older than the word."""
+"""From resolve: whether to train, and why. The file's name is older than the name here."""
 
 PROMOTED = "promoted.json"
 """From promote: the outcome, and the reason for it."""
@@ -58,7 +58,7 @@ SUMMARY = "summary.json"
 """From `minitron run`: the numbers of the whole run."""
 
 CHECKPOINTS, RESULT = "checkpoints", "result"
-"""Work in progress, in `OUTPUT.partial`: what a killed stage resumes from, and the result that grows."""
+"""Work in progress, in `OUTPUT.partial`: the checkpoints of a killed stage, and the growing result."""
 
 
 def partial_path(output: Path) -> Path:
@@ -70,22 +70,22 @@ MODEL_FILES = (
     "*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*.pdf",
     "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
-"""What makes a Hugging Face model: weights, configs, tokenizer, card, license. It is what is fetched, and what a stage
-passes on: no pickle, which runs code when it is loaded, and no weights in another format."""
+"""The files of a Hugging Face model: weights, configs, tokenizer, card, license. Only these are fetched and passed on
+by a stage: no pickle, which runs code when it is loaded, and no weights in another format."""
 
 OTHER_MODEL_FILES = ("original/*", "consolidated*")
-"""The same model as its author's own tools read it (Llama's, Mistral's): the weights a second time."""
+"""The same weights a second time, in the format of the author's own tools (Llama, Mistral)."""
 
 
 def is_model_file(name: str) -> bool:
-    """Say whether a file of a model directory, by its path in it, belongs to the Hugging Face model."""
+    """Say whether a file, by its path in a model directory, belongs to the Hugging Face model."""
     return any(fnmatch(name, pattern) for pattern in MODEL_FILES) and not any(
         fnmatch(name, pattern) for pattern in OTHER_MODEL_FILES
     )
 
 
 def select_model_files(names: Iterable[str]) -> set[str]:
-    """Return the names of the files to fetch: those of a Hugging Face model; all of a NeMo checkpoint or a result."""
+    """Return the names of the files to fetch: a Hugging Face model's files; of a NeMo checkpoint or a result, all."""
     found = set(names)
     is_model = "config.json" in found and RECORD not in found
     return {name for name in found if is_model_file(name)} if is_model else found
@@ -117,7 +117,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def result_address(location: str, record: dict[str, Any]) -> str:
     """Return the address of a result's files: in a bucket, the directory that the record beside it names.
 
-    Version 0.1.0 wrote the files beside the record in buckets, too.
+    Version 0.1.0 wrote the files beside the record, even in buckets.
     """
     return f"{location}/{record['directory']}" if "directory" in record else location
 

@@ -1,6 +1,6 @@
-"""NVIDIA's catalogue: download the files of a model version, resume after an interruption, check their SHA-256.
+"""NVIDIA's catalog (NGC): download a model version's files, resume after an interruption, check their SHA-256.
 
-An address is `ngc://org/team/model:version` or, without a team, `ngc://org/model:version`. The key is NGC_API_KEY; a
+An address is `ngc://org/team/model:version` or, without a team, `ngc://org/model:version`. NGC_API_KEY holds the key; a
 public model needs none. NGC_API_URL names another server.
 """
 
@@ -31,13 +31,13 @@ class _File(NamedTuple):
 
 
 def check_address(address: str) -> str:
-    """Return an address unchanged: a version of the catalogue never changes.
+    """Return an address unchanged: a version in the catalog never changes.
 
     Raises:
         ConfigError: the address does not have the form above.
     """
     if not _ADDRESS.fullmatch(address):
-        raise ConfigError(f"{address}: not a model of NVIDIA's catalogue; give ngc://org/team/model:version")
+        raise ConfigError(f"{address}: not a model in NVIDIA's catalog; give ngc://org/team/model:version")
     return address
 
 
@@ -45,8 +45,8 @@ def download_model(address: str, target: Path) -> None:
     """Download the files of a model version into a directory; resume the files of an earlier attempt.
 
     Raises:
-        ConfigError: the catalogue refuses the key, or has no such version.
-        RunError: the catalogue cannot be reached, or a file does not match its checksum.
+        ConfigError: the catalog refuses the key, or has no such version.
+        RunError: the catalog cannot be reached, or a file does not match its checksum.
     """
     session = _open_session()
     try:
@@ -70,7 +70,7 @@ def _open_session() -> requests.Session:
 
 
 def _list_files(session: requests.Session, address: str) -> Iterator[_File]:
-    """Yield the files that the catalogue lists, page by page; their URLs are signed and need no key."""
+    """Yield the files that the catalog lists, page by page; their URLs are signed and need no key."""
     match = _ADDRESS.fullmatch(check_address(address))
     assert match
     org, team, model, version = match.groups()
@@ -95,18 +95,18 @@ def _list_files(session: requests.Session, address: str) -> Iterator[_File]:
 
 def _check_status(address: str, answer: requests.Response, key: str | None) -> None:
     if answer.status_code in (401, 403):
-        state = "the key in NGC_API_KEY is refused" if key else "NGC_API_KEY is not set"
-        raise ConfigError(f"{address}: {state} (status {answer.status_code}); mount a key that may read the model")
+        state = "the catalog refuses the key in NGC_API_KEY" if key else "NGC_API_KEY is not set"
+        raise ConfigError(f"{address}: {state} (status {answer.status_code}); give a key that may read the model")
     if answer.status_code == 404:
-        raise ConfigError(f"{address}: the catalogue has no such version; check org, team, model and version")
+        raise ConfigError(f"{address}: the catalog has no such version; check org, team, model and version")
     if not answer.ok:
-        raise RunError(f"{address}: the catalogue answers {answer.status_code}; run it again later")
+        raise RunError(f"{address}: the catalog answered with status {answer.status_code}; run it again later")
 
 
 def _download_file(session: requests.Session, file: _File, target: Path) -> None:
     path = target / file.path
     if not path.resolve().is_relative_to(target.resolve()):
-        raise RunError(f"{file.path}: the catalogue names a file outside the model; do not use it")
+        raise RunError(f"{file.path}: the catalog names a file outside the model; do not use it")
     if path.is_file():
         return
     partial = path.with_name(f"{path.name}.part")
@@ -135,4 +135,4 @@ def _verify_checksum(file: _File, partial: Path) -> None:
     actual = base64.b64encode(bytes.fromhex(hash_file(partial))).decode()
     if file.sha256 and actual != file.sha256:
         partial.unlink()
-        raise RunError(f"{file.path}: SHA-256 {actual} is not the catalogue's {file.sha256}: damaged; run it again")
+        raise RunError(f"{file.path}: damaged: SHA-256 {actual} is not the catalog's {file.sha256}; run it again")

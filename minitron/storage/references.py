@@ -1,8 +1,8 @@
 """Pass results on by reference: a large result moves once, not through every task.
 
 A directory with `reference.json` ({"address", "sha256", "key"}) and a copy of the result's `stage.json` stands for the
-result. The result lies in a volume that all tasks mount, or in a bucket. A machine fetches it from the bucket once,
-into its cache, MINITRON_CACHE.
+result. The result itself is in a volume that all tasks mount, or in a bucket. A machine fetches it from the bucket
+once, into its cache (MINITRON_CACHE).
 """
 
 import json
@@ -37,7 +37,7 @@ def make_reference(location: Path | str, record: dict[str, Any]) -> Reference:
 
 def write_reference(directory: Path, reference: Reference, record: dict[str, Any]) -> None:
     """Make a directory a reference to a result."""
-    record = {name: value for name, value in record.items() if name != "directory"}  # it is beside the result alone
+    record = {name: value for name, value in record.items() if name != "directory"}  # it belongs only beside the result
     if read_reference(directory) == reference and read_record(directory) == record:
         return delete_leftovers(directory)
     with replace_directory(directory) as staging:
@@ -61,7 +61,7 @@ def read_reference(directory: Path) -> Reference | None:
 
 
 def follow_reference(directory: Path) -> Path:
-    """Return the local directory of the result that a directory refers to; the directory itself if it is no reference.
+    """Return the local directory of the result that a directory refers to, or the directory if it is not a reference.
 
     Raises:
         RunError: the result is missing, or has changed.
@@ -86,13 +86,13 @@ def locate_result(reference: Reference, named_by: Path | str) -> Path:
     record = read_record(directory)
     if record is None:
         raise RunError(
-            f"{named_by}: refers to {directory}, where there is no result: mount the volume it was written to, or run "
-            "the stage that writes it again"
+            f"{named_by}: refers to {directory}, which holds no result; mount the volume that it was written to, or "
+            "run the stage that writes it again"
         )
     if (record["key"], record["output_sha256"]) != (reference.key, reference.sha256):
         raise RunError(
             f"{named_by}: refers to content {reference.sha256[:12]}, but {directory} now holds "
-            f"{record['output_sha256'][:12]}: run the stage that writes it again"
+            f"{record['output_sha256'][:12]}; run the stage that writes it again"
         )
     return directory
 
@@ -116,7 +116,7 @@ def _fetch_result(reference: Reference, target: Path) -> None:
         if (actual := content_hash(directory)) != reference.sha256 or read_record(directory) is None:
             shutil.rmtree(directory)
             raise RunError(
-                f"{reference.address}: holds content {actual[:12]}, not the {reference.sha256[:12]} referred to: "
+                f"{reference.address}: holds content {actual[:12]}, but the reference is to {reference.sha256[:12]}; "
                 "run the stage that writes it again"
             )
 

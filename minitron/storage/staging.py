@@ -1,12 +1,12 @@
-"""Publish directories: the content grows in a partial directory, under a lock, and appears in one rename.
+"""Publish directories: the content grows in a partial directory, under a lock, and one rename publishes it.
 
-    OUTPUT.partial/key            the lock of whoever works or publishes there; its content is the key of the work
-    OUTPUT.partial/checkpoints/   from which a killed stage resumes
-    OUTPUT.partial/result/        the content in the making; with its record, `stage.json`, it is finished
+    OUTPUT.partial/key            the lock of the process that works there; the file's content is the key of the work
+    OUTPUT.partial/checkpoints/   a killed stage resumes from here
+    OUTPUT.partial/result/        the growing content; it is finished when it has its record, `stage.json`
     OUTPUT.partial/replaced/      the earlier OUTPUT, between the two renames that replace it
 
-Nothing that is complete is deleted before what replaces it is in its place: a kill or a failed write at any moment
-leaves the finished result and the earlier OUTPUT where the next process, which takes the lock first, finds them.
+Complete content is deleted only after its replacement is in place. So after a kill or a failed write at any moment, the
+next process to take the lock still finds the finished result and the earlier OUTPUT.
 """
 
 import errno
@@ -27,38 +27,38 @@ from minitron.storage.hashing import content_hash, list_files
 from minitron.storage.layout import CHECKPOINTS, RECORD, REFERENCE, RESULT, partial_path, read_record
 
 KEY = "key"
-"""File in the partial directory that names the key of the work; the working process holds its lock."""
+"""File in the partial directory with the key of the work; the working process holds its lock."""
 
 REPLACED = "replaced"
 """Directory in the partial directory: the earlier content, until the new one is in its place."""
 
 _NO_RENAMES = (
-    "a flat bucket under Cloud Storage FUSE renames no directories: use one with a hierarchical namespace, or give "
-    "gs://BUCKET/PATH as workspace"
+    "a flat bucket under Cloud Storage FUSE cannot rename directories: use a bucket with a hierarchical namespace, or "
+    "give gs://BUCKET/PATH as workspace"
 )
-_MOUNTED = "give a directory inside of it: a mount point or a directory of the image cannot be renamed"
+_MOUNTED = "a mount point or a directory of the image cannot be renamed: give a directory inside it"
 _RENAME_REMEDIES = {
-    errno.EMFILE: _NO_RENAMES,  # of more files than its rename-dir-limit, 0
+    errno.EMFILE: _NO_RENAMES,  # more files than its rename-dir-limit, which is 0
     errno.ENOTSUP: _NO_RENAMES,
     errno.ENOSYS: _NO_RENAMES,
     errno.EBUSY: _MOUNTED,
-    errno.EXDEV: _MOUNTED,  # overlayfs, of a directory in a lower layer
+    errno.EXDEV: _MOUNTED,  # overlayfs, for a directory in a lower layer
 }
 
 
 class InUse(RunError):
-    """Another process is at work in a partial directory."""
+    """Another process is working in a partial directory."""
 
 
 def checkpoints_path(directory: Path) -> Path:
-    """Return where a stage keeps what it resumes from: beside the directory in which its result grows."""
+    """Return the directory of a stage's checkpoints, beside the directory in which its result grows."""
     return directory.parent / CHECKPOINTS
 
 
 def last_good_path(directory: Path) -> Path:
-    """Return the directory for the last good state of a failed work in progress, beside the result.
+    """Return the directory for the last good state of failed work, beside the result.
 
-    It is a model, but never a result: it has no record. No later attempt deletes it, whatever its settings.
+    It is a model, but never a result, because it has no record. No later attempt deletes it, whatever its settings.
     """
     partial = directory.parent
     return partial.with_name(f"{partial.name.removesuffix('.partial')}.last-good")
@@ -66,10 +66,10 @@ def last_good_path(directory: Path) -> Path:
 
 @contextmanager
 def lock_output(output: Path, wait: bool = False) -> Iterator[Path]:
-    """Hold the lock of a directory; yield its partial directory. What a killed process left is completed first.
+    """Hold the lock of a directory; yield its partial directory. Work that a killed process left is completed first.
 
     Raises:
-        InUse: another process holds the lock, and this one is not to wait.
+        InUse: another process holds the lock, and `wait` is not set.
     """
     partial = partial_path(output)
     with _open_locked(partial, wait):
@@ -77,28 +77,28 @@ def lock_output(output: Path, wait: bool = False) -> Iterator[Path]:
         try:
             yield partial
         finally:
-            with suppress(OSError):  # another attempt can use what is left, or deletes it
+            with suppress(OSError):  # the next attempt uses or deletes the rest
                 if {path.name for path in partial.iterdir()} == {KEY}:
                     (partial / KEY).unlink()
                     partial.rmdir()
 
 
 def delete_leftovers(output: Path) -> None:
-    """Delete what a killed process left beside a complete directory, unless another one is at work there."""
+    """Delete what a killed process left beside a complete directory, unless another process is working there."""
     if partial_path(output).exists():
         with suppress(OSError, RunError), lock_output(output):
             pass
 
 
 def _open_locked(partial: Path, wait: bool) -> TextIO:
-    """Return the opened file whose lock this process holds until it is closed."""
+    """Return an open file; this process holds its lock until it closes the file."""
     for attempt in count():
         try:
             partial.mkdir(parents=True, exist_ok=True)
             stream = (partial / KEY).open("a+")
         except (FileNotFoundError, FileExistsError):
             if attempt < 100:
-                continue  # its owner has deleted the directory in this moment
+                continue  # its owner has just deleted the directory
             raise
         try:
             _lock_file(stream, partial, wait)
@@ -112,7 +112,7 @@ def _open_locked(partial: Path, wait: bool) -> TextIO:
 
 
 def _lock_file(stream: TextIO, partial: Path, wait: bool) -> None:
-    """Lock a file, if the file system has locks. `fcntl.lockf` would lose it when any reader closes the file."""
+    """Lock a file, if the file system has locks. `fcntl.lockf` would lose the lock when any reader closes the file."""
     for is_last in (False, True):
         try:
             return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,15 +120,15 @@ def _lock_file(stream: TextIO, partial: Path, wait: bool) -> None:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 return
             if is_last and not wait:
-                message = f"{partial}: another process is at work there; wait for it, or give another output"
+                message = f"{partial}: another process is working there; wait for it, or give another output"
                 raise InUse(message) from error
             time.sleep(0.02)  # `is_locked` holds it for a moment
-    print(f"{partial}: another process is at work there; waiting for it", flush=True)
+    print(f"{partial}: another process is working there; waiting for it", flush=True)
     fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def is_locked(output: Path) -> bool:
-    """Say whether a process is at work on a directory."""
+    """Say whether a process is working on a directory."""
     with suppress(FileNotFoundError), (partial_path(output) / KEY).open() as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -145,13 +145,13 @@ def _is_same_file(stream: TextIO, path: Path) -> bool:
 
 
 def _complete_leftovers(partial: Path, output: Path) -> None:
-    """Do what a killed process did not come to: publish its finished result, or put the earlier one back."""
+    """Complete what a killed process left: publish its finished result, or put the earlier one back."""
     if read_intact(partial / RESULT):
         publish_directory(partial / RESULT, output)
     elif (partial / REPLACED).exists() and not output.exists():
         (partial / REPLACED).rename(output)
     delete_path(partial / REPLACED)
-    if not (partial / KEY).read_text():  # the work was published, or can be done again at once
+    if not (partial / KEY).read_text():  # the work was published, or takes no time to redo
         for name in (CHECKPOINTS, RESULT):
             delete_path(partial / name)
 
@@ -160,7 +160,7 @@ def publish_directory(directory: Path, output: Path) -> None:
     """Rename a finished directory to `output`, whose lock the caller holds; then delete what it replaces.
 
     Raises:
-        RunError: the file system does not rename directories. Nothing has changed.
+        RunError: the file system cannot rename directories. Nothing has changed.
     """
     partial = partial_path(output)
     try:
@@ -171,7 +171,7 @@ def publish_directory(directory: Path, output: Path) -> None:
         if (partial / REPLACED).exists() and not output.exists():
             (partial / REPLACED).rename(output)
         raise
-    with suppress(OSError):  # the content is published: what is left takes space, and the next process deletes it
+    with suppress(OSError):  # the content is published; the next process deletes the rest
         (partial / KEY).write_text("")
     for name in (REPLACED, CHECKPOINTS):
         with suppress(OSError):
@@ -189,22 +189,22 @@ def _rename_directory(directory: Path, target: Path) -> None:
 
 
 def claim_partial(partial: Path, key: str) -> None:
-    """Write the key of the work; delete the checkpoints of any other. The caller holds the lock."""
+    """Write the key of the work; delete checkpoints of another key. The caller holds the lock."""
     if (partial / KEY).read_text() != key:
-        (partial / KEY).write_text("")  # a kill in mid-deletion leaves checkpoints of no key
+        (partial / KEY).write_text("")  # after a kill during the deletion, the checkpoints belong to no key
         delete_path(partial / CHECKPOINTS)
         (partial / KEY).write_text(key)
 
 
 @contextmanager
 def new_result(partial: Path, key: str = "") -> Iterator[Path]:
-    """Yield the empty directory in which a result grows. The caller holds the lock.
+    """Yield an empty directory in which a result grows. The caller holds the lock.
 
-    Beside it are the checkpoints of an earlier attempt at this key, of no other. If the work fails, there stay these,
-    unless it is a ConfigError, and a finished result that could not be published.
+    Beside it are the checkpoints of earlier attempts at this key only. If the work fails, they are kept, unless it
+    fails with a ConfigError. A finished result that could not be published is kept, too.
 
     Raises:
-        RunError: the file system does not rename directories: the result could not be published.
+        RunError: the file system cannot rename directories: the result could not be published.
     """
     claim_partial(partial, key)
     directory, probe = partial / RESULT, partial / "probe"
@@ -235,13 +235,13 @@ def replace_directory(output: Path) -> Iterator[Path]:
 def download_then_publish(
     output: Path, identity: str, fetch: Callable[[Path], None], is_complete: Callable[[], bool]
 ) -> None:
-    """Fill a directory and publish it in one rename, unless it is complete. A download by another process is awaited.
+    """Fill a directory and publish it in one rename, unless it is complete. Wait if another process is downloading it.
 
     Args:
         output: the directory.
-        identity: the content; a download of the same content that was killed is resumed.
-        fetch: fills the directory that it gets; files may be there from a killed attempt.
-        is_complete: says whether the directory holds the content already.
+        identity: identifies the content; a killed download of the same content is resumed.
+        fetch: fills the given directory, which may have files of a killed attempt.
+        is_complete: says whether the directory already has the content.
     """
     if is_complete():
         return delete_leftovers(output)
@@ -249,7 +249,7 @@ def download_then_publish(
         if is_complete():
             return
         claim_partial(partial, identity)
-        downloads = partial / CHECKPOINTS  # it outlives a kill
+        downloads = partial / CHECKPOINTS  # kept after a kill
         downloads.mkdir(exist_ok=True)
         fetch(downloads)
         sync_files(downloads)
@@ -257,9 +257,9 @@ def download_then_publish(
 
 
 def sync_files(directory: Path) -> None:
-    """Write the content of all files to the disk, where a node that loses power leaves it.
+    """Write the content of all files to the disk, so that it survives a power loss.
 
-    A result is synced before its record says that it is complete, and before the checkpoints are deleted.
+    A result is synced before its record declares it complete, and before the checkpoints are deleted.
     """
     for path in list_files(directory):
         with path.open("rb") as stream:
@@ -267,21 +267,21 @@ def sync_files(directory: Path) -> None:
 
 
 def read_intact(directory: Path, key: str | None = None, warn: bool = False) -> dict[str, Any] | None:
-    """Return the record of the result in a directory if its content is what the record says, else None.
+    """Return the record of the result in a directory if the content matches the record, else None.
 
     Args:
-        directory: where a result may be.
+        directory: a directory that may have a result.
         key: the key that the result must have; None: any.
-        warn: say so if there is such a result but its content is another.
+        warn: print a warning if there is such a result with other content.
     """
     record = read_record(directory)
     if record is None or key not in (None, record["key"]) or (directory / REFERENCE).exists():
         return None
-    with suppress(FileNotFoundError):  # it is replaced in this moment
+    with suppress(FileNotFoundError):  # another process is replacing it
         if content_hash(directory) == record["output_sha256"]:
             return record
         if warn and record == read_record(directory):
-            print(f"warning: {directory}: damaged or changed since it was written; it is made again", file=sys.stderr)
+            print(f"warning: {directory}: damaged or changed since it was written; making it again", file=sys.stderr)
     return None
 
 
@@ -297,7 +297,7 @@ def publish_links(result: Path, output: Path, key: str) -> bool:
 
 
 def publish_copy(result: Path, output: Path, key: str) -> None:
-    """Make `output` equal to `result`: by hard links if the file system allows, else by copies."""
+    """Make `output` equal to `result`: by hard links if the file system allows them, else by copies."""
     _publish_equal(result, output, key, link_or_copy)
 
 

@@ -1,7 +1,7 @@
-"""Move files from and to a bucket: many at a time, large ones in chunks, each checked by CRC32C.
+"""Move files to and from a bucket: many at a time, large ones in chunks, each checked by CRC32C.
 
-A download has the generations of its snapshot. A file is `NAME.part` until its size and CRC32C are right, and files
-that are complete stay when another one fails. An upload replaces no object: it creates what is not there.
+A download fetches the generations of its snapshot. A file is called `NAME.part` until its size and CRC32C are verified.
+If one file fails, the complete ones are kept. An upload never replaces an object; it only creates missing ones.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,21 +29,21 @@ RETRY = DEFAULT_RETRY
 
 WORKERS = 8
 _BATCH_FILES, _BATCH_BYTES = 64, 256 << 20
-"""Small objects are fetched in batches of at most this size: a kill loses at most one batch."""
+"""Small objects are fetched in batches of at most this size, so that a kill loses at most one batch."""
 
 _ATTEMPTS = 3
-"""An object that comes with another size or CRC32C than the bucket lists is fetched this often."""
+"""How often an object is fetched if its size or CRC32C is not what the bucket lists."""
 
 _Transfers = list[tuple[Any, Path]]
 
 
 def download_objects(identity: str, target: Path, select: Callable[[Iterable[str]], set[str]] = set) -> None:
-    """Download the objects of a snapshot into a directory; files that are there are kept.
+    """Download the objects of a snapshot into a directory; existing files are kept.
 
     Args:
         identity: the snapshot.
         target: the directory.
-        select: returns those of the names that are wanted.
+        select: returns the names to download, out of all names.
 
     Raises:
         RunError: an object changed since the snapshot, does not match its CRC32C, or the bucket cannot be read.
@@ -63,7 +63,7 @@ def download_objects(identity: str, target: Path, select: Callable[[Iterable[str
 
 
 def upload_files(files: dict[str, Path], address: str) -> dict[str, int]:
-    """Create the objects of files below an address, unless equal ones are there.
+    """Create the objects of files below an address, except those that exist already and are equal.
 
     Args:
         files: the files by their paths below the address.
@@ -73,7 +73,7 @@ def upload_files(files: dict[str, Path], address: str) -> dict[str, int]:
         The generation of every file's object.
 
     Raises:
-        RunError: an object with other content is there, this account may not write to the bucket, or the connection
+        RunError: an object exists with other content, this account may not write to the bucket, or the connection
             broke.
     """
     objects = list_objects(address)
@@ -108,7 +108,7 @@ def _is_same(path: Path, blob: Any) -> bool:
 
 
 def _is_there(path: Path, blob: Any) -> bool:
-    """Say whether an object was fetched: a file gets its name only after size and CRC32C were checked."""
+    """Say whether an object was fetched: a file gets its name only after its size and CRC32C were checked."""
     return path.is_file() and path.stat().st_size == blob.size
 
 
@@ -143,7 +143,7 @@ def _fetch_batch(address: str, batch: _Transfers) -> None:
         if not batch:
             return
     names = ", ".join(path.name for _, path in batch)
-    raise RunError(f"{address}: {names} did not come as size and CRC32C say, {_ATTEMPTS} times; run it again")
+    raise RunError(f"{address}: {names}: wrong size or CRC32C in {_ATTEMPTS} downloads; run it again")
 
 
 def _fetch_small(batch: _Transfers) -> list[Exception | None]:
@@ -183,9 +183,9 @@ def _finish_download(blob: Any, path: Path) -> bool:
 
 
 def _send_batch(batch: _Transfers) -> None:
-    """Create the objects of a batch; one that is there already is right if it is equal.
+    """Create the objects of a batch. An object that exists already is accepted if it is equal.
 
-    It is there if the answer to its upload was lost, or if another process uploads the same result.
+    It exists if the answer to its upload was lost, or if another process uploads the same result.
     """
     failures = transfer_manager.upload_many(
         [(str(path), blob) for blob, path in batch],
@@ -203,7 +203,7 @@ def _send_batch(batch: _Transfers) -> None:
 
 def _check_same(path: Path, blob: Any) -> None:
     if not _is_same(path, blob):
-        raise RunError(f"gs://{blob.bucket.name}/{blob.name}: other content is there; delete it and run it again")
+        raise RunError(f"gs://{blob.bucket.name}/{blob.name}: exists with other content; delete it and run it again")
 
 
 def _part_path(path: Path) -> Path:
@@ -216,4 +216,4 @@ def _progress_bar(address: str, size: int) -> Any:
 
 
 def _changed_error(address: str) -> RunError:
-    return RunError(f"{address}: an object there changed while it was fetched; run it again")
+    return RunError(f"{address}: an object changed during the download; run it again")

@@ -31,7 +31,7 @@ _POINTS = 1000
 
 
 class Outbox:
-    """The messages of one process to a server; neighbouring `points` of the same `run` share a request."""
+    """The messages of one process to a server; neighboring `points` of the same `run` share a request."""
 
     def __init__(
         self, path: Path, send: Send, complain: Callable[[Exception], None], make_sign: Callable[[], Message]
@@ -186,7 +186,7 @@ def _read_messages(stream: TextIO) -> Iterator[Message]:
 
 
 def _merge_points(messages: list[Message]) -> Iterator[Message]:
-    """Merge neighbouring points of the same run into as few messages as the limit allows."""
+    """Merge neighboring points of the same run into as few messages as the limit allows."""
     for (run, has_points), group in groupby(messages, lambda message: (message["run"], "points" in message)):
         if not has_points:
             yield from group

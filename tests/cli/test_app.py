@@ -207,7 +207,7 @@ def test_the_summary_is_read_from_the_stages_directories(tmp_path: Path) -> None
         '{"name": "n", "version": 3, "alias": "challenger", "model_uri": "models:/n/3", "run_id": "r"}'
     )
     model = {"parameters": 10, "validation_loss": 2.0, "perplexity": 7.4, "tasks": {"t": {"acc": 0.5}}, "kl": 0.1}
-    found = summary.summarise_compression(outputs, dict.fromkeys(metrics.MODELS, model))
+    found = summary.summarize_compression(outputs, dict.fromkeys(metrics.MODELS, model))
     del model["kl"]
     assert found == {
         "stages": {

@@ -107,38 +107,38 @@ def _make_socket(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, str | bytes | Callable[[Path], None], str]] = {
-    "unknown kind": ("b.csv", "a,b", "1 of 2 files are of no supported kind (b.csv); give .txt, .jsonl, .ndjson or"),
-    "no suffix": ("notes", "a", "1 of 2 files are of no supported kind (notes); give"),
-    "other compression": ("b.jsonl.lz4", "a", "no supported kind (b.jsonl.lz4)"),
+    "unknown kind": ("b.csv", "a,b", "1 of 2 files have an unsupported format (b.csv); give .txt, .jsonl, .ndjson or"),
+    "no suffix": ("notes", "a", "1 of 2 files have an unsupported format (notes); give"),
+    "other compression": ("b.jsonl.lz4", "a", "unsupported format (b.jsonl.lz4)"),
     "archive": (
         "b.tar.gz",
         b"\x1f\x8b",
-        "no supported kind (b.tar.gz); give .txt, .jsonl, .ndjson or .json (each also",
+        "unsupported format (b.tar.gz); give .txt, .jsonl, .ndjson or .json (each also",
     ),
-    "compressed Parquet": ("b.parquet.gz", b"\x1f\x8b", "no supported kind (b.parquet.gz)"),
+    "compressed Parquet": ("b.parquet.gz", b"\x1f\x8b", "unsupported format (b.parquet.gz)"),
     "unfinished download": ("b.jsonl.part", "a", "(b.jsonl.part); give .txt"),
     "dangling link": (
         "b.jsonl",
         _link_to_nothing,
-        "b.jsonl: a link to ../../blobs/1a2b, where there is nothing; repair",
+        "b.jsonl: broken link to ../../blobs/1a2b; repair",
     ),
     "dangling link to a directory": (
         "wiki",
         _link_to_nothing,
-        "wiki: a link to ../../blobs/1a2b, where there is nothing",
+        "wiki: broken link to ../../blobs/1a2b; repair it, or move",
     ),
     "socket": ("b.jsonl", _make_socket, "b.jsonl: neither a file nor a directory; move it out of the corpus"),
-    "LFS pointer": ("b.jsonl", POINTER, "b.jsonl: a pointer of Git LFS, not the data; run `git lfs pull` in its dir"),
+    "LFS pointer": ("b.jsonl", POINTER, "b.jsonl: a Git LFS pointer, not the data; run `git lfs pull` in its dir"),
     "LFS pointer of Parquet": (
         "b.parquet",
         POINTER,
-        "b.parquet: a pointer of Git LFS, not the data; run `git lfs pull`",
+        "b.parquet: a Git LFS pointer, not the data; run `git lfs pull`",
     ),
-    "LFS pointer named gz": ("b.txt.gz", POINTER, "b.txt.gz: a pointer of Git LFS, not the data; run `git lfs pull`"),
+    "LFS pointer named gz": ("b.txt.gz", POINTER, "b.txt.gz: a Git LFS pointer, not the data; run `git lfs pull`"),
     "annex pointer": (
         "b.txt",
         "/annex/objects/MD5-s1--1",
-        "b.txt: a pointer of git-annex, not the data; run `git annex",
+        "b.txt: a git-annex pointer, not the data; run `git annex",
     ),
     "binary text": ("b.txt", b"ELF\x00\x01", "b.txt: not text (a NUL at byte 3); save it as UTF-8, or move it out"),
     "UTF-16 text": ("b.txt", "text".encode("utf-16-le"), "b.txt: not text (a NUL at byte 1); save it as UTF-8"),
@@ -169,7 +169,7 @@ def test_a_long_list_is_cut_and_counted(tmp_path: Path) -> None:
 
 def test_a_directory_of_companions_has_nothing_to_read(tmp_path: Path) -> None:
     write(tmp_path / "README.txt")
-    with pytest.raises(ConfigError, match=r"no file of a supported kind \(found: README\.txt\); give \.txt"):
+    with pytest.raises(ConfigError, match=r"no file in a supported format \(found: README\.txt\); give \.txt"):
         list_corpus_files(str(tmp_path))
 
 

@@ -109,7 +109,7 @@ def test_a_truncated_bin_is_refused(prefix: Path) -> None:
     path = prefix.with_suffix(".bin")
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-2])
-    message = f"train.bin: {size - 2} bytes, but its index lists {size}: truncated; run prepare again"
+    message = f"train.bin: damaged: {size - 2} bytes, but its index lists {size}; run prepare again"
     with pytest.raises(RunError, match=re.escape(message)):
         IndexedDataset(prefix)
 
@@ -190,9 +190,7 @@ def test_another_tokenizer_is_refused(dataset: Path, teacher: Path, tmp_path: Pa
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     made_with = json.loads((dataset / MANIFEST).read_text())["tokenizer_sha256"][:12]
-    message = (
-        f"{other}: tokenizer {tokenizer_hash(other)[:12]} is not the {made_with} that {dataset} was tokenised with"
-    )
+    message = f"{other}: tokenizer {tokenizer_hash(other)[:12]}, but {dataset} was tokenized with {made_with};"
     with pytest.raises(ConfigError, match=re.escape(message) + ".*prepare the corpus again"):
         check_tokenizer(dataset, other)
 

@@ -295,7 +295,7 @@ def test_a_pod_that_is_not_ready_has_no_log_yet(server: KubernetesServer, tmp_pa
     assert (tmp_path / "add.log").read_text() == "hello\n"
 
 
-def test_a_cancelled_step_deletes_its_job(server: KubernetesServer, tmp_path: Path) -> None:
+def test_a_canceled_step_deletes_its_job(server: KubernetesServer, tmp_path: Path) -> None:
     """SIGTERM to the process of a stage: the handler that entry.launch sets unwinds it."""
     program = (
         "from pathlib import Path\nfrom minitron.runtime.entry import _exit_on_signals\n"

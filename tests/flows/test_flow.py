@@ -156,7 +156,7 @@ def test_tensorboard_reads_the_curves_of_the_run_from_mlflow(flow: dict[str, Any
     assert (tmp_path / "tensorboard" / "finetune").is_dir()
 
 
-def test_a_misspelt_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_misspelled_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     done = asked("run", "compress", "--preset", "tiny", "--work-dir", str(directory), "--set", "distill.max_step=3")
     assert done.exit_code == 2

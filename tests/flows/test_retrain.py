@@ -90,7 +90,7 @@ def worse(second: Run, directory: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def better(worse: Run, directory: Path) -> Run:
-    """A run on another language, which only its student has learnt."""
+    """A run on another language, which only its student has learned."""
     (directory / "other").mkdir()
     write_sentences(directory / "other" / "other.jsonl", 600, seed=2)
     return retrain(directory, f"corpus={directory / 'other'}")

@@ -103,7 +103,7 @@ def pip_mounts(directory: Path) -> list[tuple[Path, Path]]:
 
 
 def _mounted(path: Path) -> Path:
-    """Mount a file's directory: certificates are links to their neighbours; and an index beside the files it links."""
+    """Mount a file's directory: certificates are links to their neighbors; and an index beside the files it links."""
     return path.parent if path.is_file() or path.name == "simple" else path
 
 

@@ -98,35 +98,35 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "gptq": (
         edit_config(quantization_config={"quant_method": "gptq"}),
         ConfigError,
-        r"quantised \(quantization_config of config.json: gptq\); give the model in bfloat16, float16 or float32",
+        r"quantized \(quantization_config of config.json: gptq\); give the model in bfloat16, float16 or float32",
     ),
     "compressed": (
         edit_config(compression_config={"format": "int-quantized"}),
         ConfigError,
-        r"quantised \(compression_config",
+        r"quantized \(compression_config",
     ),
     "modelopt": (
         write_json("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}),
         ConfigError,
-        r"quantised \(hf_quant_config.json: FP8\)",
+        r"quantized \(hf_quant_config.json: FP8\)",
     ),
     "autogptq": (
         write_json("quantize_config.json", {"bits": 4}),
         ConfigError,
-        r"quantised \(quantize_config.json: unknown",
+        r"quantized \(quantize_config.json: unknown",
     ),
     "autoawq": (
         write_json("quant_config.json", {"quant_method": "awq"}),
         ConfigError,
-        r"quantised \(quant_config.json: awq",
+        r"quantized \(quant_config.json: awq",
     ),
-    "fp8": (store_as(torch.float8_e4m3fn), ConfigError, rf"{PROJECTION} has the dtype F8_E4M3, a quantised one"),
-    "int8": (store_as(torch.int8), ConfigError, r"has the dtype I8, a quantised one"),
-    "packed": (store_as(torch.uint8), ConfigError, r"has the dtype U8, a quantised one"),
+    "fp8": (store_as(torch.float8_e4m3fn), ConfigError, rf"{PROJECTION} has the dtype F8_E4M3, a quantized one"),
+    "int8": (store_as(torch.int8), ConfigError, r"has the dtype I8, a quantized one"),
+    "packed": (store_as(torch.uint8), ConfigError, r"has the dtype U8, a quantized one"),
     "scales": (
         add_tensors(f"{PROJECTION}_scale", PROJECTION.replace("weight", "input_scale")),
         ConfigError,
-        r"quantised: beside the weights it has model.layers.1.mlp.up_proj.input_scale, model.layers.1.*weight_scale; ",
+        r"quantized: beside the weights it has model.layers.1.mlp.up_proj.input_scale, model.layers.1.*weight_scale; ",
     ),
     "biases": (
         add_tensors("model.layers.0.self_attn.q_proj.bias"),
@@ -354,10 +354,10 @@ def test_the_command_line_refuses_with_one_line_and_the_status(
 
 
 def test_the_list_of_tasks_is_that_of_the_version_in_the_images() -> None:
-    """Part of the catalogue is read: the whole of it takes ten seconds."""
-    catalogue = task_names.read_task_names()
+    """Part of the catalog is read: the whole of it takes ten seconds."""
+    catalog = task_names.read_task_names()
     for constraints in ("constraints.txt", "constraints-nemo.txt"):
-        assert f"lm_eval=={catalogue['version']}\n" in (REPOSITORY / constraints).read_text()
+        assert f"lm_eval=={catalog['version']}\n" in (REPOSITORY / constraints).read_text()
     tasks = Path(lm_eval.__file__).parent / "tasks" / "arc"
     arc = TaskManager(include_path=str(tasks), include_defaults=False).all_tasks
-    assert "arc_easy" in arc and {*arc} <= {*catalogue["tasks"]} and "humaneval" in catalogue["unsafe"]
+    assert "arc_easy" in arc and {*arc} <= {*catalog["tasks"]} and "humaneval" in catalog["unsafe"]

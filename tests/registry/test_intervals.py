@@ -24,8 +24,8 @@ def test_answers_are_compared_question_by_question() -> None:
     items = [1.0] * 60 + [1.0] * 15 + [0.0] * 5 + [0.0] * 20
     others = [1.0] * 60 + [0.0] * 15 + [1.0] * 5 + [0.0] * 20
     low, high = compare_items("arc_acc", items, others, "difference") or (0, 0)
-    centre, half = 10 / 102, 1.959964 * (((15.5 + 5.5) / 102 - (10 / 102) ** 2) / 102) ** 0.5
-    assert (low, high) == pytest.approx((centre - half, centre + half))
+    center, half = 10 / 102, 1.959964 * (((15.5 + 5.5) / 102 - (10 / 102) ** 2) / 102) ** 0.5
+    assert (low, high) == pytest.approx((center - half, center + half))
     assert low > 0, "the two intervals of Wilson overlap"
     ends = [estimate_interval("arc_acc", answers) or (0, 0) for answers in (items, others)]
     assert ends[0][0] < ends[1][1]

@@ -59,7 +59,7 @@ def make(evaluation: Path, teacher: Path, dataset: Path, tmp_path: Path) -> Call
     return configuration
 
 
-def test_evaluate_writes_the_licences_of_the_base_model_and_of_the_data(evaluation: Path) -> None:
+def test_evaluate_writes_the_licenses_of_the_base_model_and_of_the_data(evaluation: Path) -> None:
     found = json.loads((evaluation / LINEAGE).read_text())
     teacher = {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"}
     assert found == {"stages": {}, "licences": {"data": "none", "teacher": teacher}}

@@ -21,7 +21,7 @@ STAGES = {
     "prepare": RECORD | {"stage": "prepare", "inputs": INPUTS, "image": "registry/trainer:1", "mlflow_run_id": "run3"},
     "distill": RECORD | {"stage": "distill", "inputs": {}, "metrics": {"tokens": 31_000}, "output_sha256": "ff00"},
 }
-LICENCES = {
+LICENSES = {
     "data": "CC BY-SA 4.0",
     "teacher": {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"},
 }
@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> RegisterConfig:
 
 def write_test_card(config: RegisterConfig, evaluation: dict[str, Any], **origin: Any) -> ModelCard:
     path = config.output / "README.md"
-    write_card(path, config, evaluation, {"stages": STAGES, "licences": LICENCES} | origin)
+    write_card(path, config, evaluation, {"stages": STAGES, "licences": LICENSES} | origin)
     return ModelCard.load(path)
 
 

@@ -124,8 +124,8 @@ def test_figures_are_described_and_follow_the_page(page: Page) -> None:
     assert len(figures) == 2 + 4 + 5
     assert all('role="img"' in figure and 'aria-label="' in figure for figure in figures)
     assert not any(' width="' in figure for figure in figures)
-    for colour in (charts.INK, charts.BLUE):
-        assert colour not in page.html.partition("<body>")[2]
+    for color in (charts.INK, charts.BLUE):
+        assert color not in page.html.partition("<body>")[2]
 
 
 def test_headline(page: Page) -> None:

@@ -1,4 +1,4 @@
-"""The report as Chromium shows it: silent, offline, whole at every width, usable by keyboard, legible in both colours.
+"""The report as Chromium shows it: silent, offline, whole at every width, usable by keyboard, legible in both colors.
 
 Screenshots come to lie in build/screenshots.
 """
@@ -53,15 +53,15 @@ const luminance = text => {
 };
 const behind = part => {
   for (let at = part; at; at = at.parentElement) {
-    const colour = getComputedStyle(at).backgroundColor;
-    if (colour !== "rgba(0, 0, 0, 0)") return colour;
+    const color = getComputedStyle(at).backgroundColor;
+    if (color !== "rgba(0, 0, 0, 0)") return color;
   }
 };
 const texts = [...document.querySelectorAll("body *:not(svg):not(svg *), svg text, svg tspan")].filter(
   part => [...part.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim()));
 return texts.map(part => {
-  const style = getComputedStyle(part), colour = part.closest("svg") ? style.fill : style.color;
-  const both = [luminance(colour), luminance(behind(part))].sort((a, b) => b - a);
+  const style = getComputedStyle(part), color = part.closest("svg") ? style.fill : style.color;
+  const both = [luminance(color), luminance(behind(part))].sort((a, b) => b - a);
   return [(both[0] + 0.05) / (both[1] + 0.05), part.outerHTML.slice(0, 80)];
 });"""
 
@@ -94,7 +94,7 @@ def page(chromium: webdriver.Chrome, report: Path) -> webdriver.Chrome:
 
 
 def show(chromium: webdriver.Chrome, width: int, scheme: str) -> None:
-    """Set the width of the page, below what a window can be, too, and its colours."""
+    """Set the width of the page, below what a window can be, too, and its colors."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]

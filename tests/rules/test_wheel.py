@@ -25,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     return ZipFile(path)
 
 
-def test_the_licence_is_in_it_and_named_in_its_metadata(wheel: ZipFile) -> None:
+def test_the_license_is_in_it_and_named_in_its_metadata(wheel: ZipFile) -> None:
     (information,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert "Apache License" in wheel.read(f"{information}/licenses/LICENSE").decode()
     metadata = wheel.read(f"{information}/METADATA").decode()

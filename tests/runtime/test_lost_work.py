@@ -143,7 +143,7 @@ def test_a_write_that_fails_loses_nothing_and_the_next_start_goes_on(
                 assert "\n" not in str(failure) and "run it again" in str(failure)
                 assert hash_output(config) == earlier, "the earlier output is gone"
                 kept = [root / "case" / "out.partial" / name for name in ("checkpoints", "result/stage.json")]
-                goes_on = str(failure).endswith(f"; it goes on from {root / 'case' / 'out.partial'}")
+                goes_on = str(failure).endswith(f"; it will resume from {root / 'case' / 'out.partial'}")
                 assert any(path.exists() for path in kept) == goes_on
         check_end(root, config, content)
         assert [*root.rglob("*.partial"), *root.rglob("*.tmp")] == []
@@ -202,7 +202,7 @@ def test_processes_at_one_key_make_one_result_and_hear_nothing_untrue(place: str
         assert records and all(record == records[0] for record in records), f"round {number} has several results"
         assert records[0]["output_sha256"] == content and records[0]["config"]["seed"] == number + 2
         others = [answer for answer in told if not isinstance(answer, dict)]
-        assert [text for text in others if text is not None and "another process is at work there" not in text] == []
+        assert [text for text in others if text is not None and "another process is working there" not in text] == []
     assert [*root.rglob("*.partial"), *root.rglob("*.tmp")] == []
 
 
@@ -257,7 +257,7 @@ def test_a_download_by_another_process_is_awaited_and_done_once(memory: Path) ->
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (memory / "fetched").read_text() == "x" and (memory / "model" / "file").read_text() == "whole"
-    assert (memory / "said").read_text().count("model.partial: another process is at work there; waiting for it") == 2
+    assert (memory / "said").read_text().count("model.partial: another process is working there; waiting for it") == 2
     assert not (memory / "model.partial").exists()
 
 

@@ -1,4 +1,4 @@
-"""Models from a bucket, MLflow's registry and NVIDIA's catalogue: real servers, broken connections, damage."""
+"""Models from a bucket, MLflow's registry and NVIDIA's catalog: real servers, broken connections, damage."""
 
 import base64
 import functools
@@ -29,8 +29,8 @@ ADDRESS = "ngc://org/team/llama:1.0"
 KEY = "nvapi-secret"
 
 
-class Catalogue(BaseHTTPRequestHandler):
-    """The answers of NVIDIA's catalogue: signed URLs, paths and checksums, one file per page; files by ranges."""
+class Catalog(BaseHTTPRequestHandler):
+    """The answers of NVIDIA's catalog: signed URLs, paths and checksums, one file per page; files by ranges."""
 
     def __init__(self, root: Path, log: list[tuple[str, str | None]], faults: dict[str, Any], *arguments: Any) -> None:
         self._root, self._log, self._faults = root, log, faults
@@ -84,14 +84,14 @@ class Catalogue(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def catalogue(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def catalog(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A server that has the teacher; what it was asked, and the faults to make."""
-    root = tmp_path / "catalogue"
+    root = tmp_path / "catalog"
     shutil.copytree(teacher, root)
     (root / "pytorch_model.bin").write_text("the weights as a pickle, which is not fetched")
     log: list[tuple[str, str | None]] = []
     faults: dict[str, Any] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Catalogue, root, log, faults))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Catalog, root, log, faults))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("NGC_API_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NGC_API_KEY", KEY)
@@ -111,58 +111,56 @@ def changed(config: FinetuneConfig, **values: Any) -> FinetuneConfig:
     return config.model_copy(update=values)
 
 
-def test_a_model_of_the_catalogue_is_fetched_once(
-    catalogue: dict[str, Any], config: FinetuneConfig, teacher: Path
-) -> None:
+def test_a_model_of_the_catalog_is_fetched_once(catalog: dict[str, Any], config: FinetuneConfig, teacher: Path) -> None:
     path = model_sources.local_model(ADDRESS, config)
     assert content_hash(path) == content_hash(teacher)
-    asked = len(catalogue["log"])
-    assert model_sources.local_model(ADDRESS, config) == path and len(catalogue["log"]) == asked
+    asked = len(catalog["log"])
+    assert model_sources.local_model(ADDRESS, config) == path and len(catalog["log"]) == asked
 
 
 def test_a_broken_download_goes_on_where_it_broke_off(
-    catalogue: dict[str, Any], config: FinetuneConfig, teacher: Path
+    catalog: dict[str, Any], config: FinetuneConfig, teacher: Path
 ) -> None:
-    catalogue["faults"]["cut"] = "model.safetensors"
+    catalog["faults"]["cut"] = "model.safetensors"
     with pytest.raises(RunError, match=r"ngc://org/team/llama:1.0: not fetched \(.*check the network and run it again"):
         model_sources.local_model(ADDRESS, config)
     (partial,) = (config.workspace or Path()).rglob("model.safetensors.part")
     there = partial.stat().st_size
     assert there > 0
-    catalogue["log"].clear()
+    catalog["log"].clear()
     assert content_hash(model_sources.local_model(ADDRESS, config)) == content_hash(teacher)
-    asked = dict(catalogue["log"])
+    asked = dict(catalog["log"])
     assert asked["/signed/model.safetensors"] == f"bytes={there}-"
     assert "/signed/config.json" not in asked, "what was complete was fetched again"
 
 
-def test_a_file_that_is_not_its_checksum_is_refused(catalogue: dict[str, Any], config: FinetuneConfig) -> None:
-    catalogue["faults"]["checksum"] = base64.b64encode(bytes(32)).decode()
-    with pytest.raises(RunError, match=r"SHA-256 .* is not the catalogue's A+=: damaged; run it again"):
+def test_a_file_that_is_not_its_checksum_is_refused(catalog: dict[str, Any], config: FinetuneConfig) -> None:
+    catalog["faults"]["checksum"] = base64.b64encode(bytes(32)).decode()
+    with pytest.raises(RunError, match=r"damaged: SHA-256 .* is not the catalog's A+=; run it again"):
         model_sources.local_model(ADDRESS, config)
-    del catalogue["faults"]["checksum"]
+    del catalog["faults"]["checksum"]
     model_sources.local_model(ADDRESS, config)
 
 
-def test_a_file_outside_the_model_is_refused(catalogue: dict[str, Any], config: FinetuneConfig) -> None:
-    catalogue["faults"]["path"] = "../../escape"
-    with pytest.raises(RunError, match=r"\.\./\.\./escape: the catalogue names a file outside the model"):
+def test_a_file_outside_the_model_is_refused(catalog: dict[str, Any], config: FinetuneConfig) -> None:
+    catalog["faults"]["path"] = "../../escape"
+    with pytest.raises(RunError, match=r"\.\./\.\./escape: the catalog names a file outside the model"):
         model_sources.local_model(ADDRESS, config)
 
 
 @pytest.mark.parametrize(
     ("address", "key", "message"),
     [
-        (ADDRESS, None, r"NGC_API_KEY is not set \(status 401\); mount a key that may read the model"),
-        (ADDRESS, "wrong", r"the key in NGC_API_KEY is refused \(status 401\)"),
-        ("ngc://org/team/llama:2.0", KEY, "the catalogue has no such version"),
-        ("ngc://org/team/llama", KEY, "not a model of NVIDIA's catalogue; give ngc://org/team/model:version"),
+        (ADDRESS, None, r"NGC_API_KEY is not set \(status 401\); give a key that may read the model"),
+        (ADDRESS, "wrong", r"the catalog refuses the key in NGC_API_KEY \(status 401\)"),
+        ("ngc://org/team/llama:2.0", KEY, "the catalog has no such version"),
+        ("ngc://org/team/llama", KEY, "not a model in NVIDIA's catalog; give ngc://org/team/model:version"),
         ("s3://bucket/x", KEY, "unknown scheme 's3:'; give a directory, hf://org/name, gs://bucket/path"),
         ("models:/name@alias", KEY, "a model of MLflow's registry needs tracking_uri"),
     ],
 )
 def test_a_bad_address_or_key_says_what_to_do(
-    catalogue: dict[str, Any],
+    catalog: dict[str, Any],
     config: FinetuneConfig,
     monkeypatch: pytest.MonkeyPatch,
     address: str,
@@ -178,8 +176,8 @@ def test_a_bad_address_or_key_says_what_to_do(
     assert not list((config.workspace or Path()).rglob("*.safetensors"))
 
 
-def test_a_stage_takes_a_model_of_the_catalogue_and_finds_damage(
-    catalogue: dict[str, Any], config: FinetuneConfig, teacher: Path
+def test_a_stage_takes_a_model_of_the_catalog_and_finds_damage(
+    catalog: dict[str, Any], config: FinetuneConfig, teacher: Path
 ) -> None:
     record = finetune.run(changed(config, teacher=ADDRESS))
     assert record["inputs"]["teacher"] == {"address": ADDRESS, "sha256": content_hash(teacher)}

@@ -91,7 +91,7 @@ def test_an_input_that_may_not_be_read_is_one_line(
 
     monkeypatch.setattr("minitron.storage.hashing.hash_file", refuse)
     with pytest.raises(
-        RunError, match=r"corpus.txt: Permission denied; give this user the right, or another directory"
+        RunError, match=r"corpus.txt: Permission denied; give this user permission, or give another directory"
     ):
         stage.run(make(), work)
 
@@ -255,7 +255,7 @@ def test_two_processes_do_not_share_one_place(make: Callable[..., PrepareConfig]
         deadline = time.monotonic() + 60
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        with pytest.raises(RunError, match=r"out\.partial: another process is at work there; wait for it"):
+        with pytest.raises(RunError, match=r"out\.partial: another process is working there; wait for it"):
             stage.run(make(), work)
         assert checkpoint.read_text() == "seven"
     finally:
@@ -380,7 +380,7 @@ def test_a_full_disk_is_one_line(
         write(directory / "weights")
         return {"metrics": {}}
 
-    with pytest.raises(RunError, match=r"out: disk full \(\d+ MB free\); free space and run it again"):
+    with pytest.raises(RunError, match=r"out: disk full \(\d+ MB free\); free some space, then run it again"):
         stage.run(make(), work)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -389,7 +389,7 @@ def test_a_place_that_may_not_be_written_is_one_line(make: Callable[..., Prepare
     with pytest.raises(RunError) as caught:
         stage.run(make(output=Path("/sys/kernel/out")), work)  # read-only or not permitted, for root too
     assert str(caught.value).startswith("/sys/kernel/out.partial: ")
-    assert str(caught.value).endswith("; give this user the right, or another directory") and work.calls == 0
+    assert str(caught.value).endswith("; give this user permission, or give another directory") and work.calls == 0
 
 
 def test_the_command_fails_in_one_line(

@@ -645,8 +645,8 @@ def test_two_models_of_one_shape_are_equally_fast(
     assert all(row["interval"][0] <= 1 <= row["interval"][1] for row in found["gates"])
 
 
-def test_an_unknown_task_of_the_catalogue_is_answered_with_the_closest() -> None:
-    """The catalogue itself, which takes ten seconds to read, is left out."""
+def test_an_unknown_task_of_the_catalog_is_answered_with_the_closest() -> None:
+    """The catalog itself, which takes ten seconds to read, is left out."""
     message = downstream_tasks._explain_unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
     assert message == (
         "evaluate.tasks: helaswag is not a task of lm-eval; give hellaswag, or a task_directory of your own"

@@ -175,7 +175,7 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
         (
             {"quantization_config": {"quant_method": "fp8"}},
             {},
-            "teacher: LLAMA: quantised (quantization_config of config.json: fp8)",
+            "teacher: LLAMA: quantized (quantization_config of config.json: fp8)",
         ),
         (
             {"eos_token_id": 128256},

@@ -30,7 +30,7 @@ from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS, IndexedDataset
 from minitron.data.manifest import check_tokenizer
 from minitron.data.selection import Selection, assign_split
-from minitron.data.text import normalise_text
+from minitron.data.text import normalize_text
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.stages import prepare
@@ -81,7 +81,7 @@ ARTICLES = [
 
 
 def read_documents(address: Path, field: str = "text", separator: str | None = None) -> list[str]:
-    return [text for raw in Corpus(str(address), field, separator) if (text := normalise_text(raw))]
+    return [text for raw in Corpus(str(address), field, separator) if (text := normalize_text(raw))]
 
 
 def json_lines(texts: list[str]) -> str:
@@ -178,9 +178,7 @@ def test_the_separator_of_a_text_file_is_what_it_says(tmp_path: Path) -> None:
 def test_a_separator_that_is_nowhere_is_refused(prepared: Callable, tmp_path: Path) -> None:
     for number, text in enumerate(make_words(100)):
         write_corpus(tmp_path / "corpus" / f"{number}.txt", f"{text}\n\nand more")
-    with pytest.raises(
-        ConfigError, match=r"document_separator '\\\\n\\\\n' is in none of its \.txt files; correct it, or"
-    ):
+    with pytest.raises(ConfigError, match=r"no \.txt file contains document_separator '\\\\n\\\\n'; correct it, or"):
         prepared(tmp_path / "corpus", document_separator=r"\n\n")
     write_corpus(tmp_path / "corpus" / "one.txt", r"has\n\nit")
     _, manifest, _ = prepared(tmp_path / "corpus", document_separator=r"\n\n")
@@ -200,7 +198,7 @@ def test_a_text_file_that_is_no_one_document_is_refused(tmp_path: Path, monkeypa
 def test_articles_of_wikitext_in_a_text_file(tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "wiki.train.txt", WIKITEXT)
     assert read_documents(path) == ARTICLES
-    assert all(map(normalise_text, Corpus(str(path), "text"))), "the blank line before the first title is no document"
+    assert all(map(normalize_text, Corpus(str(path), "text"))), "the blank line before the first title is no document"
 
 
 def test_articles_of_wikitext_whose_lines_are_records(tmp_path: Path) -> None:
@@ -253,9 +251,9 @@ def test_a_json_array_is_read_in_pieces(tmp_path: Path) -> None:
         (" \n\t\r\n", ""),
     ],
 )
-def test_normalise(raw: str, expected: str) -> None:
-    assert normalise_text(raw) == expected
-    assert normalise_text(expected) == expected
+def test_normalize(raw: str, expected: str) -> None:
+    assert normalize_text(raw) == expected
+    assert normalize_text(expected) == expected
     assert unicodedata.is_normalized("NFC", expected)
 
 
@@ -443,7 +441,7 @@ def test_a_document_in_two_splits_is_caught(tmp_path: Path) -> None:
     selection = Selection(corpus, config)
     selection.digests["train"] |= {b"1" * 16, b"2" * 16}
     selection.digests["validation"] |= {b"2" * 16}
-    with pytest.raises(RunError, match="1 documents are both in train and in validation"):
+    with pytest.raises(RunError, match="1 documents are both in train and in validation; nothing"):
         selection.check_splits()
 
 
@@ -563,7 +561,7 @@ for job in {jobs!r}:
     assert set(by_split["train"] + by_split["validation"]) == set(make_words(200))
     assert 5 <= len(by_split["validation"]) <= 40, "the dataset has none of its own: by the fraction"
     manifest = json.loads((tmp_path / "plain" / MANIFEST).read_text())
-    assert (manifest["own_splits"], manifest["left_out"]) == (["train", "test"], {"split extra": "of another name"})
+    assert (manifest["own_splits"], manifest["left_out"]) == (["train", "test"], {"split extra": "unknown name"})
     assert "own splits train, test; left out: split extra (of another name)" in done.stdout
     record = json.loads((tmp_path / "plain" / "stage.json").read_text())
     assert record["inputs"]["corpus"] == {
@@ -575,10 +573,10 @@ for job in {jobs!r}:
     assert decode_documents(tmp_path / "wiki", teacher)["train"] == ARTICLES
     no_train, wrong = [line for line in done.stdout.splitlines() if line[0] in "12"]
     assert no_train.startswith(
-        "2 hf://org/name/heldout: no split train (found: test); give a configuration that has one"
+        "2 hf://org/name/heldout: no split train (found: test); give hf://org/name/CONFIG of a configuration"
     )
     assert wrong.startswith("1 hf://org/name/plian: cannot be read (BuilderConfig 'plian'")
-    assert "'plain', 'wiki'" in wrong and "check the configuration after the name" in wrong
+    assert "'plain', 'wiki'" in wrong and "check the dataset's configuration" in wrong
     assert not (tmp_path / "wrong").exists() and not (tmp_path / "wrong.partial").exists()
 
 
@@ -604,7 +602,7 @@ GOOD = json_lines(make_words(50))
 BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] = {
     "empty file": ("a.jsonl", "", ConfigError, ["/corpus: no text (0 empty documents)"]),
     "nothing but blanks": ("a.jsonl", json_lines(["", "\n"]), ConfigError, ["no text (2 empty documents)", "give one"]),
-    "no supported file": ("a.pdf", "%PDF", ConfigError, ["no file of a supported kind (found: a.pdf)", "give .txt"]),
+    "no supported file": ("a.pdf", "%PDF", ConfigError, ["no file in a supported format (found: a.pdf)", "give .txt"]),
     "no text field": (
         "a.jsonl",
         GOOD + '{"body": "x", "id": 1}\n',
@@ -619,12 +617,17 @@ BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] 
         RunError,
         ["a.jsonl: cannot be read after record 50", "line 51"],
     ),
-    "broken array": ("a.json", '[{"text": "x"}, {"te', RunError, ["after record 1", "repair the file or get it again"]),
+    "broken array": (
+        "a.json",
+        '[{"text": "x"}, {"te',
+        RunError,
+        ["after record 1", "repair the file or download it again"],
+    ),
     "array without end": ("a.json", '[{"text": "x"}', RunError, ["the array has no end"]),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-20], RunError, ["a.jsonl.gz: cannot be read"]),
-    "no gzip": ("a.jsonl.gz", GOOD, RunError, ["a.jsonl.gz: cannot be read after record 0", "get it again"]),
+    "no gzip": ("a.jsonl.gz", GOOD, RunError, ["a.jsonl.gz: cannot be read after record 0", "download it again"]),
     "truncated zst": ("a.jsonl.zst", zstandard.compress(GOOD.encode())[:-9], RunError, ["a.jsonl.zst: cannot be read"]),
-    "no parquet": ("a.parquet", GOOD, RunError, ["a.parquet: cannot be read after record 0", "get it again"]),
+    "no parquet": ("a.parquet", GOOD, RunError, ["a.parquet: cannot be read after record 0", "download it again"]),
     "not UTF-8": ("a.txt", "Ärger".encode("latin-1"), RunError, ["a.txt: cannot be read", "save it as UTF-8"]),
     "truncated bz2": ("a.txt.bz2", bz2.compress(GOOD.encode())[:-9], RunError, ["a.txt.bz2: cannot be read", "get it"]),
     "truncated xz": (
@@ -633,12 +636,12 @@ BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] 
         RunError,
         ["a.jsonl.xz: cannot be read", "get it"],
     ),
-    "no xz": ("a.jsonl.xz", GOOD, RunError, ["a.jsonl.xz: cannot be read after record 0", "get it again"]),
+    "no xz": ("a.jsonl.xz", GOOD, RunError, ["a.jsonl.xz: cannot be read after record 0", "download it again"]),
     "one document": (
         "a.txt",
         "one\n\ntext",
         ConfigError,
-        ["gets none of its 1 distinct documents", "a .txt file is one document unless document_separator says"],
+        ["gets none of its 1 distinct documents", "a .txt file is one document unless you set document_separator"],
     ),
 }
 
@@ -669,7 +672,7 @@ def test_a_corpus_in_a_bucket_keeps_the_same_rules(prepared: Callable, world: "W
         world.put(f"corpus/{name}", json_lines(texts if name.endswith("jsonl") else texts[:1]).encode())
     world.log.clear()
     with pytest.raises(
-        ConfigError, match=r"gs://bucket/corpus: 1 of 3 files are of no supported kind \(table\.csv\); g"
+        ConfigError, match=r"gs://bucket/corpus: 1 of 3 files have an unsupported format \(table\.csv\); g"
     ):
         prepared("gs://bucket/corpus")
     assert world.fetched() == [], "refused before any of it is fetched"
@@ -737,12 +740,12 @@ CODE = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None
 BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "newer model": (
         _edit_json("tokenizer.json", lambda content: content["model"].update(type="SomethingNewer")),
-        r"tokenizer\.json is of a format that tokenizers [\d.]+ does not know \(data did not match .*; install "
+        r"tokenizers [\d.]+ does not know the format of tokenizer\.json \(data did not match .*; install "
         r"the tokenizers of transformers 99\.1, which saved the model, or save the tokenizer again with transformers",
     ),
     "newer pre-tokenizer": (
         _edit_json("tokenizer.json", lambda content: content["pre_tokenizer"].update(type="SomethingNewer")),
-        r"is of a format that tokenizers [\d.]+ does not know .*; install the tokenizers of transformers 99\.1, which",
+        r"tokenizers [\d.]+ does not know the format of tokenizer\.json .*; install the tokenizers of transformers 99\.1, which",
     ),
     "newer version": (
         _edit_json("tokenizer.json", lambda content: content.update(version="2.0")),
@@ -750,31 +753,37 @@ BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "damaged": (
         _edit_json("tokenizer.json", lambda content: content["model"]["merges"].append(["zzzz", "qq"])),
-        r"the tokenizer cannot be loaded \(Token `zzzz` out of vocabulary.*\); get its files again",
+        r"the tokenizer cannot be loaded \(Token `zzzz` out of vocabulary.*\); download its files again",
     ),
     "no EOS": (
         _edit_json("tokenizer_config.json", lambda content: content.pop("eos_token")),
-        r"the tokenizer has no EOS token, which ends every document; name one of its tokens as eos_token in",
+        r"the tokenizer has no EOS token, which must end every document; set eos_token in tokenizer_config",
     ),
     "no vocabulary": (
         _edit_json("tokenizer.json", lambda content: content["model"].update(vocab={}, merges=[])),
-        r"the tokenizer makes no tokens of text \(vocabulary of \d+\); get its tokenizer\.json again",
+        r"the tokenizer finds no tokens in text \(vocabulary of \d+\); download its tokenizer\.json again",
     ),
     "code of its own": (
         _edit_json("tokenizer_config.json", lambda content: content.update(CODE)),
-        r"the tokenizer cannot be loaded \(The repository .* contains custom code.*save it again as a fast tokenizer",
+        r"the tokenizer cannot be loaded \(The repository .* contains custom code.*save it as a fast tokenizer",
     ),
     "SentencePiece only": (
         _replace_tokenizer("tokenizer.model", "\n\x0e"),
-        r"no tokenizer\.json, only tokenizer\.model; make it where sentencepiece and tiktoken are installed: Auto",
+        r"no tokenizer\.json, only tokenizer\.model; convert it with sentencepiece and tiktoken installed: Auto",
     ),
     "chat template only": (_replace_tokenizer("chat_template.jinja", "{{ messages }}"), r"no tokenizer; put its tok"),
     "LFS pointer": (
         _replace_tokenizer("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
-        r"tokenizer\.json: a pointer of Git LFS, not the tokenizer; run `git lfs pull`",
+        r"tokenizer\.json: a Git LFS pointer, not the tokenizer; run `git lfs pull`",
     ),
-    "half of it": (_replace_tokenizer("tokenizer.json", '{"version": '), r"tokenizer\.json: no JSON; get it again"),
-    "a list": (_replace_tokenizer("tokenizer.json", "[]"), r"tokenizer\.json: list, no tokenizer; get it again"),
+    "half of it": (
+        _replace_tokenizer("tokenizer.json", '{"version": '),
+        r"tokenizer\.json: not JSON; download it again",
+    ),
+    "a list": (
+        _replace_tokenizer("tokenizer.json", "[]"),
+        r"tokenizer\.json: holds list, not a tokenizer; download it again",
+    ),
 }
 
 

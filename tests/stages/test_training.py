@@ -51,7 +51,7 @@ def assert_same_weights(left: Path, right: Path, tolerance: float = 0.0) -> None
 
 @pytest.fixture(scope="module")
 def corrected(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that has learnt something: otherwise its distribution is flat and there is nothing to distil."""
+    """A teacher that has learned something: otherwise its distribution is flat and there is nothing to distill."""
     output = tmp_path_factory.mktemp("finetune") / "teacher"
     before = content_hash(teacher)
     settings = SHORT | {"max_steps": 60, "validation_interval": 20, "checkpoint_interval": 50}
@@ -314,7 +314,7 @@ def test_tied_embeddings_are_trained_as_one(dataset: Path, corrected: Path, tmp_
     )
 
 
-def test_the_end_of_a_document_is_learnt_where_it_is_the_padding_too(
+def test_the_end_of_a_document_is_learned_where_it_is_the_padding_too(
     teacher: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """Transformers keeps the embedding of the padding as it is."""

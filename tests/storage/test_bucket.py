@@ -78,7 +78,7 @@ def test_a_snapshot_changes_with_every_object(world: World, content: dict[str, b
 def test_what_changed_since_the_snapshot_is_refused(world: World, content: dict[str, bytes], tmp_path: Path) -> None:
     identity = bucket.take_snapshot(ADDRESS)
     world.put("data/part-0.txt", b"changed")
-    with pytest.raises(RunError, match=r"gs://bucket/data: an object there changed while it was fetched; run it again"):
+    with pytest.raises(RunError, match=r"gs://bucket/data: an object changed during the download; run it again"):
         transfers.download_objects(identity, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -95,7 +95,7 @@ def test_what_changes_between_listing_and_download_is_refused(
             world.storage.objects["bucket"][f"data/{name}"]["generation"] = "1"
 
     world.fault = change
-    with pytest.raises(RunError, match="an object there changed while it was fetched"):
+    with pytest.raises(RunError, match="an object changed during the download"):
         transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     assert changed and not (tmp_path / name).exists()
 
@@ -154,7 +154,7 @@ def test_a_connection_that_stays_broken_is_one_line(
         transfers.download_objects(bucket.take_snapshot(ADDRESS), tmp_path)
     message = one_line(caught)
     assert message.startswith("gs://bucket/data: not fetched (")
-    assert message.endswith("and the network, and run it again: what is there complete is kept")
+    assert message.endswith("and the network, then run it again; complete files are kept")
     assert not (tmp_path / "part-8.txt").exists() and (tmp_path / "part-7.txt").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_object_is_fetched_again(
     once = {path for path, text in content.items() if text}
     assert sorted(world.fetched()) == sorted([f"data/{path}" for path in once] + [f"data/{name}"] * 2)
     limit, times = 3, []
-    message = rf"data: {Path(name).name} did not come as size and CRC32C say, 3 times; run it again"
+    message = rf"data: {Path(name).name}: wrong size or CRC32C in 3 downloads; run it again"
     with pytest.raises(RunError, match=message):
         transfers.download_objects(identity, tmp_path / "again")
     assert read(tmp_path / "again") == {path: text for path, text in content.items() if path != name}
@@ -230,7 +230,9 @@ def test_an_upload_replaces_nothing(world: World, tmp_path: Path, place: str, si
     world.fault = put
     if place == "listed":
         world.put("data/new.txt", b"of another")
-    with pytest.raises(RunError, match=r"gs://bucket/data/new.txt: other content is there; delete it and run it again"):
+    with pytest.raises(
+        RunError, match=r"gs://bucket/data/new.txt: exists with other content; delete it and run it again"
+    ):
         transfers.upload_files({"new.txt": tmp_path / "new.txt"}, ADDRESS)
     assert there and world.storage.get_file("bucket", "data/new.txt") == b"of another"
 
@@ -270,11 +272,16 @@ def test_a_damaged_upload_is_refused_and_can_be_repeated(world: World, tmp_path:
             "gs://nobucket/x",
             None,
             RunError,
-            r"gs://nobucket/x: not fetched \(404 .*check the bucket's name and the right",
+            r"gs://nobucket/x: not fetched \(404 .*check the bucket's name and your permission",
         ),
         ("gs://bucket/none", None, ConfigError, r"gs://bucket/none: no objects there; give gs://bucket/path"),
         ("gs://", None, ConfigError, r"gs://: no bucket; give gs://bucket/path"),
-        (ADDRESS, 403, RunError, r"data: not fetched \(403 .*give this account the role Storage Object User \(Viewer"),
+        (
+            ADDRESS,
+            403,
+            RunError,
+            r"data: not fetched \(403 .*give this account the role Storage Object User on the bucket",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_line(
@@ -299,7 +306,9 @@ def test_without_credentials_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.delenv(name, raising=False)
     for name, value in (("NO_GCE_CHECK", "true"), ("HOME", str(tmp_path)), ("CLOUDSDK_CONFIG", str(tmp_path))):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"not fetched \(.*name a service account's key in GOOGLE_APPLICATION_CRED"):
+    with pytest.raises(
+        ConfigError, match=r"not fetched \(.*set GOOGLE_APPLICATION_CREDENTIALS to a service account's key"
+    ):
         bucket.take_snapshot(ADDRESS)
 
 

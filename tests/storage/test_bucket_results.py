@@ -154,7 +154,7 @@ def test_a_cut_connection_leaves_no_result(world: World, tmp_path: Path, monkeyp
     monkeypatch.setattr(transfers, "RETRY", transfers.DEFAULT_RETRY.with_timeout(1.0).with_delay(0.1))
     home = result(tmp_path / "home")
     world.fault = lambda request: CUT if request.path.endswith("model-2.safetensors") else None
-    with pytest.raises(RunError, match=r"not uploaded \(.*run it again: what is there complete is kept"):
+    with pytest.raises(RunError, match=r"not uploaded \(.*then run it again; complete files are kept"):
         bucket_results.commit_result(home, ADDRESS, replace=False)
     assert bucket_results.read_record_at(ADDRESS) is None
     world.fault = lambda request: None
@@ -195,7 +195,7 @@ def test_a_change_afterwards_is_found_without_a_download(
         world.put(f"{directory}/{'config.json' if change == 'changed' else 'more.json'}", b"{}")
     world.log.clear()
     assert bucket_results.read_record_at(ADDRESS) is None
-    assert "results/one: damaged or changed since it was written; it is made again" in capsys.readouterr().err
+    assert "results/one: damaged or changed since it was written; making it again" in capsys.readouterr().err
     assert world.fetched() == [f"results/one/{RECORD}"]
     second = bucket_results.commit_result(result(tmp_path / "again"), ADDRESS, replace=False)
     assert bucket_results.read_record_at(ADDRESS) == second

@@ -110,8 +110,8 @@ def test_of_a_hubs_model_only_what_it_needs_is_fetched(tmp_path: Path) -> None:
     assert {str(path.relative_to(found)) for path in list_files(found)} == NEEDED
     assert not {*_Hub.asked} & (OTHERS | {"pytorch_model.bin"})
     assert pickles.stderr.splitlines()[-1].endswith(
-        "hf://org/pickles: there is no .safetensors file in it, and nothing else is fetched; load the model with "
-        "transformers' from_pretrained, save it with save_pretrained, and give that directory"
+        "hf://org/pickles: no .safetensors file, and weights in other formats are not fetched; load the model "
+        "with transformers' from_pretrained, save it with save_pretrained, and give that directory"
     )
 
 
@@ -183,7 +183,5 @@ def test_a_link_to_nothing_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("ay")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "lost").symlink_to("../blobs/gone")
-    with pytest.raises(
-        ConfigError, match=r"sub/lost: a link to \.\./blobs/gone, and nothing is there; get the file, or"
-    ):
+    with pytest.raises(ConfigError, match=r"sub/lost: broken link to \.\./blobs/gone; restore its target, or"):
         content_hash(tmp_path)

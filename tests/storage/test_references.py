@@ -95,8 +95,11 @@ def test_a_small_result_is_copied(make: Callable[..., Any], volume: Path, tmp_pa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("gone", r"out: refers to .*, where there is no result: mount the volume it was written to, or run the stage"),
-        ("remade", r"out: refers to content \w{12}, but .* now holds 0+: run the stage that writes it again"),
+        (
+            "gone",
+            r"out: refers to .*, which holds no result; mount the volume that it was written to, or run the stage",
+        ),
+        ("remade", r"out: refers to content \w{12}, but .* now holds 0+; run the stage that writes it again"),
         ("changed", r"content hash \w{12} is not the \w{12} its stage.json records"),
         ("torn", r"reference.json: not a reference to a result; delete the directory and run its stage again"),
     ],
@@ -220,7 +223,8 @@ def test_a_changed_result_in_the_bucket_is_not_taken_for_the_one_referred_to(
     world.put(f"{find_files(record)}/model.safetensors", b"changed")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "elsewhere"))
     with pytest.raises(
-        RunError, match=r"gs://bucket/ws/prepare/\w+/\w+-0: holds content \w{12}, not the \w{12} referred to"
+        RunError,
+        match=r"gs://bucket/ws/prepare/\w+/\w+-0: holds content \w{12}, but the reference is to \w{12}; run the stage",
     ):
         stage.run(make("prune", "gs://bucket/ws", tmp_path / "pruned", dataset=tmp_path / "out"), work)
     assert not list((tmp_path / "elsewhere").rglob("model.safetensors"))
@@ -273,7 +277,7 @@ def test_a_corpus_that_changes_while_it_is_fetched_is_refused(
     config = make("prepare", tmp_path / "workspace", tmp_path / "out", corpus="gs://bucket/corpus")
     pin_objects("gs://bucket/corpus")
     world.put("corpus/tiny.jsonl", b'{"text": "changed"}\n')
-    with pytest.raises(RunError, match="gs://bucket/corpus: an object there changed while it was fetched; run it"):
+    with pytest.raises(RunError, match="gs://bucket/corpus: an object changed during the download; run it"):
         prepare.run(config)
     assert not (tmp_path / "out").exists()
 
@@ -290,7 +294,7 @@ def test_a_movable_address_means_one_model_on_every_machine(
     first = model_sources.local_model("gs://bucket/models/llama", config)
     world.put("models/llama/extra.json", b"{}")
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache-of-another-machine"))
-    with pytest.raises(RunError, match="an object there changed"):
+    with pytest.raises(RunError, match="an object changed during the download"):
         model_sources.local_model("gs://bucket/models/llama", config)
     other = model_sources.local_model(
         "gs://bucket/models/llama", config.model_copy(update={"pipeline_run_id": "run-2"})

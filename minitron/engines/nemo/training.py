@@ -107,7 +107,7 @@ class _DataModule(llm.PreTrainingDataModule):
     """NeMo's data module, with its sampler and its position in the data, on our datasets instead of Megatron's.
 
     Megatron's dataset turns every token whose id is the padding's, which in many models is the end of a document, into
-    token 0 without loss: the end of a document would never be learnt.
+    token 0 without loss: the end of a document would never be learned.
     """
 
     def build(self, *_: Any, **__: Any) -> None:

@@ -68,7 +68,7 @@ class Importance:
         """
         channels = attention.sqrt()
         heads = channels.unflatten(1, (config.num_attention_heads, -1))
-        groups = channels.unflatten(1, (config.num_key_value_heads, -1))  # a group's heads are neighbours
+        groups = channels.unflatten(1, (config.num_key_value_heads, -1))  # a group's heads are neighbors
         return cls(
             layers=influence.cpu(),
             hidden=norms.sqrt().sum(dim=0).cpu(),

@@ -224,7 +224,7 @@ def patch_nemo():
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load_state_dict = DistributedOptimizer.load_state_dict
 
-    def initialised(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
+    def initialized(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
@@ -239,6 +239,6 @@ def patch_nemo():
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    DistributedOptimizer.sharded_state_dict = initialised
+    DistributedOptimizer.sharded_state_dict = initialized
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
     DistributedOptimizer.load_state_dict = with_own_steps
