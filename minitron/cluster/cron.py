@@ -8,11 +8,11 @@ from cronsim import CronSim, CronSimError
 from minitron.errors import ConfigError
 
 FIELDS = ("second", "minute", "hour", "day-of-month", "month", "day-of-week")
-_EXAMPLE = "for instance '0 0 2 * * *', every night at two"
+_EXAMPLE = "give, for example, '0 0 2 * * *' for every night at two"
 
 
 def first_run_time(expression: str) -> datetime:
-    """Check a schedule, and return the time of its first run, in UTC.
+    """Check a schedule, and return the UTC time of its first run.
 
     Raises:
         ConfigError: the expression does not have six fields, or a field is wrong; the message names the field.
@@ -20,7 +20,7 @@ def first_run_time(expression: str) -> datetime:
     fields = [field.replace("?", "*").upper() for field in expression.split()]
     if len(fields) != len(FIELDS):
         raise ConfigError(
-            f"cron '{expression}': {len(fields)} fields, but Kubeflow takes six ({' '.join(FIELDS)}); {_EXAMPLE}"
+            f"cron '{expression}': {len(fields)} fields, but Kubeflow needs six ({' '.join(FIELDS)}); {_EXAMPLE}"
         )
     for name, field in zip(FIELDS, fields, strict=True):
         if not _is_valid_field(name, field):
@@ -32,7 +32,7 @@ def first_run_time(expression: str) -> datetime:
 
 
 def _is_valid_field(name: str, field: str) -> bool:
-    """Check one field alone; unlike CronSim, Kubeflow's parser knows neither '#', 'L' nor 7 for Sunday."""
+    """Check one field; unlike CronSim, Kubeflow's parser knows neither '#' nor 'L' nor 7 for Sunday."""
     if re.search(r"#|^L|\dL", field) or (name == "day-of-week" and "7" in field):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The Kubernetes API: access, retries, and errors in one line. The only user of its client."""
+"""The Kubernetes API: access, retries, and errors in one line. Only this module uses its client."""
 
 import contextlib
 import json
@@ -15,17 +15,17 @@ from minitron.errors import ConfigError, RunError
 
 _AWAY = (429, 500, 502, 503, 504)
 RETRY = Retry(20, backoff_factor=1, backoff_max=60, status_forcelist=_AWAY, allowed_methods=None)
-"""Waits about a quarter of an hour for an API server that is away; meanwhile the cluster's pods run on."""
+"""Waits about 15 minutes for an unavailable API server; the cluster's pods keep running."""
 
 LAST_RETRY = Retry(4, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
-"""For a person who waits, and for the end of a task: Kubernetes kills it 30 seconds after it asked it to end."""
+"""For a waiting user, and for the end of a task: Kubernetes kills a task 30 seconds after it asks it to end."""
 
 ONE_RETRY = Retry(1, backoff_factor=0.5, status_forcelist=_AWAY, allowed_methods=None)
-"""For a check of whether the API is there at all."""
+"""For checking whether the API is available at all."""
 
 
 NO_ANSWER = "no answer"
-"""The problem of a call that `try_get` made in vain."""
+"""The problem that `try_get` returns for a call without an answer."""
 
 
 class RefusedError(RunError):
@@ -41,14 +41,14 @@ class ConflictError(RefusedError):
 
 
 class NotReadyError(RefusedError):
-    """400: a container that has not started has no log."""
+    """400: the container has not started, so it has no log."""
 
 
 def core_api(retries: Retry, seconds: int = 60) -> client.CoreV1Api:
-    """Return the API of pods, claims and the like; a request may take `seconds`.
+    """Return the API of pods, volume claims and the like; a request may take `seconds`.
 
     Raises:
-        ConfigError: this process runs in no pod, and there is no kubeconfig.
+        ConfigError: this process is not in a pod, and there is no kubeconfig.
     """
     return client.CoreV1Api(_connect_client(retries, seconds))
 
@@ -63,14 +63,14 @@ def custom_api(retries: Retry) -> client.CustomObjectsApi:
 
 
 def to_manifest(value: Any) -> Any:
-    """Return an object of the client in the form of a manifest."""
+    """Return an object of the client as a manifest."""
     return client.ApiClient().sanitize_for_serialization(value)
 
 
 def limit_waiting(api: Any, seconds: int = 60) -> Any:
-    """Give every request of a generated API client a time limit; else a silently lost connection blocks for ever.
+    """Give every request of a generated API client a time limit; else a silently lost connection blocks forever.
 
-    The Kubernetes client passes over a limit that is no integer.
+    The Kubernetes client ignores a limit that is not an integer.
     """
     request = api.rest_client.request
 
@@ -104,7 +104,7 @@ def one_line_errors(what: str, namespace: str) -> Iterator[None]:
         raise _explain_error(what, namespace, error) from error
     except HTTPError as error:
         raise RunError(
-            f"{what}: the Kubernetes API does not answer ({type(error).__name__}); check that it is up"
+            f"{what}: no answer from the Kubernetes API ({type(error).__name__}); check that it is running"
         ) from error
 
 
@@ -114,12 +114,12 @@ def _explain_error(what: str, namespace: str, error: ApiException) -> RunError:
     except (TypeError, ValueError, KeyError):
         message = error.reason
     if error.status == 403 and "exceeded quota" in message:
-        return RefusedError(f"{what}: {message}; ask for less, or for more quota in namespace {namespace}")
+        return RefusedError(f"{what}: {message}; ask for less, or raise the quota of namespace {namespace}")
     if error.status == 403:
-        return RefusedError(f"{what}: {message}; apply manifests/base, and run as its account minitron")
+        return RefusedError(f"{what}: {message}; apply manifests/base, and use its service account minitron")
     kinds = {400: NotReadyError, 404: MissingError, 409: ConflictError}
     kind = kinds.get(error.status, RefusedError if error.status < 500 else RunError)
-    return kind(f"{what}: {error.status} {message}; 'kubectl get events -n {namespace}' may say more")
+    return kind(f"{what}: {error.status} {message}; see 'kubectl get events -n {namespace}'")
 
 
 def _connect_client(retries: Retry, seconds: int) -> client.ApiClient:
@@ -130,6 +130,6 @@ def _connect_client(retries: Retry, seconds: int) -> client.ApiClient:
         else:
             config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     except config.ConfigException as error:
-        raise ConfigError(f"Kubernetes: no access ({error}); run in a pod, or set KUBECONFIG") from error
+        raise ConfigError(f"Kubernetes: no access ({error}); run it in a pod, or set KUBECONFIG") from error
     settings.retries = retries
     return limit_waiting(client.ApiClient(settings), seconds)

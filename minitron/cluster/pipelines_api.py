@@ -1,6 +1,6 @@
 """The API of Kubeflow Pipelines: upload, submit, schedule, list.
 
-A pipeline is uploaded once per content: the name of its version is the package's version and the hash of its YAML.
+A pipeline is uploaded once per content: its version's name is the package's version and the hash of the YAML.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from minitron.errors import ConfigError, RunError, without_password
 
 POLL_SECONDS = 10
 PATIENCE_SECONDS = 600
-"""How long `wait_for_run` retries a server that does not answer; meanwhile the run continues."""
+"""How long `wait_for_run` retries a server that does not answer; the run itself continues."""
 
 LONGEST_NAME = 255
-"""Characters of a schedule's name that the server's database takes."""
+"""Longest name of a schedule, in characters, that the server's database accepts."""
 
 
 def check_schedule_name(name: str) -> None:
-    """Check that the server can make a row in its database, and an object in Kubernetes, of a schedule's name.
+    """Check that a schedule's name fits the server's database, and can name an object in Kubernetes.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the name is too long, or Kubernetes does not accept it.
     """
     if not 0 < len(name) <= LONGEST_NAME:
         raise ConfigError(f"--name: {len(name)} characters, but a schedule's name has 1 to {LONGEST_NAME}; change it")
     if re.sub(r"[^a-z0-9-]+", "", name.lower()).startswith("-"):
         raise ConfigError(
-            f"--name {name}: Kubernetes takes no name that begins with '-'; begin it with a letter or digit"
+            f"--name {name}: Kubernetes refuses names that begin with '-'; begin it with a letter or digit"
         )
 
 
@@ -50,10 +50,10 @@ class Version(NamedTuple):
 
 
 class Kubeflow(Connection):
-    """What is done through a connection to the API of Kubeflow Pipelines."""
+    """The operations on the API of Kubeflow Pipelines."""
 
     def upload_pipeline(self, name: str, documents: list[dict[str, Any]]) -> Version:
-        """Upload a pipeline, unless the server has exactly this version."""
+        """Upload a pipeline, unless the server has this version."""
         text = yaml.safe_dump_all(documents, sort_keys=True)
         version = f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         with self.one_line_errors(), tempfile.TemporaryDirectory() as directory:
@@ -74,7 +74,7 @@ class Kubeflow(Connection):
         return Version(pipeline_id, versions[0].pipeline_version_id, version)
 
     def submit(self, version: Version, arguments: dict[str, Any], experiment: str, account: str | None) -> str:
-        """Start a run, and return its id."""
+        """Start a run and return its id."""
         with self.one_line_errors():
             run = self._client.run_pipeline(
                 self._find_or_create_experiment(experiment),
@@ -114,7 +114,7 @@ class Kubeflow(Connection):
         return answer.runs or []
 
     def list_schedules(self, name: str | None = None) -> list[Any]:
-        """Return the recurring runs, all or those of one name; the server's comparison ignores accents and case."""
+        """Return all recurring runs, or those with a name; the server's comparison ignores accents and case."""
         schedules: list[Any] = []
         options = {"page_size": 200, "namespace": self.namespace, "filter": _name_filter(name) if name else None}
         token: str | None = ""
@@ -128,13 +128,13 @@ class Kubeflow(Connection):
     def schedule(
         self, name: str, cron: str, version: Version, arguments: dict[str, Any], experiment: str, account: str | None
     ) -> bool:
-        """Make sure that exactly one recurring run of this name exists, with this content; return whether it is new.
+        """Ensure that exactly one recurring run with this name and content exists; return whether it is new.
 
-        The content is known by its hash in the description: the server fills in what was not given. The new recurring
-        run is created before the old one is deleted, so that a changed schedule has no gap.
+        The description has a hash of the content, because the server adds defaults to the content itself. The new
+        recurring run is created before the old one is deleted, so that a changed schedule has no gap.
 
         Raises:
-            RunError: the server, older than 2.17, gives schedules no account but its own.
+            RunError: the server is older than 2.17, and gives schedules only its own service account.
         """
         description = _describe_content(cron, version.version_id, arguments, account)
         old = self.list_schedules(name)
@@ -159,17 +159,17 @@ class Kubeflow(Connection):
         return True
 
     def _check_account(self, schedule: Any, account: str | None) -> None:
-        """Delete a schedule again whose runs would not have the account that was asked for."""
+        """Delete a schedule again if its runs would not have the requested service account."""
         if account and schedule.service_account != account:
             self._delete_schedules([schedule])
             raise RunError(
-                f"schedule {schedule.display_name}: Kubeflow Pipelines {self.version} gives it the account "
-                f"{schedule.service_account}: before 2.17 schedules have no other; upgrade, or set "
-                f"DEFAULTPIPELINERUNNERSERVICEACCOUNT={account} at its deployment ml-pipeline"
+                f"schedule {schedule.display_name}: Kubeflow Pipelines {self.version} gives it the service account "
+                f"{schedule.service_account}, not {account}; upgrade to 2.17, or set "
+                f"DEFAULTPIPELINERUNNERSERVICEACCOUNT={account} in its deployment ml-pipeline"
             )
 
     def unschedule(self, name: str) -> None:
-        """Delete the recurring run of a name.
+        """Delete the recurring run with a name.
 
         Raises:
             ConfigError: no such schedule exists; the message names the existing ones.
@@ -185,7 +185,7 @@ class Kubeflow(Connection):
                 self._client.delete_recurring_run(entry.recurring_run_id)
 
     def _find_or_create_experiment(self, name: str) -> str:
-        """Return the id of an experiment; the client's own search does not find a name with % or +."""
+        """Return the id of an experiment; the client's own search does not find names with % or +."""
         from kfp_server_api import V2beta1Experiment
 
         found = self._client.list_experiments(filter=_name_filter(name), namespace=self.namespace).experiments
@@ -196,12 +196,12 @@ class Kubeflow(Connection):
 
 
 def _name_filter(name: str, key: str = "display_name") -> str:
-    """Return a filter, escaped: the server unescapes it once more than the URL that it is in."""
+    """Return an escaped filter: the server unescapes it once more than the URL around it."""
     predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
     return quote(json.dumps({"predicates": [predicate]}), safe="")
 
 
 def _describe_content(*content: Any) -> str:
-    """Return the description of a schedule, by which the same content is known again."""
+    """Return the description of a schedule; it identifies the content."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"made by minitron schedule; content {digest[:16]}"

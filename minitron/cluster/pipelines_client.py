@@ -1,4 +1,4 @@
-"""Access to the API of Kubeflow Pipelines: connect, know the server's version, explain errors in one line."""
+"""Access to the API of Kubeflow Pipelines: connect, read the server's version, explain errors in one line."""
 
 import contextlib
 import io
@@ -14,13 +14,13 @@ from minitron.cluster import kubernetes_api
 from minitron.errors import ConfigError, MinitronError, RunError, without_password
 
 OLDEST = (2, 15, 0)
-"""The oldest server whose driver and API do what the pipelines need."""
+"""The oldest server with the driver and API that the pipelines need."""
 
 _IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 class NoAnswerError(RunError):
-    """The server does not answer at the moment: it is away, overloaded, or its database is."""
+    """The server does not answer now: it, or its database, is unavailable or overloaded."""
 
 
 class Connection:
@@ -32,12 +32,12 @@ class Connection:
         Args:
             host: URL of the API; None in a pod of the cluster.
             namespace: your namespace, if Kubeflow has several users.
-            token: bearer token, if the server needs one. A pod uses its own. Behind Google's Identity-Aware Proxy,
-                with its OAuth client in KF_PIPELINES_IAP_OAUTH2_CLIENT_ID, the service account's is used.
+            token: bearer token, if the server needs one. A pod uses its own token. Behind Google's Identity-Aware
+                Proxy, set KF_PIPELINES_IAP_OAUTH2_CLIENT_ID to its OAuth client to use the service account's token.
 
         Raises:
             ConfigError: outside a cluster there is no host, or Google issues no token.
-            RunError: the host does not answer as the API, or it refuses the token.
+            RunError: the host is not the API, or it refuses the token.
         """
         if host is None and not _IN_CLUSTER.is_file():
             raise ConfigError("--host: missing; give the URL of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT")
@@ -54,12 +54,12 @@ class Connection:
         self.release = _parse_release(self.version)
         self.multi_user = bool(health.get("multi_user"))
         if self.multi_user and not namespace:
-            raise ConfigError(f"--namespace: missing; {self.host} serves several users: give yours")
+            raise ConfigError(f"--namespace: missing; {self.host} has several users, so give your namespace")
         self.namespace = namespace if self.multi_user else None
         self.tasks_namespace = namespace or "kubeflow"
 
     def check_version(self) -> None:
-        """Check that the server is new enough; one that names no release, a development build, passes.
+        """Check that the server is new enough; a development build, which names no release, passes.
 
         Raises:
             ConfigError: the server is too old.
@@ -67,7 +67,7 @@ class Connection:
         if self.release and self.release < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise ConfigError(
-                f"{self.host}: runs Kubeflow Pipelines {self.version}, but minitron needs {oldest} or newer; upgrade it"
+                f"{self.host}: Kubeflow Pipelines {self.version}, but minitron needs {oldest} or newer; upgrade it"
             )
 
     @contextlib.contextmanager
@@ -88,8 +88,8 @@ class Connection:
         except GoogleAuthError as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"{self.host}: no token for its Identity-Aware Proxy ({reason}); name a service account's key in "
-                "GOOGLE_APPLICATION_CREDENTIALS, or unset KF_PIPELINES_IAP_OAUTH2_CLIENT_ID"
+                f"{self.host}: no token for its Identity-Aware Proxy ({reason}); set GOOGLE_APPLICATION_CREDENTIALS to "
+                "a service account's key, or unset KF_PIPELINES_IAP_OAUTH2_CLIENT_ID"
             ) from error
         except HTTPError as error:
             reason = re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2].strip("')\"("))
@@ -101,13 +101,13 @@ class Connection:
         match error.status:
             case 401:
                 return RunError(
-                    f"{self.host}: the token is refused (401): it expired, or belongs to another server; get a new one "
-                    "and give it by --token or MINITRON_TOKEN"
+                    f"{self.host}: the token is refused (401): it has expired or is another server's; get a new "
+                    "one and give it with --token or MINITRON_TOKEN"
                 )
             case 403:
                 return RunError(
-                    f"{self.host}: not allowed (403): {_server_message(error)}; ask for the role kubeflow-edit in the "
-                    f"namespace {self.namespace or 'of Kubeflow'}"
+                    f"{self.host}: not allowed (403): {_server_message(error)}; ask for the role kubeflow-edit in "
+                    f"{f'namespace {self.namespace}' if self.namespace else 'the namespace of Kubeflow'}"
                 )
             case 404 if "<" in str(error.body or "<"):
                 return self._not_kubeflow()
@@ -116,25 +116,23 @@ class Connection:
                     f"{self.host}: no answer ({error.status} {error.reason}); check that ml-pipeline is running"
                 )
         kind = NoAnswerError if error.status in (429, 500) else RunError
-        return kind(
-            f"{self.host}: refused ({error.status}): {_server_message(error)}; the log of ml-pipeline says more"
-        )
+        return kind(f"{self.host}: refused ({error.status}): {_server_message(error)}; see the log of ml-pipeline")
 
     def _not_kubeflow(self) -> RunError:
         return RunError(
-            f"{self.host}: answers, but not as Kubeflow Pipelines' API; give the URL of its page with the path (often "
-            "…/pipeline), and a token if the page asks for a login"
+            f"{self.host}: answers, but is not the API of Kubeflow Pipelines; give the URL of its page with the path "
+            "(often …/pipeline), and a token if the page asks for a login"
         )
 
 
 def _make_client(**access: Any) -> Any:
-    """Return Kubeflow's client with one health check; the original checks five times, whatever the answer."""
+    """Return Kubeflow's client with one health check; the original always checks five times."""
     from kfp.client import Client
 
     class Quick(Client):
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
             kubernetes_api.limit_waiting(self._healthz_api.api_client)  # all its services share it
-            return self._healthz_api.healthz_service_get_healthz(_request_timeout=10)  # tried four times
+            return self._healthz_api.healthz_service_get_healthz(_request_timeout=10)  # retried by urllib3
 
     return Quick(**access)
 
@@ -148,7 +146,7 @@ def _pod_credentials(host: str | None, token: str | None) -> Any:
 
 
 def _parse_release(version: str) -> tuple[int, int, int] | None:
-    """Return the numbers of a release; None for what a development build has: `unknown`, a branch, a commit."""
+    """Return the numbers of a release; None for a development build, which has `unknown`, a branch or a commit."""
     match = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 

@@ -1,4 +1,4 @@
-"""Follow a run to its end, a line per stage, and find in its pods why it failed."""
+"""Follow a run to its end, with a line per stage, and find in its pods why it failed."""
 
 import re
 import time
@@ -17,14 +17,14 @@ COMPONENT_LABEL, RUN_LABEL = "app.kubernetes.io/component", "pipeline/runid"
 
 _ATTEMPT = re.compile(r"executor\((\d+)\)")
 _ERROR = re.compile(r"^(?:\s*error: |F\d{4} [^\]]*\] )(.+)$", re.MULTILINE)
-"""The last words of a stage, and those of Kubeflow's driver (glog's severity F)."""
+"""The last line of a failed stage, and of Kubeflow's driver (glog's severity F)."""
 
 _ONCE = Retry(1, backoff_factor=0.5)
 _TIMEOUT = 10
 
 
 def follow_run(kubeflow: pipelines_api.Kubeflow, run_id: str, stages: Collection[str]) -> Any:
-    """Print a line whenever a stage of a run starts, is tried again, or ends; return the run when it has ended."""
+    """Print a line when a stage of a run starts, is tried again, or ends; return the run at its end."""
     printed: dict[str, str] = {}
     while True:
         run = kubeflow.wait_for_run(run_id)
@@ -38,11 +38,11 @@ def follow_run(kubeflow: pipelines_api.Kubeflow, run_id: str, stages: Collection
 
 
 def describe_stages(run: Any, stages: Collection[str]) -> dict[str, str]:
-    """Return what the stages of a run do, in the order in which they started.
+    """Return the state of each stage of a run, in the order in which they started.
 
-    Kubeflow lists the nodes of the Argo workflow. A stage has three kinds: `NAME-driver`, `NAME`, and in it an
-    `executor(n)` per attempt, which is named after no stage: it belongs to the one that started last before it, since
-    no two stages of a pipeline run at a time.
+    Kubeflow lists the nodes of the Argo workflow. A stage has three kinds of nodes: `NAME-driver`, `NAME`, and an
+    `executor(n)` per attempt. An executor's name has no stage. It belongs to the last stage that started before it,
+    because no two stages of a pipeline run at a time.
     """
     nodes = sorted((run.run_details and run.run_details.task_details) or [], key=lambda node: node.start_time)
     attempts: dict[str, int] = {}
@@ -61,9 +61,9 @@ def describe_stages(run: Any, stages: Collection[str]) -> dict[str, str]:
 
 
 def find_pod_failure(namespace: str, run_id: str) -> str | None:
-    """Return what the pod of a run that failed last says: its error line, or why Kubernetes ended it.
+    """Return the reason for a failed run from its last failed pod: the error line, or why Kubernetes ended it.
 
-    None: there is no such pod any more, or the Kubernetes API is not at hand or not allowed.
+    None: the pod is gone, or the Kubernetes API is not available or not allowed.
     """
     try:
         core = kubernetes_api.core_api(_ONCE)
@@ -80,7 +80,7 @@ def find_pod_failure(namespace: str, run_id: str) -> str | None:
 
 
 def _read_error_line(core: Any, pod: Any) -> str | None:
-    """Return the message of the last error in a pod's log; a stage that fails on its own prints one."""
+    """Return the last error message in a pod's log; a stage that fails prints one, unless it is killed."""
     place = (pod.metadata.name, pod.metadata.namespace)
     options = {"container": "main", "tail_lines": 100, "_request_timeout": _TIMEOUT}
     log, _ = kubernetes_api.try_get(lambda: core.read_namespaced_pod_log(*place, **options))
@@ -89,7 +89,7 @@ def _read_error_line(core: Any, pod: Any) -> str | None:
 
 
 def _describe_end(pod: Any) -> str:
-    """Return Kubernetes' words for the end of a pod: evicted, out of memory, deadline, or the exit status."""
+    """Return Kubernetes' reason for the end of a pod: evicted, out of memory, deadline, or the exit status."""
     if pod.status.reason or pod.status.message:
         return ": ".join(filter(None, (pod.status.reason, pod.status.message)))
     containers = [entry.state.terminated for entry in pod.status.container_statuses or [] if entry.name == "main"]

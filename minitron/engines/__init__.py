@@ -1,4 +1,4 @@
-"""Who trains and prunes: hf (transformers) or nemo (NeMo, Megatron). Same settings, same data, same directories.
+"""The engines that train and prune: hf (transformers) and nemo (NeMo, Megatron), with the same settings and data.
 
 An engine is a module with the functions of `Engine`. The room imports config, cluster, storage, data, tracking and
 models.
@@ -35,13 +35,13 @@ class Engine(Protocol):
             config: steps, batch sizes, optimizer, validation and checkpoint intervals.
             initial: model directory to start from; it is not changed.
             weights: weights of the loss's terms.
-            directory: the stage's directory of work in progress, which becomes a Hugging Face model directory;
+            directory: the stage's work in progress, which becomes a Hugging Face model directory;
                 `staging.checkpoints_path` gives the directory for the checkpoints.
-            tracker: gets the metrics while the training runs.
-            teacher: model directory whose logits are learned; None: cross-entropy alone.
+            tracker: receives the metrics while the training runs.
+            teacher: model directory to learn logits from; None: cross-entropy alone.
 
         Returns:
-            What the stage's record gets: `metrics`, `history`, and the numbers that the engine knows better.
+            Entries of the stage's record: `metrics`, `history`, and the numbers that the engine knows better.
 
         Raises:
             ConfigError: the engine is not installed, or a setting does not fit the model.
@@ -56,12 +56,12 @@ class Engine(Protocol):
         Args:
             config: the stage's settings; its inputs are local directories.
             shape: the student's sizes.
-            layers: the layers to keep, counted from 0; None: those of the highest block influence.
-            directory: the stage's directory of work in progress.
+            layers: the layers to keep, counted from 0; None: those with the highest block influence.
+            directory: the stage's work in progress.
 
         Returns:
-            What was kept, the scores it was chosen by (None: nothing was chosen by scores), and the number of
-            calibration sequences that the scores were read on.
+            The plan of what was kept, the scores that decided it (None: scores decided nothing), and the number of
+            calibration sequences behind the scores.
 
         Raises:
             ConfigError: the engine is not installed, or cannot cut to these sizes.
@@ -70,7 +70,7 @@ class Engine(Protocol):
 
 
 def get_engine(name: str) -> Engine:
-    """Return the engine of a name, hf or nemo; only that one is imported."""
+    """Return the engine of a name, hf or nemo; the other one is not imported."""
     with many_imports():
         if name == "nemo":
             from minitron.engines.nemo import engine as nemo

@@ -1,10 +1,12 @@
-"""Checkpoints that say when they are complete, for both engines.
+"""Checkpoints with a marker of completeness, for both engines.
 
 A checkpoint is a directory of the work in progress, such as `checkpoint-300` or `best-250`. Its marker `complete.json`
-comes last, when all other files are on the disk: it has their names, sizes and CRC32C, and a note of the engine's. A
-directory without a marker was cut off by a kill; one that differs from its marker is damaged. Neither is used.
+is written last, when all other files are on the disk. It lists their names, sizes and CRC32C, and has a note of the
+engine. A kill leaves a directory without a marker; a directory that differs from its marker is damaged. Neither is
+used.
 
-The name has the step, so that no checkpoint replaces another. Those that a new one supersedes go after its marker came.
+The name ends with the step, so that no checkpoint replaces another. Superseded ones are deleted once the new marker is
+written.
 """
 
 import json
@@ -24,10 +26,10 @@ from minitron.storage.staging import sync_files
 MARKER = "complete.json"
 
 CHECKPOINT, BEST = "checkpoint", "best"
-"""What stands before the step: of a state to resume from (transformers' Trainer has this name), of the best state."""
+"""Prefixes of the names: a state to resume from (as transformers' Trainer calls it), and the best state."""
 
 _THREADS = 8
-"""One sums up 9 GB/s of what is in memory, or waits for the disk."""
+"""Each computes the checksums of 9 GB/s in memory, or waits for the disk."""
 
 
 class Checkpoint(NamedTuple):
@@ -43,7 +45,7 @@ class Checkpoint(NamedTuple):
 
 
 class ResumePoint(NamedTuple):
-    """Where a training goes on: its last checkpoint, and the best state up to that step."""
+    """The state from which a training resumes: its last checkpoint, and the best state up to that step."""
 
     checkpoint: Checkpoint
     best: Checkpoint
@@ -52,11 +54,11 @@ class ResumePoint(NamedTuple):
 def publish_checkpoint(path: Path, note: dict[str, Any]) -> None:
     """Complete a checkpoint or a best state, and delete those that it supersedes.
 
-    There stay the last checkpoint, the best state up to its step, which a resume needs, and the best state since.
+    Three are kept: the last checkpoint, the best state up to its step (for a resume), and the best state since.
 
     Args:
         path: the directory `NAME-STEP`, with all its files.
-        note: JSON. That of a checkpoint has `best`, the step of the best state.
+        note: JSON. A checkpoint's note has `best`, the step of the best state.
     """
     mark_complete(path, note)
     checkpoints, states = (list(_list_marked(path.parent, name)) for name in (CHECKPOINT, BEST))
@@ -68,7 +70,7 @@ def publish_checkpoint(path: Path, note: dict[str, Any]) -> None:
 
 
 def mark_complete(path: Path, note: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Write the marker of a directory, once all its files are on the disk."""
+    """Sync a directory's files to the disk, then write its marker."""
     files = [file for file in list_files(path) if file != path / MARKER]
     sync_files(path)
     facts = zip(files, _sum_up_files(files), strict=True)
@@ -78,9 +80,9 @@ def mark_complete(path: Path, note: Mapping[str, Any] = MappingProxyType({})) ->
 
 
 def find_resume_point(directory: Path) -> ResumePoint | None:
-    """Return the newest whole checkpoint with its best state, None without one; delete all others.
+    """Return the newest intact checkpoint with its best state, None if there is none; delete all others.
 
-    What came after that checkpoint is done again: a resumed training is the one that was never killed.
+    Later steps are repeated, so that a resumed training equals one that was never killed.
     """
     point = next(_find_whole_points(directory), None)
     kept = {point.checkpoint.path, point.best.path} if point else set()
@@ -91,14 +93,14 @@ def find_resume_point(directory: Path) -> ResumePoint | None:
 
 
 def find_best(directory: Path) -> Checkpoint | None:
-    """Return the newest whole best state, None without one."""
+    """Return the newest intact best state, None if there is none."""
     return next(filter(None, map(read_checkpoint, _list_paths(directory, BEST))), None)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """Return a checkpoint if it is whole; else say in one line why not, and return None."""
+    """Return a checkpoint if it is intact; else print the reason in one line, and return None."""
     marker = _read_marker(path)
-    reason = "cut off while it was written" if marker is None else _find_damage(path, marker["files"])
+    reason = "writing was interrupted" if marker is None else _find_damage(path, marker["files"])
     if marker is not None and reason is None:
         return Checkpoint(path, marker["note"])
     if path.exists():
@@ -122,7 +124,7 @@ def _list_paths(directory: Path, name: str) -> list[Path]:
 
 
 def _list_marked(directory: Path, name: str) -> Iterator[Checkpoint]:
-    """Yield what has a marker, the newest first; the files are not read."""
+    """Yield the directories that have a marker, the newest first; the files are not read."""
     for path in _list_paths(directory, name):
         if marker := _read_marker(path):
             yield Checkpoint(path, marker["note"])
@@ -133,7 +135,7 @@ def _parse_step(path: Path) -> int:
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
-    """Return the content of a directory's marker, None if it is not there or damaged."""
+    """Return the content of a directory's marker, None if it is missing or damaged."""
     try:
         marker = json.loads((path / MARKER).read_text())
         return marker["content"] if _sum_up(marker["content"]) == marker["crc32"] else None
@@ -142,9 +144,9 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
 
 
 def _find_damage(path: Path, files: dict[str, list[Any]]) -> str | None:
-    """Return what differs from the marker, None if nothing does."""
+    """Describe how the files differ from the marker; None if they do not."""
     if wrong := [name for name, (size, _) in files.items() if _get_size(path / name) != size]:
-        return f"{wrong[0]} has not the size that was written"
+        return f"{wrong[0]} has the wrong size"
     sums = _sum_up_files([path / name for name in files])
     wrong = [name for (name, (_, expected)), found in zip(files.items(), sums, strict=True) if found != expected]
     return f"{wrong[0]} is damaged" if wrong else None
@@ -164,6 +166,6 @@ def _sum_up(content: dict[str, Any]) -> int:
 
 
 def _delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, its marker first: a kill leaves nothing that seems complete."""
+    """Delete a checkpoint, its marker first: after a kill, nothing looks complete."""
     (path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Divergence: a training whose numbers are of no use any more ends with an error, in both engines."""
+"""Divergence: a training whose numbers have become useless ends with an error, in both engines."""
 
 import math
 from pathlib import Path
@@ -8,13 +8,13 @@ from minitron.config.stages import TrainingConfig
 from minitron.errors import RunError
 
 MARGIN = 10.0
-"""Nats per token above uniform guessing, ln(V), or above the lowest validation loss, if that is higher: the bound of
-every loss. A model beyond it gives the right token a twenty-thousandth of the probability that guessing gives it. The
-margin is wide on purpose: a training can recover from a peak, and its best state is kept in any case."""
+"""The bound of every loss, in nats per token above uniform guessing, ln(V), or above the lowest validation loss if that
+is higher. A model beyond it gives the right token a twenty-thousandth of the probability of a guess. The margin is wide
+on purpose: a training can recover from a peak, and its best state is kept in any case."""
 
 _BOUNDED = ("validation_loss", "cross_entropy", "kl")
-"""The losses that are held against the bound. The loss of a distillation is not: it depends on the weights of its
-terms. The KL from a teacher to uniform guessing is at most ln(V), too."""
+"""The losses that are compared with the bound. The loss of a distillation is not, because it depends on the weights of
+its terms. The KL from a teacher to uniform guessing is also at most ln(V)."""
 
 
 class Diverged(RunError):
@@ -22,29 +22,29 @@ class Diverged(RunError):
 
 
 def check_untrained(model: Path, loss: float) -> None:
-    """Refuse a model whose loss is no finite number before any training.
+    """Refuse a model whose loss is not finite before training.
 
     Raises:
-        RunError: the loss is infinite or not a number.
+        RunError: the loss is infinite or NaN.
     """
     if not math.isfinite(loss):
         raise RunError(
-            f"{model}: its validation loss is {loss} before any training; its weights are damaged, or it overflows in "
-            "this precision: get the model again, or make it anew with other settings"
+            f"{model}: its validation loss is {loss} before training; its weights are damaged, or it overflows in "
+            "this precision: download the model again, or make it again with other settings"
         )
 
 
 def check_step(step: int, row: dict[str, float], vocabulary: int, lowest: float) -> None:
-    """Hold the numbers of a step or a validation against the bound.
+    """Compare the numbers of a step or a validation with the bound.
 
     Args:
         step: the optimizer step.
-        row: its row of the history.
+        row: the step's row of the history.
         vocabulary: the number of tokens that the model knows.
         lowest: the lowest validation loss so far, infinite before the first one.
 
     Raises:
-        Diverged: a number is infinite or not a number, or a loss is above the bound.
+        Diverged: a number is infinite or NaN, or a loss is above the bound.
     """
     if reason := find_not_finite(row):
         raise Diverged(f"the training diverged at step {step}: {reason}")
@@ -58,14 +58,14 @@ def check_step(step: int, row: dict[str, float], vocabulary: int, lowest: float)
 
 
 def name_last_good(error: Diverged, config: TrainingConfig, path: Path, step: int, loss: float) -> Diverged:
-    """Return the error with the last good state and the remedy.
+    """Add the last good state and the remedy to an error.
 
     Args:
-        error: says where the training diverged.
-        config: its settings.
+        error: says at which step the training diverged.
+        config: the training's settings.
         path: directory of the last good state.
-        step: the step that it is of; 0: the untrained model.
-        loss: its validation loss.
+        step: step of the last good state; 0: the untrained model.
+        loss: validation loss of the last good state.
     """
     state = f"step {step}" if step else "the untrained model"
     return Diverged(

@@ -5,7 +5,7 @@ from minitron.errors import RunError
 
 
 def check_gpus(wanted: int) -> None:
-    """Refuse to start on fewer GPUs than the settings ask for: the work would crawl while you pay.
+    """Refuse to start on fewer GPUs than the settings ask for: the work would crawl while you pay for the GPUs.
 
     Raises:
         RunError: this process sees fewer GPUs.
@@ -16,8 +16,8 @@ def check_gpus(wanted: int) -> None:
 
     if (found := torch.cuda.device_count()) < wanted:
         raise RunError(
-            f"gpus: {wanted} asked for, but this task sees {found}; look at the limit nvidia.com/gpu of its pod, the "
-            "driver on its node and CUDA_VISIBLE_DEVICES (gpus=0 runs it on what there is)"
+            f"gpus: {wanted}, but this task sees {found}; check its pod's limit nvidia.com/gpu, the driver on its node "
+            "and CUDA_VISIBLE_DEVICES (gpus=0 runs it on whatever it sees)"
         )
 
 

@@ -1,7 +1,7 @@
 """The transformers engine: one training path for fine-tuning and distillation, from a laptop to one GPU.
 
-`train` runs `transformers.Trainer`; what differs between the two stages is the loss (minitron/models/losses.py). A
-killed training resumes from its last complete checkpoint.
+`train` runs `transformers.Trainer`. The two stages differ only in the loss (minitron/models/losses.py). A killed
+training resumes from its last complete checkpoint.
 """
 
 import time
@@ -39,10 +39,10 @@ from minitron.storage.staging import checkpoints_path, last_good_path, replace_d
 from minitron.tracking.stage_run import Tracker
 
 TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
-"""The loss terms that are logged, in the order of LossTerms; without a teacher only the cross-entropy."""
+"""The logged loss terms, in the order of LossTerms; without a teacher only the cross-entropy."""
 
 LOGGED = ("loss", *TERMS, "learning_rate", "grad_norm", "validation_loss", "validation_perplexity")
-"""The keys of the Trainer's logs that are history; the others are its bookkeeping."""
+"""The keys of the Trainer's logs that go into the history; the others are bookkeeping."""
 
 
 def get_device() -> torch.device:
@@ -57,7 +57,7 @@ def get_compute_dtype() -> torch.dtype:
 
 def _say_that_one_gpu_works() -> None:
     if (visible := torch.cuda.device_count()) > 1:
-        print(f"engine hf: {visible} GPUs are visible, it uses one; engine nemo trains on all of them", flush=True)
+        print(f"engine hf: uses one of {visible} visible GPUs; engine nemo trains on all of them", flush=True)
 
 
 def _autocast_on_gpu() -> torch.autocast:
@@ -136,10 +136,10 @@ def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) 
 
 
 class BestModel:
-    """The state of lowest validation loss: `initial` until a training step beats it. It survives a kill."""
+    """The state with the lowest validation loss: `initial` until a training step beats it. It survives a kill."""
 
     def __init__(self, checkpoints: Path, initial: Path, best: Checkpoint | None) -> None:
-        """Go on with the best state that an earlier attempt left in the directory of checkpoints."""
+        """Start from the best state that an earlier attempt left among the checkpoints."""
         self._checkpoints, self.initial = checkpoints, initial
         self.step: int = best.step if best else 0
         self.loss: float = best.note["loss"] if best else float("inf")
@@ -155,7 +155,7 @@ class BestModel:
         publish_checkpoint(self._path, {"loss": loss})
 
     def write(self, model: Any, step: int, directory: Path) -> None:
-        """Write the best model in the dtypes of the initial one; `model` is its state at `step`."""
+        """Write the best model in the dtypes of the initial one; `model` is the state at `step`."""
         if not self.step:
             copy_model(self.initial, directory)
             return
@@ -188,7 +188,7 @@ class _LinearLossTrainer(Trainer):
         validate_first: bool,
     ) -> None:
         model.config.use_cache = False
-        model.generation_config = GenerationConfig()  # transformers 4.57 cannot save each that it loads
+        model.generation_config = GenerationConfig()  # transformers 4.57 cannot save every one that it loads
         # nothing is padded here; a padding index would freeze the embedding of a token that also ends documents
         model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
         if config.gradient_checkpointing:
@@ -204,11 +204,11 @@ class _LinearLossTrainer(Trainer):
         self._started = time.perf_counter()
 
     def start_clock(self, seconds: float) -> None:
-        """Start the clock of the training at the seconds that killed attempts took up to the checkpoint."""
+        """Start the clock at the seconds that killed attempts took up to the checkpoint."""
         self._started = time.perf_counter() - seconds
 
     def read_seconds(self) -> float:
-        """Return the seconds of the training so far, without its validations."""
+        """Return the seconds of training so far, without validations."""
         return time.perf_counter() - self._started
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
@@ -217,7 +217,7 @@ class _LinearLossTrainer(Trainer):
         return SequentialSampler(dataset)
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list, Any]:
-        """Return the step's batches and their labels' count: labels are shifted already, and none is masked."""
+        """Return the step's batches and the number of their labels, which are already shifted; none is masked."""
         batches, _ = super().get_batch_samples(*arguments, **keywords)
         return batches, sum(batch["labels"].numel() for batch in batches)
 
@@ -241,7 +241,7 @@ class _LinearLossTrainer(Trainer):
         return terms.loss / num_items_in_batch
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """Log the numbers, and the means of the loss terms since the last log."""
+        """Log the numbers and the means of the loss terms since the last log."""
         if "loss" in logs and self._tokens:
             means = dict(zip(TERMS, (self._sums / self._tokens).tolist(), strict=True))
             logs |= means if self._teacher is not None else {"cross_entropy": means["cross_entropy"]}
@@ -277,11 +277,11 @@ class _Report(TrainerCallback):
         self._vocabulary = read_config(best.initial).vocab_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals that it was written with
+        state.compute_steps(args, state.max_steps)  # a checkpoint restores the intervals of the run that wrote it
         total, done = state.max_steps * self._step_tokens, state.global_step * self._step_tokens
         self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
         self._status = TrainerStatus(state.global_step, state.max_steps)
-        for row in _extract_history(state.log_history):  # the last ones may not have arrived before the kill
+        for row in _extract_history(state.log_history):  # the last rows may not have arrived before the kill
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -318,7 +318,7 @@ class _Report(TrainerCallback):
 class _OneGpuArguments(TrainingArguments):
     """Trainer's arguments for one GPU, however many are visible.
 
-    Trainer would multiply the batch by their number, and split it among them by DataParallel, past `compute_loss`.
+    Trainer would multiply the batch by the number of GPUs, and split it with DataParallel, around `compute_loss`.
     """
 
     @property

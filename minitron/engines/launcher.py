@@ -1,4 +1,4 @@
-"""Start an engine's workers, one process per GPU, by torchrun; follow them, and end them with this process.
+"""Start an engine's workers with torchrun, one process per GPU; follow them, and end them with this process.
 
 A job is JSON: `{"job": name, ...}`. Its worker is a module with a guarded `main()`, so that spawned processes can
 import it.
@@ -29,10 +29,10 @@ def launch(
 
     Args:
         worker: module that torchrun runs in every process; its argument is the job's file.
-        job: the job; `<directory>/<job>.log` gets the workers' output.
-        directory: gets the job, the log and, if a worker fails, its explanation.
+        job: the job; the workers' output goes to `<directory>/<job>.log`.
+        directory: directory for the job, the log and, if a worker fails, its explanation.
         processes: number of workers on this machine.
-        follow: called while they run, and once after their end.
+        follow: function that is called while the workers run, and once after their end.
 
     Raises:
         MinitronError: a worker failed. The message is the worker's own, or names the log.
@@ -58,23 +58,23 @@ def launch(
 
 
 def report_failure(job: Path, error: BaseException) -> None:
-    """Write the error that `launch` raises, from within a worker; the first worker that fails wins."""
+    """Write the error that `launch` is to raise, from within a worker; the first worker that fails wins."""
     kind = type(error).__name__
     entry = {"message": str(error) if isinstance(error, MinitronError) else f"{kind}: {error}", "kind": kind}
     failure = job.with_suffix(".failure")
     if not failure.exists():
         partial = failure.with_name(f"{failure.name}.{os.environ.get('RANK')}")
         partial.write_text(json.dumps(entry))
-        partial.replace(failure)  # whoever waits for it never sees a part
+        partial.replace(failure)  # a reader never sees a partial file
 
 
 def end_with_parent() -> None:
-    """Let the kernel send SIGTERM to this process when its parent is gone, even if the parent was killed."""
+    """Let the kernel send SIGTERM to this process when its parent ends, even if the parent was killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_group() -> None:
-    """Leave the workers' group together: a worker that loses the others while it ends is aborted."""
+    """Leave the process group together with the other workers: else a worker that loses the others is aborted."""
     import torch.distributed
 
     if torch.distributed.is_initialized():
@@ -94,10 +94,10 @@ def _stop_process(process: subprocess.Popen) -> None:
 
 
 def explain_failure(job: str, log: Path, failure: Path) -> MinitronError:
-    """Return the error of a failed job: the one that its first failing worker wrote, or that none did."""
+    """Return the error of a failed job: the first failing worker's, or another one if no worker wrote one."""
     if not failure.is_file():
         return RunError(
-            f"{job}: a worker was killed from outside; see the log {log}. If the machine ran out of memory, "
+            f"{job}: a worker was killed from outside; see the log {log}; if the machine ran out of memory, "
             "give the task more, or lower micro_batch_size"
         )
     entry = json.loads(failure.read_text())
@@ -108,4 +108,4 @@ def explain_failure(job: str, log: Path, failure: Path) -> MinitronError:
     message = " ".join(entry["message"].split())[:500]
     if "OutOfMemory" in entry["kind"]:
         message += "; lower micro_batch_size, raise tensor_parallel_size, or set gradient_checkpointing"
-    return RunError(message if entry["kind"] == RunError.__name__ else f"{job}: {message}; the whole log is {log}")
+    return RunError(message if entry["kind"] == RunError.__name__ else f"{job}: {message}; see the log {log}")

@@ -1,6 +1,6 @@
-"""What a teacher's config.json says against a plan, without weights and without torch.
+"""Check a plan against the teacher's config.json, without weights and without torch.
 
-plan and `minitron submit` ask it before a GPU is paid for. prune asks again, of the corrected teacher.
+plan and `minitron submit` do this before you pay for a GPU. prune does it again, for the corrected teacher.
 """
 
 import math
@@ -24,11 +24,11 @@ from minitron.models.checks import check_config, check_sequence_length
 from minitron.models.task_names import find_task_faults
 
 HIDDEN_MULTIPLE = 8
-"""Rows of 16 bytes in bfloat16. Smaller steps keep a GPU's tensor cores idle in every matrix product of the model."""
+"""16 bytes in bfloat16. With sizes between these steps, a GPU's tensor cores idle in every matrix product."""
 
 
 def find_plan_faults(plan: Plan, architecture: Mapping[str, Any] | None) -> Iterator[Fault]:
-    """Find what cannot work, by the addresses, the list of lm-eval's tasks and, if known, the teacher's config.json."""
+    """Find faults by the addresses, the list of lm-eval's tasks and, if known, the teacher's config.json."""
     for key, address in list_addresses(plan).items():
         yield from find_scheme_faults(key, address)
     evaluate = plan.stages["evaluate"]
@@ -43,12 +43,12 @@ def find_plan_faults(plan: Plan, architecture: Mapping[str, Any] | None) -> Iter
 
 
 def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: str) -> Iterator[Fault]:
-    """Find what the teacher cannot be, cannot be cut to, or cannot be split into.
+    """Find a teacher that is not supported, and sizes to which it cannot be cut or into which it cannot be split.
 
     Args:
         plan: the checked settings.
         architecture: the teacher's config.json.
-        address: of the teacher, for the messages.
+        address: the teacher's address, for the messages.
     """
     try:
         check_config(dict(architecture), address)
@@ -74,7 +74,7 @@ def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: st
         for layer, model, sizes in zip(numbers, ("student", "teacher"), (student, teacher), strict=True):
             if layer > (most := sizes["num_hidden_layers"]):
                 yield Fault(
-                    "distill.intermediate_layers", f"{layer} is no layer of the {model}; choose from 1 to {most}"
+                    "distill.intermediate_layers", f"{layer} is not a layer of the {model}; choose from 1 to {most}"
                 )
     for stage, sizes in (("finetune", teacher), ("distill", student)):
         yield from find_engine_faults(stage, plan.stages[stage], dict(architecture) | sizes, address)
@@ -86,7 +86,7 @@ def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: st
 def find_engine_faults(
     stage: str, settings: Any, architecture: Mapping[str, Any] | None, address: str
 ) -> Iterator[Fault]:
-    """Find what engine nemo cannot split among the GPUs that a training gets; without a config.json less is known."""
+    """Find sizes that engine nemo cannot split among a training's GPUs; without a config.json it finds fewer."""
     assert isinstance(settings, TrainingSettings)
     if settings.engine != "nemo" or (isinstance(settings, FinetuneSettings) and not settings.enabled):
         return
@@ -120,9 +120,9 @@ def find_size_faults(prune: PruneSettings, architecture: Mapping[str, Any]) -> I
 def _find_layer_faults(prune: PruneSettings, total: int) -> Iterator[Fault]:
     dropped = set(prune.drop_layers or [])
     if outside := sorted(dropped - set(range(1, total + 1))):
-        yield Fault("prune.drop_layers", f"{outside} outside the teacher's layers; choose from 1 to {total}")
+        yield Fault("prune.drop_layers", f"the teacher has no layers {outside}; choose from 1 to {total}")
     elif len(dropped) == total:
-        yield Fault("prune.drop_layers", f"all {total} layers of the teacher; leave at least one")
+        yield Fault("prune.drop_layers", f"drops all {total} layers of the teacher; keep at least one")
 
 
 def _find_head_faults(student: Mapping[str, int], teacher_heads_per_group: int) -> Iterator[Fault]:
@@ -150,8 +150,8 @@ def _find_width_faults(student: Mapping[str, int], teacher: Mapping[str, int], m
             f"{hidden} is not a multiple of {HIDDEN_MULTIPLE}, the step of a GPU's tensor cores; {remedy}",
         )
     elif model_type == "llama" and hidden % heads:
-        # head_dim is explicit, so nothing computes with the quotient; but transformers would not load the student
+        # head_dim is explicit, so nothing computes the quotient; but transformers would refuse to load the student
         yield Fault(
             "prune.hidden_size",
-            f"{hidden} is not a multiple of num_attention_heads {heads}, as transformers demands of a Llama; {remedy}",
+            f"{hidden} is not a multiple of num_attention_heads {heads}, as transformers needs for a Llama; {remedy}",
         )

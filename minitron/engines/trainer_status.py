@@ -1,4 +1,4 @@
-"""Report a training's progress to Kubeflow Trainer, which shows it with the TrainJob: percent, seconds left, metrics.
+"""Report a training's progress to Kubeflow Trainer, which shows it in the TrainJob: percent, seconds left, metrics.
 
     kubectl get trainjob NAME -o jsonpath='{.status.trainerStatus}'
 
@@ -18,21 +18,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 URL, CA_CERT, TOKEN = (f"KUBEFLOW_TRAINER_SERVER_{name}" for name in ("URL", "CA_CERT", "TOKEN"))
-"""Variables of a TrainJob's containers: an address, and the files of its certificate and of a token that rotates."""
+"""Variables of a TrainJob's containers: an address, the file of its certificate, and the file of a rotating token."""
 
 INTERVAL_SECONDS = 5.0
 TIMEOUT_SECONDS = 5.0
 
 
 class TrainerStatus:
-    """Posts the newest progress from a thread of its own, at most every five seconds, and once more at the end.
+    """Posts the newest progress from a thread of its own: at most every five seconds, and once more at the end.
 
-    The training never waits for a post, but for the last one: five seconds at most. A post that fails is dropped.
-    Outside a TrainJob nothing happens.
+    The training waits only for the last post, five seconds at most. A failed post is dropped. Outside a TrainJob
+    nothing is posted.
     """
 
     def __init__(self, first_step: int, max_steps: int) -> None:
-        """Start the clock of a training that goes on after `first_step`."""
+        """Start the clock of a training that continues after `first_step`."""
         self._first_step, self._max_steps = first_step, max_steps
         self._url, self._began = os.environ.get(URL), time.monotonic()
         self._metrics: dict[str, float] = {"total_steps": max_steps}
@@ -42,7 +42,7 @@ class TrainerStatus:
         self._warned = False
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Report that a step is done; the metrics are added to those of earlier reports."""
+        """Report a finished step; its metrics are added to those of earlier reports."""
         if self._url is None:
             return
         self._metrics |= metrics | {"current_step": step}
@@ -53,7 +53,7 @@ class TrainerStatus:
             self._thread.start()
 
     def close(self) -> None:
-        """Post the last report, if the server takes it in time."""
+        """Post the last report, if the server accepts it in time."""
         if self._thread:
             self._ended.set()
             self._thread.join(TIMEOUT_SECONDS)
@@ -86,7 +86,7 @@ class TrainerStatus:
             request = urllib.request.Request(str(self._url), self._body, headers)
             context = ssl.create_default_context(cafile=os.environ[CA_CERT])
             urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS, context=context).close()
-        except Exception as error:  # whatever it is, the training goes on
+        except Exception as error:  # the training continues whatever happens
             if not self._warned:
-                print(f"warning: Kubeflow Trainer does not take the progress: {error!r}", file=sys.stderr, flush=True)
+                print(f"warning: Kubeflow Trainer rejected the progress: {error!r}", file=sys.stderr, flush=True)
             self._warned = True

@@ -1,10 +1,10 @@
-"""Train on several nodes: a Kubeflow TrainJob, started and followed by the task.
+"""Train on several nodes with a Kubeflow TrainJob, which the task starts and follows.
 
-The job's pods are like the task's own: image, volumes, credentials, tolerations, account. A job is named after its
-stage's key, so that a restarted task finds the running job; the job ends with the task that waits for it.
+The job's pods have the image, volumes, credentials, tolerations and account of the task's own pod. A job is named after
+its stage's key, so that a restarted task finds the running job. The job ends with the task that waits for it.
 
-Kueue suspends a job until its queue has room, and again when it needs the room for another: the task waits on, and the
-workers resume from their last checkpoint.
+Kueue suspends a job until its queue has room, and again when another job needs the room. The task keeps waiting, and
+the workers resume from their last checkpoint.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from minitron.engines.launcher import explain_failure
 from minitron.errors import ConfigError, MinitronError, RunError
 
 RUNTIME, GPU = "torch-distributed", "nvidia.com/gpu"
-"""The runtime that Kubeflow Trainer installs, and the resource that is a GPU."""
+"""The runtime that Kubeflow Trainer installs, and the name of the resource GPU."""
 
 POLL_SECONDS = 5
 
@@ -35,7 +35,7 @@ _API = {"group": "trainer.kubeflow.org", "version": "v1alpha1"}
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TAIL = 20
 _COPIED = ("MINITRON_", "HF_", "NCCL_", "TORCH_", "CUDA_", "OMP_")
-"""Prefixes of the task's variables that its job gets, besides those from secrets."""
+"""Prefixes of the task's variables that the job gets, besides those from secrets."""
 
 
 def launch(
@@ -51,15 +51,15 @@ def launch(
 
     Args:
         worker: module that torchrun runs in every process; its argument is the job's file.
-        job: the job; `<directory>/<job>.log` gets the output of the first node.
-        directory: on the volume that this task and the nodes share, under the same path.
+        job: the job; the first node's output goes to `<directory>/<job>.log`.
+        directory: a directory of the volume that this task and the nodes share, under the same path.
         nodes: number of nodes.
         gpus: GPUs of each node, with one process per GPU.
-        key: names the work: a running TrainJob of the same job and key is taken up.
-        follow: called while they run, and once after their end.
+        key: identifies the work; a running TrainJob with the same job and key is continued.
+        follow: function that is called while the workers run, and once after their end.
 
     Raises:
-        MinitronError: a worker failed (the message is the worker's own), or the job could not start, or was deleted.
+        MinitronError: a worker failed (the message is the worker's own), the job could not start, or it was deleted.
     """
     name = job["job"]
     path, log, failure = (directory / f"{name}.{suffix}" for suffix in ("json", "log", "failure"))
@@ -75,7 +75,7 @@ def launch(
 
     try:
         train_job.start(make_manifest)
-        # A failed worker has written why: waiting for the others, or for restarts of the pod, would cost GPUs.
+        # A failed worker has written why: waiting for the others, or for restarts of the pod, would cost GPU time.
         while (state := train_job.get_state(failure)) is None and not failure.is_file():
             follow()
             train_job.forward_log()
@@ -112,7 +112,7 @@ class _TrainJob:
         self._tail: list[str] = []
 
     def start(self, make_manifest: Callable[[], dict[str, Any]]) -> None:
-        """Create the job that `make_manifest` returns, or take up the job that a lost task left."""
+        """Create the job that `make_manifest` returns, or continue the job that a lost task left."""
         while True:
             train_job = self._find_job()
             if train_job is None:
@@ -121,9 +121,9 @@ class _TrainJob:
             elif "deletionTimestamp" in train_job["metadata"]:
                 time.sleep(POLL_SECONDS)
             elif _read_end_state(train_job) in (None, "Complete"):
-                print(f"TrainJob {self.name}: taken up", flush=True)
+                print(f"TrainJob {self.name}: exists, following it", flush=True)
                 return
-            else:  # an earlier attempt's failed
+            else:  # the job of an earlier attempt failed
                 self.delete()
 
     def _create_job(self, manifest: dict[str, Any]) -> bool:
@@ -150,13 +150,13 @@ class _TrainJob:
     def get_state(self, failure: Path) -> str | None:
         """Return how the job ended: Complete, or why it failed; None while it runs or waits in a queue.
 
-        What a worker of a suspended job leaves in `failure` is deleted: it lost the others when Kueue ended them.
+        The `failure` of a suspended job's worker is deleted: it lost the other workers when Kueue ended them.
 
         Raises:
             RunError: the job was deleted.
         """
         if (train_job := self._find_job()) is None:
-            raise RunError(f"TrainJob {self.name}: it was deleted; run the stage again, and it resumes")
+            raise RunError(f"TrainJob {self.name}: it was deleted; run the stage again to resume it")
         self._created = datetime.fromisoformat(train_job["metadata"]["creationTimestamp"])
         self._report_queue(train_job)
         if self._suspended:
@@ -164,15 +164,15 @@ class _TrainJob:
         return _read_end_state(train_job)
 
     def _report_queue(self, train_job: dict[str, Any]) -> None:
-        """Say when the job begins to wait, and when it starts."""
+        """Print when the job begins to wait, and when it starts."""
         was_suspended, self._suspended = self._suspended, bool(train_job["spec"].get("suspend"))
         if self._suspended and not was_suspended:
             queue = (train_job["metadata"].get("labels") or {}).get(QUEUE_LABEL)
-            state = f"waits in queue {queue}" if queue else "is suspended, without a queue"
-            remedy = f"'kubectl get workloads -n {self._namespace}' says what it waits for"
+            state = f"waiting in queue {queue}" if queue else "suspended, without a queue"
+            remedy = f"'kubectl get workloads -n {self._namespace}' shows the reason"
             print(f"TrainJob {self.name}: {state}; {remedy}", flush=True)
         elif was_suspended and not self._suspended:
-            print(f"TrainJob {self.name}: starts", flush=True)
+            print(f"TrainJob {self.name}: starting", flush=True)
 
     def make_error(self, job: str, reason: str) -> RunError:
         """Return the error of a job whose workers left no explanation."""
@@ -184,7 +184,7 @@ class _TrainJob:
         firsts = [pod for pod in self._list_pods() if _is_first(pod)]
         pod = max(
             firsts, key=lambda pod: str(pod.metadata.creation_timestamp), default=None
-        )  # of its restarts the last
+        )  # the last of its restarts
         if pod is None or pod.status.phase == "Pending":
             return
         since = {"since_seconds": _compute_age(self._last_line)} if self._last_line else {}
@@ -215,7 +215,7 @@ class _TrainJob:
         """
         pods = self._list_pods()
         if not pods and (refusal := self._find_quota_refusal()):
-            raise RunError(f"TrainJob {self.name}: its pods are refused: {refusal}; ask for less, or for more quota")
+            raise RunError(f"TrainJob {self.name}: its pods are refused: {refusal}; ask for less, or raise the quota")
         waiting = [reason for pod in pods for reason in _find_stuck_reasons(pod)]
         self._stuck_since = (self._stuck_since or time.monotonic()) if waiting else 0.0
         if waiting and time.monotonic() - self._stuck_since >= STUCK_SECONDS:
@@ -230,7 +230,7 @@ class _TrainJob:
             ).items
 
     def _find_quota_refusal(self) -> str | None:
-        """Return why no pod could be created, if a quota forbids it; events of an earlier job do not count."""
+        """Return the message if a quota forbids the pods; events of an earlier job do not count."""
         with self._translate_errors(f"events of TrainJob {self.name}"):
             events = self._core.list_namespaced_event(self._namespace, field_selector="reason=FailedCreate").items
         own = [event for event in events if event.involved_object.name.startswith(self.name)]
@@ -249,7 +249,7 @@ class _TrainJob:
             pass
         except MinitronError as error:
             remedy = f"kubectl delete trainjob {self.name} -n {self._namespace}"
-            print(f"warning: it may still run: {error}; delete it by '{remedy}'", file=sys.stderr, flush=True)
+            print(f"warning: it may still be running: {error}; delete it with '{remedy}'", file=sys.stderr, flush=True)
 
     def _translate_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
         return kubernetes_api.one_line_errors(what, self._namespace)
@@ -265,14 +265,15 @@ def _read_own_pod() -> Any:
     namespace = os.environ.get("MINITRON_NAMESPACE") or (_NAMESPACE.is_file() and _NAMESPACE.read_text().strip())
     if not namespace:
         raise ConfigError(
-            "num_nodes: above 1 it needs a cluster, but this is no pod; run it on Kubeflow, or set it to 1"
+            "num_nodes: several nodes need a cluster, but this process is not in a pod; run it on Kubeflow, or set "
+            "num_nodes to 1"
         )
     with kubernetes_api.one_line_errors(f"pod {name}", namespace):
         return kubernetes_api.core_api(kubernetes_api.RETRY).read_namespaced_pod(name, namespace)
 
 
 def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: int) -> dict[str, Any]:
-    """Return the TrainJob: its nodes are like the pod's main container, with GPUs."""
+    """Return the TrainJob; each of its nodes is like the pod's main container, with GPUs."""
     main = next(container for container in pod.spec.containers if container.name == "main")
     volumes = [volume for volume in pod.spec.volumes or [] if _is_shared(volume)]
     names = {volume.name for volume in volumes}
@@ -298,7 +299,7 @@ def _make_manifest(name: str, pod: Any, command: list[str], nodes: int, gpus: in
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
-        # The workflow owns the job, so that it goes with it even if this task is killed.
+        # The workflow owns the job, so that the job is deleted with it even if this task is killed.
         "metadata": metadata
         | {"ownerReferences": [_make_owner_reference(owner) for owner in pod.metadata.owner_references or []]},
         "spec": {
@@ -328,7 +329,7 @@ def _make_owner_reference(owner: Any) -> dict[str, Any]:
 
 
 def _is_shared(volume: Any) -> bool:
-    """Say whether the nodes need a volume: claims, /dev/shm and secrets, not those of Kubeflow and Argo."""
+    """Say whether the nodes need a volume: claims, /dev/shm and secrets, but not Kubeflow's and Argo's volumes."""
     in_memory = volume.empty_dir is not None and volume.empty_dir.medium == "Memory"
     return volume.persistent_volume_claim is not None or volume.secret is not None or in_memory
 

@@ -147,9 +147,7 @@ def test_a_server_gets_the_life_times_that_it_knows_and_keeps_the_platform_docum
 def test_a_server_that_is_too_old_is_refused_before_anything_is_uploaded(command: list[str], version: str) -> None:
     with kubeflow_server(version=version) as server:
         message = run_refused(*command, "--host", server.url)
-    assert message == (
-        f"{server.url}: runs Kubeflow Pipelines {version}, but minitron needs 2.15.0 or newer; upgrade it"
-    )
+    assert message == (f"{server.url}: Kubeflow Pipelines {version}, but minitron needs 2.15.0 or newer; upgrade it")
     assert not server.pipelines
 
 
@@ -194,9 +192,9 @@ def test_a_schedule_that_would_run_as_another_account_is_refused(server: Kubeflo
     before = copy.deepcopy(server.schedules)
     message = run_refused(*NIGHTLY, "--set", "cluster.service_account=minitron", "--host", server.url)
     assert message.startswith(
-        "schedule nightly: Kubeflow Pipelines 2.15.0 gives it the account pipeline-runner: before"
+        "schedule nightly: Kubeflow Pipelines 2.15.0 gives it the service account pipeline-runner, not minitron;"
     )
-    assert "DEFAULTPIPELINERUNNERSERVICEACCOUNT=minitron at its deployment" in message and server.schedules == before
+    assert "DEFAULTPIPELINERUNNERSERVICEACCOUNT=minitron in its deployment" in message and server.schedules == before
     server.default_account = "minitron"
     run_ok(*NIGHTLY, "--set", "cluster.service_account=minitron", "--host", server.url)
 
@@ -225,7 +223,7 @@ def test_a_schedule_whose_name_is_alike_for_the_database_is_another_one(server: 
     ("arguments", "message"),
     [
         (["--name", "x" * 256], "--name: 256 characters, but a schedule's name has 1 to 255"),
-        (["--name", "Ä-nightly"], "--name Ä-nightly: Kubernetes takes no name that begins with '-'; begin it with a"),
+        (["--name", "Ä-nightly"], "--name Ä-nightly: Kubernetes refuses names that begin with '-'; begin it with a"),
         (["--set", f"experiment={'x' * 129}"], r"experiment: should match pattern '\S(.{0,126}\S)?' (found 'xxx"),
     ],
 )
@@ -288,7 +286,7 @@ def test_where_there_are_several_users_everything_is_in_the_namespace() -> None:
 def test_a_token_that_is_refused_is_named(token: list[str]) -> None:
     with kubeflow_server(token="secret") as server:
         message = run_refused("submit", *JOB, "--host", server.url, *token)
-    assert message.endswith("get a new one and give it by --token or MINITRON_TOKEN") and "refused (401)" in message
+    assert message.endswith("get a new one and give it with --token or MINITRON_TOKEN") and "refused (401)" in message
 
 
 def test_a_host_that_does_not_answer_is_named() -> None:
@@ -300,7 +298,7 @@ def test_a_host_that_does_not_answer_is_named() -> None:
 
 def test_a_page_that_is_not_kubeflows_is_told_apart() -> None:
     with http_server(Page(200, "<html>Sign in</html>")) as page:
-        assert "answers, but not as Kubeflow Pipelines' API" in run_refused("runs", "--host", page.url)
+        assert "answers, but is not the API of Kubeflow Pipelines" in run_refused("runs", "--host", page.url)
 
 
 def test_outside_a_cluster_the_host_is_needed() -> None:
@@ -433,7 +431,7 @@ def test_a_schedule_as_kubeflow_takes_it(expression: str) -> None:
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("0 2 * * *", "5 fields, but Kubeflow takes six (second minute hour"),
+        ("0 2 * * *", "5 fields, but Kubeflow needs six (second minute hour"),
         ("60 0 2 * * *", "second cannot be '60'"),
         ("0 61 2 * * *", "minute cannot be '61'"),
         ("0 0 25 * * *", "hour cannot be '25'"),

@@ -140,8 +140,8 @@ REFUSED: dict[str, tuple[str, str | bytes | Callable[[Path], None], str]] = {
         "/annex/objects/MD5-s1--1",
         "b.txt: a git-annex pointer, not the data; run `git annex",
     ),
-    "binary text": ("b.txt", b"ELF\x00\x01", "b.txt: not text (a NUL at byte 3); save it as UTF-8, or move it out"),
-    "UTF-16 text": ("b.txt", "text".encode("utf-16-le"), "b.txt: not text (a NUL at byte 1); save it as UTF-8"),
+    "binary text": ("b.txt", b"ELF\x00\x01", "b.txt: not text (NUL at byte 3); save it as UTF-8, or move it out"),
+    "UTF-16 text": ("b.txt", "text".encode("utf-16-le"), "b.txt: not text (NUL at byte 1); save it as UTF-8"),
 }
 
 

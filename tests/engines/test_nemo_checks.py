@@ -80,7 +80,7 @@ def test_without_nemo_it_says_what_to_do(
         raise checks.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(checks.importlib.metadata, "version", version)
-    with pytest.raises(ConfigError, match=r"engine nemo: it needs nemo_toolkit 2, found none; run it in the package's"):
+    with pytest.raises(ConfigError, match=r"engine nemo: needs nemo_toolkit 2, found none; run it in the package's"):
         checks.check_installed()
     monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "3.0.0")
     with pytest.raises(ConfigError, match=r"found 3.0.0; .* or use engine hf"):
@@ -94,7 +94,7 @@ def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teache
     text = (other / "config.json").read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM")
     (other / "config.json").write_text(text)
     with pytest.raises(
-        ConfigError, match=r"engine: nemo converts LlamaForCausalLM, but .* is a Qwen2ForCausalLM; use engine hf"
+        ConfigError, match=r"engine: engine nemo supports LlamaForCausalLM, but .* is a Qwen2ForCausalLM; use engine hf"
     ):
         checks.check_convertible(check_architecture(other), other)
 
@@ -103,7 +103,10 @@ def test_an_architecture_that_is_not_converted_to_the_last_bit_is_refused(teache
     ("sizes", "message"),
     [
         ({"intermediate_size": 100}, r"prune.intermediate_size: 100 is not a multiple of 64, .* choose 64 or another"),
-        ({"drop_layers": [1], "intermediate_size": 64}, r"drops layers by hand or cuts the width; choose one, or use"),
+        (
+            {"drop_layers": [1], "intermediate_size": 64},
+            r"engine nemo cannot combine it with another cut; choose one, or use",
+        ),
     ],
 )
 def test_a_cut_that_model_optimizer_cannot_make_is_refused(

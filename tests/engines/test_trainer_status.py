@@ -82,7 +82,7 @@ def test_a_server_that_is_away_costs_nothing(
     began = time.monotonic()
     assert report_steps(50) < 0.4  # a step that waited for the server would take the whole TIMEOUT_SECONDS
     assert time.monotonic() - began < 50 * 0.01 + 3
-    assert capsys.readouterr().err.count("warning: Kubeflow Trainer does not take the progress: ") == 1
+    assert capsys.readouterr().err.count("warning: Kubeflow Trainer rejected the progress: ") == 1
     assert fault in ("hangs",) or server.statuses == []
 
 

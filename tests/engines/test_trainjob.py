@@ -90,7 +90,7 @@ def test_the_nodes_are_one_group_and_are_followed(
 @pytest.mark.parametrize(
     ("job", "kind", "message"),
     [
-        ("fail", RunError, r"^fail: ValueError: no such layer; the whole log is .*fail.log$"),
+        ("fail", RunError, r"^fail: ValueError: no such layer; see the log .*fail.log$"),
         ("refuse", ConfigError, r"^size 3: too odd; choose 4$"),
     ],
 )
@@ -148,10 +148,12 @@ def test_an_api_server_that_stays_away_is_named_and_the_job_may_run_on(
     server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later(server, lambda: setattr(server, "faults", [CUT] * 1000))
-    with pytest.raises(RunError, match=r"the Kubernetes API does not answer \(MaxRetryError\); check that it is up"):
+    with pytest.raises(
+        RunError, match=r"no answer from the Kubernetes API \(MaxRetryError\); check that it is running"
+    ):
         launch(tmp_path)
     server.faults = []
-    assert f"delete it by 'kubectl delete trainjob {JOB} -n team'" in capsys.readouterr().err
+    assert f"delete it with 'kubectl delete trainjob {JOB} -n team'" in capsys.readouterr().err
 
 
 def test_a_restarted_task_takes_up_the_job_of_the_lost_one(
@@ -173,7 +175,7 @@ def test_a_restarted_task_takes_up_the_job_of_the_lost_one(
     (tmp_path / "add.json").write_text("what the running workers read")
     launch(tmp_path)
     assert (tmp_path / "add.json").read_text() == "what the running workers read"
-    assert f"TrainJob {JOB}: taken up" in capsys.readouterr().out
+    assert f"TrainJob {JOB}: exists, following it" in capsys.readouterr().out
     assert sum(request.startswith("POST") for request in server.requests) == 1
     assert "step 7" in (tmp_path / "add.log").read_text()
 
@@ -215,7 +217,7 @@ def test_a_job_that_failed_before_is_made_again_once_it_is_gone(server: Kubernet
 
 def test_a_job_that_somebody_deletes_is_an_error(server: KubernetesServer, tmp_path: Path) -> None:
     later(server, lambda: server.objects["trainjobs"].clear())
-    with pytest.raises(RunError, match=f"^TrainJob {JOB}: it was deleted; run the stage again, and it resumes$"):
+    with pytest.raises(RunError, match=f"^TrainJob {JOB}: it was deleted; run the stage again to resume it$"):
         launch(tmp_path)
 
 
@@ -223,7 +225,9 @@ def test_an_account_without_the_right_is_named(
     server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.forbidden.add("POST trainjobs")
-    with pytest.raises(RunError, match=r"cannot POST trainjobs; apply manifests/base, and run as its account minitron"):
+    with pytest.raises(
+        RunError, match=r"cannot POST trainjobs; apply manifests/base, and use its service account minitron"
+    ):
         launch(tmp_path)
     assert capsys.readouterr().err == "" and not any(request.startswith("DELETE") for request in server.requests)
 
@@ -235,7 +239,7 @@ def test_a_quota_that_is_exceeded_gives_the_job_up(server: KubernetesServer, tmp
     )
     event = {"reason": "FailedCreate", "message": refusal, "involvedObject": {"name": f"{JOB}-node-0"}}
     later(server, lambda: server.add("events", "e1", **event))
-    with pytest.raises(RunError, match=r"its pods are refused: .*exceeded quota.*; ask for less, or for more quota"):
+    with pytest.raises(RunError, match=r"its pods are refused: .*exceeded quota.*; ask for less, or raise the quota"):
         launch(tmp_path)
     assert not server.objects["trainjobs"]
 
@@ -314,7 +318,7 @@ def test_a_canceled_step_deletes_its_job(server: KubernetesServer, tmp_path: Pat
 
 def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINITRON_NAMESPACE", raising=False)
-    with pytest.raises(ConfigError, match=r"num_nodes: above 1 it needs a cluster, but this is no pod"):
+    with pytest.raises(ConfigError, match=r"num_nodes: several nodes need a cluster, but this process is not in a pod"):
         launch(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run in a pod, or set KUBECONFIG"):
@@ -335,8 +339,8 @@ def test_a_queued_job_waits_and_is_neither_failed_nor_lost(
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3", "3"]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TrainJob")]
     assert said[1:] == [
-        f"TrainJob {JOB}: waits in queue gpus; 'kubectl get workloads -n team' says what it waits for",
-        f"TrainJob {JOB}: starts",
+        f"TrainJob {JOB}: waiting in queue gpus; 'kubectl get workloads -n team' shows the reason",
+        f"TrainJob {JOB}: starting",
     ]
 
 
@@ -358,7 +362,7 @@ def test_a_preempted_job_waits_again_and_resumes(
     later(server, lambda: server.end("Complete"), 1.7)
     launch(tmp_path)
     out = capsys.readouterr().out
-    assert out.count("waits in queue gpus") == out.count(f"TrainJob {JOB}: starts") == 2
+    assert out.count("waiting in queue gpus") == out.count(f"TrainJob {JOB}: starting") == 2
     assert (tmp_path / "add.log").read_text() == "step 1\nstep 2\n" and not failure.exists()
     assert sum(request.startswith("POST") for request in server.requests) == 1
 
@@ -370,7 +374,7 @@ def test_a_job_that_somebody_suspends_is_named(
     later(server, server.admit, 0.6)
     later(server, lambda: server.end("Complete"), 0.9)
     launch(tmp_path)
-    assert f"TrainJob {JOB}: is suspended, without a queue; " in capsys.readouterr().out
+    assert f"TrainJob {JOB}: suspended, without a queue; " in capsys.readouterr().out
 
 
 def _plain_job(name: str) -> dict[str, Any]:

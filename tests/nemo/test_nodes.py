@@ -65,7 +65,7 @@ def test_two_nodes_give_the_curve_of_engine_hf(
     scored = record["metrics"]["teacher_validation_loss"]
     assert scored == pytest.approx(expected["metrics"]["teacher_validation_loss"], rel=1e-6)
     out = capsys.readouterr().out
-    assert out.count("waits in queue gpus") == out.count(": starts\n") == 3
+    assert out.count("waiting in queue gpus") == out.count(": starting\n") == 3
     assert [row["step"] for row in record["history"] if "loss" in row] == list(range(1, 9)), "no step is there twice"
     assert trainer.statuses[-1]["progressPercentage"] == 100
     assert {"kl", "validation_loss"} <= {metric["name"] for metric in trainer.statuses[-1]["metrics"]}
@@ -74,6 +74,8 @@ def test_two_nodes_give_the_curve_of_engine_hf(
 
 
 def test_the_nodes_must_see_the_inputs(server: KubernetesServer, wide: Path, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lies outside the workspace .*, which is all that the nodes share"):
+    with pytest.raises(
+        ConfigError, match=r"outside the workspace .*, which is all that the nodes share; move it there"
+    ):
         run_finetune(tmp_path / "out", dataset, wide, workspace=tmp_path / "workspace", **NODES)
     assert not any(request.startswith("POST") for request in server.requests)

@@ -192,16 +192,20 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
             {},
             {"prune": {"intermediate_size": 20000, "drop_layers": [33]}},
             "prune.intermediate_size: 20000 is larger than the teacher's 14336; choose at most 14336; "
-            "prune.drop_layers: [33] outside the teacher's layers; choose from 1 to 32",
+            "prune.drop_layers: the teacher has no layers [33]; choose from 1 to 32",
         ),
-        ({}, {"prune": {"drop_layers": [*range(1, 33)]}}, "prune.drop_layers: all 32 layers of the teacher; leave at"),
+        (
+            {},
+            {"prune": {"drop_layers": [*range(1, 33)]}},
+            "prune.drop_layers: drops all 32 layers of the teacher; keep at",
+        ),
         ({}, {"prune": {"num_attention_heads": 12}}, "prune.num_attention_heads: 12 is not a multiple of num_key_v"),
         ({}, {"prune": {"hidden_size": 3090}}, "prune.hidden_size: 3090 is not a multiple of 8, the step of a GPU's"),
         ({}, {"prune": {"hidden_size": 4064}}, "prune.hidden_size: 4064 is not a multiple of 64, the step of Model-"),
         (
             {},
             {"distill": {"intermediate_layers": [[9, 32]]}, "prune": {"num_hidden_layers": 8}},
-            "distill.intermediate_layers: 9 is no layer of the student; choose from 1 to 8",
+            "distill.intermediate_layers: 9 is not a layer of the student; choose from 1 to 8",
         ),
         (
             {},
@@ -211,7 +215,7 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
         (
             {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
             {"finetune": {"enabled": False}},
-            "distill.engine: nemo converts LlamaForCausalLM, but LLAMA is a Qwen2ForCausalLM; use engine hf",
+            "distill.engine: engine nemo supports LlamaForCausalLM, but LLAMA is a Qwen2ForCausalLM; use engine hf",
         ),
     ],
 )

@@ -562,7 +562,7 @@ for job in {jobs!r}:
     assert 5 <= len(by_split["validation"]) <= 40, "the dataset has none of its own: by the fraction"
     manifest = json.loads((tmp_path / "plain" / MANIFEST).read_text())
     assert (manifest["own_splits"], manifest["left_out"]) == (["train", "test"], {"split extra": "unknown name"})
-    assert "own splits train, test; left out: split extra (of another name)" in done.stdout
+    assert "own splits train, test; left out: split extra (unknown name)" in done.stdout
     record = json.loads((tmp_path / "plain" / "stage.json").read_text())
     assert record["inputs"]["corpus"] == {
         "address": "hf://org/name/plain",
@@ -601,7 +601,12 @@ def test_an_address_that_is_no_datasets(address: str) -> None:
 GOOD = json_lines(make_words(50))
 BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] = {
     "empty file": ("a.jsonl", "", ConfigError, ["/corpus: no text (0 empty documents)"]),
-    "nothing but blanks": ("a.jsonl", json_lines(["", "\n"]), ConfigError, ["no text (2 empty documents)", "give one"]),
+    "nothing but blanks": (
+        "a.jsonl",
+        json_lines(["", "\n"]),
+        ConfigError,
+        ["no text (2 empty documents)", "give a corpus with text"],
+    ),
     "no supported file": ("a.pdf", "%PDF", ConfigError, ["no file in a supported format (found: a.pdf)", "give .txt"]),
     "no text field": (
         "a.jsonl",
@@ -629,12 +634,17 @@ BAD_CORPORA: dict[str, tuple[str, str | bytes, type[MinitronError], list[str]]] 
     "truncated zst": ("a.jsonl.zst", zstandard.compress(GOOD.encode())[:-9], RunError, ["a.jsonl.zst: cannot be read"]),
     "no parquet": ("a.parquet", GOOD, RunError, ["a.parquet: cannot be read after record 0", "download it again"]),
     "not UTF-8": ("a.txt", "Ärger".encode("latin-1"), RunError, ["a.txt: cannot be read", "save it as UTF-8"]),
-    "truncated bz2": ("a.txt.bz2", bz2.compress(GOOD.encode())[:-9], RunError, ["a.txt.bz2: cannot be read", "get it"]),
+    "truncated bz2": (
+        "a.txt.bz2",
+        bz2.compress(GOOD.encode())[:-9],
+        RunError,
+        ["a.txt.bz2: cannot be read", "download it"],
+    ),
     "truncated xz": (
         "a.jsonl.xz",
         lzma.compress(GOOD.encode())[:-9],
         RunError,
-        ["a.jsonl.xz: cannot be read", "get it"],
+        ["a.jsonl.xz: cannot be read", "download it"],
     ),
     "no xz": ("a.jsonl.xz", GOOD, RunError, ["a.jsonl.xz: cannot be read after record 0", "download it again"]),
     "one document": (
@@ -745,11 +755,11 @@ BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "newer pre-tokenizer": (
         _edit_json("tokenizer.json", lambda content: content["pre_tokenizer"].update(type="SomethingNewer")),
-        r"tokenizers [\d.]+ does not know the format of tokenizer\.json .*; install the tokenizers of transformers 99\.1, which",
+        r"does not know the format of tokenizer\.json .*; install the tokenizers of transformers 99\.1, which saved",
     ),
     "newer version": (
         _edit_json("tokenizer.json", lambda content: content.update(version="2.0")),
-        r"does not know \(Unknown tokenizer version '2\.0'",
+        r"does not know the format of tokenizer\.json \(Unknown tokenizer version '2\.0'",
     ),
     "damaged": (
         _edit_json("tokenizer.json", lambda content: content["model"]["merges"].append(["zzzz", "qq"])),

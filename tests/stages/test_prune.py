@@ -426,8 +426,8 @@ def test_a_second_run_returns_at_once(settings: dict) -> None:
             {"num_attention_heads": 4, "num_key_value_heads": 1},
             r"prune.num_attention_heads: 4 heads in 1 groups are 4 per group, but the teacher has 2; choose at most 2",
         ),
-        ({"drop_layers": [5, 1]}, r"prune.drop_layers: \[5\] outside the teacher's layers; choose from 1 to 4"),
-        ({"drop_layers": [1, 2, 3, 4]}, r"prune.drop_layers: all 4 layers of the teacher; leave at least one"),
+        ({"drop_layers": [5, 1]}, r"prune.drop_layers: the teacher has no layers \[5\]; choose from 1 to 4"),
+        ({"drop_layers": [1, 2, 3, 4]}, r"prune.drop_layers: drops all 4 layers of the teacher; keep at least one"),
         ({"sequence_length": 257}, r"prune.sequence_length: 257 is above .*max_position_embeddings 256"),
         (
             {"sequence_length": 256, "seed": 1, "dataset": "empty"},

@@ -1,4 +1,4 @@
-"""Checks before engine nemo starts: models, sizes and parallelism that NeMo cannot do are refused."""
+"""Checks before engine nemo starts: refuse models, sizes and parallelism that NeMo does not support."""
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from minitron.storage.bucket import is_bucket
 from minitron.storage.cache import cache_directory
 
 WIDTH_MULTIPLE = 64
-"""Model-Optimizer's step of the hidden and intermediate sizes."""
+"""Model-Optimizer cuts hidden and intermediate sizes to multiples of this."""
 
 SUPPORTED = ("LlamaForCausalLM",)
 """Architectures whose conversion is tested in both directions, to the last bit."""
@@ -30,23 +30,21 @@ def find_cut_faults(settings: PruneSettings, sizes: Mapping[str, int]) -> Iterat
                 f"{size // WIDTH_MULTIPLE * WIDTH_MULTIPLE or WIDTH_MULTIPLE} or another multiple, or use engine hf",
             )
     if settings.drop_layers and set(sizes) != {"num_hidden_layers"}:
-        yield Fault(
-            "prune.drop_layers", "engine nemo drops layers by hand or cuts the width; choose one, or use engine hf"
-        )
+        yield Fault("prune.drop_layers", "engine nemo cannot combine it with another cut; choose one, or use engine hf")
 
 
 def check_sizes(settings: PruneSettings, sizes: Mapping[str, int]) -> None:
     """Refuse sizes that Model-Optimizer cannot cut to.
 
     Raises:
-        ConfigError: a size is not a multiple of WIDTH_MULTIPLE, or layers are dropped by hand beside another cut.
+        ConfigError: a size is not a multiple of WIDTH_MULTIPLE, or `drop_layers` is combined with another cut.
     """
     if faults := list(find_cut_faults(settings, sizes)):
         raise SectionError(faults)
 
 
 def check_installed() -> None:
-    """Refuse to start without the NeMo that has the language models.
+    """Refuse to start without the version of NeMo that has the language models.
 
     Raises:
         ConfigError: nemo_toolkit 2 is not installed.
@@ -57,13 +55,13 @@ def check_installed() -> None:
         version = "none"
     if not version.startswith("2."):
         raise ConfigError(
-            f"engine nemo: it needs nemo_toolkit 2, found {version}; run it in the package's image, which "
-            "finds its finished results, too, or use engine hf"
+            f"engine nemo: needs nemo_toolkit 2, found {version}; run it in the package's image, which also finds "
+            "its finished results, or use engine hf"
         )
 
 
 def count_workers(config: TrainingConfig) -> int:
-    """Count the workers: one per GPU, or on a CPU as many as one copy of the model takes."""
+    """Count the workers: one per GPU; without a GPU, as many as one copy of the model needs."""
     if config.num_nodes > 1:
         return config.num_nodes * config.gpus_per_node
     import torch  # plan's image has none
@@ -72,13 +70,13 @@ def count_workers(config: TrainingConfig) -> int:
 
 
 def find_conversion_faults(key: str, architecture: Mapping[str, Any], model: Path | str) -> Iterator[Fault]:
-    """Find a model whose conversion and back is not tested."""
+    """Find a model whose conversion to NeMo and back is not tested."""
     if (name := architecture["architectures"][0]) not in SUPPORTED:
-        yield Fault(key, f"nemo converts {', '.join(SUPPORTED)}, but {model} is a {name}; use engine hf")
+        yield Fault(key, f"engine nemo supports {', '.join(SUPPORTED)}, but {model} is a {name}; use engine hf")
 
 
 def check_convertible(architecture: Mapping[str, Any], model: Path) -> None:
-    """Refuse a model whose conversion and back is not tested.
+    """Refuse a model whose conversion to NeMo and back is not tested.
 
     Raises:
         ConfigError: the architecture is not SUPPORTED.
@@ -90,12 +88,12 @@ def check_convertible(architecture: Mapping[str, Any], model: Path) -> None:
 def find_parallel_faults(
     settings: TrainingSettings, architecture: Mapping[str, Any] | None, model: Path | str, gpus: int
 ) -> Iterator[Fault]:
-    """Find parallel sizes that do not divide what they split.
+    """Find parallel sizes that do not divide the size that they split.
 
     Args:
         settings: the parallel and batch sizes.
-        architecture: the model's config.json; None if it is not known.
-        model: its address, for the message.
+        architecture: the model's config.json; None if unknown.
+        model: the model's address, for the message.
         gpus: number of workers.
     """
     tensor, copy = settings.tensor_parallel_size, settings.model_parallel_size
@@ -121,10 +119,10 @@ def find_parallel_faults(
 
 
 def check_parallelism(config: TrainingConfig, architecture: dict[str, Any], model: Path, gpus: int) -> None:
-    """Refuse parallel sizes that do not divide what they split, before anything is loaded.
+    """Refuse parallel sizes that do not divide the size that they split, before anything is loaded.
 
     Raises:
-        ConfigError: a size does not divide; the message names the sizes that do.
+        ConfigError: a size does not divide; the message names the valid sizes.
     """
     if faults := list(find_parallel_faults(config, architecture, model, gpus)):
         raise SectionError(faults)
@@ -137,7 +135,7 @@ def _find_remainder(key: str, size: int, what: str, total: int, name: str = "") 
 
 
 def check_shared(config: TrainingConfig, paths: list[Path]) -> None:
-    """Refuse inputs that the other nodes would not see.
+    """Refuse inputs that the other nodes cannot see.
 
     Raises:
         ConfigError: a path lies outside the workspace.
@@ -145,4 +143,6 @@ def check_shared(config: TrainingConfig, paths: list[Path]) -> None:
     volume = (cache_directory() if is_bucket(config.workspace) else Path(config.workspace or "")).resolve()
     for path in paths:
         if not path.resolve().is_relative_to(volume):
-            raise ConfigError(f"{path}: lies outside the workspace {volume}, which is all that the nodes share")
+            raise ConfigError(
+                f"{path}: outside the workspace {volume}, which is all that the nodes share; move it there"
+            )

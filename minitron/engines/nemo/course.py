@@ -1,4 +1,4 @@
-"""The course of a training inside NeMo: losses balanced, validations, the best state, checkpoints, progress."""
+"""The course of a training inside NeMo: weighted losses, validations, the best state, checkpoints, progress."""
 
 import ctypes
 import json
@@ -32,10 +32,10 @@ LOSS_TERMS = ("kl", "cross_entropy", "intermediate")
 
 
 class Balancer(DistillationLossBalancer):
-    """Adds up the distillation's loss with our fixed weights, and sums its terms for the history.
+    """Adds up the distillation's loss with fixed weights, and sums its terms for the history.
 
-    NeMo's own scales the KL to the size of the cross-entropy in every micro-batch. The intermediate loss is scaled to
-    the size of the KL, as there.
+    NeMo's own balancer scales the KL to the size of the cross-entropy in every micro-batch. As there, the intermediate
+    loss is scaled to the size of the KL.
     """
 
     def __init__(self, weights: LossWeights) -> None:
@@ -61,7 +61,7 @@ class Balancer(DistillationLossBalancer):
         """Return the mean of the terms since the last call, over all copies of the model."""
         means = (self._sums / max(self._count, 1)).to(
             get_device()
-        )  # the device of the zeros that stages without a loss have
+        )  # pipeline stages without a loss have zeros on another device
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(means, group=group)
         means /= torch.distributed.get_world_size(group)
@@ -71,21 +71,21 @@ class Balancer(DistillationLossBalancer):
 
 
 def _share_last_stage(value: Tensor) -> None:
-    """Give every pipeline stage the value of the last one, in place; the others have zeros."""
+    """Give every pipeline stage the value of the last one, in place; the other stages have zeros."""
     torch.distributed.all_reduce(value, group=parallel_state.get_pipeline_model_parallel_group())
 
 
 class Course(pl.Callback):
     """Validates before step 1, at every interval and at the end; keeps the best state; saves checkpoints.
 
-    NeMo's ModelCheckpoint would write the optimizer with every best state, and nothing at all where the validation and
+    NeMo's ModelCheckpoint would write the optimizer with every best state, and nothing at all if the validation and
     checkpoint intervals both equal the number of steps.
     """
 
     def __init__(
         self, config: Any, work: Path, initial: Path, sequences: int, balancer: Balancer, start: Start
     ) -> None:
-        """Go on from `start`; validate on `sequences` sequences; `initial` is the untrained model."""
+        """Continue from `start`; validate on `sequences` sequences; `initial` is the untrained model."""
         self._config, self._work, self._balancer = config, work, balancer
         self._initial, self._vocabulary = initial, read_config(initial).vocab_size
         self._sequences, self._start = sequences, start
@@ -94,31 +94,31 @@ class Course(pl.Callback):
         self._publishing: Future[None] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Set the activations to recompute, before the model is built."""
+        """Set which activations are recomputed, before the model is built."""
         if self._config.gradient_checkpointing:
             settings = pl_module.config
             settings.recompute_granularity, settings.recompute_method = "full", "uniform"
             settings.recompute_num_layers = 1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Give the distillation our weights and temperature, which NeMo's settings do not have."""
+        """Give the distillation our weights and temperature, which NeMo's settings lack."""
         if not isinstance(self._config, DistillConfig):
             return
         model = unwrap_model(pl_module.module)
         model._loss_balancer = self._balancer
-        model._tensor_split_idx = pl_module.config.hidden_size  # pipeline: NeMo learns it in step 1, we validate before
+        model._tensor_split_idx = pl_module.config.hidden_size  # with a pipeline NeMo sets it in step 1: too late
         for loss in model._layers_to_loss.values():
             if hasattr(loss, "_temperature"):
                 loss._temperature = self._config.temperature
         cross_entropy = model.compute_language_model_loss
-        # Megatron's turns fp32 logits into probabilities in place: the KL, computed after it, would be of those
+        # Megatron's turns fp32 logits into probabilities in place; the KL, computed later, would use these
         model.compute_language_model_loss = lambda labels, logits: cross_entropy(
             labels, logits.clone() if logits.dtype == torch.float32 else logits
         )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate the untrained model."""
-        trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: False  # at the last step Lightning would, too
+        trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: False  # else it validates again at the end
         self._status = TrainerStatus(self._start.step, self._config.max_steps)
         if not self._start.step:
             self._validate_model(trainer, 0)
@@ -136,7 +136,7 @@ class Course(pl.Callback):
             self._save_checkpoint(trainer, step)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Tensor, *_: Any) -> None:
-        """Add up the losses, each weighted by its sequences: the last batch may be filled up."""
+        """Add up the losses, each weighted by its number of sequences: the last batch may be padded."""
         loss = outputs.detach().float().reshape(()).clone()
         _share_last_stage(loss)
         size = min(self._config.global_batch_size, self._sequences - self._validated)
@@ -144,7 +144,7 @@ class Course(pl.Callback):
         self._validated += size
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Complete the last checkpoint; write the seconds that training took, and the memory of the largest worker."""
+        """Complete the last checkpoint; write the seconds of training, and the memory of the largest worker."""
         end = {"best": self._best_step, "seconds": self._read_seconds()}
         self._finish_saving(trainer)
         peaks = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _read_peak_gpu_mb()])
@@ -158,7 +158,7 @@ class Course(pl.Callback):
             mark_complete(self._work / FINISHED, end | {"peak_rss_mb": rss, "peak_gpu_mb": gpu or None})
 
     def _read_seconds(self) -> float:
-        """Return the seconds of the training so far, without its validations."""
+        """Return the seconds of training so far, without validations."""
         return time.perf_counter() - self._started
 
     def _make_row(self, trainer: Any, step: int) -> dict[str, Any]:
@@ -169,11 +169,11 @@ class Course(pl.Callback):
             row |= {name: value for name, value in terms.items() if value or name == "kl"}
         else:
             row["cross_entropy"] = row["loss"]
-        row["learning_rate"] = float(metrics["lr"])  # of this step: the schedule has moved on already
+        row["learning_rate"] = float(metrics["lr"])  # this step's: the schedule has already advanced
         return row | ({"grad_norm": metrics["grad_norm"].item()} if "grad_norm" in metrics else {})
 
     def _write_row(self, trainer: Any, row: dict[str, Any]) -> None:
-        """Append a row to the history, unless it says that the training diverged; then the worker ends here."""
+        """Append a row to the history. If it shows that the training diverged, end the worker here."""
         numbers = {name: value for name, value in row.items() if name != "step"}
         if not row["step"]:
             check_untrained(self._initial, row["validation_loss"])
@@ -184,10 +184,10 @@ class Course(pl.Callback):
                 stream.write(json.dumps(row) + "\n")
 
     def _check_row(self, trainer: Any, step: int, numbers: dict[str, Any]) -> None:
-        """End this worker if the training diverged, once the best state is on disk; all processes call this.
+        """End this worker if the training diverged, once the best state is on the disk; all processes call this.
 
-        Not every pipeline stage has the loss: those without it wait for their end, so that the message is of one that
-        has it.
+        Not every pipeline stage has the loss. The stages without it wait to be ended, so that the message comes from a
+        stage that has it.
         """
         error = None
         try:
@@ -204,7 +204,7 @@ class Course(pl.Callback):
             torch.distributed.barrier()
 
     def _validate_model(self, trainer: Any, step: int) -> None:
-        """Run Lightning's validation loop, as Lightning does between two steps; keep the state if it is the best."""
+        """Run Lightning's validation loop, as Lightning does between steps; keep the state if it is the best."""
         self._sum, self._validated = 0.0, 0
         first = trainer._logger_connector._first_loop_iter
         trainer.validating = True
@@ -219,7 +219,7 @@ class Course(pl.Callback):
             self._save_best(trainer, step)
 
     def _save_checkpoint(self, trainer: Any, step: int) -> None:
-        """Start to write a checkpoint to resume from, with the history up to it."""
+        """Start writing a checkpoint to resume from, with the history so far."""
         path, history = self._work / f"{CHECKPOINT}-{step}", self._work / HISTORY
         rows = history.read_text() if trainer.is_global_zero else ""
         note = {"best": self._best_step, "seconds": self._read_seconds()}
@@ -231,7 +231,7 @@ class Course(pl.Callback):
         self._save(trainer, path, publish, weights_only=False)
 
     def _save_best(self, trainer: Any, step: int) -> None:
-        """Start to write the best state, a NeMo checkpoint that can be exported; the untrained state is not copied."""
+        """Start writing the best state, a NeMo checkpoint that can be exported; the untrained state is not copied."""
         path, note = self._work / f"{BEST}-{step}", {"loss": self._best}
 
         def publish() -> None:
@@ -246,12 +246,12 @@ class Course(pl.Callback):
             publish()
 
     def _save(self, trainer: Any, path: Path, publish: Callable[[], None], weights_only: bool) -> None:
-        """Start to write the model to a directory, and publish it when all processes have written it.
+        """Start writing the model to a directory, and publish it when all processes have written their part.
 
-        Forked processes write it, from a copy in the host's memory, while the training goes on. They report to one
-        queue per process (megatron/core/dist_checkpointing/strategies/filesystem_async.py), so that of two checkpoints
-        at a time each could get the other's report: the one before is completed first. A thread of the first process
-        sums up the files, which would keep the GPUs waiting.
+        Forked processes write it from a copy in the host's memory, while the training continues. They report to one
+        queue per process (megatron/core/dist_checkpointing/strategies/filesystem_async.py). Two checkpoints at a time
+        could get each other's reports, so the earlier one is completed first. A thread of the first process computes
+        the files' checksums, which would otherwise keep the GPUs waiting.
         """
         self._finish_saving(trainer)
 
@@ -268,7 +268,7 @@ class Course(pl.Callback):
         trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
         if self._publishing:
             self._publishing.result()
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed tensors below 32 MB, and the next copy would come on top
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed tensors below 32 MB, and the next copy would add to them
 
 
 def _read_peak_gpu_mb() -> float:

@@ -1,8 +1,8 @@
-"""The NeMo engine: NeMo 2's own import, fine-tuning, pruning, distillation and export, on Megatron's parallelism.
+"""The NeMo engine: NeMo 2's own import, fine-tuning, pruning, distillation and export, with Megatron's parallelism.
 
 This module checks, launches and follows; NeMo itself runs in the workers (engines/nemo/worker.py), one process per GPU.
-Models come and go as Hugging Face directories. NeMo's own files lie among the checkpoints of the work in
-progress, where a killed stage finds them again.
+Its input and output models are Hugging Face directories. NeMo's own files are among the checkpoints of the work in
+progress, where a resumed stage finds them.
 """
 
 import gc
@@ -56,7 +56,7 @@ def train(
     Arguments and result: see `engines.Engine.train`.
 
     Raises:
-        ConfigError: NeMo is not installed, or a parallel size does not divide what it splits.
+        ConfigError: NeMo is not installed, or a parallel size does not divide the size that it splits.
         RunError: a worker failed.
     """
     check_installed()
@@ -84,7 +84,7 @@ def train(
         except Diverged as error:
             raise _keep_last_good(error, config, work, initial, directory) from error
     if not (found := find_end(work)):
-        raise RunError(f"{work}: the training ended, but its best state is damaged; check the disk and run it again")
+        raise RunError(f"{work}: training has ended, but its best state is damaged; check the disk, then run it again")
     end, best = found
     if best.step:
         _export_model(work, best.path, initial, directory)
@@ -94,7 +94,7 @@ def train(
 
 
 def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial: Path, directory: Path) -> Diverged:
-    """Keep the best state of a training that diverged as a model; return the error that names it."""
+    """Keep the best state of a training that diverged as a model; return an error that names it."""
     best = find_best(work)
     if best is None or not best.step:
         return name_last_good(error, config, initial, 0, best.note["loss"] if best else math.nan)
@@ -105,7 +105,7 @@ def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial
 
 
 def _read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Read what the workers left at the end; return what the stage's record gets."""
+    """Return the entries of the stage's record, from the files that the workers left at the end."""
     history = [json.loads(row) for row in (end.path / HISTORY).read_text().splitlines()]
     tokens = config.max_steps * config.global_batch_size * config.sequence_length
     metrics = metrics | {
@@ -127,7 +127,7 @@ def prune(
     Model-Optimizer keeps the same channels and heads as engine hf, the most important first.
 
     Raises:
-        ConfigError: NeMo is not installed, or Model-Optimizer cannot cut to such a size.
+        ConfigError: NeMo is not installed, or Model-Optimizer cannot cut to a size.
         RunError: the worker failed, or the scores are not finite.
     """
     check_installed()
@@ -141,14 +141,14 @@ def prune(
 
 
 def _list_sizes(shape: Shape, teacher: Shape) -> dict[str, int]:
-    """Return the sizes to cut, under the names of config.json; heads and groups belong together."""
+    """Return the sizes to cut, under the names of config.json; heads and groups change together."""
     sizes, heads = asdict(shape), {"num_attention_heads", "num_key_value_heads"}
     changed = {name for name, size in sizes.items() if size != getattr(teacher, name)}
     return {name: size for name, size in sizes.items() if name in changed or (name in heads and changed & heads)}
 
 
 def _prune_to(config: PruneConfig, sizes: dict[str, int], teacher_config: Any, directory: Path) -> Importance | None:
-    """Write the student of these sizes; return Model-Optimizer's scores, or None if it did not choose by scores."""
+    """Write the student with these sizes; return Model-Optimizer's scores, or None if no scores were used."""
     if not sizes:
         copy_model(config.teacher, directory)
         return None
@@ -169,7 +169,7 @@ def _read_importance(scores: Path, config: Any, batches: int) -> Importance:
     It sums the block influence over the batches; ours is the mean.
     """
     sums = torch.load(scores, weights_only=True)
-    (activations,) = sums["activations"]  # of one process
+    (activations,) = sums["activations"]  # one process's
     layers = range(config.num_hidden_layers)
 
     def stack_layers(name: str) -> torch.Tensor:
@@ -191,7 +191,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     """Write a NeMo 2 checkpoint as a Hugging Face directory.
 
     Raises:
-        RunError: the checkpoint is damaged, or NeMo cannot export such a model.
+        RunError: the checkpoint is damaged, or NeMo cannot export the model.
     """
     output = target / "exported"
     shutil.rmtree(output, ignore_errors=True)
@@ -206,9 +206,9 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
 
 
 def split_calibration(config: PruneConfig) -> tuple[int, int]:
-    """Return the number of sequences that importance is read on, and the largest micro-batch size that divides it.
+    """Return the number of calibration sequences, and the largest micro-batch size that divides it.
 
-    NeMo takes whole micro-batches; a larger one than the setting could be too large for the GPU.
+    NeMo takes only whole micro-batches. A larger one than the setting's might not fit on the GPU.
     """
     train = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     sequences = min(config.calibration_sequences, len(train))
@@ -221,21 +221,21 @@ def _run_job(job: dict[str, Any], work: Path, processes: int = 1, follow: Any = 
 
 
 def _run_job_on_nodes(job: dict[str, Any], work: Path, nodes: int, gpus: int, follow: Any = lambda: None) -> None:
-    """Run a job's workers in a TrainJob, named after the key of the stage whose work in progress this is."""
+    """Run a job's workers in a TrainJob that is named after the key of the stage."""
     from minitron.engines import trainjob
 
     trainjob.launch(WORKER, job | {"work": str(work)}, work, nodes, gpus, (work.parent / KEY).read_text(), follow)
 
 
 def _import_models(models: dict[str, Path], work: Path) -> None:
-    """Convert Hugging Face directories to NeMo checkpoints in `work`, by name, unless they are there already."""
+    """Convert Hugging Face directories to NeMo checkpoints in `work`, by name, unless they exist already."""
     missing = {name: str(path) for name, path in models.items() if not read_checkpoint(work / name)}
     if missing:
         _run_job({"job": "import", "models": missing}, work)
 
 
 def _export_model(work: Path, checkpoint: Path, like: Path, directory: Path) -> None:
-    """Write a NeMo checkpoint as a Hugging Face directory that has all but weights and sizes from the model `like`."""
+    """Write a NeMo checkpoint as a Hugging Face directory; all but weights and sizes is the model `like`'s."""
     exported = work / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     exports = [{"checkpoint": str(checkpoint), "like": str(like), "output": str(exported)}]
@@ -245,7 +245,7 @@ def _export_model(work: Path, checkpoint: Path, like: Path, directory: Path) -> 
 
 
 def _score_teacher_near_gpus(config: TrainingConfig, teacher: Path, work: Path) -> dict[str, float]:
-    """Score the teacher: here, or on a node if the GPUs are there."""
+    """Score the teacher here, or on a node if the nodes have the GPUs."""
     if config.num_nodes == 1:
         return score_teacher(config, teacher)
     if not (scores := read_checkpoint(work / TEACHER)):
@@ -253,7 +253,7 @@ def _score_teacher_near_gpus(config: TrainingConfig, teacher: Path, work: Path) 
         _run_job_on_nodes(job, work, 1, 1)
         scores = read_checkpoint(work / TEACHER)
     if not scores:
-        raise RunError(f"{work / TEACHER}: the teacher was scored, but the scores are damaged; run it again")
+        raise RunError(f"{work / TEACHER}: the teacher's scores are damaged; check the disk, then run it again")
     return scores.note
 
 

@@ -1,7 +1,7 @@
-"""The files that engine nemo's workers leave in the work in progress for its other processes and for a later attempt.
+"""The files that engine nemo's workers leave in the work in progress, for other processes and a later attempt.
 
-A later attempt trusts what has a marker (engines/checkpoints.py), and nothing else: models, checkpoints, best states,
-and the directories of notes TEACHER and FINISHED.
+A later attempt trusts only directories with a marker (engines/checkpoints.py): models, checkpoints, best states, and
+the notes TEACHER and FINISHED.
 """
 
 import shutil
@@ -11,11 +11,11 @@ from typing import NamedTuple
 from minitron.engines.checkpoints import BEST, Checkpoint, find_resume_point, read_checkpoint
 
 HISTORY, FINISHED, SCORES, TEACHER = "history.jsonl", "finished", "scores.pt", "teacher-scores"
-"""Among the checkpoints: a row per step and validation, the end, the importance, the teacher's scores."""
+"""Among the checkpoints: the history (a row per step and validation), the end, the importance, the teacher's scores."""
 
 
 class Start(NamedTuple):
-    """Where a training begins: after `step`, with the best state so far and the seconds that it took so far."""
+    """The start of a training: after `step`, with the best state and the seconds of training so far."""
 
     step: int = 0
     best_step: int = 0
@@ -24,20 +24,20 @@ class Start(NamedTuple):
 
 
 def find_start(work: Path) -> Start:
-    """Find the last whole checkpoint; put the history back as it was then, and delete what came later."""
+    """Find the last intact checkpoint; restore the history as it was then, and delete everything later."""
     shutil.rmtree(work / FINISHED, ignore_errors=True)
     point, history = find_resume_point(work), work / HISTORY
     rows = (point.checkpoint.path / HISTORY).read_text() if point else ""
     temporary = work / f"{HISTORY}.tmp"
     temporary.write_text(rows)
-    temporary.replace(history)  # the stage's process, which follows it, finds a whole file at any time
+    temporary.replace(history)  # the stage's process follows it, and must never see a partial file
     if point is None:
         return Start()
     return Start(point.checkpoint.step, point.best.step, point.best.note["loss"], point.checkpoint.note["seconds"])
 
 
 def find_end(work: Path) -> tuple[Checkpoint, Checkpoint] | None:
-    """Return what the workers left at the end of the training, and its best state; None before the end."""
+    """Return the end of the training and its best state; None before the end."""
     end = read_checkpoint(work / FINISHED)
     best = read_checkpoint(work / f"{BEST}-{end.note['best']}") if end else None
     return (end, best) if end and best else None

@@ -1,4 +1,4 @@
-"""The progress of engine nemo's workers, read from their history and passed on to the tracker."""
+"""The progress of engine nemo's workers: read from their history, sent to the tracker."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from minitron.tracking.stage_run import Tracker
 
 
 class Progress:
-    """Follows the history that the workers write: rows to the tracker, tokens to a progress bar with ETA."""
+    """Follows the history that the workers write: sends rows to the tracker, and shows tokens in a progress bar."""
 
     def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
         """Follow the history in `work`."""
@@ -30,7 +30,7 @@ class Progress:
             self._bar.close()
 
     def __call__(self) -> None:
-        """Pass the new rows on."""
+        """Send the new rows."""
         size = self._path.stat().st_size if self._path.is_file() else 0
         if size == self._size:
             return
@@ -39,7 +39,7 @@ class Progress:
         new, self._seen = rows[self._seen :], max(self._seen, len(rows))  # workers that resume drop the lost steps
         for row in new:
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-            if self._bar is None:  # not earlier: starting NeMo does not count in the training's speed
+            if self._bar is None:  # not earlier: the start of NeMo must not count in the training's speed
                 done, total = row["step"] * self._step_tokens, self._max_steps * self._step_tokens
                 self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
             if "loss" in row:

@@ -1,4 +1,4 @@
-"""Training inside NeMo: the data both engines share, Megatron's parallelism, and the course of a run.
+"""Training inside NeMo: the data that both engines share, Megatron's parallelism, and the course of a run.
 
 Runs in the workers (engines/nemo/worker.py). B = batch, S = sequence.
 """
@@ -34,7 +34,7 @@ _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not 
 
 
 def train(config: Any, weights: LossWeights, work: Path, initial: Path, start: Start) -> None:
-    """Fine-tune or distil `<work>/student`, made of the model `initial`, from its checkpoint at `start.step` if any."""
+    """Fine-tune or distill `<work>/student`, made from the model `initial`; resume from `start.step` if it is not 0."""
     train_set, validation_set = open_training_data(config)
     sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
     validations = math.ceil(sequences / batch)
@@ -54,7 +54,7 @@ def train(config: Any, weights: LossWeights, work: Path, initial: Path, start: S
     }
     if isinstance(config, DistillConfig):
         _leave_out_modelopt_state()
-        settings = work / f"distillation-{os.environ['RANK']}.yaml"  # no process reads what another writes
+        settings = work / f"distillation-{os.environ['RANK']}.yaml"  # one per process: no process reads another's file
         settings.write_text(yaml.safe_dump(_make_distillation_settings(config)))
         llm.distill(work / "student", work / "teacher", distillation_config_path=settings, **common)
     else:
@@ -62,11 +62,11 @@ def train(config: Any, weights: LossWeights, work: Path, initial: Path, start: S
 
 
 def _leave_out_modelopt_state() -> None:
-    """Let NeMo save a distillation's student as it saves any model, without Model-Optimizer's state.
+    """Let NeMo save a distillation's student like any model, without Model-Optimizer's state.
 
     NeMo waits for every checkpoint of a converted model before it adds that state (llm/modelopt/model_utils.py,
-    save_modelopt_state): the GPUs would idle. Nothing reads it: a resumed distillation converts its student itself,
-    and the export is of a plain model.
+    save_modelopt_state), so the GPUs would idle. Nothing reads the state: a resumed distillation converts its student
+    itself, and only a plain model is exported.
     """
     from nemo.collections.llm.modelopt import model_utils
 
@@ -74,7 +74,7 @@ def _leave_out_modelopt_state() -> None:
 
 
 class Batches(Dataset):
-    """Our dataset in Megatron's form; items beyond `count` fill the last batch and have no loss."""
+    """Our dataset in Megatron's form; items beyond `count` pad the last batch and have no loss."""
 
     def __init__(self, dataset: Any, count: int | None = None, length: int | None = None) -> None:
         """Take the first `count` items, and repeat the first item up to `length`."""
@@ -84,7 +84,7 @@ class Batches(Dataset):
         self._sequence_length = len(dataset[0]["input_ids"])
 
     def __len__(self) -> int:
-        """Return the number of items, those without loss included."""
+        """Return the number of items, including those without loss."""
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -106,8 +106,8 @@ class Batches(Dataset):
 class _DataModule(llm.PreTrainingDataModule):
     """NeMo's data module, with its sampler and its position in the data, on our datasets instead of Megatron's.
 
-    Megatron's dataset turns every token whose id is the padding's, which in many models is the end of a document, into
-    token 0 without loss: the end of a document would never be learned.
+    Megatron's dataset turns every padding token into token 0 without loss. In many models that token also ends a
+    document, so the end of a document would never be learned.
     """
 
     def build(self, *_: Any, **__: Any) -> None:
@@ -119,7 +119,7 @@ def make_data_module(config: SequenceConfig, training: Batches, validation: Batc
     prefix = str(config.dataset / "train")
     module = _DataModule(
         paths={"train": [prefix], "validation": [prefix], "test": [prefix]},
-        tokenizer=object(),  # NeMo replaces it by the model's
+        tokenizer=object(),  # NeMo replaces it with the model's
         seq_length=config.sequence_length,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=batch,
@@ -140,13 +140,13 @@ def _make_trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
         pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True,
-            check_for_nan_in_grad=False,  # Course ends a training that diverged, and names the step
+            check_for_nan_in_grad=False,  # Course ends a diverged training, and names the step
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=on_gpu,
             overlap_param_gather=on_gpu,
         ),
         ckpt_async_save=True,  # Course completes it
-        ckpt_optim_fully_reshardable=True,  # a retried task may get another number of GPUs
+        ckpt_optim_fully_reshardable=True,  # a retried task may have another number of GPUs
     )
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -161,7 +161,7 @@ def _make_trainer(config: TrainingConfig, validations: int) -> nl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         enable_checkpointing=False,  # Course saves
-        enable_progress_bar=False,  # NeMo's gathers timers on rank 0 alone, and the other ranks wait for ever
+        enable_progress_bar=False,  # NeMo's bar gathers timers on rank 0 only, and the other ranks wait forever
         enable_model_summary=False,
         logger=False,
     )

@@ -1,8 +1,8 @@
-"""The worker of engine nemo, which torchrun starts per process: `python -m minitron.engines.nemo.worker JOB.json`.
+"""The worker of engine nemo; torchrun starts one per process: `python -m minitron.engines.nemo.worker JOB.json`.
 
 Jobs: score (the teacher), import (Hugging Face → NeMo checkpoint), train (llm.finetune or llm.distill), prune
-(llm.prune), export (→ Hugging Face). Megatron saves checkpoints with the help of a spawned process, which imports this
-module again: hence the guard at the end, and no import at the top that takes time.
+(llm.prune), export (→ Hugging Face). Megatron saves checkpoints in a spawned process, which imports this module again:
+hence the guard at the end, and no slow import at the top.
 """
 
 import json
@@ -23,7 +23,7 @@ SIZES = {
 
 
 def main() -> None:
-    """Run the job whose file is the argument."""
+    """Run the job in the file that the argument names."""
     from minitron.engines.launcher import end_with_parent, leave_group, report_failure
 
     end_with_parent()
@@ -39,14 +39,14 @@ def main() -> None:
 
 
 def import_models(job: dict[str, Any], work: Path) -> None:
-    """Convert Hugging Face directories to NeMo checkpoints; each says when it is complete."""
+    """Convert Hugging Face directories to NeMo checkpoints, and mark each as complete."""
     from nemo.collections import llm
 
     from minitron.engines.checkpoints import mark_complete
 
     for name, source in job["models"].items():
         shutil.rmtree(work / name, ignore_errors=True)
-        # the importer reads the real sizes from config.json; this only says which importer
+        # the importer reads the real sizes from config.json; this only selects the importer
         llm.import_ckpt(
             llm.LlamaModel(llm.LlamaConfig(num_layers=1, num_attention_heads=1, hidden_size=1)),
             f"hf://{source}",
@@ -56,7 +56,7 @@ def import_models(job: dict[str, Any], work: Path) -> None:
 
 
 def export_models(job: dict[str, Any], work: Path) -> None:
-    """Convert NeMo checkpoints to Hugging Face directories, with the settings of the model `like`, if given."""
+    """Convert NeMo checkpoints to Hugging Face directories, with the config of the model `like` if it is given."""
     from nemo.collections import llm
     from nemo.collections.llm.api import load_connector_from_trainer_ckpt
     from nemo.lightning.io import load_context
@@ -68,7 +68,7 @@ def export_models(job: dict[str, Any], work: Path) -> None:
         def make_exporter(path: Path, target: str, like: str | None = export["like"]) -> Any:
             connector = load_connector_from_trainer_ckpt(path, target)
             sizes = connector.config
-            if like is None:  # NeMo would cut the embedding to the tokenizer's size
+            if like is None:  # else NeMo cuts the embedding to the tokenizer's size
                 source = load_context(path / "context", subpath="model.config")
                 sizes.vocab_size = source.vocab_size or sizes.vocab_size
                 return type("Exporter", (type(connector),), {"config": sizes})(path)
@@ -120,7 +120,7 @@ def prune(job: dict[str, Any], work: Path) -> None:
 def _rank_groups_by_their_own_heads() -> None:
     """Correct a group's score in Model-Optimizer 0.37, which reads the channels as [heads per group, groups, D].
 
-    They lie group by group, and Model-Optimizer reads them so when it ranks heads: its score mixes different groups.
+    They are stored group by group, as Model-Optimizer reads them when it ranks heads; its group score mixes groups.
     """
     import torch
     from modelopt.torch.nas.plugins.megatron import _DynamicSelfAttention
@@ -133,7 +133,7 @@ def _rank_groups_by_their_own_heads() -> None:
 
 
 def train(job: dict[str, Any], work: Path) -> None:
-    """Fine-tune or distil, from the last checkpoint if there is one: also one that Kueue stopped and starts again."""
+    """Fine-tune or distill, from the last checkpoint if there is one, also after Kueue has suspended the job."""
     import torch.distributed
 
     from minitron.config.parse import parse
@@ -142,7 +142,7 @@ def train(job: dict[str, Any], work: Path) -> None:
     from minitron.models.losses import LossWeights
 
     store, rank, _ = next(torch.distributed.rendezvous("env://"))
-    if rank == 0:  # the others wait for its answer
+    if rank == 0:  # the other workers wait for its answer
         store.set("minitron_start", json.dumps(find_start(work)))
     start = Start(*json.loads(store.get("minitron_start")))
     training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work, Path(job["model"]), start)
