@@ -1,8 +1,8 @@
-"""Every setting: its type, its default, its check.
+"""Every setting with its type, default and check.
 
-Stages, tasks and clusters have a frozen model each; presets and the parameters that Kubeflow knows are read into them.
-The names below are for pipelines of your own: `from minitron.config import PruneSettings`. This room imports no other
-room, so that compiling a pipeline stays light.
+Each stage, each task and the cluster has a frozen model, into which presets and Kubeflow's parameters are read. The
+names below are for pipelines of your own: `from minitron.config import PruneSettings`. This room imports no other room,
+so that compiling a pipeline stays fast.
 """
 
 from minitron.config.settings import (

@@ -1,4 +1,4 @@
-"""The addresses in a plan: where its models and texts are, and what can be seen of an address before it is read."""
+"""The addresses of a plan's models and texts, and the checks of an address before anything is read from it."""
 
 import re
 from collections.abc import Iterator
@@ -21,20 +21,20 @@ _TEXTS = {"file": "a path", "hf": "hf://dataset[@revision][/config]", "gs": "gs:
 
 
 class Address(NamedTuple):
-    """An address, and whether text lies there, not a model or files."""
+    """An address, and whether it is of text, not of a model or files."""
 
     text: str
     is_text: bool
 
     @property
     def scheme(self) -> str:
-        """What stands before `:/`; a path's is `file`."""
+        """The part before `:/`; for a path, `file`."""
         match = re.match(r"([\w+.-]+):/", self.text)
         return match[1] if match else "file"
 
     @property
     def path(self) -> Path | None:
-        """The path on the machine of the task; None if it lies elsewhere."""
+        """The path on the task's machine; None if the address is not a path."""
         return Path(self.text.removeprefix("file://")) if self.scheme == "file" else None
 
 
@@ -50,32 +50,32 @@ def list_addresses(plan: Plan) -> dict[str, Address]:
 
 
 def find_scheme_faults(key: str, address: Address) -> Iterator[Fault]:
-    """Find an address of a kind that nothing reads."""
+    """Find an address whose scheme is not supported."""
     known = _TEXTS if address.is_text else _MODELS
     if address.scheme not in known:
         yield Fault(key, f"{address.text}: unknown scheme '{address.scheme}:'; give {_join_forms(known)}")
 
 
 def find_missing_paths(plan: Plan, volume: Path | None) -> Iterator[Fault]:
-    """Find paths that are not there: relative ones, and those in a volume that this process sees as all tasks do."""
+    """Find missing paths: relative ones, and those in a volume that this process and all tasks see."""
     for key, address in list_addresses(plan).items():
         path = address.path
         if path is None or path.exists():
             continue
         if not path.is_absolute():
-            yield Fault(key, f"{path}: no such file or directory in {Path.cwd()}; give an existing one")
+            yield Fault(key, f"{path}: no such file or directory in {Path.cwd()}; give an existing path")
         elif volume and path.is_relative_to(volume):
-            yield Fault(key, f"{path}: no such file or directory; give an existing one")
+            yield Fault(key, f"{path}: no such file or directory; give an existing path")
 
 
 def find_cluster_faults(plan: Plan, volume: str) -> Iterator[Fault]:
-    """Find paths that the tasks' pods cannot see: they mount the volume, and have what is in their image."""
+    """Find paths that the tasks' pods cannot see; pods see only the volume and their image."""
     for key, address in list_addresses(plan).items():
         if address.path and not address.path.is_absolute():
             forms = (_TEXTS if address.is_text else _MODELS) | {"file": f"a path in the workspace, {volume}/…"}
             yield Fault(
                 key,
-                f"{address.text} is a path of this machine, which the cluster's tasks cannot see; give "
+                f"{address.text} is a path on this machine, which the cluster's tasks cannot see; give "
                 f"{_join_forms(forms)}",
             )
 

@@ -1,8 +1,8 @@
 """The settings document: presets, `--set` values and a run's form, merged and checked before anything starts.
 
-A preset is a YAML file with such a document, shipped with the package or written by you. The top level of a
-document is `PipelineSettings`. Each stage has a section, `distill: {max_steps: 30}`, with its settings and the `cpu`
-and `memory` of its task. A merged document is flat: {"seed": 1, "distill.max_steps": 30}.
+A preset is a YAML file with such a document, shipped with the package or written by you. The top level of a document is
+`PipelineSettings`. Each stage has a section, such as `distill: {max_steps: 30}`, with its settings and the `cpu` and
+`memory` of its task. A merged document is flat: {"seed": 1, "distill.max_steps": 30}.
 """
 
 import importlib.util
@@ -38,11 +38,11 @@ from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
 CLUSTER, SAMPLES = "cluster", "samples"
-"""Keys of a preset that belong to no stage: what `submit` writes into the pipeline, and inputs that packages ship."""
+"""Keys of a preset outside the stages: settings that `submit` writes into the pipeline, and inputs from packages."""
 
 
 def _copy_field(model: type[Settings], name: str) -> Any:
-    """Return a field of a stage's settings, so that its default and its meaning stand in one place."""
+    """Return a field of a stage's settings, so that its default and its meaning are written once."""
     return model.model_fields[name]
 
 
@@ -50,11 +50,11 @@ class PipelineSettings(Settings):
     """The top level of a preset: settings of all stages, and where their tasks run."""
 
     teacher: str = Field(
-        description="Model to compress: a directory every task can read (Hugging Face's or NeMo 2's), hf://org/name, "
-        "gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
+        description="Model to compress: a directory that every task can read (Hugging Face's or NeMo 2's), "
+        "hf://org/name, gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
     )
     corpus: str = Field(
-        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of them, "
+        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of these, "
         "gs://bucket/path of either, or hf://dataset[/config]."
     )
     sequence_length: PositiveInt = _copy_field(SequenceSettings, "sequence_length")
@@ -63,13 +63,13 @@ class PipelineSettings(Settings):
     caching: bool = _copy_field(StageSettings, "caching")
     gpu_tolerations: list[dict[str, Any]] = Field(
         [],
-        description="Tolerations of finetune, prune, distill and evaluate, written as in a pod; for spot nodes, say.",
+        description="Tolerations of finetune, prune, distill and evaluate, written as in a pod; needed for spot nodes.",
     )
-    gpu_node_selector: dict[str, str] = Field({}, description="Labels of the nodes that these stages run on.")
+    gpu_node_selector: dict[str, str] = Field({}, description="Labels that the nodes of these stages must have.")
 
 
 SHARED = ("sequence_length", "seed", "engine", "caching")
-"""Settings that all stages share; they stand at the top level only."""
+"""Settings that all stages share; only the top level has them."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def pipelines_directory() -> Path:
 
 
 def read_preset(preset: str) -> dict[str, Any]:
-    """Read the document of a shipped preset or of a YAML file.
+    """Read the document of a shipped preset or a YAML file.
 
     Raises:
         ConfigError: no such preset or file exists, or it is not YAML.
@@ -171,14 +171,16 @@ def make_plan(flat: Mapping[str, Any]) -> Plan:
 
 
 def _find_contradictions(stages: Mapping[str, Any]) -> Iterator[Fault]:
-    """Find what sections of one document contradict in each other."""
+    """Find settings of different sections that contradict each other."""
     prepare, evaluate = stages["prepare"], stages["evaluate"]
     assert isinstance(prepare, PrepareSettings) and isinstance(evaluate, EvaluateSettings)
     for stage, settings in stages.items():
         inputs = find_marked_fields(STAGES[stage], INPUT)
         for name in settings.expected_sha256:
             if name not in inputs:
-                yield Fault(f"{stage}.expected_sha256", f"{name} is no input of {stage}; known: {', '.join(inputs)}")
+                yield Fault(
+                    f"{stage}.expected_sha256", f"{name} is not an input of {stage}; known: {', '.join(inputs)}"
+                )
     if not (prepare.own_splits or prepare.test_fraction):
         for number, gate in enumerate(evaluate.gates):
             if gate.metric == "test_loss":
@@ -192,7 +194,7 @@ def read_plan(config: PlanConfig) -> Plan:
     """Read the plan of a run from the parameters of its form.
 
     Raises:
-        ConfigError: as for `make_plan`, or only `minitron run` can make the preset's inputs.
+        ConfigError: as for `make_plan`, or the preset's inputs can only be made by `minitron run`.
     """
     form = {
         "teacher": config.teacher,
@@ -220,7 +222,7 @@ def known_keys() -> list[str]:
 
 
 def find_key_faults(key: str, known: list[str]) -> Iterator[Fault]:
-    """Find an unknown key, and suggest the closest known one."""
+    """Find an unknown key; the fault suggests the closest known one."""
     if key in known:
         return
     if key.partition(".")[2] in SHARED:

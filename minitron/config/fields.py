@@ -14,7 +14,7 @@ HUB_DATASET = "hub dataset"
 """Marks an input whose hf:// address names a dataset on the hub. Its commit identifies its content."""
 
 EXECUTION = "execution"
-"""Marks a field that says where and how to run. It changes no result, but for the rounding of sums in another order."""
+"""Marks a field that says where and how to run. It changes results only by rounding, when sums change their order."""
 
 
 def format_address(location: Path | str) -> str:
@@ -23,7 +23,7 @@ def format_address(location: Path | str) -> str:
 
 
 Location = Annotated[Path, PlainSerializer(format_address)]
-"""A directory of this machine or, if `format_address` returns gs://…, of a bucket."""
+"""A directory on this machine or, if `format_address` returns gs://…, in a bucket."""
 
 
 InputPath = Annotated[Location, INPUT]
@@ -42,7 +42,7 @@ Engine = Annotated[
 
 
 class Fault(NamedTuple):
-    """A setting's key, and its value with what is wrong and the remedy."""
+    """A fault of a setting: its key; and the value, what is wrong with it, and the remedy."""
 
     key: str
     text: str
@@ -61,17 +61,17 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def read_scalar(annotation: Any, value: Any) -> Any:
-    """Return a field's value as YAML means it: `1e3`, which YAML 1.1 reads as text, is a number.
+    """Return a field's value as its author means it: `1e3`, which YAML 1.1 reads as text, is a number.
 
     Raises:
-        ValueError: a truth value where a number or text belongs; pydantic would take `yes` for 1.
+        ValueError: a truth value where a number or text belongs; pydantic would read `yes` as 1.
     """
     types = set(_list_types(annotation))
     if Any in types:
         return value
     if bool not in types and (found := next(_list_truth_values(value), None)) is not None:
         raise ValueError(
-            f"found {str(found).lower()}, as which YAML reads {'yes and on' if found else 'no and off'}, too; give a "
+            f"found {str(found).lower()} (YAML also reads {'yes and on' if found else 'no and off'} like this); give a "
             "number, or quote it if it is text"
         )
     is_number = isinstance(value, str) and int in types and str not in types and _EXPONENT.fullmatch(value)

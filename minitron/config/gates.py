@@ -1,4 +1,4 @@
-"""Gates as a preset declares them: bounds on the student's numbers. registry/gates.py judges them."""
+"""Gates as a preset declares them: bounds on the student's metrics. registry/gates.py judges them."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from minitron.config.metrics import NUMBERS
 
 
 class Gate(BaseModel):
-    """A bound on a number of the student, or on its difference from or ratio to another model's.
+    """A bound on a metric of the student, or on its difference from or ratio to another model's.
 
     `teacher_before` is the teacher that you give, `teacher` the corrected one. The champion changes with every
-    promotion: only a bound against a teacher limits what a chain of promotions loses.
+    promotion, so only a bound against a teacher limits the loss of a chain of promotions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +50,7 @@ class Gate(BaseModel):
 
     @model_serializer(mode="wrap")
     def _drop_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out unset keys; Kubeflow's parameters know no null."""
+        """Leave out unset keys, because Kubeflow's parameters cannot be null."""
         return {name: value for name, value in serialize(self).items() if value is not None}
 
     @property
@@ -60,11 +60,11 @@ class Gate(BaseModel):
 
 
 def find_gate_faults(gates: list[Gate], tasks: list[str], has_other_text: bool) -> Iterator[Fault]:
-    """Find the gates on numbers that evaluate does not measure: they would never be met.
+    """Find gates on metrics that evaluate does not measure: they could never be met.
 
     Args:
         gates: gates of the student.
-        tasks: lm-eval tasks that are measured; their metrics begin with the task's name.
+        tasks: measured lm-eval tasks; their metrics begin with the task's name.
         has_other_text: True if `evaluate.out_of_domain` is set.
     """
     remedy = (
@@ -78,4 +78,4 @@ def find_gate_faults(gates: list[Gate], tasks: list[str], has_other_text: bool) 
         if gate.metric == "out_of_domain_loss" and not has_other_text:
             yield Fault(key, "out_of_domain_loss needs evaluate.out_of_domain; give a text")
         if (gate.metric, gate.against, gate.by) == ("kl", "teacher", "ratio"):
-            yield Fault(key, "kl is 0 for the teacher itself, so there is no ratio to it; leave out `against`")
+            yield Fault(key, "kl is 0 for the teacher, so there is no ratio to it; leave out `against`")

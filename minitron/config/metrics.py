@@ -1,4 +1,4 @@
-"""The names of what is measured, how a number is labeled, and how it is written: with its unit, or a dash."""
+"""The names and labels of metrics, and the format of their values: with a unit, or a dash if there is none."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from typing import Any
 SPEED, BATCH_SPEED = "generation_tokens_per_second", "batch_generation_tokens_per_second"
 SPEEDS = (SPEED, BATCH_SPEED)
 SPEED_BATCH = 8
-"""Texts that a model continues at a time where BATCH_SPEED is measured."""
+"""Number of texts that a model continues at a time for BATCH_SPEED."""
 
 COSTS = ("parameters", "weights_mb", *SPEEDS)
-"""Metrics of what a model costs; all others, those of tasks too, are of its quality."""
+"""Metrics of a model's cost; all others, including those of tasks, measure its quality."""
 
 NUMBERS = (*COSTS, "validation_loss", "test_loss", "out_of_domain_loss", "perplexity", "kl", "top1_agreement")
-"""Metrics of every model; downstream tasks add theirs, such as `arc_easy_acc`."""
+"""Metrics of every model; downstream tasks add others, such as `arc_easy_acc`."""
 
 MODELS = {
     "teacher_before": "Teacher",
@@ -55,7 +55,7 @@ MEASURES: tuple[tuple[str, str, str, str, str | None, int], ...] = (
 TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalized"}
 
 ITEMS_OF = {"perplexity": "validation_loss"}
-"""Metrics that are computed from another one's sequences: the perplexity is e to the power of the mean loss."""
+"""Metrics that are computed from another metric's sequences: perplexity is exp(mean loss)."""
 
 Interval = tuple[float, float]
 
@@ -63,20 +63,20 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 def parse_number(value: Any) -> float | None:
-    """Return a finite number, or None. lm-eval writes 'N/A' where there is no standard error."""
+    """Return a finite number, or None. lm-eval writes 'N/A' if there is no standard error."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
 
 
 def find_not_finite(content: Any, name: str = "") -> str | None:
-    """Find the first number in nested dicts and lists that is infinite or not a number.
+    """Find the first infinite or NaN number in nested dicts and lists.
 
     Args:
-        content: what a JSON file holds.
-        name: name of the content; the keys below it are added.
+        content: the content of a JSON file.
+        name: name of the content, to which the keys below it are added.
 
     Returns:
-        Its name and value, such as "student.kl is nan"; None if all numbers are finite.
+        The number's name and value, such as "student.kl is nan"; None if all numbers are finite.
     """
     if isinstance(content, float):
         return None if math.isfinite(content) else f"{name} is {content}"
@@ -90,7 +90,7 @@ def find_not_finite(content: Any, name: str = "") -> str | None:
 
 
 def compute_perplexity(loss: float) -> float | None:
-    """Return exp(loss); None where that is no finite number, as above a loss of 709 nats."""
+    """Return exp(loss); None if that is not finite, which happens above a loss of 709 nats."""
     try:
         return parse_number(math.exp(loss))
     except OverflowError:
@@ -123,7 +123,7 @@ def format_share(value: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Write seconds with the units that people use, such as 1 min 40 s."""
+    """Write seconds in the usual units, such as 1 min 40 s."""
     if seconds is None:
         return DASH
     if seconds < 60:
@@ -166,4 +166,4 @@ FORMS: dict[str, Callable[[Any], str]] = {
         format_count, format_share, format_duration, format_megabytes, format_loss, format_decimal, format_moment
     )
 }  # fmt: skip
-"""The ways to write a number, by name: what MEASURES and the templates call them."""
+"""The formats of a number, by the names that MEASURES and the templates use."""

@@ -45,7 +45,7 @@ def validate_section(section: str, model: type[Model], values: dict[str, Any]) -
 
 
 def _list_faults(section: str, model: type[BaseModel], fault: Any) -> Iterator[Fault]:
-    """Yield one pydantic fault as key, and what is wrong; our own may be several."""
+    """Yield one pydantic error as a key and its fault; an error of our own may have several faults."""
     key = ".".join(str(part) for part in fault["loc"])
     where = ".".join(filter(None, (section, key)))
     match fault["type"]:
@@ -93,14 +93,14 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
 
 
 def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the settings that decide a stage's result.
+    """Return the names of the settings that affect a stage's result.
 
-    docs/explanation/caching-and-resume.md says why, stage by stage.
+    docs/explanation/caching-and-resume.md explains why, stage by stage.
 
     Args:
         model: the stage's settings, or its configuration; its inputs count by their content, not here.
-        values: the settings. A loss on intermediate layers is balanced within each micro-batch (engine nemo): with it
-            the size of a micro-batch decides, too.
+        values: the settings. A loss on intermediate layers is balanced within each micro-batch (engine nemo), so
+            with such a loss the size of a micro-batch affects the result.
     """
     left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
     names = [name for name in model.model_fields if name not in left_out]

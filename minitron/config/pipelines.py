@@ -43,7 +43,7 @@ SETTINGS_PARAMETER = "settings"
 """The parameter of a pipeline that takes a settings document."""
 
 _TTL_SINCE = (2, 17)
-"""The first Kubeflow Pipelines that knows _TTLS; an older one drops the whole platform document because of them."""
+"""The first Kubeflow Pipelines that knows _TTLS; an older one would drop the whole platform document."""
 
 _TTLS = ("resourceTtlOnCompletion", "resourceTtlOnSuccess", "resourceTtlOnFailure")
 
@@ -53,24 +53,24 @@ _CLUSTER_NAMES = (
     | dict.fromkeys(("trainer_image", "tools_image", "workspace"), r"\S+")
     | {"experiment": r"\S(.{0,126}\S)?"}
 )
-"""Parameters that may not be empty, and what they may be: names of objects in Kubernetes, or any text.
+"""Parameters that may not be empty, and their patterns: names of objects in Kubernetes, or any text.
 
 An experiment's name is a VARCHAR(128) (backend/src/apiserver/model/experiment.go).
 
-Kubeflow's driver names the volume in the pod after the claim (backend/src/v2/driver/k8s.go: makeVolumeMountPatch), and
-a volume's name is shorter, without dots.
+Kubeflow's driver names the volume in the pod after the claim (backend/src/v2/driver/k8s.go: makeVolumeMountPatch). A
+volume's name must be shorter than a claim's, and without dots.
 """
 
 
 @dataclass(frozen=True)
 class Request:
-    """Presets and `--set` values, sorted by what they configure.
+    """Presets and `--set` values, grouped by their targets.
 
     Attributes:
         arguments: values of the pipeline's parameters.
         document: the flat settings document.
-        cluster: what `submit` writes into the compiled pipeline.
-        samples: name of the inputs that ship in packages; None: you give your own.
+        cluster: settings that `submit` writes into the compiled pipeline.
+        samples: name of the inputs that come from packages; None: you give your own.
     """
 
     arguments: dict[str, Any]
@@ -79,7 +79,7 @@ class Request:
     samples: str | None
 
     def with_defaults(self, defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> "Request":
-        """Return the request with values, by key of a flat document, for keys that it leaves unset."""
+        """Return the request with default values, by key of a flat document, for its unset keys."""
         arguments = {key: value for key, value in defaults.items() if key in parameters}
         document = {key: value for key, value in defaults.items() if key not in parameters}
         return replace(self, arguments=arguments | self.arguments, document=document | self.document)
@@ -141,14 +141,14 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
         if not entry.get("isOptional") and name not in request.arguments:
             faults.append(Fault(name, f"missing; give it in the preset or by --set {name}=…"))
     if not arguments.get("tracking_uri", "unknown"):
-        text = "'' is no MLflow server, whose registry this pipeline needs; give http(s)://HOST or sqlite:///FILE"
+        text = "'' is not an MLflow server, which this pipeline needs; give http(s)://HOST or sqlite:///FILE"
         faults.append(Fault("tracking_uri", text))
     if SETTINGS_PARAMETER in parameters:
         with _collect_faults(faults):
             settings = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
             arguments[SETTINGS_PARAMETER] = settings
             read_run_plan(arguments)
-    elif not faults:  # promote has no settings, but what its task takes
+    elif not faults:  # promote has no settings, only its task's parameters
         form = {name: value for name, value in arguments.items() if name in PromoteConfig.model_fields}
         validate_section("", PromoteConfig, {"output": Path()} | form)
     if faults:
@@ -167,7 +167,7 @@ def _collect_faults(faults: list[Fault]) -> Iterator[None]:
 def find_cluster_faults(
     plan: Plan | None, arguments: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> Iterator[Fault]:
-    """Find what matters only if a run's tasks are pods: it would fail in Kubeflow's driver, or in the last task.
+    """Find faults that matter only if a run's tasks are pods: Kubeflow's driver, or the last task, would fail.
 
     Args:
         plan: the checked settings of the run; None if the pipeline has none.
@@ -186,25 +186,25 @@ def find_cluster_faults(
     if re.fullmatch(r"\S+", text["workspace"]) and not re.match(rf"gs://\w|{volume}(/|$)", text["workspace"]):
         yield Fault(
             "workspace",
-            f"{text['workspace']} is lost with each task's pod; give {volume}, the volume of the claim, a directory in "
-            "it, or gs://bucket/path",
+            f"{text['workspace']} is lost with each task's pod; give {volume} (the claim's volume), a directory in it, "
+            "or gs://bucket/path",
         )
     yield from _find_server_faults(text["tracking_uri"])
 
 
 def _find_server_faults(uri: str) -> Iterator[Fault]:
-    """Find what the tasks' pods cannot reach: every pipeline needs MLflow's registry, at the end of its run."""
+    """Find an MLflow server that the tasks' pods cannot reach: every pipeline needs its registry at the end."""
     host = re.match(r"https?://(?:.*@)?(\[[^]]+\]|[^/:?#]+)", uri)
     if not host:
         yield Fault(
             "tracking_uri",
-            f"{uri.rpartition('@')[2]!r} is no MLflow server, whose registry this pipeline needs; give "
+            f"{uri.rpartition('@')[2]!r} is not an MLflow server, which this pipeline needs; give "
             "http(s)://HOST that the cluster's tasks can reach",
         )
     elif re.fullmatch(r"localhost|127\..*|0\.0\.0\.0|\[::1?\]", host[1]):
         yield Fault(
             "tracking_uri",
-            f"{host[1]} is the pod itself in a task, not this machine; give the server's address in the "
+            f"{host[1]} is the task's own pod, not this machine; give the server's address in the "
             "cluster, http://SERVICE.NAMESPACE:PORT",
         )
 
@@ -222,12 +222,12 @@ def default_argument(parameter: str) -> Any:
 def apply_cluster_config(
     documents: list[dict[str, Any]], cluster: ClusterConfig, release: tuple[int, ...] | None
 ) -> list[dict[str, Any]]:
-    """Write the settings that Kubeflow offers no parameter for into a compiled pipeline, in place.
+    """Write settings for which Kubeflow has no parameters into a compiled pipeline, in place.
 
     Args:
         documents: the two documents of the compiled YAML, specification and platform.
         cluster: the settings.
-        release: the version of the server; None: unknown, then only what every supported one knows is written.
+        release: the server's version; None: unknown; only settings that every supported version knows are written.
 
     Returns:
         The documents.
@@ -249,20 +249,20 @@ def apply_cluster_config(
 
 
 def queue_pods(documents: list[dict[str, Any]], queue: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Let everything that holds GPUs wait in a queue of Kueue, in place: a task's own pod, or the TrainJob it starts.
+    """Let everything that holds GPUs wait in a queue of Kueue, in place: a task's own pod, or its TrainJob.
 
-    A pod without GPUs does not queue. One that waits for its TrainJob would hold quota that the TrainJob needs: with
-    enough of them, none would ever start.
+    A pod without GPUs does not queue. A pod that waits for its TrainJob would hold quota that the TrainJob needs:
+    with enough such pods, no TrainJob would ever start.
 
     Args:
         documents: the two documents of the compiled YAML, specification and platform.
         queue: name of the LocalQueue.
-        arguments: of the run, as `check_arguments` returns them: they say which tasks have GPUs.
+        arguments: the run's arguments, as `check_arguments` returns them; they say which tasks have GPUs.
 
     Returns:
         The documents.
     """
-    if not (plan := read_run_plan(arguments)):  # no task of such a pipeline computes
+    if not (plan := read_run_plan(arguments)):  # no task of this pipeline uses GPUs
         return documents
     for executor in documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
         labels = executor["podMetadata"]["labels"]
@@ -272,7 +272,7 @@ def queue_pods(documents: list[dict[str, Any]], queue: str, arguments: Mapping[s
 
 
 def _find_queue_label(plan: Plan, task: str) -> str | None:
-    """Return the label that names the queue of a task's GPUs; None if it uses none."""
+    """Return the label that names the queue of a task's GPUs; None if the task uses none."""
     settings = plan.stages.get(task)
     if settings and settings.gpus:
         return QUEUE_LABEL
@@ -285,7 +285,7 @@ def list_dags(specification: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def list_stages(specification: dict[str, Any]) -> list[str]:
-    """Return the names of the tasks of a pipeline that run a container, those of its nested pipelines included."""
+    """Return the names of a pipeline's tasks that run a container, including those of nested pipelines."""
     components = specification["components"]
     return [
         name

@@ -1,4 +1,4 @@
-"""The reference of all settings, from the models: docs/reference/parameters.md and the help texts.
+"""The reference of all settings, generated from the models: docs/reference/parameters.md and the help texts.
 
 `python -m minitron.config.reference` prints the page; `make docs` writes it.
 """
@@ -49,7 +49,7 @@ def stage_help_text(stage: str) -> str:
     """Return the keys of a stage's configuration file as the end of a help text."""
     settings = SETTINGS[stage].model_fields
     lines = ["settings in the configuration file:", *map(_format_line, _make_rows(SETTINGS[stage]))]
-    lines += ["", "inputs and outputs in it:", *map(_format_line, _make_rows(STAGES[stage], left_out=settings))]
+    lines += ["", "inputs and outputs in the file:", *map(_format_line, _make_rows(STAGES[stage], left_out=settings))]
     return "\n".join(lines)
 
 
@@ -60,14 +60,14 @@ def reference_page() -> str:
         "Generated from the models in `minitron/config` by `make docs`.",
         "## Settings of a preset",
     ]
-    parts.append("At its top level a preset has the settings that all stages share; each stage has a section.")
+    parts.append("The top level of a preset has the settings that all stages share. Each stage has a section.")
     for section, rows in collect_sections().items():
         parts.append(_format_table(f"`{section}`" if section else "All stages", rows))
     parts.append("## Parameters of the pipelines")
     for name in PIPELINES:
         parts.append(_format_table(f"`{name}`", list(_make_pipeline_rows(name))))
     parts.append("## Configuration of a stage run alone")
-    parts.append("`python -m minitron.STAGE --config FILE` takes the stage's settings, these keys, and its inputs.")
+    parts.append("FILE in `python -m minitron.STAGE --config FILE` has the stage's settings, inputs and these keys.")
     parts.append(_format_table("Every stage", list(_make_rows(StageConfig, left_out=StageSettings.model_fields))))
     for stage, model in STAGES.items():
         left_out = {*StageConfig.model_fields, *SETTINGS[stage].model_fields}

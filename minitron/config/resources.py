@@ -1,8 +1,8 @@
-"""Host memory of every stage's task, by arithmetic from the model: the only place where bytes per parameter stand.
+"""Host memory of every stage's task, computed from the model: the only place with bytes per parameter.
 
-A task asks for a base per process, /dev/shm, and the most that it holds of the models at a time. What stays on a GPU
-does not count; what passes through the host on its way to a GPU or to the disk does. `plan` does this sum for every
-stage whose `memory` is not set, and shows it on its page; docs/how-to/deploy.md has it for the presets.
+A task asks for a base per process, /dev/shm, and the most that it holds of the models at a time. Data that stays on a
+GPU does not count; data that passes through the host on its way to a GPU or the disk does. `plan` computes this sum for
+every stage whose `memory` is not set, and shows it on its page; docs/how-to/deploy.md has it for the presets.
 """
 
 import math
@@ -24,10 +24,10 @@ from minitron.errors import ConfigError
 GIB = 2**30
 
 BASE = 8 * GIB
-"""Per process: Python, its libraries, CUDA's host side, batches, buffers of NCCL and of the writers."""
+"""Per process: Python, its libraries, CUDA's host side, batches, buffers of NCCL and the writers."""
 
 DIGESTS = 8 * GIB
-"""Of prepare: 100 bytes for each of 80 million documents; text is read in small batches."""
+"""For prepare: 100 bytes for each of 80 million documents; text is read in small batches."""
 
 BF16, FP32 = 2, 4
 
@@ -35,7 +35,7 @@ ADAM = 3 * FP32
 """An optimizer's state: the master weight and both moments."""
 
 UNKNOWN = 8_030_261_248
-"""Parameters that are assumed of a teacher whose config.json cannot be read: those of Llama-3.1-8B."""
+"""Parameters of Llama-3.1-8B, assumed for a teacher whose config.json cannot be read."""
 
 _UNITS = {"": 1} | {unit: 1000**power for power, unit in enumerate("kMGTP", 1)}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGTP", 1)}
@@ -67,7 +67,7 @@ def count_parameters(architecture: Mapping[str, Any]) -> int:
         ConfigError: the model is of another family, or a size is missing.
     """
     if (family := architecture.get("model_type")) not in _FAMILIES:
-        raise ConfigError(f"model_type {family} is none of {', '.join(_FAMILIES)}")
+        raise ConfigError(f"model_type {family} is not one of {', '.join(_FAMILIES)}")
     try:
         hidden, intermediate, heads, layers, vocabulary = (
             architecture[name]
@@ -89,7 +89,7 @@ def count_parameters(architecture: Mapping[str, Any]) -> int:
 
 
 def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Models:
-    """Count the parameters of a teacher and of the student that prune makes of it.
+    """Count the parameters of a teacher and of the student that prune makes from it.
 
     Raises:
         ConfigError: as for `count_parameters`.
@@ -103,7 +103,7 @@ def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Model
 
 
 def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
-    """Return the terms of the host memory of a stage's task, or of each of its nodes: base and /dev/shm first."""
+    """Return the terms of the host memory of a stage's task, or of each of its nodes; base and /dev/shm come first."""
     gpus = _count_gpus(settings)
     processes = 1 + _count_workers(settings, gpus)
     terms = [Term(f"{processes} process{'es' if processes > 1 else ''} of {BASE // GIB} Gi", processes * BASE)]
@@ -147,7 +147,7 @@ def parse_quantity(text: str) -> int:
 
 
 class Writing(NamedTuple):
-    """What a training writes to the workspace beside its result: the bytes of a file set, and how often."""
+    """Files that a training writes to the workspace beside its result: bytes per set, and number of sets."""
 
     meaning: str
     size: int
@@ -155,12 +155,12 @@ class Writing(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The bytes of all of them."""
+        """The bytes of all sets."""
         return self.size * self.times
 
 
 def list_writing(settings: StageSettings, models: Models) -> list[Writing]:
-    """Return what a training writes: checkpoints to resume from, and at most as many best states as validations."""
+    """Return a training's files: checkpoints to resume from, and at most as many best states as validations."""
     match settings:
         case FinetuneSettings(enabled=False):
             return []
@@ -180,14 +180,14 @@ def list_writing(settings: StageSettings, models: Models) -> list[Writing]:
 
 
 def _count_gpus(settings: StageSettings) -> int:
-    """Count the GPUs of the task or, if it starts several nodes, whose pods are like its own, those of a node."""
+    """Count the GPUs of the task or, if it starts several nodes (with pods like its own), of one node."""
     if isinstance(settings, TrainingSettings) and settings.num_nodes > 1:
         return settings.gpus_per_node
     return settings.gpus
 
 
 def _count_workers(settings: StageSettings, gpus: int) -> int:
-    """Count the processes that a stage starts: one per GPU with engine nemo."""
+    """Count the processes that a stage starts; engine nemo starts one per GPU."""
     match settings:
         case FinetuneSettings(enabled=False):
             return 0
@@ -200,13 +200,13 @@ def _count_workers(settings: StageSettings, gpus: int) -> int:
 
 
 def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
-    """Return what engine nemo holds while it converts the models, and while it saves a checkpoint.
+    """Return the memory of engine nemo while it converts the models, and while it saves a checkpoint.
 
     A checkpoint that can be resumed on another number of GPUs is gathered first: every process holds the state of its
     part of the model, in fp32 (megatron/core/optimizer/distrib_optimizer.py, get_parameter_state_dp_zero). The writers
-    copy that, since it is a view (dist_checkpointing/strategies/filesystem_async.py, prepare_write_data). Exchanged
-    parts and, later, the weights in pinned memory, whose sizes PyTorch rounds up to powers of two, take as much again
-    at most: on a CPU the peaks were 35 to 37 bytes per parameter.
+    copy it, because it is a view (dist_checkpointing/strategies/filesystem_async.py, prepare_write_data). Exchanged
+    parts and, later, the weights in pinned memory, whose sizes PyTorch rounds up to powers of two, take at most as much
+    again. On a CPU the peaks were 35 to 37 bytes per parameter.
     """
     trained = _count_trained(settings, models)
     workers = gpus or settings.model_parallel_size
@@ -223,7 +223,7 @@ def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> 
 
 
 def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
-    """Return what engine hf holds: on a GPU while it loads, on a CPU all of the training."""
+    """Return the memory of engine hf: on a GPU while it loads, on a CPU the whole training."""
     trained = _count_trained(settings, models)
     teacher = models.teacher if isinstance(settings, DistillSettings) else 0
     if gpus:
@@ -244,7 +244,7 @@ def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> li
 
 
 def _list_conversion(models: Models) -> list[Term]:
-    """Return what a conversion holds: the model of Hugging Face, that of NeMo, and what is read or written."""
+    """Return the memory of a conversion: Hugging Face's model, NeMo's model, and the buffer for reading or writing."""
     return [Term("the teacher while it is converted, three times", 3 * models.weight * models.teacher)]
 
 

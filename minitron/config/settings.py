@@ -55,11 +55,11 @@ class Settings(BaseModel):
         return self
 
     def find_faults(self) -> Iterator[Fault]:
-        """Find the settings that do not fit each other; each has the right type."""
+        """Find settings that contradict each other; each has the right type."""
         yield from ()
 
     def as_settings(self) -> dict[str, Any]:
-        """Return the settings that were set, as a component's parameter `settings` takes them, without the defaults."""
+        """Return the settings that were set, without defaults, in the form of a component's parameter `settings`."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
@@ -71,11 +71,11 @@ class StageSettings(Settings):
         True, description="Reuse a finished result with the same settings and the same content of its inputs."
     )
     gpus: Annotated[int, Field(ge=0), EXECUTION] = Field(
-        0, description="GPUs of the task; it stops at once if it sees fewer."
+        0, description="GPUs of the task, which stops at once if it sees fewer."
     )
     expected_sha256: Annotated[dict[str, str], EXECUTION] = Field(
         {},
-        description="SHA-256 that inputs must have, by name, such as {corpus: 0f3a…}; the stage refuses any other. "
+        description="SHA-256 that inputs must have, by name, such as {corpus: 0f3a…}; the stage refuses other content. "
         "minitron reproduce writes it.",
     )
 
@@ -86,21 +86,21 @@ class PrepareSettings(StageSettings):
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
     document_separator: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="Text between two documents of a .txt file, a blank line, say; none: the file is one document, "
-        "or WikiText's articles.",
+        description="Text between two documents of a .txt file, such as a blank line; none: the file is one document, "
+        "or articles if it is WikiText's.",
     )
     own_splits: bool = Field(
         True,
-        description="Use the corpus's own validation and test, where it has them, as they are; False: divide all of it "
-        "by the fractions.",
+        description="Use the corpus's own validation and test splits if it has them; False: divide all documents by "
+        "the fractions.",
     )
     validation_fraction: Fraction = Field(
         0.01, description="Share of the documents kept for validation, unless the corpus has its own."
     )
     test_fraction: Fraction = Field(
-        0.01, description="Share of the documents kept for the test, unless the corpus has its own."
+        0.01, description="Share of the documents kept for testing, unless the corpus has its own."
     )
-    licence: str = Field("unknown", description="License of the corpus, copied to manifest and model card.")
+    licence: str = Field("unknown", description="License of the corpus, for the manifest and the model card.")
 
 
 class SequenceSettings(StageSettings):
@@ -111,47 +111,47 @@ class SequenceSettings(StageSettings):
 
 
 class TrainingSettings(SequenceSettings):
-    """Settings that fine-tuning and distillation share; they differ by their loss."""
+    """Settings that fine-tuning and distillation share; the two differ in their loss."""
 
     engine: Engine = "hf"
-    max_steps: PositiveInt = Field(30, description="Optimizer steps.")
+    max_steps: PositiveInt = Field(30, description="Number of optimizer steps.")
     global_batch_size: PositiveInt = Field(128, description="Sequences per optimizer step.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate.")
-    min_learning_rate: NonNegative = Field(1e-5, description="Learning rate at the end of the cosine.")
+    min_learning_rate: NonNegative = Field(1e-5, description="Learning rate at the end of the cosine schedule.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(2, description="Steps of linear warm-up.")
     weight_decay: NonNegative = Field(0.1, description="Weight decay (not on norms and biases).")
     adam_beta1: Beta = Field(0.9, description="AdamW's beta 1.")
     adam_beta2: Beta = Field(0.95, description="AdamW's beta 2.")
-    gradient_clipping: Positive = Field(1.0, description="Largest gradient norm.")
+    gradient_clipping: Positive = Field(1.0, description="Largest norm of the gradient.")
     gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
-        False, description="Recompute activations: less memory, a third more time."
+        False, description="Recompute activations: less memory, one third more time."
     )
     validation_interval: PositiveInt = Field(10, description="Steps between validations; the first is at step 0.")
-    validation_sequences: PositiveInt = Field(640, description="Sequences per validation, or all there are.")
+    validation_sequences: PositiveInt = Field(640, description="Sequences per validation, at most.")
     checkpoint_interval: Annotated[PositiveInt, EXECUTION] = Field(
-        10, description="Steps between checkpoints to resume from."
+        10, description="Steps between the checkpoints from which a killed training resumes."
     )
     tensor_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
         1, description="GPUs that share every layer (engine nemo)."
     )
     pipeline_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
-        1, description="GPUs that hold a part of the layers each (engine nemo)."
+        1, description="GPUs that each hold a part of the layers (engine nemo)."
     )
     context_parallel_size: Annotated[PositiveInt, EXECUTION] = Field(
         1, description="GPUs that share every sequence (engine nemo)."
     )
     sequence_parallel: Annotated[bool, EXECUTION] = Field(
-        False, description="Split the activations between layers too, over the tensor-parallel GPUs."
+        False, description="Split also the activations between layers over the tensor-parallel GPUs."
     )
     num_nodes: Annotated[PositiveInt, EXECUTION] = Field(
-        1, description="Nodes to train on; above 1 the task starts a Kubeflow TrainJob and follows it (engine nemo)."
+        1, description="Nodes to train on; above 1, the task starts a Kubeflow TrainJob and follows it (engine nemo)."
     )
     gpus_per_node: Annotated[PositiveInt, EXECUTION] = Field(
         8, description="GPUs of each node, if num_nodes is above 1."
     )
 
     def find_faults(self) -> Iterator[Fault]:
-        """Find sizes, rates and steps that contradict each other, and what the engine cannot do."""
+        """Find sizes, rates and steps that contradict each other, or that the engine does not support."""
         if self.global_batch_size % self.micro_batch_size:
             yield Fault(
                 "global_batch_size",
@@ -162,7 +162,7 @@ class TrainingSettings(SequenceSettings):
             yield Fault(
                 "min_learning_rate", f"{self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
             )
-        default = TrainingSettings.model_fields["warmup_steps"].default  # it does not forbid to try a single step
+        default = TrainingSettings.model_fields["warmup_steps"].default  # the default must not forbid a single step
         if self.max_steps < self.warmup_steps != default:
             yield Fault(
                 "warmup_steps",
@@ -170,22 +170,22 @@ class TrainingSettings(SequenceSettings):
                 f"reached; choose at most {self.max_steps}",
             )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
-            yield Fault("sequence_parallel", "it needs a tensor_parallel_size above 1; raise that, or switch it off")
+            yield Fault("sequence_parallel", "needs a tensor_parallel_size above 1; raise that, or set it to false")
         if self.engine == "hf":
             yield from _find_idle_gpus("engine hf", self.gpus, "use engine nemo, or set gpus to 1")
             if self.model_parallel_size > 1:
                 yield Fault(
                     "tensor_parallel_size",
                     f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine "
-                    "hf runs in one process; use engine nemo, or set them to 1",
+                    "hf runs in one process; use engine nemo, or set all of them to 1",
                 )
         if self.num_nodes > 1 and self.engine == "hf":
             yield Fault("num_nodes", f"{self.num_nodes}, but engine hf runs in one process; use engine nemo")
         if self.num_nodes > 1 and self.gpus:
             yield Fault(
                 "gpus",
-                f"{self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits; set gpus to 0: "
-                "gpus_per_node says what each node gets",
+                f"{self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits; set gpus to 0 "
+                "(gpus_per_node sets the GPUs of each node)",
             )
 
     @property
@@ -195,7 +195,7 @@ class TrainingSettings(SequenceSettings):
 
 
 def _find_idle_gpus(what: str, gpus: int, remedy: str) -> Iterator[Fault]:
-    """Find GPUs that would be paid for and stand idle."""
+    """Find GPUs that you would pay for while they are idle."""
     if gpus > 1:
         yield Fault("gpus", f"{gpus}, but {what} runs in one process, on one GPU; {remedy}")
 
@@ -203,7 +203,7 @@ def _find_idle_gpus(what: str, gpus: int, remedy: str) -> Iterator[Fault]:
 class FinetuneSettings(TrainingSettings):
     """Teacher → corrected teacher (cross-entropy on the corpus)."""
 
-    enabled: bool = Field(True, description="False: pass the teacher on as it is.")
+    enabled: bool = Field(True, description="False: skip the training and pass on the teacher unchanged.")
 
 
 PRUNED_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
@@ -254,11 +254,11 @@ class DistillSettings(TrainingSettings):
     kl_weight: NonNegative = Field(1.0, description="Weight of the forward KL divergence.")
     cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
     intermediate_layers: list[tuple[PositiveInt, PositiveInt]] = Field(
-        [], description="Pairs of student and teacher layers, from 1, whose outputs are matched, too (engine nemo)."
+        [], description="Pairs of student and teacher layers, from 1, whose outputs are matched (engine nemo)."
     )
 
     def find_faults(self) -> Iterator[Fault]:
-        """Find a loss without terms, too, and terms that the engine does not have."""
+        """Find also a loss without terms, and terms that the engine does not support."""
         yield from super().find_faults()
         if self.kl_weight == self.cross_entropy_weight == 0:
             yield Fault("kl_weight", "it is 0, and so is cross_entropy_weight; raise one of them")
@@ -269,7 +269,7 @@ class DistillSettings(TrainingSettings):
 class EvaluateSettings(SequenceSettings):
     """Models and data → evaluation.json and report.html."""
 
-    evaluation_sequences: PositiveInt = Field(640, description="Sequences per split, or all there are.")
+    evaluation_sequences: PositiveInt = Field(640, description="Sequences per split, at most.")
     tasks: list[str] = Field([], description="lm-eval tasks.")
     task_directory: Annotated[Location | None, INPUT] = Field(
         None, description="Directory of local lm-eval task files."
@@ -277,12 +277,13 @@ class EvaluateSettings(SequenceSettings):
     task_limit: PositiveInt | None = Field(None, description="Questions per task; none: all.")
     num_fewshot: NonNegativeInt | dict[str, NonNegativeInt] | None = Field(
         None,
-        description="Solved examples before each question: a number for all tasks, or one per task, such as "
-        "{mmlu: 5, arc_challenge: 25}; none: each task's own.",
+        description="Solved examples before each question: one number for all tasks, or a number per task, such as "
+        "{mmlu: 5, arc_challenge: 25}; none: each task's default.",
     )
     unsafe_tasks: Annotated[list[str], EXECUTION] = Field(
         [],
-        description="Tasks that may run the code that a model writes, such as humaneval; without it they are refused.",
+        description="Tasks that may run code that a model writes, such as humaneval; such tasks are refused unless you "
+        "name them here.",
     )
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         ["The history of the city began", "In physics, energy is"],
@@ -292,22 +293,22 @@ class EvaluateSettings(SequenceSettings):
     generation_tokens: PositiveInt = Field(48, description="New tokens per prompt.")
     out_of_domain: Annotated[str | None, INPUT, HUB_DATASET] = Field(
         None,
-        description="Text of another kind than the corpus, addressed the same way; shows what compression lost there.",
+        description="Text unlike the corpus, addressed like it; shows how much compression lost on other text.",
     )
     champion: Annotated[str | None, INPUT] = Field(
-        None, description="Model in production, measured on the same test set for comparison: models:/NAME@champion."
+        None, description="Model in production, measured on the same data for comparison: models:/NAME@champion."
     )
     gates: list[Gate] = Field(
         [],
-        description="Bounds that a promoted student must meet: {metric, against, by, at_most or at_least} each.",
+        description="Bounds that a student must meet to be promoted, each {metric, against, by, at_most or at_least}.",
     )
 
     def find_faults(self) -> Iterator[Fault]:
-        """Find gates on what is not measured, and tasks that are named where they are not measured."""
+        """Find gates on metrics that are not measured, and settings for tasks that are not measured."""
         yield from _find_idle_gpus("evaluate", self.gpus, "set gpus to 1")
         yield from find_gate_faults(self.gates, self.tasks, self.out_of_domain is not None)
         for name in sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
-            yield Fault("tasks", f"{name} is there twice; remove one")
+            yield Fault("tasks", f"{name} is listed twice; remove one")
         shots = self.num_fewshot if isinstance(self.num_fewshot, dict) else {}
         for setting, names in (("num_fewshot", [*shots]), ("unsafe_tasks", self.unsafe_tasks)):
             for name in names:
@@ -327,72 +328,74 @@ class RegisterSettings(StageSettings):
     @model_validator(mode="after")
     def _check_alias(self) -> "RegisterSettings":
         if re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
-            raise ValueError(f"alias {self.alias} is one of MLflow's own names; choose another")
+            raise ValueError(f"alias {self.alias} is reserved by MLflow; choose another")
         if self.alias.lower() in ("champion", "previous"):
-            raise ValueError(f"alias {self.alias} is given by promote alone, which asks the gates; choose another")
+            raise ValueError(f"alias {self.alias} is reserved for promote, which judges the gates; choose another")
         return self
 
 
 class Resources(Settings):
-    """Resources of a stage's task on a cluster; in a preset they stand in the stage's section."""
+    """Resources of a stage's task on a cluster; in a preset they are in the stage's section."""
 
     cpu: str = Field("8", coerce_numbers_to_str=True, pattern=r"^\d+(\.\d+)?m?$", description="CPU cores of the task.")
     memory: str | None = Field(
         None,
         coerce_numbers_to_str=True,
         pattern=r"^\d+(\.\d+)?([kMGTP]|[KMGTP]i)?$",
-        description="Memory of the task, /dev/shm included; none: as much as the sum on plan's page.",
+        description="Memory of the task, including /dev/shm; none: the sum on plan's page.",
     )
 
 
 class GpuResources(Resources):
-    """Resources of a task that computes on GPUs."""
+    """Resources of a task that uses GPUs."""
 
     gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of the task.")
 
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-"""Kueue's label of a pod or a TrainJob that waits in a LocalQueue."""
+"""Kueue's label for a pod or a TrainJob that waits in a LocalQueue."""
 
 TRAIN_JOB_QUEUE_LABEL = "minitron.io/train-job-queue"
-"""Label of a task's pod that does not wait itself: the queue of the TrainJob that it starts."""
+"""Label of a task's pod that does not queue itself: the queue of the TrainJob that it starts."""
 
 _NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
-"""What Kubernetes takes as the name of an object."""
+"""Pattern of an object's name in Kubernetes."""
 
 _LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-"""What it takes as a label's value, and as its key behind the prefix."""
+"""Pattern of a label's value in Kubernetes, and of its key after the prefix."""
 
 _QUEUE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-"""A name as Kueue's LocalQueueName requires it (apis/kueue/v1beta2/localqueue_types.go); a label has 63 characters."""
+"""Pattern of Kueue's LocalQueueName (apis/kueue/v1beta2/localqueue_types.go); a label has at most 63 characters."""
 
 
 class ClusterConfig(Settings):
-    """Settings that Kubeflow reads from the compiled pipeline only; `minitron submit` and `schedule` write them there.
+    """Settings that Kubeflow reads only from the compiled pipeline; `minitron submit` and `schedule` write them there.
 
-    In a preset it is the section `cluster`.
+    They are the section `cluster` of a preset.
     """
 
     service_account: str | None = Field(
         None, pattern=_NAME, description="Service account of the tasks; none: Kubeflow's default."
     )
     shared_memory: str = Field(
-        "16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task; it counts as memory."
+        "16Gi", pattern=r"^\d+[KMGT]i$", description="Limit of /dev/shm in every task; it counts toward memory."
     )
-    retries: Annotated[int, Field(ge=0)] = Field(3, description="Attempts after the first one, for lost (spot) nodes.")
-    timeout_hours: PositiveInt = Field(168, description="Hours that one attempt at a task may take.")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        3, description="Further attempts after one fails or is lost (spot nodes)."
+    )
+    timeout_hours: PositiveInt = Field(168, description="Most hours that one attempt at a task may take.")
     ttl_hours: PositiveInt = Field(
         168,
-        description="Hours that a run's pods and their logs are kept after its end. Kubeflow Pipelines knows it from "
-        "2.17 on; before, Argo's own settings count.",
+        description="Hours that a run's pods and their logs are kept after its end. It needs Kubeflow Pipelines 2.17; "
+        "an older one uses Argo's own settings.",
     )
     labels: dict[str, Annotated[str, Field(pattern=rf"^({_LABEL})?$")]] = Field(
-        {}, description="Labels of the tasks' pods, for cost accounting, say."
+        {}, description="Labels of the tasks' pods, for example for cost accounting."
     )
     queue: str | None = Field(
         None,
-        description="LocalQueue of Kueue, where every pod and TrainJob with GPUs waits; none: nothing waits. The wait "
-        "of a TrainJob counts in timeout_hours.",
+        description="LocalQueue of Kueue in which every pod and TrainJob with GPUs waits; none: nothing waits. The "
+        "wait of a TrainJob counts toward timeout_hours.",
     )
 
     @field_validator("labels")
@@ -408,8 +411,8 @@ class ClusterConfig(Settings):
     def _check_queue(cls, queue: str | None) -> str | None:
         if queue is not None and not (_QUEUE.fullmatch(queue) and len(queue) <= 63):
             raise ValueError(
-                f"{queue!r} cannot be the name of a LocalQueue; give at most 63 lower-case letters, digits, '-' and "
-                "'.', a letter or digit first and last"
+                f"{queue!r} cannot be the name of a LocalQueue; give at most 63 lowercase letters, digits, '-' and "
+                "'.', with a letter or digit first and last"
             )
         return queue
 
@@ -429,4 +432,4 @@ RESOURCES: dict[str, Resources] = {
     **dict.fromkeys(("finetune", "prune", "distill", "evaluate"), GpuResources()),
     "register": Resources(cpu="2"),
 }
-"""Default resources of every stage's task; only stages that compute on GPUs get one."""
+"""Default resources of every stage's task; only stages that use GPUs get one."""

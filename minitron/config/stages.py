@@ -1,4 +1,4 @@
-"""The configuration of every stage: its settings, its inputs, and where it writes and reports."""
+"""The configuration of every stage: its settings, inputs, output, workspace and tracking."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -20,14 +20,14 @@ from minitron.config.settings import (
 
 
 class StageConfig(StageSettings):
-    """What every stage has beside its settings: where it writes and reports."""
+    """The keys of every stage beside its settings: output, workspace and tracking."""
 
     output: Annotated[Location, EXECUTION] = Field(
-        description="Directory the stage writes, or gs://bucket/path; it appears when it is complete."
+        description="Directory that the stage writes, or gs://bucket/path; it appears when it is complete."
     )
     workspace: Annotated[Location | None, EXECUTION] = Field(
         None,
-        description="Directory that outlives the task, or gs://bucket/path. A finished stage is reused from it; a "
+        description="Directory that outlives the task, or gs://bucket/path. Finished stages are reused from it. A "
         "killed stage resumes in it or, with a bucket, in the volume MINITRON_CACHE.",
     )
     tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow server; none: no logging.")
@@ -42,10 +42,10 @@ class PrepareConfig(PrepareSettings, StageConfig):
 
     corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
         min_length=1,
-        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of them, "
+        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of these, "
         "gs://bucket/path of either, or hf://dataset[/config].",
     )
-    teacher: ModelAddress = Field(description="Model whose tokenizer is used; the same address as finetune's.")
+    teacher: ModelAddress = Field(description="Model whose tokenizer is used; give the same address as for finetune.")
 
 
 class SequenceConfig(SequenceSettings, StageConfig):
@@ -58,7 +58,7 @@ class TrainingConfig(TrainingSettings, SequenceConfig):
     """Configuration that fine-tuning and distillation share; they differ by their loss."""
 
     def find_faults(self) -> Iterator[Fault]:
-        """Find nodes without a directory that they share, too."""
+        """Find also several nodes without a shared directory."""
         yield from super().find_faults()
         if self.num_nodes > 1 and self.workspace is None:
             yield Fault(
@@ -91,7 +91,7 @@ class DistillConfig(DistillSettings, TrainingConfig):
 class EvaluateConfig(EvaluateSettings, SequenceConfig):
     """Models and data → evaluation.json and report.html."""
 
-    teacher_before: ModelAddress = Field(description="Teacher; the same address as finetune's.")
+    teacher_before: ModelAddress = Field(description="Teacher; give the same address as for finetune.")
     teacher: InputPath = Field(description="Corrected teacher.")
     pruned: InputPath = Field(description="Student before distillation.")
     student: InputPath = Field(description="Student after distillation.")
@@ -100,7 +100,7 @@ class EvaluateConfig(EvaluateSettings, SequenceConfig):
 class RegisterConfig(RegisterSettings, StageConfig):
     """Student → version in the MLflow registry."""
 
-    # Not an EXECUTION field here: a version in one registry is no result for another.
+    # Not an EXECUTION field here: a version in one registry is not a result for another registry.
     tracking_uri: str | None = Field(None, description="MLflow server whose registry gets the version; required.")
     student: InputPath = Field(description="Model directory to register.")
     evaluation: InputPath = Field(description="Directory written by evaluate.")
@@ -108,7 +108,7 @@ class RegisterConfig(RegisterSettings, StageConfig):
 
 
 LARGE = ("prepare", "finetune", "prune", "distill")
-"""Stages whose results (models, datasets) are passed on by reference if they cannot be hard-linked."""
+"""Stages whose large results (models, datasets) are passed on by reference if they cannot be hard-linked."""
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareConfig,

@@ -21,7 +21,7 @@ class PlanConfig(StageConfig):
 
 
 class ResolveConfig(PlanConfig):
-    """Corpus, teacher and settings → is there anything new to train?"""
+    """Corpus, teacher and settings → the decision whether there is anything new to train."""
 
     tracking_uri: str = Field(description="MLflow server whose registry has the versions.")
     pipeline_run_id: str = Field(description="Kubeflow run that this task belongs to.")
@@ -32,8 +32,8 @@ class PromoteConfig(StageConfig):
 
     tracking_uri: str = Field(description="MLflow server whose registry has the version.")
     model_name: RegisteredName = RegisterSettings.model_fields["name"].default
-    version: PositiveInt | None = Field(None, description="Number of the version; none: the challenger's.")
-    why: str | None = Field(None, description="Reason, for the promotion log.")
+    version: PositiveInt | None = Field(None, description="Number of the version; none: the challenger.")
+    why: str | None = Field(None, description="Reason for the promotion log.")
 
 
 class ConcludeConfig(StageConfig):
@@ -51,4 +51,4 @@ TASKS: dict[str, type[StageConfig]] = {
     "promote": PromoteConfig,
     "conclude": ConcludeConfig,
 }
-"""Tasks that decide. Their results depend on the registry, so none is reused."""
+"""Tasks that make decisions. Their results depend on the registry, so they are never reused."""

@@ -1,5 +1,5 @@
-"""How any stage runs: inputs identified, a result reused or made, its record, its outputs.
+"""How any stage runs: it identifies its inputs, reuses or makes the result, and writes the record and the outputs.
 
-It imports config, storage, tracking, registry and engines. entry.py starts minitron.stages.STAGE by name: the one step
-up, on purpose.
+This room imports config, storage, tracking, registry and engines. entry.py starts minitron.stages.STAGE by name: the
+one import upward, on purpose.
 """

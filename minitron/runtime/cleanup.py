@@ -1,7 +1,7 @@
-"""Find what takes space in a workspace and in the cache, say what may go and why the rest stays, and delete it.
+"""List the items in a workspace and in the cache, judge which may be deleted and why the others stay, and delete them.
 
-Nothing goes that a registered version was made from, that an MLflow run which is going on reads, that a process holds
-the lock of, or that was used more recently than a given age. A result counts as used when it is made or reused.
+An item stays if a registered version was made from it, if a running MLflow run reads it, if a process holds its lock,
+or if it was used more recently than a given age. A result counts as used when it is made or reused.
 """
 
 import re
@@ -26,10 +26,10 @@ from minitron.tracking.stage_run import KEY_TAG
 __all__ = ["Item", "Rules", "delete_item", "find_users", "format_age", "list_items"]
 
 _FRESH = 3600
-"""Seconds in which anything may be in use: a run goes on from stage to stage."""
+"""Seconds after its last use in which any item may still be in use, because a run goes from stage to stage."""
 
 Users = dict[str, str]
-"""Who needs a result: by its key, its content's hash, or the snapshot that it was fetched from."""
+"""The reason why a result is needed, by its key, its content's hash, or the snapshot that it was fetched from."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Item:
 
     Attributes:
         address: a path, or gs://bucket/path.
-        kind: what it is, in words.
-        size: bytes; a file with several names counts in equal parts under each.
-        used: when it was used last, in seconds since 1970.
-        names: by which `Users` know it.
+        kind: kind of the item, for people.
+        size: bytes; a file with several hard links counts in equal parts under each.
+        used: time of its last use, in seconds since 1970.
+        names: names of the item in `Users`.
         run: the pipeline run that made it.
-        stays: why it must not go, whatever its age; empty: it may.
-        delete: deletes it; False: it has come into use meanwhile.
+        stays: why it must stay, whatever its age; empty: it may be deleted.
+        delete: function that deletes it; it returns False if the item has come into use.
     """
 
     address: str
@@ -59,25 +59,25 @@ class Item:
 
 @dataclass(frozen=True)
 class Rules:
-    """What may go: `users` is None if it is not known who needs what."""
+    """The rules for deletion; `users` is None if it is unknown which results are needed."""
 
     seconds: float
     users: Users | None
     run: str | None = None
 
     def judge(self, item: Item) -> tuple[bool, str]:
-        """Say whether an item may go, and why or why not."""
+        """Say whether an item may be deleted, and why or why not."""
         user = next((self.users[name] for name in item.names if name in self.users), "") if self.users else ""
         age = time.time() - item.used
         if self.run is not None and item.run != self.run:
-            return False, "of another pipeline run, or of none"
+            return False, "not made by this pipeline run"
         if reason := item.stays or user:
             return False, reason
         if age < max(self.seconds, _FRESH):
             return False, f"used in the last {format_age(max(self.seconds, _FRESH))}"
         if item.names and self.users is None:
-            return False, "whether a registered version was made from it is not known"
-        return True, f"nobody needs it, unused for {format_age(age)}"
+            return False, "unknown whether a registered version was made from it"
+        return True, f"not needed, unused for {format_age(age)}"
 
 
 def format_age(seconds: float) -> str:
@@ -86,10 +86,10 @@ def format_age(seconds: float) -> str:
 
 
 def find_users(uri: str) -> Users:
-    """Return who needs which results: registered versions, by their lineage, and the runs that are going on.
+    """Return the results that are needed: by registered versions, according to their lineage, and by running runs.
 
     Raises:
-        ConfigError: MLflow has no such address.
+        ConfigError: the address is not MLflow's.
         RunError: MLflow cannot be reached, or the lineage of a version cannot be read.
     """
     users: Users = {}
@@ -100,12 +100,12 @@ def find_users(uri: str) -> Users:
     with one_line_errors(uri), fail_fast():
         for run in search_running_runs(connect(uri)):
             names = [value for tag, value in run.data.tags.items() if tag == KEY_TAG or tag.startswith("input.")]
-            users |= dict.fromkeys(names, f"MLflow run {run.info.run_id} is going on")
+            users |= dict.fromkeys(names, f"MLflow run {run.info.run_id} is running")
     return users
 
 
 def list_items(root: str | Path) -> Iterator[Item]:
-    """Yield what a workspace, a cache, or the directory of a `minitron run` holds; nothing of other origin.
+    """Yield the items of a workspace, a cache, or the directory of a `minitron run`; other files are left out.
 
     Raises:
         RunError: a bucket cannot be read.
@@ -128,7 +128,7 @@ def list_items(root: str | Path) -> Iterator[Item]:
     for path in _list_folder(directory / MEASUREMENTS):
         yield _make_item(path, "measurements of evaluate", delete=partial(_delete_plain, path))
     for path in sorted(directory.glob("unsent/*/*")):
-        yield _make_item(path, "messages for MLflow", stays="MLflow has not got them; the next stage sends them")
+        yield _make_item(path, "messages for MLflow", stays="not sent yet; the next stage sends them")
     for path in (*sorted(directory.glob("models/resolved/*.json")), directory / FAILURE):
         if path.is_file():
             yield _make_item(path, "note of a pipeline run", delete=partial(_delete_plain, path))
@@ -171,7 +171,7 @@ def _make_partial(path: Path) -> Item:
 
 
 def _make_item(path: Path, kind: str, **details: Any) -> Item:
-    """Return the item of a path; work in progress was used when its newest file was written, a result when reused."""
+    """Return the item of a path. Work in progress was used when its newest file was written, a result when reused."""
     stats = [entry.lstat() for entry in (path, *path.rglob("*"))]
     newest = max(entry.st_mtime for entry in stats) if path.suffix == ".partial" else stats[0].st_mtime
     size = sum(entry.st_size // entry.st_nlink for entry in stats if stat.S_ISREG(entry.st_mode))
@@ -179,7 +179,7 @@ def _make_item(path: Path, kind: str, **details: Any) -> Item:
 
 
 def delete_item(item: Item) -> bool:
-    """Delete an item; return False if it has come into use since it was listed, or another process deleted it."""
+    """Delete an item; return False if it was used since it was listed, or if another process deleted it."""
     try:
         if not bucket.is_bucket(item.address) and Path(item.address).stat().st_mtime > item.used:
             return False
@@ -194,7 +194,7 @@ def _delete_plain(path: Path) -> bool:
 
 
 def _delete_locked(directory: Path, note: Path | None = None) -> bool:
-    """Delete a complete directory so that nobody reads half of it: its note first, then aside in one rename."""
+    """Delete a complete directory so that no reader sees half of it: first its note, then rename it away."""
     with lock_output(directory) as work:
         if note:
             note.unlink(missing_ok=True)
@@ -204,7 +204,7 @@ def _delete_locked(directory: Path, note: Path | None = None) -> bool:
 
 
 def _delete_partial(output: Path) -> bool:
-    with lock_output(output) as work:  # it publishes a finished result first, which stays
+    with lock_output(output) as work:  # this publishes a finished result first, which stays
         for path in work.iterdir():
             if path.name != KEY:
                 delete_path(path)

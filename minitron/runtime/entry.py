@@ -1,4 +1,4 @@
-"""The doors to a stage: `launch` in a Kubeflow task, `main` for `python -m minitron.STAGE --config FILE`."""
+"""The entry points of a stage: `launch` in a Kubeflow task, `main` for `python -m minitron.STAGE --config FILE`."""
 
 import argparse
 import importlib
@@ -22,7 +22,7 @@ from minitron.runtime.stage import LATE, run
 from minitron.storage.files import write_atomically
 
 LAST = "conclude"
-"""The task that says how a pipeline ended: what ends the pipeline does not end this one."""
+"""The task that reports how a pipeline ended; it does not end with the pipeline."""
 
 
 def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
@@ -30,22 +30,22 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
 
     Args:
         stage: the stage's name.
-        metrics: a KFP Metrics artifact that gets the stage's numbers; None: nobody does.
-        settings: the stage's section of a settings document, as Kubeflow has it.
-        **values: the rest of its configuration: inputs, output, where it reports and keeps results.
+        metrics: a KFP Metrics artifact for the stage's numbers, if any.
+        settings: the stage's section of a settings document.
+        **values: the rest of its configuration: inputs, output, workspace, tracking.
     """
     _exit_on_signals()
     if stage != LAST:
         follow_run()
     values["workspace"] = workspace = os.environ.get("MINITRON_WORKSPACE") or values.get("workspace")
     if read_failure_note(workspace).get("stage") == stage:
-        with suppress(OSError):  # an earlier attempt's
+        with suppress(OSError):  # the note of an earlier attempt
             failure_note_path(workspace).unlink()
     try:
         record = _run_stage(stage, parse(stage, _join_settings(stage, settings or {}, values)))
     except MinitronError as error:
         noted = _note_failure(workspace, make_failure_note(stage, error, values.get("pipeline_run_id")))
-        if not (noted and is_guided()):  # `minitron run` prints what the note says
+        if not (noted and is_guided()):  # `minitron run` prints the note
             _print_error(error)
         sys.exit(error.exit_status)
     for name, value in record["metrics"].items():
@@ -55,9 +55,9 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
 
 
 def _note_failure(workspace: str | None, note: dict[str, Any]) -> bool:
-    """Leave the note of a failure in the workspace, if there is one; say whether it is there.
+    """Write the note of a failure to the workspace, if there is a workspace; say whether it was written.
 
-    conclude, which reads it, leaves the note of the task before it.
+    conclude reads the note of the task before it, and does not replace it.
     """
     earlier = read_failure_note(workspace).get("pipeline_run_id")
     if workspace and not (note["stage"] == "conclude" and note["pipeline_run_id"] == earlier):
@@ -68,14 +68,14 @@ def _note_failure(workspace: str | None, note: dict[str, Any]) -> bool:
 
 
 def _join_settings(stage: str, settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Join a stage's settings and the rest of its configuration, which a component gets apart.
+    """Join a stage's settings with the rest of its configuration, which a component gets separately.
 
     Raises:
         ConfigError: a key is in both.
     """
     if both := settings.keys() & values.keys():
         raise ConfigError(
-            f"{stage}: {', '.join(sorted(both))} are no settings; give them as the component's parameters"
+            f"{stage}: {', '.join(sorted(both))} cannot be in settings; give them as the component's parameters"
         )
     return settings | values
 
@@ -114,9 +114,9 @@ def _import_stage(stage: str) -> Any:
 
 
 def _exit_on_signals() -> None:
-    """Let SIGTERM, by which Kubernetes ends a task, raise SystemExit: then MLflow learns that the run was killed.
+    """Let SIGTERM, with which Kubernetes ends a task, raise SystemExit, so that MLflow learns that the run was killed.
 
-    SIGHUP, by which a terminal that is closed ends its processes, does the same, unless `nohup` ignores it.
+    SIGHUP, which a closing terminal sends to its processes, does the same, unless `nohup` ignores it.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""The inputs of a stage: identified before anything large is fetched, then resolved to local directories, once."""
+"""The inputs of a stage: identified before anything large is fetched, then resolved once to local directories."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ Config = TypeVar("Config", bound=StageConfig)
 class Input:
     """An input: its address, its hash or snapshot, and a function that returns its local directory.
 
-    `path` is None for text in a bucket or on a hub: the stage streams or fetches it. `pinned` is the fixed address of a
-    movable one: of an alias or a branch. `snapshot` is what fixes a model in a bucket: an address and a digest.
+    `path` is None for text in a bucket or on a hub: the stage streams or fetches it. `pinned` is the fixed address
+    behind an alias or a branch. `snapshot` identifies the content of a model in a bucket: an address and a digest.
     """
 
     address: str
@@ -45,10 +45,10 @@ def find_inputs(config: StageConfig, *names: str) -> dict[str, Input]:
 
     Args:
         config: the stage's configuration.
-        *names: the inputs; none: all that are given.
+        *names: names of the inputs; none: all inputs that are given.
 
     Raises:
-        ConfigError: an input is missing, or is not the one that is expected, or the output lies inside it.
+        ConfigError: an input is missing or is not the expected one, or the output lies inside it.
         RunError: an input is damaged, or cannot be reached.
     """
     wanted = names or find_marked_fields(type(config), INPUT)
@@ -67,13 +67,13 @@ def _find_unexpected(config: StageConfig, found: dict[str, Input], names: Collec
         if sha256 != expected:
             yield Fault(
                 name,
-                f"{address}: its SHA-256 is {sha256}, but expected_sha256 says {expected}; give what it was, or take "
-                f"{name} out of expected_sha256 to make something else of it",
+                f"{address}: its SHA-256 is {sha256}, but expected_sha256 is {expected}; give the original input, or "
+                f"remove {name} from expected_sha256",
             )
 
 
 def with_local_paths(config: Config, inputs: dict[str, Input]) -> Config:
-    """Return a configuration whose inputs are local directories; fetch those that lie elsewhere."""
+    """Return a configuration whose inputs are local directories; fetch the inputs that are not local."""
     paths = {name: entry.path() for name, entry in inputs.items() if entry.path}
     types = {name: type(getattr(config, name)) for name in paths}  # a model's address is a str
     values: dict[str, Any] = {name: str(path) if types[name] is str else path for name, path in paths.items()}
@@ -96,7 +96,7 @@ def _find_input(config: StageConfig, name: str) -> Input:
         raise ConfigError(f"output {config.output}: lies inside {name} {address} and would change it; move it out")
     sha256 = verified_hash(path)
     model_sources.check_unchanged(path, sha256)
-    if bucket.is_bucket(address):  # its snapshot proves the content but is no address
+    if bucket.is_bucket(address):  # its snapshot identifies the content, but is not an address
         return Input(address, sha256, lambda: path, snapshot=pinned)
     return Input(address, sha256, lambda: path, pinned)
 

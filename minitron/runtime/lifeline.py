@@ -1,8 +1,8 @@
-"""Between `minitron run` and the stage that it runs: the stage ends when `minitron run` is told to end, or is gone.
+"""The link between `minitron run` and its stage: the stage ends when `minitron run` gets a signal, or is gone.
 
-`minitron run` holds the lock of a file. A signal makes it share the lock, and the stage ends as by SIGTERM: it tells
-MLflow. A second signal ends `minitron run` at once, which drops the lock, and the stage is killed. If `minitron run`
-is killed without a signal before, the stage ends as by SIGTERM.
+`minitron run` holds the lock of a file. On a signal it shares the lock: the stage ends as after SIGTERM, and tells
+MLflow. A second signal ends `minitron run` at once, which releases the lock, and the stage is killed. If `minitron run`
+is killed without an earlier signal, the stage ends as after SIGTERM.
 """
 
 import fcntl
@@ -21,14 +21,14 @@ _LOCK = "MINITRON_RUN_LOCK"
 """Environment variable of a stage: the path of the file."""
 
 _BY_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-"""What a terminal sends to all its processes: Ctrl-C, and its end."""
+"""Signals that a terminal sends to all its processes: on Ctrl-C, and when it closes."""
 
 
 @contextmanager
 def guide_stages() -> Iterator[list[signal.Signals]]:
-    """Let the first SIGINT, SIGTERM or SIGHUP end the stage that runs in the block; yield the list that gets it.
+    """Let the first SIGINT, SIGTERM or SIGHUP end the stage that runs in the block; yield a list for that signal.
 
-    A signal that is ignored, as `nohup` does with SIGHUP, stays ignored.
+    An ignored signal (`nohup` ignores SIGHUP) stays ignored.
     """
     arrived: list[signal.Signals] = []
     with tempfile.NamedTemporaryFile(prefix="minitron-run-") as lock:
@@ -39,7 +39,7 @@ def guide_stages() -> Iterator[list[signal.Signals]]:
                 signal.signal(handled, signal.SIG_DFL)
             arrived.append(signal.Signals(number))
             fcntl.flock(lock, fcntl.LOCK_SH)
-            with suppress(OSError):  # the terminal may be gone; print could be interrupted by itself
+            with suppress(OSError):  # the terminal may be gone; print is not reentrant
                 os.write(2, f"{arrived[0].name}: the stage ends; a second signal ends it at once\n".encode())
 
         stops = [number for number in (*_BY_TERMINAL, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
@@ -59,9 +59,9 @@ def is_guided() -> bool:
 
 
 def follow_run() -> None:
-    """End this process, a stage, when `minitron run` shares or drops the lock; without one, do nothing."""
+    """End this process, a stage, when `minitron run` shares or releases the lock; without `minitron run` do nothing."""
     if is_guided():
-        for number in _BY_TERMINAL:  # `minitron run` gets them, too, and decides
+        for number in _BY_TERMINAL:  # `minitron run` also gets them, and decides
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with_run, args=[Path(os.environ[_LOCK])], daemon=True).start()
 
@@ -80,7 +80,7 @@ def _end_with_run(path: Path) -> None:
 
 
 def _take_lock(descriptor: int) -> bool:
-    """Take the lock for this process alone; return False if `minitron run` shares it."""
+    """Take the lock exclusively; return False if `minitron run` shares it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,5 +89,5 @@ def _take_lock(descriptor: int) -> bool:
 
 
 def _terminate() -> None:
-    """Send SIGTERM to the main thread: a call that it waits in is interrupted."""
+    """Send SIGTERM to the main thread, which interrupts a waiting call."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

@@ -1,13 +1,14 @@
-"""The sources of models: an address becomes a verified local Hugging Face directory, fetched once.
+"""The sources of models: turn an address into a verified local Hugging Face directory, fetched once.
 
-    /models/llama                     a directory, of Hugging Face or a NeMo 2 checkpoint
+    /models/llama                     a directory: a Hugging Face model or a NeMo 2 checkpoint
     hf://org/name[@revision]          Hugging Face's hub
     gs://bucket/path                  Google Cloud Storage
     models:/NAME@alias, models:/NAME/VERSION        MLflow's registry
     ngc://org/team/model:version      NVIDIA's catalog (its key in NGC_API_KEY)
 
-Fetched models lie in `models` of the workspace (of the cache, if that is a bucket): a killed download goes on, and all
-stages of a run share one copy. A movable address (alias, branch, prefix) is resolved once per pipeline run.
+Fetched models are kept in `models` in the workspace (in the cache, if the workspace is a bucket). A killed download is
+resumed, and all stages of a run share one copy. A movable address (alias, branch, prefix) is resolved once per
+pipeline run.
 """
 
 import hashlib
@@ -39,15 +40,15 @@ _COMMIT = re.compile(r"@[0-9a-f]{40}$")
 
 
 def local_model(address: str | Path, config: StageConfig) -> Path:
-    """Return the local directory of a model or another input; fetch and convert it if need be.
+    """Return the local directory of a model or another input; fetch and convert it if necessary.
 
     Args:
         address: one of the forms above; a reference to a result is followed.
         config: its workspace keeps fetched models, its tracking_uri is the registry of models:/.
 
     Raises:
-        ConfigError: nothing is there, the scheme is unknown, or a key or server is not given.
-        RunError: the source cannot be reached, or the model arrives damaged.
+        ConfigError: the address does not exist, the scheme is unknown, or a key or server is missing.
+        RunError: the source cannot be reached, or the model is damaged.
     """
     return pinned_local_model(address, config)[0]
 
@@ -55,7 +56,7 @@ def local_model(address: str | Path, config: StageConfig) -> Path:
 def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, str]:
     """Return the local directory, and the fixed address of its content: a commit, a version or a snapshot.
 
-    Arguments and errors are those of `local_model`.
+    Arguments and errors: see `local_model`.
     """
     scheme, separator, _ = str(address).partition(":/")
     pinned = str(address)
@@ -71,9 +72,9 @@ def pinned_local_model(address: str | Path, config: StageConfig) -> tuple[Path, 
 
 
 def pin_address(address: str, config: StageConfig) -> str | None:
-    """Return what fixes the content of a model that lies elsewhere, without fetching it: a commit, version or snapshot.
+    """Return the commit, version or snapshot that identifies a remote model's content, without fetching the model.
 
-    None: only the hash of its content does, since it is a directory, or on a hub that does not answer.
+    None if only a hash of the content can: the model is a directory, or on a hub that does not answer.
     """
     scheme, separator, _ = address.partition(":/")
     if not separator or scheme == "file":
@@ -87,10 +88,10 @@ def pin_address(address: str, config: StageConfig) -> str | None:
 
 
 def read_architecture(address: str, ask_once: bool = False) -> dict[str, Any]:
-    """Return the config.json of a model, without fetching its weights; `ask_once`: a hub is asked once.
+    """Return the config.json of a model, without fetching its weights; `ask_once`: do not ask a hub again.
 
     Raises:
-        ConfigError: the source is none from which a single file is read, or there is no such model.
+        ConfigError: single files cannot be read from the source, or there is no such model.
         RunError: the source cannot be reached.
     """
     scheme, separator, _ = address.partition(":/")
@@ -108,9 +109,9 @@ def read_architecture(address: str, ask_once: bool = False) -> dict[str, Any]:
 
             content, _ = bucket.read_json(bucket_results.find_files(address), "config.json")
         case _:
-            raise ConfigError(f"{address}: nothing of a {scheme}:/ model is read before a stage fetches it")
+            raise ConfigError(f"{address}: the config.json of a {scheme}:/ model is unknown until a stage fetches it")
     if not isinstance(content, dict):
-        raise ConfigError(f"{address}: its config.json is missing or holds no JSON object")
+        raise ConfigError(f"{address}: its config.json is missing or not a JSON object; give a model that has one")
     return content
 
 
@@ -122,7 +123,7 @@ def _read_json(path: Path) -> Any:
 
 
 def fetch_corpus(address: str, config: StageConfig) -> str:
-    """Return the address of a corpus; if it lies in a bucket, fetch it and return the path of the copy.
+    """Return the address of a corpus; fetch a corpus in a bucket, and return the path of the copy.
 
     Raises:
         ConfigError: there are no objects at the address.
@@ -149,19 +150,19 @@ def check_unchanged(path: Path, sha256: str) -> None:
 
 def _fetch_model(address: str, config: StageConfig) -> tuple[Path, str]:
     find, fetch = _choose_source(address, config)
-    with default_retries():  # no stage can go on without its inputs
+    with default_retries():  # a stage cannot run without its inputs
         identity = _resolve_once(address, find, config)
         return _fetch_once(identity, fetch, config), identity
 
 
 def _choose_source(address: str, config: StageConfig) -> tuple[Callable[[str], str], Callable[[str, Path], None]]:
-    """Return two functions of a scheme: one pins an address, one fetches what it pinned."""
+    """Return two functions for a scheme: one pins an address, the other fetches the pinned address."""
     match address.partition(":/")[0]:
         case "gs":
             return _take_snapshot, partial(_fetch_objects, select=select_model_files)
         case "models":
             if not (uri := config.tracking_uri):
-                raise ConfigError(f"{address}: a model of MLflow's registry needs tracking_uri; give the server's")
+                raise ConfigError(f"{address}: a model in MLflow's registry needs tracking_uri; give its server's")
             return partial(versions.pin_version, uri), partial(versions.download_version, uri)
         case "ngc":
             return ngc.check_address, ngc.download_model
@@ -173,7 +174,7 @@ def _choose_source(address: str, config: StageConfig) -> tuple[Callable[[str], s
 
 
 def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
-    """Return the fixed address of a movable one; within one pipeline run the first answer stays."""
+    """Return the fixed address behind a movable one; within one pipeline run the first answer is kept."""
     note = _models_directory(config) / "resolved" / f"{_hash_text(f'{config.pipeline_run_id} {address}')}.json"
     if config.pipeline_run_id and bucket.is_bucket(config.workspace):
         workspace = format_address(config.workspace or "")
@@ -189,7 +190,7 @@ def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig)
 
 
 def _fetch_once(identity: str, fetch: Callable[[str, Path], None], config: StageConfig) -> Path:
-    """Return the directory of an identity's files; fetch them, published in one rename, if they are not there."""
+    """Return the directory of an identity's files; fetch missing files, and publish them in one rename."""
     directory = _models_directory(config) / _hash_text(identity)
 
     def fetch_and_hash(downloads: Path) -> None:
@@ -224,7 +225,7 @@ def _is_nemo(path: Path) -> bool:
 def _export_nemo(checkpoint: Path, config: StageConfig) -> Path:
     """Return a NeMo 2 checkpoint as a Hugging Face directory, exported by engine nemo.
 
-    The image of resolve has no engine and needs none: no version is made from a checkpoint that was never exported.
+    The image of resolve has no engine. It needs none: no version was made from a checkpoint that was never exported.
     """
 
     def export_checkpoint(identity: str, target: Path) -> None:

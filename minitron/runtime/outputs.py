@@ -1,11 +1,11 @@
 """The location of a stage's result, and its publication to `output`.
 
-    workspace                 the result lies in                         output, if it cannot be linked
+    workspace                 the result is in                           output, if it cannot be linked
     none                      output                                     -
     /volume                   /volume/STAGE/KEY                          refers there; small ones are copied
     gs://bucket/path          gs://bucket/path/STAGE/KEY and the cache   refers there; small ones are copied
 
-An output gs://bucket/path gets the whole result, or with a workspace in a bucket refers to it.
+An output gs://bucket/path gets the whole result or, with a workspace in a bucket, a reference to it.
 """
 
 import tempfile
@@ -27,14 +27,14 @@ from minitron.storage.staging import InUse, delete_leftovers, lock_output, publi
 
 @dataclass(frozen=True)
 class ResultLocation:
-    """The location of a result: on this machine and, if the workspace or else the output is in one, in a bucket."""
+    """The location of a result: on this machine and, if the workspace or the output is in a bucket, in that bucket."""
 
     directory: Path
     remote: str | None
 
 
 def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation:
-    """Return the location of the result of a key."""
+    """Return the location of the result with a key."""
     inner = result_path(stage, key)
     if is_bucket(config.workspace):
         return ResultLocation(cache.cache_directory() / inner, f"{format_address(config.workspace or '')}/{inner}")
@@ -45,7 +45,7 @@ def result_location(stage: str, config: StageConfig, key: str) -> ResultLocation
 
 
 def find_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
-    """Return the record of the finished result of a key, or None; complete it first if a kill prevented that.
+    """Return the record of the finished result with a key, or None; first complete a result that a kill interrupted.
 
     Raises:
         InUse: another process is working there.
@@ -61,12 +61,12 @@ def find_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
 
 @contextmanager
 def lock_result(location: ResultLocation, key: str, reuse: bool) -> Iterator[dict[str, Any] | None]:
-    """Hold the lock that all writers of a result take; yield its record if it is there, else None: make it.
+    """Hold the lock that all writers of a result take; yield its record, or None if the result must be made.
 
     Args:
-        location: where the result is.
-        key: its key.
-        reuse: take a result that is there: another process may have finished it in this moment.
+        location: the location of the result.
+        key: the key of the result.
+        reuse: use an existing result: another process may just have finished it.
 
     Raises:
         InUse: another process is working there.
@@ -83,7 +83,7 @@ def lock_result(location: ResultLocation, key: str, reuse: bool) -> Iterator[dic
 
 
 def _complete_result(location: ResultLocation, key: str) -> dict[str, Any] | None:
-    """Return the record of a result, or None; commit it to its bucket if a kill prevented that."""
+    """Return the record of a result, or None; commit it to its bucket if a kill interrupted that."""
     record = _read_result(location, key)
     if record is None and location.remote and read_intact(location.directory, key):
         return commit_result(location, replace=False)
@@ -105,7 +105,7 @@ def _read_result(location: ResultLocation, key: str, warn: bool = False) -> dict
 
 
 def commit_result(location: ResultLocation, replace: bool) -> dict[str, Any]:
-    """Upload the result on this machine to its bucket, and move it to the cache, where references find it.
+    """Upload a result from this machine to its bucket, and move it to the cache, where references find it.
 
     The caller holds the lock.
     """
@@ -119,7 +119,7 @@ def commit_result(location: ResultLocation, replace: bool) -> dict[str, Any]:
 
 
 def publish_output(stage: str, config: StageConfig, location: ResultLocation, record: dict[str, Any]) -> None:
-    """Make `output` the result or, if that is large and cannot be linked, a reference to it."""
+    """Make `output` the result or, if the result is large and cannot be linked, a reference to it."""
     if is_bucket(config.output):
         if format_address(config.output) != location.remote:
             _publish_to_bucket(stage, config, location, record)
@@ -141,7 +141,7 @@ def _publish_from_volume(stage: str, config: StageConfig, location: ResultLocati
 
 
 def _publish_to_bucket(stage: str, config: StageConfig, location: ResultLocation, record: dict[str, Any]) -> None:
-    """Commit a reference, or a small result, to an output in a bucket; the result lies in the workspace's."""
+    """Commit a reference, or a small result, to an output in a bucket; the result is in the workspace's bucket."""
     from minitron.storage import bucket_results
 
     assert location.remote is not None
@@ -158,7 +158,7 @@ def _publish_to_bucket(stage: str, config: StageConfig, location: ResultLocation
 
 
 def refuse_foreign(stage: str, config: StageConfig) -> None:
-    """Refuse an output that holds anything but an earlier result of the same stage: it would be deleted.
+    """Refuse an output with anything but an earlier result of the same stage, because it would be deleted.
 
     Raises:
         ConfigError: the output holds something else.
@@ -170,7 +170,7 @@ def refuse_foreign(stage: str, config: StageConfig) -> None:
             f"output {output}: holds a result of {record['stage']}, not of {stage}; give another directory"
         )
     if not is_result:
-        raise ConfigError(f"output {output}: exists and is not a stage's result; give a new directory or delete it")
+        raise ConfigError(f"output {output}: exists, and is not a stage's result; give a new directory, or delete it")
 
 
 def _read_content(output: Path) -> tuple[dict[str, Any] | None, bool]:

@@ -1,6 +1,6 @@
-"""Checks of a plan before anything is uploaded or a GPU is paid for.
+"""Check a plan before anything is uploaded and before you pay for a GPU.
 
-docs/explanation/architecture.md says what is checked when.
+docs/explanation/architecture.md lists which check runs when.
 """
 
 from collections.abc import Iterable
@@ -15,18 +15,18 @@ from minitron.runtime.model_sources import read_architecture
 
 
 def check_plan(plan: Plan, faults: Iterable[Fault] = (), ask_once: bool = False) -> tuple[dict[str, Any] | None, str]:
-    """Check what can be known without weights and without a GPU.
+    """Check a plan as far as possible without weights and without a GPU.
 
     Args:
-        plan: the settings; each section is checked already.
-        faults: what the caller has found; it is reported with the rest.
-        ask_once: True: ask a hub for the teacher once; what does not answer is checked by plan.
+        plan: the settings, whose sections are already checked.
+        faults: faults that the caller has found; they are reported with the others.
+        ask_once: True: ask a hub for the teacher only once; if it does not answer, the task plan checks the teacher.
 
     Returns:
         The teacher's config.json, or None and the reason why it cannot be read yet.
 
     Raises:
-        SectionError: something cannot work; the message lists all of it.
+        SectionError: the plan has faults; the message lists all of them.
     """
     architecture, reason = None, ""
     try:

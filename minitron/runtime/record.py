@@ -20,7 +20,7 @@ from minitron.storage.layout import FAILURE
 from minitron.tracking import stage_run
 
 NEMO = ("nemo_toolkit", "megatron-core", "nvidia-modelopt")
-"""The packages of engine nemo that decide weights."""
+"""The packages of engine nemo that affect weights."""
 
 
 def failure_note_path(workspace: str | Path | None) -> Path:
@@ -29,7 +29,7 @@ def failure_note_path(workspace: str | Path | None) -> Path:
 
 
 def read_failure_note(workspace: str | Path | None) -> dict[str, Any]:
-    """Return the note of the last failure: stage, exit_status, message, pipeline_run_id; empty without one."""
+    """Return the note of the last failure: stage, exit_status, message, pipeline_run_id; empty if there is none."""
     try:
         return json.loads(failure_note_path(workspace).read_text())
     except (OSError, ValueError):
@@ -37,9 +37,9 @@ def read_failure_note(workspace: str | Path | None) -> dict[str, Any]:
 
 
 def run_facts(config: StageConfig, tracker: stage_run.Tracker, started: float) -> dict[str, Any]:
-    """Return a record's entries on how, where and at what cost its stage ran, up to now."""
+    """Return a record's entries on how, where and at what cost its stage has run so far."""
     return {
-        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # its URI may hold a password
+        "config": config.model_dump(mode="json", exclude={"tracking_uri"}),  # its URI may have a password
         "seed": config.seed,
         "versions": _list_versions(),
         "image": os.environ.get("MINITRON_IMAGE"),
@@ -54,7 +54,7 @@ def run_facts(config: StageConfig, tracker: stage_run.Tracker, started: float) -
 
 
 def list_nemo_releases() -> dict[str, str]:
-    """Return the releases, such as 2.6, of what trains and prunes with engine nemo; empty where it is not installed."""
+    """Return the releases, such as 2.6, of engine nemo's packages; empty if they are not installed."""
     return {name: ".".join(number.split(".")[:2]) for name, number in _find_versions(*NEMO).items()}
 
 

@@ -2,8 +2,7 @@
 
 A stage is a function `work(config, directory, tracker) -> dict` that fills `directory`. `run` gives it a directory that
 survives a kill, publishes the finished directory in one rename, and writes `stage.json`: inputs' content hashes,
-configuration, versions, image, runs, seconds, peak memory, metrics. `main` makes it
-`python -m minitron.STAGE --config FILE`.
+configuration, versions, image, runs, seconds, peak memory, metrics.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from minitron.storage.staging import new_result, publish_directory, sync_files
 from minitron.tracking import stage_run
 
 LATE = ("prepare", "finetune", "prune", "distill", "evaluate")
-"""Stages whose modules import torch and transformers: they are imported if there is something to do."""
+"""Stages whose modules import torch and transformers; a stage is imported only if it has work to do."""
 
 __all__ = ["LATE", "run", "stage_name"]
 
@@ -37,18 +36,18 @@ Work = Callable[[Any, Path, stage_run.Tracker], dict[str, Any]]
 
 
 def run(config: StageConfig, work: Work, check: Callable[[Any], None] = lambda config: None) -> dict[str, Any]:
-    """Run a stage once: return its record at once if the result is there, resume it if it was killed.
+    """Run a stage once: return the record of an existing result at once, and resume a killed stage.
 
     Args:
         config: the stage's configuration; `config.output` is the directory that appears when the stage is complete.
-        work: fills the given directory and returns its entries in the record: `metrics`, and others.
-        check: checks the inputs before a run is opened in MLflow. `work` and `check` get local paths as inputs.
+        work: fills the given directory, and returns entries of the record: `metrics`, and others.
+        check: checks the inputs before a run is opened in MLflow. The inputs of `work` and `check` are local paths.
 
     Returns:
         The content of `<output>/stage.json`.
 
     Raises:
-        ConfigError: an input is missing or does not fit, or `output` holds something that is not a stage's result.
+        ConfigError: an input is missing or does not fit, or `output` exists and is not a stage's result.
         RunError: the run failed: too few GPUs, disk full, damaged input, unreachable server.
     """
     with keep_notes(persistent_directory(config.workspace)):
@@ -59,7 +58,7 @@ def _find_or_make(config: StageConfig, work: Work, check: Callable[[Any], None])
     stage = stage_name(config)
     gpus.check_gpus(config.gpus)
     outputs.refuse_foreign(stage, config)
-    with disk_errors(config.output):  # an input may not be readable
+    with disk_errors(config.output):  # an input may be unreadable
         stage_inputs = inputs.find_inputs(config)
     key = _compute_key(stage, config, stage_inputs)
     location = outputs.result_location(stage, config, key)
@@ -98,7 +97,7 @@ def stage_name(config: StageConfig) -> str:
 def _make_result(
     local: StageConfig, config: StageConfig, work: Work, result: Path, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """Do the work with `local`, whose inputs are local paths; the record has the addresses of `config`."""
+    """Do the work with `local`, whose inputs are local paths; the record keeps the addresses of `config`."""
     started = time.time()
     with new_result(partial_path(result), identity["key"]) as directory:
         with stage_run.track_stage(config, identity) as tracker, disk_errors(result):
@@ -108,26 +107,24 @@ def _make_result(
             record["output_sha256"] = content_hash(directory)
             sync_files(directory)
             record = json.loads(format_json(record, directory / RECORD))
-            tracker.finish(record)  # before the record is there: a kill then loses no message, since the disk has them
+            tracker.finish(record)  # before the record is written, so that a kill loses no message
             write_atomically(directory / RECORD, record)
         publish_directory(directory, result)
     return record
 
 
 def _check_finite(stage: str, results: dict[str, Any], where: str = "") -> None:
-    """Refuse a result that has a number which is infinite or not a number: later stages would build on it.
+    """Refuse a result with a number that is infinite or NaN: later stages would build on it.
 
     Raises:
-        RunError: there is one; the message names it.
+        RunError: a number is not finite; the message names it.
     """
     if reason := find_not_finite({name: results.get(name) for name in ("metrics", "history")}):
-        raise RunError(
-            f"{where}no result of {stage}, because {reason}; change its settings, or those of a stage before"
-        )
+        raise RunError(f"{where}no result of {stage}, because {reason}; change its settings, or an earlier stage's")
 
 
 def _compute_key(stage: str, config: StageConfig, stage_inputs: dict[str, inputs.Input]) -> str:
-    """Return the key of a result: a hash of all that decides it, and of nothing else."""
+    """Return the key of a result: a hash of everything that affects it, and of nothing else."""
     values = config.model_dump(mode="json")
     settings = {name: values[name] for name in list_decisive_settings(type(config), values)}
     hashes = {name: entry.sha256 for name, entry in stage_inputs.items()}

@@ -122,7 +122,7 @@ def test_a_pipeline_that_computes_nothing_has_no_queue() -> None:
 
 @pytest.mark.parametrize("queue", ["GPUs", "gpus_1", "-gpus", "a..b", "", "a" * 64])
 def test_a_queue_that_cannot_exist_is_refused(queue: str) -> None:
-    message = f"cluster.queue: '{queue}' cannot be the name of a LocalQueue; give at most 63 lower-case letters"
+    message = f"cluster.queue: '{queue}' cannot be the name of a LocalQueue; give at most 63 lowercase letters"
     with pytest.raises(ConfigError, match=f"^{message}"):
         kubeflow._read_run("promote", [], ["model_name=m", "tracking_uri=http://m", f"cluster.queue='{queue}'"])
 
@@ -361,20 +361,20 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (["--set", "distill.max_step=3"], "distill.max_step: unknown key; did you mean 'distill.max_steps'?"),
         (["--set", "cluster.ttl_hour=3"], "cluster.ttl_hour: unknown key; did you mean 'ttl_hours'?"),
         (["--set", "cluster.shared_memory=16"], "cluster.shared_memory: Input should be a valid string"),
-        (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path of this machine"),
-        (["--set", "corpus=./text"], "corpus: ./text is a path of this machine, which the cluster's tasks cannot see"),
+        (["--set", "corpus=text/a.jsonl"], "corpus: text/a.jsonl is a path on this machine"),
+        (["--set", "corpus=./text"], "corpus: ./text is a path on this machine, which the cluster's tasks cannot see"),
         (
             ["--set", "evaluate.task_directory=tasks"],
-            "evaluate.task_directory: tasks is a path of this machine, which ",
+            "evaluate.task_directory: tasks is a path on this machine, which ",
         ),
-        (["--set", "champion=models"], "evaluate.champion: models is a path of this machine, which the cluster's"),
+        (["--set", "champion=models"], "evaluate.champion: models is a path on this machine, which the cluster's"),
         (["--set", "workspace=/data"], "workspace: /data is lost with each task's pod; give /workspace, the volume"),
         (["--set", "workspace=/workspaces/x"], "workspace: /workspaces/x is lost with each task's pod; give"),
         (["--set", "evaluate.tasks=[mmluu]"], "evaluate.tasks: mmluu is not a task of lm-eval 0.4.13; give mmlu or "),
         (["--set", "corpus=s3://bucket/text"], "corpus: s3://bucket/text: unknown scheme 's3:'; give a path, hf://"),
         (
             ["--set", f"teacher={REPOSITORY / 'tests'}", "--set", "distill.temperature=yes"],
-            "distill.temperature: found true, as which YAML reads yes and on, too; ",
+            "distill.temperature: found true (YAML also reads yes and on like this); ",
         ),
         (["--set", "distill.num_nodes=2"], "distill.gpus: 8, but with num_nodes 2 the task itself only waits"),
         (
@@ -393,13 +393,16 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
         (["--set", "cluster.labels={team: large models}"], "cluster.labels.team: String should match pattern"),
         (["--set", "cluster.labels={-team: llm}"], "cluster.labels: '-team' cannot be a label; give at most 63"),
         (["--set", "experiment=''"], "experiment: should match pattern "),
-        (["--set", "tracking_uri=''"], "tracking_uri: '' is no MLflow server, whose registry this pipeline needs; "),
-        (["--set", "tracking_uri=sqlite:////data/mlflow.db"], "tracking_uri: 'sqlite:////data/mlflow.db' is no MLflow"),
-        (["--set", "tracking_uri=mlruns"], "tracking_uri: 'mlruns' is no MLflow server, whose registry this pipeline"),
-        (["--set", "tracking_uri=http://:5000"], "tracking_uri: 'http://:5000' is no MLflow server, whose registry"),
-        (["--set", "tracking_uri=http://localhost:5000"], "tracking_uri: localhost is the pod itself in a task, not "),
-        (["--set", "tracking_uri=https://ann:x@127.0.0.1"], "tracking_uri: 127.0.0.1 is the pod itself in a task, not"),
-        (["--set", "tracking_uri=http://[::1]:5000"], "tracking_uri: [::1] is the pod itself in a task, not this mach"),
+        (["--set", "tracking_uri=''"], "tracking_uri: '' is not an MLflow server, which this pipeline needs; "),
+        (
+            ["--set", "tracking_uri=sqlite:////data/mlflow.db"],
+            "tracking_uri: 'sqlite:////data/mlflow.db' is not an MLflow",
+        ),
+        (["--set", "tracking_uri=mlruns"], "tracking_uri: 'mlruns' is not an MLflow server, which this pipeline needs"),
+        (["--set", "tracking_uri=http://:5000"], "tracking_uri: 'http://:5000' is not an MLflow server, which this"),
+        (["--set", "tracking_uri=http://localhost:5000"], "tracking_uri: localhost is the task's own pod, not "),
+        (["--set", "tracking_uri=https://ann:x@127.0.0.1"], "tracking_uri: 127.0.0.1 is the task's own pod, not"),
+        (["--set", "tracking_uri=http://[::1]:5000"], "tracking_uri: [::1] is the task's own pod, not this mach"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(

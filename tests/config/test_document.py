@@ -84,16 +84,16 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
         ({"finetune": {"max_steps": 5, "warmup_steps": 9}}, "finetune.warmup_steps: 9 is above max_steps 5, so"),
         ({"prune": {"num_hidden_layers": 0}}, "prune.num_hidden_layers: Input should be greater than 0 (found 0)"),
         ({"prune": {"num_hidden_layers": "1.5e0"}}, "prune.num_hidden_layers: Input should be a valid integer, got a"),
-        ({"distill": {"temperature": True}}, "distill.temperature: found true, as which YAML reads yes and on, too; "),
-        ({"register": {"name": False}}, "register.name: found false, as which YAML reads no and off, too; give a"),
-        ({"evaluate": {"num_fewshot": {"mmlu": True}}}, "evaluate.num_fewshot: found true, as which YAML reads yes"),
-        ({"evaluate": {"gates": [{"metric": "kl", "at_most": True}]}}, "evaluate.gates: found true, as which YAML "),
+        ({"distill": {"temperature": True}}, "distill.temperature: found true (YAML also reads yes and on like this"),
+        ({"register": {"name": False}}, "register.name: found false (YAML also reads no and off like this); give a"),
+        ({"evaluate": {"num_fewshot": {"mmlu": True}}}, "evaluate.num_fewshot: found true (YAML also reads yes"),
+        ({"evaluate": {"gates": [{"metric": "kl", "at_most": True}]}}, "evaluate.gates: found true (YAML also "),
         ({"distill": {"learning_rate": float("inf")}}, "distill.learning_rate: Input should be a finite number"),
         (
             {"prepare": {"expected_sha256": {"dataset": "d1"}}},
-            "prepare.expected_sha256: dataset is no input of prepare; known: corpus, teacher",
+            "prepare.expected_sha256: dataset is not an input of prepare; known: corpus, teacher",
         ),
-        ({"evaluate": {"tasks": ["mmlu", "mmlu"]}}, "evaluate.tasks: mmlu is there twice; remove one"),
+        ({"evaluate": {"tasks": ["mmlu", "mmlu"]}}, "evaluate.tasks: mmlu is listed twice; remove one"),
         (
             {
                 "prepare": {"own_splits": False, "test_fraction": 0},
@@ -156,7 +156,7 @@ def test_a_truth_value_is_no_number_of_a_pipeline() -> None:
     with pytest.raises(ConfigError) as refused:
         check_arguments(read_request([], ["version=yes", "why=[]", "model_name=x"], parameters), parameters)
     assert str(refused.value) == (
-        "version: found true, as which YAML reads yes and on, too; give a number, or quote it if it is text; "
+        "version: found true (YAML also reads yes and on like this); give a number, or quote it if it is text; "
         "why: Input should be a valid string (found []); tracking_uri: missing; give it in the preset or by "
         "--set tracking_uri=…"
     )

@@ -96,7 +96,7 @@ def test_the_closed_formula_counts_what_transformers_builds(family: str, setting
 
 
 def test_another_family_or_a_missing_size_is_said() -> None:
-    with pytest.raises(ConfigError, match="model_type gemma is none of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match="model_type gemma is not one of llama, mistral, qwen2, qwen3"):
         count_parameters(SMALL | {"model_type": "gemma"})
     with pytest.raises(ConfigError, match=r"config.json has no hidden_size"):
         count_parameters({"model_type": "llama"})

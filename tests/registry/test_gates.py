@@ -175,7 +175,7 @@ def test_a_judged_gate_can_be_judged_again() -> None:
         ({"metric": "out_of_domain_loss", "at_most": 3}, "out_of_domain_loss needs evaluate.out_of_domain"),
         (
             {"metric": "kl", "against": "teacher", "by": "ratio", "at_most": 1},
-            "evaluate.gates.0.metric: kl is 0 for the teacher itself",
+            "evaluate.gates.0.metric: kl is 0 for the teacher, so there is no ratio",
         ),
     ],
 )

@@ -72,9 +72,9 @@ def test_only_what_nobody_needs_goes(make: Callable[..., Path], mlflow_file: str
     options = ["--tracking-uri", mlflow_file]
     lines, last = collect(tmp_path / "ws", *options)
     assert last == f"1 of 4 may go, {size(unneeded)}; --delete deletes them"
-    assert "nobody needs it, unused for 40 d" in lines[f"prepare/{unneeded.name}"]
+    assert "not needed, unused for 40 d" in lines[f"prepare/{unneeded.name}"]
     assert f"models:/{tmp_path.name}/1 was made from it" in lines[f"prepare/{registered.name}"]
-    assert f"MLflow run {run.info.run_id} is going on" in lines[f"prepare/{read.name}"]
+    assert f"MLflow run {run.info.run_id} is running" in lines[f"prepare/{read.name}"]
     assert "used in the last 30 d" in lines[f"prepare/{young.name}"] and unneeded.is_dir()
     freed = size(unneeded)
     assert collect(tmp_path / "ws", *options, "--delete")[1] == f"deleted: 1 of 1, {freed} freed"
@@ -103,7 +103,7 @@ def test_without_mlflow_no_result_goes(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = make()
     lines, last = collect(tmp_path / "ws")
-    assert "whether a registered version was made from it is not known" in lines[f"prepare/{result.name}"]
+    assert "unknown whether a registered version was made from it" in lines[f"prepare/{result.name}"]
     assert last.startswith("0 of 1 may go")
     _, last = collect(tmp_path / "ws", "--delete")
     assert last == "error: --delete: what registered versions were made from is not known; give --tracking-uri"
@@ -157,7 +157,7 @@ def test_leftovers_go_by_age_and_what_others_need_stays(
         lines, last = collect(workspace, "--tracking-uri", mlflow_file, "--delete")
     assert last.startswith("deleted: 7 of 7")
     assert "a process works there" in lines["distill/locked.partial"]
-    assert "MLflow has not got them" in lines["unsent/server/1.jsonl"]
+    assert "not sent yet; the next stage sends them" in lines["unsent/server/1.jsonl"]
     assert {path.name for path in (workspace / "distill").iterdir()} == {"locked.partial", "mine"}
     assert not list((workspace / "prepare").iterdir()) and not list((workspace / "models").glob("one*"))
     assert (workspace / "unsent" / "server" / "1.jsonl").is_file() and not (workspace / "failure.json").exists()

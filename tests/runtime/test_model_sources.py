@@ -156,7 +156,7 @@ def test_a_file_outside_the_model_is_refused(catalog: dict[str, Any], config: Fi
         ("ngc://org/team/llama:2.0", KEY, "the catalog has no such version"),
         ("ngc://org/team/llama", KEY, "not a model in NVIDIA's catalog; give ngc://org/team/model:version"),
         ("s3://bucket/x", KEY, "unknown scheme 's3:'; give a directory, hf://org/name, gs://bucket/path"),
-        ("models:/name@alias", KEY, "a model of MLflow's registry needs tracking_uri"),
+        ("models:/name@alias", KEY, "a model in MLflow's registry needs tracking_uri"),
     ],
 )
 def test_a_bad_address_or_key_says_what_to_do(

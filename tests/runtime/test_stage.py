@@ -175,8 +175,8 @@ def test_an_input_that_is_not_the_expected_one_is_refused(
     with pytest.raises(ConfigError) as refused:
         stage.run(make(expected_sha256=expected), work)
     assert str(refused.value) == (
-        f"corpus: {tmp_path}/corpus.txt: its SHA-256 is {found}, but expected_sha256 says {expected['corpus']}; give "
-        "what it was, or take corpus out of expected_sha256 to make something else of it"
+        f"corpus: {tmp_path}/corpus.txt: its SHA-256 is {found}, but expected_sha256 is {expected['corpus']}; give "
+        "the original input, or remove corpus from expected_sha256"
     )
     assert work.calls == 1
 
@@ -300,7 +300,7 @@ def test_what_is_no_result_is_refused_and_untouched(
     (tmp_path / "mine").mkdir()
     for name, text in (("thesis.txt", "years of work"), ("stage.json", '{"theatre": "Globe"}')):
         (tmp_path / "mine" / name).write_text(text)
-        with pytest.raises(ConfigError, match=r"output .*mine: exists and is not a stage's result; give a new"):
+        with pytest.raises(ConfigError, match=r"output .*mine: exists, and is not a stage's result; give a new"):
             stage.run(make(output=tmp_path / "mine"), work)
     with pytest.raises(ConfigError, match="is not a stage's result"):
         stage.run(make(output=tmp_path / "mine" / "thesis.txt"), work)

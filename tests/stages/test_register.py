@@ -326,9 +326,9 @@ def test_a_failure_leaves_the_earlier_version(
     ("values", "message"),
     [
         ({"tracking_uri": None}, "register.tracking_uri: missing; "),
-        ({"alias": "champion"}, "register: alias champion is given by promote alone, which asks the gates; choose"),
-        ({"alias": "Previous"}, "alias Previous is given by promote alone"),
-        ({"alias": "v3"}, "alias v3 is one of MLflow's own names; choose another"),
+        ({"alias": "champion"}, "register: alias champion is reserved for promote, which judges the gates; choose"),
+        ({"alias": "Previous"}, "alias Previous is reserved for promote"),
+        ({"alias": "v3"}, "alias v3 is reserved by MLflow; choose another"),
         ({"name": "a/b"}, "register.name: .*found 'a/b'"),
     ],
 )

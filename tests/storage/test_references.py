@@ -196,7 +196,7 @@ def test_an_output_in_a_bucket_is_the_result(make: Callable[..., Any], world: Wo
     with pytest.raises(ConfigError, match="output gs://bucket/out/True: holds a result of prepare, not of prune"):
         stage.run(make("prune", None, "gs://bucket/out/True", dataset="gs://bucket/out/False"), work)
     world.put("mine/thesis.txt", b"years of work")
-    with pytest.raises(ConfigError, match="output gs://bucket/mine: exists and is not a stage's result"):
+    with pytest.raises(ConfigError, match="output gs://bucket/mine: exists, and is not a stage's result"):
         stage.run(make("prepare", None, "gs://bucket/mine"), work)
     assert world.names("mine") == ["mine/thesis.txt"]
 
