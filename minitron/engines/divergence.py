@@ -30,7 +30,7 @@ def check_untrained(model: Path, loss: float) -> None:
     if not math.isfinite(loss):
         raise RunError(
             f"{model}: its validation loss is {loss} before training; its weights are damaged, or it overflows in "
-            "this precision: download the model again, or make it again with other settings"
+            "this precision: get the model again, or make it again with other settings"
         )
 
 

@@ -1,4 +1,4 @@
-"""A model on disk: a plain Hugging Face directory, loaded, checked and saved.
+"""A model on disk: load, check and save a plain Hugging Face directory.
 
 Every directory written here loads with `AutoModelForCausalLM.from_pretrained(directory)` and gives the same logits in
 transformers 4.57 (the NeMo image) and 5.x (a laptop).
@@ -49,7 +49,7 @@ _CUT_KEYS = (
 """Keys of config.json that pruning changes, or makes explicit."""
 
 CARD, TEACHER_CARD = "README.md", "README.teacher.md"
-"""The card of a model, and its name beside a model that was cut out of that one."""
+"""The card of a model, and the name of the teacher's card beside a pruned model."""
 
 
 def load_model(directory: Path, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
@@ -57,10 +57,10 @@ def load_model(directory: Path, dtype: "torch.dtype | None" = None) -> "PreTrain
 
     Args:
         directory: a Hugging Face directory.
-        dtype: None: that of the stored weights; float32 if they have several.
+        dtype: dtype of the loaded weights; None: the stored dtype, or float32 if there are several.
 
     Raises:
-        ConfigError: not a model directory, not one of the SUPPORTED architectures, or not what its config.json says.
+        ConfigError: not a model directory, not a SUPPORTED architecture, or weights that do not match config.json.
         RunError: a weight file is damaged or missing.
     """
     from transformers import AutoModelForCausalLM
@@ -82,7 +82,7 @@ def _find_stored_dtype(directory: Path) -> "torch.dtype":
 
 
 def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) -> None:
-    """Write a model directory: safetensors, config with an explicit head_dim, the tokenizer's files unchanged."""
+    """Write a model directory: safetensors, a config with explicit head_dim, and the unchanged tokenizer files."""
     if getattr(model.config, "head_dim", None) is None:
         model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
     model.save_pretrained(directory)
@@ -90,7 +90,7 @@ def save_model(model: "PreTrainedModel", directory: Path, tokenizer_from: Path) 
 
 
 def finish_model(directory: Path, tokenizer_from: Path) -> None:
-    """Make a saved model loadable in both transformers, with a tokenizer's files unchanged."""
+    """Make a saved model loadable in both versions of transformers, and add the unchanged tokenizer files."""
     _write_for_both_transformers(directory / "config.json")
     for name in TOKENIZER_FILES:
         if tokenizer_from != directory and (tokenizer_from / name).is_file():
@@ -98,9 +98,9 @@ def finish_model(directory: Path, tokenizer_from: Path) -> None:
 
 
 def save_derived_model(model: "PreTrainedModel", directory: Path, source: Path) -> None:
-    """Write a model that was trained or cut: everything but that is as in the model `source`, which it was made from.
+    """Write a trained or pruned model; all else is as in the model `source`, which it was made from.
 
-    The weights have the dtypes that they have there. `model` is changed.
+    The weights get the dtypes of `source`. `model` itself is changed.
     """
     import torch
     from transformers import GenerationConfig
@@ -111,13 +111,13 @@ def save_derived_model(model: "PreTrainedModel", directory: Path, source: Path) 
             parameter.data = parameter.data.to(getattr(torch, FLOATS[headers[name].dtype]))
     if getattr(model.config, "head_dim", None) is None:
         model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
-    model.generation_config = GenerationConfig()  # the source's file is taken; transformers 4.57 cannot write each
+    model.generation_config = GenerationConfig()  # source's file is used; transformers 4.57 cannot write every one
     model.save_pretrained(directory)
     finish_derived_model(directory, source)
 
 
 def finish_derived_model(directory: Path, source: Path) -> None:
-    """Give saved weights of a trained or cut model the config, dtypes and files of the model that it was made from."""
+    """Give the saved weights of a trained or pruned model the config, dtypes and files of its source model."""
     path = directory / CONFIG
     written, original = (json.loads((place / CONFIG).read_text()) for place in (directory, source))
     changed = {key: written[key] for key in _CUT_KEYS if key in written}
@@ -136,7 +136,7 @@ def finish_derived_model(directory: Path, source: Path) -> None:
 
 
 def _restore_dtypes(directory: Path, source: Path) -> None:
-    """Store every tensor in the dtype that it has in `source`; an engine may have written another one."""
+    """Store every tensor in its dtype of `source`; an engine may have written another dtype."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -161,21 +161,21 @@ def _restore_dtypes(directory: Path, source: Path) -> None:
 
 
 def copy_model(source: Path, directory: Path) -> None:
-    """Put the files of a model directory into another one, by hard links if the file system allows them."""
+    """Copy the files of a model directory, by hard links if the file system allows them."""
     for name in _list_model_files(source):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(source / name, directory / name)
 
 
 def _list_model_files(directory: Path) -> list[Path]:
-    """Return the names of a model's files: not a stage's record, hidden ones, and weights in other formats."""
+    """Return the names of a model's files, without a stage's record, hidden files, and weights in other formats."""
     names = [path.relative_to(directory) for path in list_files(directory)]
     hidden = {name for name in names if any(part.startswith(".") for part in name.parts)}
     return [name for name in names if is_model_file(str(name)) and name.name != RECORD and name not in hidden]
 
 
 def _write_for_both_transformers(path: Path) -> None:
-    """Add the keys that transformers 4.57 reads beside those of 5.x: without them it falls back to defaults."""
+    """Add the keys of transformers 4.57 to those of 5.x: without them, 4.57 falls back to defaults."""
     config = json.loads(path.read_text())
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
@@ -192,7 +192,7 @@ def count_model_parameters(model: "PreTrainedModel") -> int:
 
 
 def count_config_parameters(config: Any) -> int:
-    """Count the parameters of the model that a transformers config describes, without its weights."""
+    """Count the parameters of the model that a transformers config describes, without loading weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

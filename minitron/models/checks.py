@@ -1,7 +1,7 @@
-"""Check that a directory holds the model that its config.json describes: configs, headers of the weights, tokenizer.
+"""Check that a directory holds the model that its config.json describes: configs, headers of weights, tokenizer.
 
-Two tied matrices are read, and `check_finite` reads all weights; else their headers suffice. register imports this in
-an image without torch.
+Only headers of the weights are read, except for two tied matrices; `check_finite` reads all weights. register imports
+this module in an image without torch.
 """
 
 import json
@@ -30,17 +30,17 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _BUFFER = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
-"""Tensors of older checkpoints that transformers computes from config.json."""
+"""Tensors in older checkpoints that transformers computes from config.json."""
 
 _SCALE = re.compile(
     r".*\.((weight|input|output|[qkv])_scale(_inv|_\d)?|weight_(packed|shape|zero_point|g_idx)|scales|zero_point"
     r"|qweight|qzeros|g_idx|SCB|absmax|(nested_)?quant_map)|.*quant_state.*"
 )
-"""Names of what quantization tools store beside the weights."""
+"""Names of tensors that quantization tools store beside the weights."""
 
 _OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
-_UNQUANTIZED = "give the model in bfloat16, float16 or float32, as it was before it was quantized"
+_UNQUANTIZED = "give the original model, in bfloat16, float16 or float32"
 
 
 class Header(NamedTuple):
@@ -52,10 +52,10 @@ class Header(NamedTuple):
 
 
 def check_model(directory: Path) -> "PreTrainedTokenizerBase":
-    """Check configs, headers of the weights, and tokenizer; return the tokenizer.
+    """Check configs, headers of the weights, and the tokenizer; return the tokenizer.
 
     Raises:
-        ConfigError: no model that can be compressed, or parts that do not belong to each other.
+        ConfigError: the model is not supported, or its parts do not match.
         RunError: a weight file is damaged or missing, or lacks weights.
     """
     check_architecture(directory)
@@ -75,20 +75,20 @@ def read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)  # else it may ask at the terminal
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)  # else it may prompt at the terminal
     except Exception as error:  # the classes differ between versions of transformers
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{directory}: {CONFIG} describes no model ({reason}); correct it") from error
+        raise ConfigError(f"{directory}: {CONFIG} does not describe a model ({reason}); correct it") from error
 
 
 def check_sequence_length(setting: str, length: int, config: dict[str, Any], model: Path | str) -> None:
-    """Refuse sequences that a model has no positions for.
+    """Refuse sequences that are longer than the model allows.
 
     Args:
-        setting: the name of the setting that has the length.
+        setting: name of the setting with the length.
         length: tokens per sequence.
         config: the model's config.json.
-        model: its address, for the message.
+        model: the model's address, for the message.
 
     Raises:
         ConfigError: the length is above the model's max_position_embeddings.
@@ -104,7 +104,7 @@ def check_architecture(directory: Path) -> dict[str, Any]:
     """Return the content of a model directory's config.json.
 
     Raises:
-        ConfigError: no model directory, an adapter, or as for `check_config`.
+        ConfigError: not a model directory, or an adapter, or as for `check_config`.
     """
     _refuse_adapter(directory)
     if not (directory / CONFIG).is_file():
@@ -120,7 +120,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     """Check the content of a config.json; `model` is its address, for the message.
 
     Raises:
-        ConfigError: not one of the SUPPORTED architectures, quantized, or with token ids beyond the embedding.
+        ConfigError: not a SUPPORTED architecture, quantized, or with token ids beyond the embedding.
     """
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED:
@@ -138,22 +138,22 @@ def check_weights(directory: Path) -> None:
     """Compare the headers of the weight files with config.json.
 
     Raises:
-        ConfigError: quantized, or tensors whose names or shapes are not those that config.json asks for.
+        ConfigError: quantized, or the names or shapes of tensors do not match config.json.
         RunError: a weight file is damaged or missing, or lacks weights.
     """
     headers = read_headers(directory)
     for name, header in headers.items():
         if header.dtype not in FLOATS:
-            raise ConfigError(f"{directory}: {name} has the dtype {header.dtype}, a quantized one; {_UNQUANTIZED}")
+            raise ConfigError(f"{directory}: {name} has the quantized dtype {header.dtype}; {_UNQUANTIZED}")
     expected, is_tied = _compute_expected_shapes(directory)
     _refuse_unexpected(directory, headers.keys() - expected.keys())
-    optional = {HEAD} if is_tied else set()  # the embedding is needed: transformers 4.57 does not take it from the head
+    optional = {HEAD} if is_tied else set()  # not the embedding: transformers 4.57 cannot take it from the head
     if missing := sorted(expected.keys() - headers.keys() - optional):
         raise RunError(f"{directory}: {len(missing)} weights are missing ({missing[0]} …); get the model again")
     for name, header in headers.items():
         if header.shape != expected[name]:
             raise ConfigError(
-                f"{directory}: {name} has the shape {header.shape}, but {CONFIG} asks for {expected[name]}; "
+                f"{directory}: {name} has shape {header.shape}, but {CONFIG} describes {expected[name]}; "
                 f"give the {CONFIG} of these weights"
             )
     if is_tied and {EMBEDDING, HEAD} <= headers.keys():
@@ -161,7 +161,7 @@ def check_weights(directory: Path) -> None:
 
 
 def check_finite(directory: Path) -> None:
-    """Read all weights once and refuse NaN and infinity; 2 s for 8 billion in bfloat16 in the cache.
+    """Read all weights once and refuse NaN and infinity; it takes 2 s for 8 billion cached weights in bfloat16.
 
     Raises:
         RunError: a weight is not finite.
@@ -170,28 +170,28 @@ def check_finite(directory: Path) -> None:
 
     for file in list_weight_files(directory):
         with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # it is no mapping
+            for name in weights.keys():  # noqa: SIM118  # not a mapping
                 tensor = weights.get_tensor(name)
                 if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
                     count = int((~torch.isfinite(tensor)).sum())
                     raise RunError(
-                        f"{directory}: {name} has {count} values that are NaN or infinite, of {tensor.numel()}; "
+                        f"{directory}: {name} has {count} NaN or infinite values, of {tensor.numel()}; "
                         "get the model again, or an earlier state of it"
                     )
 
 
 def read_headers(directory: Path) -> dict[str, Header]:
-    """Return what the headers of a model's weight files say; buffers that transformers computes are left out.
+    """Return the headers of a model's weight files, without buffers that transformers computes.
 
     Raises:
-        ConfigError: the weights are in another format, or index and files do not belong to each other.
+        ConfigError: the weights are in another format, or the index does not match the files.
         RunError: a weight file is damaged or missing.
     """
     headers: dict[str, Header] = {}
     for file in list_weight_files(directory):
         try:
             with safe_open(file, "numpy") as weights:
-                for name in weights.keys():  # noqa: SIM118  # it is no mapping
+                for name in weights.keys():  # noqa: SIM118  # not a mapping
                     if not _BUFFER.fullmatch(name):
                         part = weights.get_slice(name)
                         headers[name] = Header(part.get_dtype(), part.get_shape(), file)
@@ -205,7 +205,7 @@ def list_weight_files(directory: Path) -> list[Path]:
     """Return the weight files that transformers reads.
 
     Raises:
-        ConfigError: there are none, or an index names other files than those that are there.
+        ConfigError: there are no weight files, or the index names other files.
         RunError: a file that the index names is missing.
     """
     index, single = directory / INDEX, directory / WEIGHTS
@@ -216,17 +216,19 @@ def list_weight_files(directory: Path) -> list[Path]:
         return [single]
     names = sorted(set(_read_json(index).get("weight_map", {}).values()))
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise ConfigError(f"{directory}: {INDEX} names files outside the model ({_shorten(outside)}); put them into it")
+        raise ConfigError(
+            f"{directory}: {INDEX} names files outside the model ({_shorten(outside)}); move them into it"
+        )
     if single.is_file() and names != [WEIGHTS]:
         raise ConfigError(
-            f"{directory}: both {WEIGHTS} and {INDEX}, which names other files ({_shorten(names)}); "
-            "remove what does not belong to the model"
+            f"{directory}: has {WEIGHTS}, but {INDEX} names other files ({_shorten(names)}); remove the files that "
+            "do not belong to the model"
         )
     if missing := [name for name in names if not (directory / name).is_file()]:
         others = sorted({path.name for path in directory.glob("*.safetensors")} - set(names))
         found = f", found {_shorten(others)}" if others else ""
         raise RunError(
-            f"{directory}: {len(missing)} of the {len(names)} files that {INDEX} names are missing "
+            f"{directory}: {len(missing)} of {len(names)} files in {INDEX} are missing "
             f"({_shorten(missing)}{found}); get the model again"
         )
     return [directory / name for name in names]
@@ -236,7 +238,7 @@ def _refuse_adapter(directory: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (directory / name).exists():
             raise ConfigError(
-                f"{directory}: {name} is of an adapter (LoRA), which is no model; merge it into its model (peft's "
+                f"{directory}: {name} belongs to an adapter (LoRA), not to a model; merge it into its model (peft's "
                 "merge_and_unload), save that, and give its directory, or remove the adapter's files"
             )
 
@@ -245,18 +247,18 @@ def _refuse_other_formats(directory: Path, absent: str) -> None:
     others = sorted(path.name for path in directory.glob("*") if path.suffix in _OTHER_FORMATS)
     if any(name.endswith(".gguf") for name in others):
         raise ConfigError(
-            f"{directory}: no {absent}, but {_shorten(others)}; GGUF is not read: give the Hugging Face directory that "
-            "it was made from"
+            f"{directory}: no {absent}, only {_shorten(others)}; GGUF is not supported: give the Hugging Face "
+            "directory that it was made from"
         )
     if others:
         raise ConfigError(
-            f"{directory}: no {absent}, but {_shorten(others)}; only safetensors are read: load the model with "
+            f"{directory}: no {absent}, only {_shorten(others)}; only safetensors are supported: load the model with "
             "transformers' from_pretrained, save it with save_pretrained, and give that directory"
         )
 
 
 def _refuse_quantized_files(directory: Path) -> None:
-    """Refuse what a quantization tool's own file says to be quantized."""
+    """Refuse a model that a quantization tool's own file calls quantized."""
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
         if (directory / name).is_file():
             settings = _read_json(directory / name)
@@ -269,16 +271,16 @@ def _refuse_quantized_files(directory: Path) -> None:
 def _refuse_unexpected(directory: Path, names: Iterable[str]) -> None:
     unexpected = sorted(names)
     if scales := [name for name in unexpected if _SCALE.fullmatch(name)]:
-        raise ConfigError(f"{directory}: quantized: beside the weights it has {_shorten(scales)}; {_UNQUANTIZED}")
+        raise ConfigError(f"{directory}: quantized, because it has {_shorten(scales)}; {_UNQUANTIZED}")
     if unexpected:
         raise ConfigError(
-            f"{directory}: {len(unexpected)} tensors that {CONFIG} does not ask for ({_shorten(unexpected)}); they "
-            f"would be dropped: give the {CONFIG} of these weights, or take the tensors out of the files"
+            f"{directory}: {len(unexpected)} tensors are not in the model of {CONFIG} ({_shorten(unexpected)}) and "
+            f"would be dropped; give the {CONFIG} of these weights, or remove the tensors from the files"
         )
 
 
 def _compute_expected_shapes(directory: Path) -> tuple[dict[str, list[int]], bool]:
-    """Return the shape of every tensor that config.json asks for, and whether embedding and head are one matrix."""
+    """Return the shape of every tensor by config.json, and whether embedding and head are one matrix."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -299,20 +301,20 @@ def _check_tied(directory: Path, headers: dict[str, Header]) -> None:
     embedding, head = matrices
     if not torch.equal(embedding, head.to(embedding.dtype)):
         raise ConfigError(
-            f"{directory}: {CONFIG} says tie_word_embeddings, but {HEAD} and {EMBEDDING} are two different matrices, "
-            f"of which one would be dropped; set tie_word_embeddings to false in {CONFIG}"
+            f"{directory}: {CONFIG} has tie_word_embeddings, but {HEAD} and {EMBEDDING} differ, so one would be "
+            f"dropped; set tie_word_embeddings to false in {CONFIG}"
         )
 
 
 def _check_token_ids(directory: Path, rows: int, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse tokens that have no row in the embedding."""
+    """Refuse tokens without a row in the embedding."""
     ids = tokenizer.get_vocab()
     named = _list_named_tokens(directory) | {tokenizer.eos_token}
     beyond = sorted(token for token in named & ids.keys() if ids[token] >= rows)
     if beyond:
         raise ConfigError(
             f"{directory}: the tokenizer's token {beyond[0]} has the id {ids[beyond[0]]}, but the embedding has {rows} "
-            "rows; enlarge it with transformers' resize_token_embeddings, or take the token out of the tokenizer"
+            "rows; enlarge it with transformers' resize_token_embeddings, or remove the token from the tokenizer"
         )
     if (directory / GENERATION_CONFIG).is_file():
         _refuse_ids_beyond(_read_json(directory / GENERATION_CONFIG), GENERATION_CONFIG, rows, directory)
@@ -326,7 +328,7 @@ def _refuse_ids_beyond(settings: dict[str, Any], file: str, rows: int, model: Pa
 
 
 def _list_named_tokens(directory: Path) -> set[str]:
-    """Return the tokens that the tokenizer's files name: transformers adds its classes' own, which no text gives."""
+    """Return the tokens in the tokenizer's files; transformers' classes add others, which never occur in text."""
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json"
@@ -342,12 +344,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: no JSON ({error}); get the model again") from error
+        raise ConfigError(f"{path}: not JSON ({error}); get the model again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not a JSON object; get the model again")
     return content
 
 
 def _shorten(names: list[str]) -> str:
-    """Return the first names, and that there are more."""
+    """Return the first names, with an ellipsis if there are more."""
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

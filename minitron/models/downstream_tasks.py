@@ -148,8 +148,8 @@ def _shows_answers(task: Any) -> bool:
 def _check_code(config: EvaluateConfig, name: str, unsafe: bool) -> None:
     if unsafe and name not in config.unsafe_tasks:
         raise ConfigError(
-            f"evaluate.tasks: {name} runs code that the models write; remove it, or name it in evaluate.unsafe_tasks "
-            "where that code can do no harm"
+            f"evaluate.tasks: {name} runs code that the models write; remove it, or add it to evaluate.unsafe_tasks "
+            "if that code can do no harm"
         )
 
 

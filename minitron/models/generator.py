@@ -1,4 +1,4 @@
-"""Generate text from a Hugging Face directory; shipped with every registered model, so it needs no minitron.
+"""Generate text from a Hugging Face directory. Every registered model has this module, so it does not need minitron.
 
 mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of the city"])
 """
@@ -13,7 +13,7 @@ class Generator:
     """A causal language model that continues texts greedily."""
 
     def __init__(self, directory: str) -> None:
-        """Load model and tokenizer, onto the GPU if there is one."""
+        """Load the model and the tokenizer, on the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
@@ -23,8 +23,8 @@ class Generator:
         """Return the continuation of every text.
 
         Args:
-            model_input: a list of texts, or the one-column DataFrame that MLflow makes of it.
-            params: `max_new_tokens` (64).
+            model_input: a list of texts, or the one-column DataFrame that MLflow makes from it.
+            params: `max_new_tokens`, 64 by default.
         """
         texts = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
         length = int((params or {}).get("max_new_tokens", 64))

@@ -1,7 +1,7 @@
 """Language-model and distillation losses that never hold more than a chunk of logits.
 
-The head's matrix product, the loss and both gradients are computed chunk by chunk in the forward pass, so that the
-[N, V] logits of neither model exist and nothing is computed twice.
+The head's matrix product, the loss and both gradients are computed chunk by chunk in the forward pass. So the [N, V]
+logits of neither model exist in memory, and nothing is computed twice.
 
 N = packed tokens, C = tokens of a chunk, H = hidden size, V = vocabulary; the teacher may have another H.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
-"""Tokens per chunk: large enough for an efficient matrix product, small enough that C x V floats are little memory."""
+"""Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""
 
 
 class LossWeights(NamedTuple):
@@ -49,11 +49,11 @@ def linear_loss(
 
     Args:
         hidden: last hidden states of the student, [N, H].
-        head: its output embedding, [V, H].
+        head: output embedding of the student, [V, H].
         labels: next tokens, int64 [N].
         weights: the weights of the loss's terms, and the temperature.
         teacher_hidden: last hidden states of the teacher, [N, H']; None: no teacher terms.
-        teacher_head: its output embedding, [V, H'].
+        teacher_head: output embedding of the teacher, [V, H'].
 
     Returns:
         The weighted loss and its terms, each summed over the N tokens; the KL term is at temperature T, without T².

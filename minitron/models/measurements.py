@@ -1,7 +1,7 @@
-"""Measurements that take hours, kept part by part until all are there, and for as long as the workspace is.
+"""Measurements that take hours, kept in the workspace part by part.
 
-A part is a file, written in one rename. An evaluation that was killed, or whose gates were changed, measures what is
-missing.
+A part is a file, written in one rename. An evaluation that was killed, or whose gates were changed, measures only the
+missing parts.
 """
 
 import json
@@ -16,10 +16,10 @@ from minitron.storage.files import write_atomically
 
 
 class Measurements:
-    """The parts of one set of measurements, in a directory that appears with the first of them."""
+    """The parts of one set of measurements, in a directory that is created with the first part."""
 
     def __init__(self, directory: Path) -> None:
-        """Name the directory; its name says what decides the measurements."""
+        """Set the directory; its name identifies everything that affects the measurements."""
         self._directory = directory
 
     def read(self, part: str) -> dict[str, Any] | None:
@@ -29,7 +29,7 @@ class Measurements:
         return None
 
     def get(self, part: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a part; measure it if it is missing. Numbers that are not finite are measured again each time."""
+        """Return a part; measure it if it is missing. A part with a number that is not finite is not kept."""
         content = self.read(part)
         if content is None:
             content = measure()
@@ -40,7 +40,7 @@ class Measurements:
         return content
 
     def delete(self) -> None:
-        """Delete all parts, and the directory above if nothing else is in it."""
+        """Delete all parts, and the parent directory if it is empty."""
         shutil.rmtree(self._directory, ignore_errors=True)
         with suppress(OSError):
             self._directory.parent.rmdir()

@@ -1,6 +1,6 @@
-"""The names of lm-eval's tasks, groups and tags, for checks where lm-eval is not installed, as in plan's image.
+"""The names of lm-eval's tasks, groups and tags, for checks without lm-eval, as in plan's image.
 
-Write the list anew when constraints.txt gets another lm-eval: `python -m minitron.models.task_names`.
+Update the list when constraints.txt gets another lm-eval: `python -m minitron.models.task_names`.
 """
 
 import difflib
@@ -19,14 +19,14 @@ LIST = Path(__file__).with_suffix(".json.gz")
 
 
 def read_task_names() -> dict[str, Any]:
-    """Return the `version` of lm-eval, its `tasks`, and those that are `unsafe`: they run code that models write."""
+    """Return the `version` of lm-eval, its `tasks`, and the `unsafe` ones, which run code that models write."""
     return json.loads(gzip.decompress(LIST.read_bytes()))
 
 
 def find_task_faults(evaluate: EvaluateSettings) -> Iterator[Fault]:
-    """Find tasks that evaluate will not find, or will refuse because they run code.
+    """Find tasks that do not exist, or that evaluate will refuse because they run code.
 
-    A local directory's files are lm-eval's to understand; that a task's name stands nowhere in them can be seen before.
+    Only lm-eval can parse the files of a local directory; a name that is nowhere in them is already a fault.
     """
     directory = evaluate.task_directory
     if directory is not None:
@@ -34,7 +34,9 @@ def find_task_faults(evaluate: EvaluateSettings) -> Iterator[Fault]:
             text = "\n".join(path.read_text(errors="replace") for path in sorted(directory.rglob("*.yaml")))
             for name in evaluate.tasks:
                 if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
-                    yield Fault("evaluate.tasks", f"{name} is in no .yaml file of {directory}; correct or remove it")
+                    yield Fault(
+                        "evaluate.tasks", f"{name} is not in any .yaml file of {directory}; correct or remove it"
+                    )
         return
     catalog = read_task_names() if evaluate.tasks else {"tasks": [], "unsafe": []}
     for name in evaluate.tasks:
@@ -47,8 +49,8 @@ def find_task_faults(evaluate: EvaluateSettings) -> Iterator[Fault]:
         if name in catalog["unsafe"] and name not in evaluate.unsafe_tasks:
             yield Fault(
                 "evaluate.tasks",
-                f"{name} runs code that the models write; remove it, or name it in evaluate.unsafe_tasks where that "
-                "code can do no harm",
+                f"{name} runs code that the models write; remove it, or add it to evaluate.unsafe_tasks if that code "
+                "can do no harm",
             )
 
 

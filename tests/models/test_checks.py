@@ -98,7 +98,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "gptq": (
         edit_config(quantization_config={"quant_method": "gptq"}),
         ConfigError,
-        r"quantized \(quantization_config of config.json: gptq\); give the model in bfloat16, float16 or float32",
+        r"quantized \(quantization_config of config.json: gptq\); give the original model, in bfloat16, float16",
     ),
     "compressed": (
         edit_config(compression_config={"format": "int-quantized"}),
@@ -120,34 +120,34 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
         ConfigError,
         r"quantized \(quant_config.json: awq",
     ),
-    "fp8": (store_as(torch.float8_e4m3fn), ConfigError, rf"{PROJECTION} has the dtype F8_E4M3, a quantized one"),
-    "int8": (store_as(torch.int8), ConfigError, r"has the dtype I8, a quantized one"),
-    "packed": (store_as(torch.uint8), ConfigError, r"has the dtype U8, a quantized one"),
+    "fp8": (store_as(torch.float8_e4m3fn), ConfigError, rf"{PROJECTION} has the quantized dtype F8_E4M3; give"),
+    "int8": (store_as(torch.int8), ConfigError, r"has the quantized dtype I8; give"),
+    "packed": (store_as(torch.uint8), ConfigError, r"has the quantized dtype U8; give"),
     "scales": (
         add_tensors(f"{PROJECTION}_scale", PROJECTION.replace("weight", "input_scale")),
         ConfigError,
-        r"quantized: beside the weights it has model.layers.1.mlp.up_proj.input_scale, model.layers.1.*weight_scale; ",
+        r"quantized, because it has model.layers.1.mlp.up_proj.input_scale, model.layers.1.*weight_scale; ",
     ),
     "biases": (
         add_tensors("model.layers.0.self_attn.q_proj.bias"),
         ConfigError,
-        r"1 tensors that config.json does not ask for \(model.layers.0.self_attn.q_proj.bias\); they would be dropped",
+        r"1 tensors are not in the model of config.json \(model.layers.0.self_attn.q_proj.bias\) and would be dropped",
     ),
     "layers": (
         edit_config(num_hidden_layers=3),
         ConfigError,
-        r"9 tensors that config.json does not ask for \(model.layers.3.input_layernorm.weight, .* …\)",
+        r"9 tensors are not in the model of config.json \(model.layers.3.input_layernorm.weight, .* …\)",
     ),
     "value head": (add_tensors("v_head.summary.weight"), ConfigError, r"1 tensors .* \(v_head.summary.weight\)"),
     "shape": (
         edit_config(intermediate_size=96),
         ConfigError,
-        r"mlp.down_proj.weight has the shape \[64, 128\], but config.json asks for \[64, 96\]; give the config.json of",
+        r"mlp.down_proj.weight has shape \[64, 128\], but config.json describes \[64, 96\]; give the config.json of",
     ),
     "vocabulary": (
         edit_config(vocab_size=500),
         ConfigError,
-        r"lm_head.weight has the shape \[512, 64\], but config.json asks for \[500, 64\]",
+        r"lm_head.weight has shape \[512, 64\], but config.json describes \[500, 64\]",
     ),
     "more layers": (
         edit_config(num_hidden_layers=5),
@@ -157,28 +157,28 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "two heads": (
         edit_config(tie_word_embeddings=True),
         ConfigError,
-        r"lm_head.weight and model.embed_tokens.weight are two different matrices, .* set tie_word_embeddings to false",
+        r"lm_head.weight and model.embed_tokens.weight differ, so one would be dropped; set tie_word",
     ),
-    "no model": (edit_config(hidden_size=63), ConfigError, r"config.json describes no model \(.*\); correct it"),
+    "no model": (edit_config(hidden_size=63), ConfigError, r"config.json does not describe a model \(.*\); correct it"),
     "no JSON": (
         lambda model: (model / "config.json").write_text("{"),
         ConfigError,
-        r"config.json: no JSON \(.*\); get the model again",
+        r"config.json: not JSON \(.*\); get the model again",
     ),
     "adapter": (
         write_json("adapter_config.json", {"peft_type": "LORA"}),
         ConfigError,
-        r"adapter_config.json is of an adapter \(LoRA\), which is no model; merge it into its model",
+        r"adapter_config.json belongs to an adapter \(LoRA\), not to a model; merge it into its model",
     ),
     "pickles": (
         rename_weights("pytorch_model.bin"),
         ConfigError,
-        r"no model.safetensors, but pytorch_model.bin; only safetensors are read: load the model with",
+        r"no model.safetensors, only pytorch_model.bin; only safetensors are supported: load the model with",
     ),
     "gguf": (
         rename_weights("model.Q4_1.gguf"),
         ConfigError,
-        r"no model.safetensors, but model.Q4_1.gguf; GGUF is not read: give the Hugging Face directory that",
+        r"no model.safetensors, only model.Q4_1.gguf; GGUF is not supported: give the Hugging Face directory that",
     ),
     "no weights": (
         lambda model: (model / "model.safetensors").unlink(),
@@ -188,7 +188,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "missing shard": (
         lambda model: shard(model, files=3, missing=1),
         RunError,
-        r"1 of the 3 files that model.safetensors.index.json names are missing \(model-00001-of-00003.safetensors\)",
+        r"1 of 3 files in model.safetensors.index.json are missing \(model-00001-of-00003.safetensors\)",
     ),
     "other shards": (
         leave_other_shards,
@@ -198,12 +198,12 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "two sets": (
         write_json("model.safetensors.index.json", {"weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}}),
         ConfigError,
-        r"both model.safetensors and model.safetensors.index.json, which names other files",
+        r"has model.safetensors, but model.safetensors.index.json names other files",
     ),
     "outside": (
         lambda model: (model / INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: "../other.safetensors"}})),
         ConfigError,
-        r"model.safetensors.index.json names files outside the model \(../other.safetensors\); put them into it",
+        r"model.safetensors.index.json names files outside the model \(../other.safetensors\); move them into it",
     ),
     "token": (
         add_token,
@@ -292,7 +292,7 @@ def test_weights_that_are_no_numbers_are_refused_at_step_0(
         weights[PROJECTION][3, 5:7] = float(value)
 
     edit_weights(spoil)(model)
-    message = rf"teacher: {PROJECTION} has 2 values that are NaN or infinite, of 8192; get the model again, or an"
+    message = rf"teacher: {PROJECTION} has 2 NaN or infinite values, of 8192; get the model again, or an"
     with pytest.raises(RunError, match=message):
         run_stage(stage, model, teacher, dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

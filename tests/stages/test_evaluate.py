@@ -559,7 +559,7 @@ def test_a_task_that_runs_code_is_refused_first(job: dict[str, Any], tmp_path: P
     (tasks / "utils.py").write_text("raise SystemExit('it was run')\n")  # not even loaded
     message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
     assert message == (
-        "evaluate.tasks: own runs code that the models write; remove it, or name it in evaluate.unsafe_tasks where "
+        "evaluate.tasks: own runs code that the models write; remove it, or add it to evaluate.unsafe_tasks if "
         "that code can do no harm"
     )
 

@@ -104,7 +104,7 @@ def test_an_mlflow_that_does_not_answer_stops_the_next_task_which_is_retried(
         ),
         (
             {"document": {"evaluate": {"tasks": ["arc_easy_loca"], "task_directory": TASKS}}},
-            f"evaluate.tasks: arc_easy_loca is in no .yaml file of {TASKS}; correct or remove it",
+            f"evaluate.tasks: arc_easy_loca is not in any .yaml file of {TASKS}; correct or remove it",
         ),
         (
             {"document": {"finetune": {"tensor_parallel_size": 8, "gpus": 12}}},
