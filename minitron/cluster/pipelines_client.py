@@ -106,8 +106,8 @@ class Connection:
                 )
             case 403:
                 return RunError(
-                    f"{self.host}: not allowed (403): {_server_message(error)}; ask for the role kubeflow-edit in "
-                    f"{f'namespace {self.namespace}' if self.namespace else 'the namespace of Kubeflow'}"
+                    f"{self.host}: not allowed (403): {_server_message(error)}; ask for the role kubeflow-edit in the "
+                    f"namespace {self.namespace or 'of Kubeflow'}"
                 )
             case 404 if "<" in str(error.body or "<"):
                 return self._not_kubeflow()

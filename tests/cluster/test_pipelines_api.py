@@ -368,7 +368,10 @@ def test_behind_googles_proxy_the_service_accounts_token_is_taken(
             "evaluate.task_directory: tasks is a path on this machine, which ",
         ),
         (["--set", "champion=models"], "evaluate.champion: models is a path on this machine, which the cluster's"),
-        (["--set", "workspace=/data"], "workspace: /data is lost with each task's pod; give /workspace, the volume"),
+        (
+            ["--set", "workspace=/data"],
+            "workspace: /data is lost with each task's pod; give /workspace (the claim's volume)",
+        ),
         (["--set", "workspace=/workspaces/x"], "workspace: /workspaces/x is lost with each task's pod; give"),
         (["--set", "evaluate.tasks=[mmluu]"], "evaluate.tasks: mmluu is not a task of lm-eval 0.4.13; give mmlu or "),
         (["--set", "corpus=s3://bucket/text"], "corpus: s3://bucket/text: unknown scheme 's3:'; give a path, hf://"),

@@ -68,7 +68,9 @@ def test_no_damage_is_overlooked(
     assert read_checkpoint(path) == Checkpoint(path, {"loss": 1.0})
     damage(path / name)
     assert read_checkpoint(path) is None
-    reason = {"weights/shard": "weights/shard", "settings.json": "settings.json", MARKER: "cut off"}[name]
+    reason = {"weights/shard": "weights/shard", "settings.json": "settings.json", MARKER: "writing was interrupted"}[
+        name
+    ]
     assert capsys.readouterr().err.startswith(f"warning: {path}: {reason}")
 
 

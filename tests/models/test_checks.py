@@ -193,7 +193,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "other shards": (
         leave_other_shards,
         RunError,
-        r"2 of the 2 files .* are missing \(model-00001-of-00002.safetensors, .*, found model-00001-of-00003",
+        r"2 of 2 files .* are missing \(model-00001-of-00002.safetensors, .*, found model-00001-of-00003",
     ),
     "two sets": (
         write_json("model.safetensors.index.json", {"weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}}),
@@ -256,7 +256,7 @@ def test_an_adapter_alone_is_refused_as_such(tmp_path: Path) -> None:
         check_model(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "llama.gguf").write_text("GGUF")
-    with pytest.raises(ConfigError, match=r"no config.json, but llama.gguf; GGUF is not read"):
+    with pytest.raises(ConfigError, match=r"no config.json, only llama.gguf; GGUF is not supported"):
         check_model(tmp_path)
 
 

@@ -100,7 +100,7 @@ def test_an_mlflow_that_does_not_answer_stops_the_next_task_which_is_retried(
         ),
         (
             {"document": {"evaluate": {"tasks": ["humaneval"]}}},
-            "evaluate.tasks: humaneval runs code that the models write; remove it, or name it in ",
+            "evaluate.tasks: humaneval runs code that the models write; remove it, or add it to ",
         ),
         (
             {"document": {"evaluate": {"tasks": ["arc_easy_loca"], "task_directory": TASKS}}},
