@@ -64,7 +64,7 @@ def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> Non
     ("values", "message"),
     [
         ({"engine": "hf", "tensor_parallel_size": 2}, "multiply to 2, but engine hf runs in one process"),
-        ({"engine": "nemo", "sequence_parallel": True}, "sequence_parallel: it needs a tensor_parallel_size above 1"),
+        ({"engine": "nemo", "sequence_parallel": True}, "sequence_parallel: needs a tensor_parallel_size above 1"),
         ({"engine": "hf", "intermediate_layers": [[1, 2]]}, "intermediate_layers: they need engine nemo"),
     ],
 )  # fmt: skip

@@ -321,7 +321,7 @@ def test_outside_a_cluster_there_are_no_nodes(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"num_nodes: several nodes need a cluster, but this process is not in a pod"):
         launch(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run in a pod, or set KUBECONFIG"):
+    with pytest.raises(ConfigError, match=r"Kubernetes: no access \(.*\); run it in a pod, or set KUBECONFIG"):
         kubernetes_api.core_api(kubernetes_api.RETRY)
 
 

@@ -348,7 +348,7 @@ def test_sigterm_waits_for_the_end_of_a_call(
             stage.run(make("prepare", uri), work)
     finally:
         signal.signal(signal.SIGTERM, before)
-    stage.run(make("prepare", uri), lambda *_: pytest.fail("it is made again"))
+    stage.run(make("prepare", uri), lambda *_: pytest.fail("making it again"))
     (run,) = _runs(uri, tmp_path.name)
     assert run.info.status == "FINISHED"
     assert _history(uri, run.info.run_id, "loss") == [(0, 1.0)] and len(sent) == 1
