@@ -100,9 +100,12 @@ def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]
     Args:
         model: the stage's settings, or its configuration; its inputs count by their content, not here.
         values: the settings. A loss on intermediate layers is balanced within each micro-batch (engine nemo), so
-            with such a loss the size of a micro-batch affects the result.
+            with such a loss the size of a micro-batch affects the result. Method minitron is in no
+            key: prune had keys before it had methods.
     """
     left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
+    if values.get("method") == "minitron":
+        left_out.add("method")
     names = [name for name in model.model_fields if name not in left_out]
     return [*names, "micro_batch_size"] if values.get("intermediate_layers") else names
 

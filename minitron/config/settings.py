@@ -7,7 +7,7 @@ A preset has one section per stage, and a component takes it as its parameter `s
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -214,6 +214,12 @@ class PruneSettings(SequenceSettings):
     """Teacher → smaller student. Sizes that are not set stay as they are."""
 
     engine: Engine = "hf"
+    method: Literal["minitron", "compensated"] = Field(
+        "minitron",
+        description="minitron: the weights that are kept stay as they are. compensated: they are refitted to what the "
+        "teacher computes, layer by layer, without training, and MLP channels and heads are chosen by what the others "
+        "cannot replace (engine hf).",
+    )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width of the MLP.")
     num_attention_heads: PositiveInt | None = Field(None, description="Query heads per layer.")
@@ -224,11 +230,20 @@ class PruneSettings(SequenceSettings):
     drop_layers: list[PositiveInt] | None = Field(
         None, description="Numbers of the layers to drop, from 1, chosen by hand."
     )
-    calibration_sequences: PositiveInt = Field(1024, description="Training sequences that importance is measured on.")
+    calibration_sequences: PositiveInt = Field(
+        1024,
+        description="Training sequences that importance is measured on. Method compensated fits on them, too, and "
+        "holds their states in memory: 16 bytes per token and hidden channel.",
+    )
 
     def find_faults(self) -> Iterator[Fault]:
         """Find what contradicts itself without a teacher; models/sizes.py compares with one."""
         yield from _find_idle_gpus("prune", self.gpus, "set gpus to 1")
+        if self.method == "compensated" and self.engine == "nemo":
+            yield Fault(
+                "method",
+                "compensated needs engine hf; set prune.engine to hf: distillation with engine nemo takes its student",
+            )
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             yield Fault("drop_layers", "num_hidden_layers is given, too; choose one of them")
 

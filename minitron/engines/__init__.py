@@ -12,8 +12,7 @@ from minitron.fast_imports import many_imports
 
 if TYPE_CHECKING:  # register's image has no torch
     from minitron.models.losses import LossWeights
-    from minitron.models.pruning.importance import Importance
-    from minitron.models.pruning.surgery import Plan, Shape
+    from minitron.models.pruning.surgery import Cut, Shape
     from minitron.tracking.stage_run import Tracker
 
 
@@ -48,9 +47,7 @@ class Engine(Protocol):
             RunError: the training failed.
         """
 
-    def prune(
-        self, config: PruneConfig, shape: "Shape", layers: list[int] | None, directory: Path
-    ) -> "tuple[Plan, Importance | None, int]":
+    def prune(self, config: PruneConfig, shape: "Shape", layers: list[int] | None, directory: Path) -> "Cut":
         """Cut the student out of `config.teacher` and write it to `directory`, a Hugging Face model directory.
 
         Args:
@@ -60,12 +57,11 @@ class Engine(Protocol):
             directory: the stage's work in progress.
 
         Returns:
-            The plan of what was kept, the scores that decided it (None: scores decided nothing), and the number of
-            calibration sequences behind the scores.
+            What was kept, and by what it was chosen.
 
         Raises:
-            ConfigError: the engine is not installed, or cannot cut to these sizes.
-            RunError: the weights cannot be read, or the scores are not finite.
+            ConfigError: the engine is not installed, cannot cut to these sizes, or needs more calibration.
+            RunError: the weights cannot be read, or the scores or activations are not finite.
         """
 
 

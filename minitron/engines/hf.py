@@ -32,8 +32,9 @@ from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.pruning.compensation import check_calibration, cut_with_compensation
 from minitron.models.pruning.importance import Importance, measure_importance
-from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
+from minitron.models.pruning.surgery import Cut, Shape, choose_plan, cut_model
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
@@ -108,16 +109,28 @@ def train(
     return {"metrics": metrics, "history": history}
 
 
-def prune(
-    config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path
-) -> tuple[Plan, Importance | None, int]:
-    """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`."""
+def prune(config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path) -> Cut:
+    """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`.
+
+    With method compensated what remains is refitted on the same sequences.
+    """
     _say_that_one_gpu_works()
     teacher_config = read_config(config.teacher)
+    is_compensated = config.method == "compensated" and shape != Shape.from_config(teacher_config)
+    if is_compensated:
+        calibration = _open_calibration(config)
+        check_calibration(_count_calibration(config, calibration), config.sequence_length, teacher_config)
     importance, sequences = _measure_importance(config, teacher_config, shape)
     plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
-    save_derived_model(cut_model(load_model(config.teacher), plan), directory, config.teacher)
-    return plan, importance, sequences
+    teacher = load_model(config.teacher)
+    if not is_compensated:
+        save_derived_model(cut_model(teacher, plan), directory, config.teacher)
+        return Cut(plan, importance, sequences, [])
+    sequences = _count_calibration(config, calibration)
+    input_ids = torch.stack([calibration[index]["input_ids"] for index in range(sequences)])
+    found = cut_with_compensation(teacher, plan, shape, input_ids, config.micro_batch_size, get_device())
+    save_derived_model(found.student, directory, config.teacher)
+    return Cut(found.plan, importance, sequences, found.fits)
 
 
 def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance | None, int]:
@@ -127,12 +140,20 @@ def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) 
         teacher = replace(teacher, num_hidden_layers=shape.num_hidden_layers)
     if shape == teacher:
         return None, 0
-    calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+    calibration = _open_calibration(config)
     # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
     model = load_model(config.teacher, get_compute_dtype())
     model.to(get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
     importance = measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
-    return importance, min(config.calibration_sequences, len(calibration))
+    return importance, _count_calibration(config, calibration)
+
+
+def _open_calibration(config: PruneConfig) -> PackedDataset:
+    return PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+
+
+def _count_calibration(config: PruneConfig, calibration: PackedDataset) -> int:
+    return min(config.calibration_sequences, len(calibration))
 
 
 class BestModel:

@@ -1,8 +1,8 @@
-"""Prune: teacher → smaller student with the parts that Minitron importance ranks highest on a few sequences.
+"""Prune: teacher → smaller student, by what a few sequences show to matter; its method says how.
 
     python -m minitron.prune --config FILE
 
-Writes a model directory and, in it, `pruning.json`: sizes before and after, calibration, scores, kept indices.
+Writes a model directory and, in it, `pruning.json`: sizes before and after, calibration, scores, kept indices, fits.
 """
 
 import json
@@ -17,8 +17,7 @@ from minitron.engines import get_engine
 from minitron.engines.plan_checks import find_size_faults
 from minitron.models.checkpoint import count_config_parameters
 from minitron.models.checks import check_finite, check_model, check_sequence_length, read_config
-from minitron.models.pruning.importance import Importance
-from minitron.models.pruning.surgery import Plan, Shape
+from minitron.models.pruning.surgery import Cut, Shape
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.storage.layout import PRUNING
@@ -45,10 +44,8 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     layers = None  # chosen by their scores
     if config.drop_layers:
         layers = [layer for layer in range(teacher_config.num_hidden_layers) if layer + 1 not in config.drop_layers]
-    plan, importance, sequences = get_engine(config.engine).prune(config, shape, layers, directory)
-    calibration = {"sequences": sequences, "tokens": sequences * config.sequence_length}
-    student_config = read_config(directory)
-    pruning = _describe_pruning(teacher_config, student_config, plan, importance, calibration)
+    cut = get_engine(config.engine).prune(config, shape, layers, directory)
+    pruning = _describe_pruning(config, teacher_config, read_config(directory), cut)
     _write_lines(directory / PRUNING, pruning)
     return {"metrics": _summarize_pruning(pruning)}
 
@@ -65,27 +62,26 @@ def compute_target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
     return Shape(**config.compute_student_sizes(asdict(Shape.from_config(teacher_config))))
 
 
-def _describe_pruning(
-    teacher: Any,
-    student: Any,
-    plan: Plan,
-    importance: Importance | None,
-    calibration: dict[str, int],
-) -> dict[str, Any]:
+def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut) -> dict[str, Any]:
     """Return the content of pruning.json.
 
     Layers are counted from 0, but from 1 in dropped_layers, as in NeMo. Engine nemo keeps the same channels and heads,
-    the most important first.
+    the most important first. The scores are Minitron's with every method; method compensated ranks only layers and
+    hidden channels by them.
     """
-    kept = set(plan.layers)
-    scores = importance and {axis: _round_values(values.tolist()) for axis, values in vars(importance).items()}
+    kept = set(cut.plan.layers)
+    scores = None
+    if cut.importance:
+        scores = {axis: _round_values(values.tolist()) for axis, values in vars(cut.importance).items()}
     return {
         "teacher": asdict(Shape.from_config(teacher)) | {"parameters": count_config_parameters(teacher)},
         "student": asdict(Shape.from_config(student)) | {"parameters": count_config_parameters(student)},
-        "calibration": calibration,
+        "method": config.method,
+        "calibration": {"sequences": cut.sequences, "tokens": cut.sequences * config.sequence_length},
         "dropped_layers": [layer + 1 for layer in range(teacher.num_hidden_layers) if layer not in kept],
-        "kept": asdict(plan),
+        "kept": asdict(cut.plan),
         "scores": scores,
+        "fits": cut.fits,
     }
 
 

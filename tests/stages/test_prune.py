@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from transformers import (
@@ -409,7 +410,43 @@ def test_a_second_run_returns_at_once(settings: dict) -> None:
     assert {path: path.stat().st_mtime_ns for path in settings["output"].iterdir()} == written
 
 
+def test_a_compensated_cut_is_refitted_recorded_and_a_plain_model(settings: dict, teacher: Path) -> None:
+    sizes = {"intermediate_size": 72, "num_attention_heads": 2, "drop_layers": [3], "calibration_sequences": 64}
+    record = prune.run(PruneConfig(**(settings | sizes), method="compensated"))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert (found["method"], found["dropped_layers"]) == ("compensated", [3])
+    assert [fit["layer"] for fit in found["fits"]] == found["kept"]["layers"] == [0, 1, 3]
+    assert all(
+        fit[name]["error"] <= fit[name]["plain_error"] for fit in found["fits"] for name in ("o_proj", "down_proj")
+    )
+    assert record["metrics"]["calibration_tokens"] == 64 * SEQUENCE
+    student, report = AutoModelForCausalLM.from_pretrained(settings["output"], output_loading_info=True)
+    assert not any(report.values()), report
+    for place, (fit, kept) in enumerate(zip(found["fits"], found["kept"]["intermediate"], strict=True)):
+        new, old = student.model.layers[place].mlp, load_model(teacher).model.layers[fit["layer"]].mlp
+        assert torch.equal(new.up_proj.weight, old.up_proj.weight[kept])
+        is_refitted = fit["down_proj"]["ridge"] is not None
+        assert torch.equal(new.down_proj.weight, old.down_proj.weight[:, kept]) is not is_refitted
+    assert any(fit["down_proj"]["ridge"] is not None for fit in found["fits"])
+
+
+def test_layers_that_are_dropped_by_hand_are_compensated_without_importance(settings: dict) -> None:
+    record = prune.run(PruneConfig(**settings, drop_layers=[2, 3], method="compensated"))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert (found["scores"], [fit["layer"] for fit in found["fits"]]) == (None, [0, 3])
+    assert record["metrics"]["calibration_tokens"] == 8 * SEQUENCE
+
+
 # ---- bad input
+
+
+def test_a_compensated_cut_needs_tokens_and_engine_hf(settings: dict) -> None:
+    settings |= {"calibration_sequences": 4, "method": "compensated", "intermediate_size": 64}
+    with pytest.raises(ConfigError, match=r"calibration_sequences: 4 sequences of 32 .* 128 columns; give at least 5"):
+        prune.run(PruneConfig(**settings))
+    assert not list(settings["output"].parent.iterdir())
+    with pytest.raises(ValidationError, match=r"compensated needs engine hf; set prune.engine to hf"):
+        PruneConfig(**settings, engine="nemo")
 
 
 @pytest.mark.parametrize(

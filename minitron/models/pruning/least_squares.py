@@ -129,8 +129,8 @@ def choose_channels(present_OC: Tensor, fitted: Moments, channels: int, left: in
     """Choose by Optimal Brain Surgeon which of the first columns to keep; return their indices, ascending.
 
     Dropping the columns g and refitting the others costs tr(W_g [(R⁻¹)_gg]⁻¹ W_gᵀ), where R is the regularised Gram
-    matrix of the inputs and W the refitted matrix (Hassibi and Stork 1993; Frantar and Alistarh, arXiv 2301.00774,
-    section 3). They go one by one, in rounds; after each round R⁻¹ and W are computed anew.
+    matrix of the inputs and W the refitted matrix (Hassibi and Stork, NIPS 1992; SparseGPT, arXiv 2301.00774, section
+    3). They go one by one, in rounds; after each round R⁻¹ and W are computed anew.
 
     Args:
         present_OC: the matrix, in float64, with the bias as its last column if it has one, which always stays.

@@ -8,7 +8,7 @@ H = hidden, I = intermediate, A = query heads, G = key-value groups, D = head_di
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,22 @@ class Plan:
     intermediate: list[list[int]]
     heads: list[list[int]]
     key_value: list[list[int]]
+
+
+class Cut(NamedTuple):
+    """What an engine cut, and by what.
+
+    Attributes:
+        plan: what was kept.
+        importance: the scores that it was chosen by; None: nothing was chosen by scores.
+        sequences: calibration sequences that were read.
+        fits: of a compensated cut the ridges and relative errors of each kept layer that was refitted.
+    """
+
+    plan: Plan
+    importance: Importance | None
+    sequences: int
+    fits: list[dict[str, Any]]
 
 
 def choose_plan(importance: Importance, shape: Shape, layers: list[int] | None = None) -> Plan:
