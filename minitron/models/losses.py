@@ -6,13 +6,15 @@ logits of neither model exist in memory, and nothing is computed twice.
 N = packed tokens, C = tokens of a chunk, H = hidden size, V = vocabulary; the teacher may have another H.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
+CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""
 
 
@@ -79,13 +81,17 @@ class _LinearLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         grad_head = torch.zeros_like(head) if wants_gradient and head.requires_grad else None
         step = CHUNK_TOKENS.get(hidden.device.type, 128)
+        fuses = wants_gradient and hidden.is_cuda and can_compile()  # a short evaluation is not worth the compilation
+        compute_chunk_loss = _compile_chunk_loss() if fuses else _compute_chunk_loss
         for start in range(0, len(hidden), step):
             chunk = slice(start, start + step)
-            logits_CV = (hidden[chunk] @ w_head.T).float()
             teacher_CV = None
             if teacher_hidden is not None and teacher_head is not None:
-                teacher_CV = (teacher_hidden[chunk] @ teacher_head.T).float()
-            terms, grad_CV = _compute_chunk_loss(logits_CV, labels[chunk], teacher_CV, weights, wants_gradient)
+                teacher_CV = teacher_hidden[chunk] @ teacher_head.T
+            terms, grad_CV = compute_chunk_loss(
+                hidden[chunk] @ w_head.T, labels[chunk], teacher_CV, weights, wants_gradient
+            )
+            del teacher_CV
             sums += terms
             if grad_hidden is not None and grad_CV is not None:
                 grad_CV = grad_CV.to(hidden.dtype)
@@ -117,10 +123,33 @@ def _accumulate_head_gradient(grad_head: Tensor | None, grad_CV: Tensor, hidden_
         grad_head.add_(grad_CV.T @ hidden_CH)
 
 
+@functools.cache
+def can_compile() -> bool:
+    """Try whether torch.compile makes kernels for this machine's GPU; say why if it does not.
+
+    Triton needs a C compiler and Python's headers, which slim images lack.
+    """
+    try:
+        torch.compile(lambda values: -values)(torch.ones(1, device="cuda"))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"torch.compile does not work here, training runs without it and is slower: {reason}", flush=True)
+        return False
+    return True
+
+
+@functools.cache
+def _compile_chunk_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return `_compute_chunk_loss` as fused kernels, which read and write the logits a few times instead of forty."""
+    return torch.compile(_compute_chunk_loss)
+
+
 def _compute_chunk_loss(
     logits_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None, weights: LossWeights, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the five sums of a chunk and the loss's gradient with respect to its logits; buffers are reused."""
+    logits_CV = logits_CV.float()
+    teacher_CV = None if teacher_CV is None else teacher_CV.float()
     cross_entropy = F.cross_entropy(logits_CV, labels_C, reduction="sum")
     zero = cross_entropy.new_zeros(())
     kl = teacher_cross_entropy = agreements = zero

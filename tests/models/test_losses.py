@@ -53,6 +53,42 @@ def test_values_and_gradients_equal_plain_pytorch(weights: LossWeights) -> None:
         torch.testing.assert_close(actual.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", [LossWeights(1, 0), LossWeights(0.7, 0.3, 0.5)], ids=str)
+def test_a_chunk_is_one_graph_for_the_compiler(weights: LossWeights) -> None:
+    """A break in the graph would write the logits out between the kernels."""
+    hidden, head, labels, teacher_hidden, teacher_head = tensors(torch.float32)
+    chunk = ((hidden @ head.T).detach(), labels, teacher_hidden @ teacher_head.T, weights, True)
+    compiled = torch.compile(losses._compute_chunk_loss, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(compiled(*chunk), losses._compute_chunk_loss(*chunk), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels that torch.compile makes are not tested")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+def test_compiled_kernels_equal_plain_pytorch(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 the head is kept in fp32, as mixed precision does; the reference reads the rounded hidden states."""
+    monkeypatch.setitem(losses.CHUNK_TOKENS, "cuda", 128)  # three chunks, the last one shorter
+    weights = LossWeights(0.7, 0.3, 2.0)
+    hidden, head, labels, teacher_hidden, teacher_head = (tensor.detach().cuda() for tensor in tensors(torch.float32))
+    half = [tensor.to(dtype) for tensor in (hidden, teacher_hidden, teacher_head)]
+    inputs = (half[0].requires_grad_(), head.requires_grad_(), labels, half[1], half[2])
+    expected_inputs = tuple(
+        tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs
+    )
+    expected, *_ = plain_loss(expected_inputs, weights)
+    expected.backward()
+    assert losses.can_compile()
+    terms = linear_loss(*inputs[:3], weights, *inputs[3:])
+    terms.loss.backward()
+    for actual, wanted in (
+        (terms.loss, expected), (inputs[0].grad, expected_inputs[0].grad), (head.grad, expected_inputs[1].grad)
+    ):  # fmt: skip
+        assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
 def test_teacher_terms() -> None:
     hidden, head, labels, teacher_hidden, teacher_head = tensors(torch.float32)
     terms = linear_loss(hidden, head, labels, LossWeights(1, 0), teacher_hidden, teacher_head)

@@ -1,0 +1,191 @@
+"""Time the step of a distillation against the work that it cannot do without: JSON lines.
+
+Run it: `python benchmarks/kd_step.py` (`make bench`), on a GPU `python benchmarks/kd_step.py --gpu`.
+
+`kd_loss_over_gemm`: the fused loss, forward and backward, over its four matrix products. `kd_step_over_floor`: teacher
+forward, student forward and backward, over the same two models without a loss, plus those four products.
+`kd_step_mfu` (on a GPU): the floating-point operations of the step's matrix products over what the GPU could do in its
+time; nothing that is computed twice counts twice. The optimizer's step is in none of them. The models are random. What
+is compared runs in turn in one process; the values are medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from minitron.engines.hf import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
+from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.scoring import compute_hidden_states, get_output_head
+
+SIZES = {
+    # SmolLM2-135M's, and a narrower student; two layers give the ratios of thirty
+    "cpu": {
+        "layers": 2, "vocabulary": 49152, "batch": 2, "sequence": 512,
+        "teacher": (576, 1536, 9, 3, 64), "student": (576, 1024, 9, 3, 64),
+    },
+    # Llama-3.1-8B's and its 4B student's in width, with half of their layers, so that a student in fp32 has room
+    "cuda": {
+        "layers": 16, "vocabulary": 128256, "batch": 4, "sequence": 2048,
+        "teacher": (4096, 14336, 32, 8, 128), "student": (3072, 9216, 32, 8, 128),
+    },
+}  # fmt: skip
+"""By device: hidden and intermediate size, heads, key-value groups and head_dim of both models."""
+
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+"""Dense bf16 operations per second by the vendor's data sheet."""
+
+WEIGHTS = LossWeights(kl=1.0, cross_entropy=0.0)
+
+
+def main() -> None:
+    """Print the claims."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="refuse to measure on a CPU")
+    parser.add_argument("--runs", type=int, default=9)
+    arguments = parser.parse_args()
+    device = get_device()
+    if arguments.gpu and device.type != "cuda":
+        parser.error("--gpu: torch sees no GPU")
+    torch.manual_seed(0)
+    bench = _Bench(SIZES[device.type], device)
+    for claim in [*bench.measure_loss(arguments.runs), *bench.measure_step(arguments.runs)]:
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(json.dumps(claim | {"runs": arguments.runs, "machine": machine}), flush=True)
+
+
+class _Bench:
+    """The two models, a batch, and what is timed on them."""
+
+    def __init__(self, sizes: dict[str, Any], device: torch.device) -> None:
+        self._device, self._sizes = device, sizes
+        self._teacher = self._make_model(sizes["teacher"], get_compute_dtype()).eval().requires_grad_(False)
+        self._student = self._make_model(sizes["student"], torch.float32).train()
+        for model in (self._teacher, self._student):
+            compile_layers(model)
+        shape = (sizes["batch"], sizes["sequence"])
+        self._input_ids = torch.randint(sizes["vocabulary"], shape, device=device)
+        self._labels = torch.randint(sizes["vocabulary"], (self._input_ids.numel(),), device=device)
+        self._hidden, self._teacher_hidden = (
+            torch.randn(self._labels.numel(), sizes[name][0], device=device, dtype=get_compute_dtype())
+            for name in ("student", "teacher")
+        )
+
+    def measure_loss(self, runs: int) -> list[dict[str, Any]]:
+        """Return the claim of the loss."""
+        hidden, head = self._hidden.requires_grad_(), get_output_head(self._student)
+
+        def compute_loss() -> None:
+            hidden.grad = head.grad = None
+            linear_loss(
+                hidden, head, self._labels, WEIGHTS, self._teacher_hidden, get_output_head(self._teacher)
+            ).loss.backward()
+
+        loss, products = self._time([compute_loss, self._multiply], runs)
+        return [self._claim("kd_loss_over_gemm", loss / products, "x", 1.1, "lower", "its four matrix products")]
+
+    def measure_step(self, runs: int) -> list[dict[str, Any]]:
+        """Return the claims of the whole step."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step, models, products = self._time([self._step, self._run_models, self._multiply], runs)
+        floor = models + products
+        claims = [
+            self._claim("kd_step_over_floor", step / floor, "x", 1.1, "lower", "models and matrix products alone")
+        ]
+        claims[0] |= {"tokens_per_second": round(self._labels.numel() / step, 1)}
+        if peak := PEAK_FLOPS.get(torch.cuda.get_device_name() if self._device.type == "cuda" else ""):
+            used = {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+            claims.append(
+                self._claim(
+                    "kd_step_mfu", self._count_operations() / step / peak, "of peak", 0.4, "higher", "data sheet"
+                )
+                | used
+            )
+        return claims
+
+    def _step(self) -> None:
+        self._student.zero_grad(set_to_none=True)
+        with autocast_on_gpu():
+            hidden = compute_hidden_states(self._student, self._input_ids).to(get_compute_dtype())
+        with torch.no_grad():
+            teacher_hidden = compute_hidden_states(self._teacher, self._input_ids)
+        heads = get_output_head(self._student), get_output_head(self._teacher)
+        terms = linear_loss(hidden, heads[0], self._labels, WEIGHTS, teacher_hidden, heads[1])
+        (terms.loss / self._labels.numel()).backward()
+
+    def _run_models(self) -> None:
+        self._student.zero_grad(set_to_none=True)
+        with autocast_on_gpu():
+            hidden = compute_hidden_states(self._student, self._input_ids).to(get_compute_dtype())
+        with torch.no_grad():
+            compute_hidden_states(self._teacher, self._input_ids)
+        hidden.backward(torch.ones_like(hidden))
+
+    @torch.no_grad()
+    def _multiply(self) -> None:
+        """Compute the four products of the heads: both models' logits, and the student's two gradients."""
+        head, teacher_head = (
+            get_output_head(model).to(get_compute_dtype()) for model in (self._student, self._teacher)
+        )
+        for start in range(0, len(self._labels), 1024):
+            chunk = self._hidden[start : start + 1024]
+            logits = chunk @ head.T
+            self._teacher_hidden[start : start + 1024] @ teacher_head.T
+            logits @ head
+            logits.T @ chunk
+
+    def _count_operations(self) -> float:
+        """Count the operations of the step's matrix products: 2 per weight and token forward, 4 backward.
+
+        Attention is causal: a token sees half of the sequence on average.
+        """
+        layers, sequence = self._sizes["layers"], self._sizes["sequence"]
+        per_token = 0.0
+        for model, passes, name in ((self._student, 3, "student"), (self._teacher, 1, "teacher")):
+            weights = sum(w.numel() for key, w in model.named_parameters() if w.dim() == 2 and "embed" not in key)
+            _, _, heads, _, head_dim = self._sizes[name]
+            per_token += passes * (2 * weights + 4 * layers * heads * head_dim * sequence / 2)
+        return per_token * self._labels.numel()
+
+    def _time(self, functions: list[Callable[[], None]], runs: int) -> list[float]:
+        """Return the median seconds of each; the first two rounds warm up."""
+        seconds: list[list[float]] = [[] for _ in functions]
+        for _ in range(runs + 2):
+            for function, times in zip(functions, seconds, strict=True):
+                self._wait()
+                started = time.perf_counter()
+                function()
+                self._wait()
+                times.append(time.perf_counter() - started)
+        return [statistics.median(times[2:]) for times in seconds]
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _make_model(self, sizes: tuple[int, ...], dtype: torch.dtype) -> PreTrainedModel:
+        hidden, intermediate, heads, groups, head_dim = sizes
+        config = LlamaConfig(
+            vocab_size=self._sizes["vocabulary"], hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=self._sizes["layers"], num_attention_heads=heads, num_key_value_heads=groups,
+            head_dim=head_dim, tie_word_embeddings=False,
+        )  # fmt: skip
+        with torch.device(self._device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    @staticmethod
+    def _claim(name: str, value: float, unit: str, target: float, better: str, against: str) -> dict[str, Any]:
+        return {
+            "claim": name, "value": round(value, 3), "unit": unit, "target": target, "better": better,
+            "against": against,
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
