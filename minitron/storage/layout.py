@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 """From prepare: the corpus, the tokenizer and the counts of a dataset."""
 
 PRUNING = "pruning.json"
-"""From prune: sizes before and after, the calibration, the scores, and the indices that were kept."""
+"""From prune: sizes before and after, the method, the calibration, the scores, the indices that were kept, the fits."""
 
 EVALUATION = "evaluation.json"
 """From evaluate: the measurements of all models, and the judged gates."""

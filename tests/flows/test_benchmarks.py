@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tests.constants import REPOSITORY
 
@@ -11,9 +14,32 @@ BENCHMARKS = REPOSITORY / "benchmarks"
 
 
 def measured(name: str, *options: str) -> dict[str, Any]:
+    (claim,) = measure_lines(name, *options)
+    return claim
+
+
+def measure_lines(name: str, *options: str) -> list[dict[str, Any]]:
     done = subprocess.run([sys.executable, str(BENCHMARKS / name), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_cuts_are_compared_at_the_same_size_and_tokens(teacher: Path, tmp_path: Path) -> None:
+    """On random tokens, which no student can learn: that every kind of student is measured, before and after."""
+    tokens = np.random.default_rng(0).integers(0, 512, (16 + 32 + 2 * 2) * 512)
+    np.save(tmp_path / "tokens.npy", tokens.astype(np.uint16))
+    options = ["--seeds", "1", "--steps", "2", "--intermediate-size", "64", "--layers", "3", "--rates", "1e-4"]
+    claims = measure_lines("pruning_quality.py", str(teacher), str(tmp_path / "tokens.npy"), *options)
+    by_name = {claim["claim"]: claim for claim in claims}
+    students = ("width_minitron", "width_refit", "width_obs", "depth_minitron", "depth_seams")
+    assert by_name.keys() == {f"{name}_loss_{moment}_2k_tokens" for name in students for moment in ("before", "after")}
+    for kind in ("width", "depth"):
+        same = [claim for name, claim in by_name.items() if name.startswith(kind)]
+        assert len({claim["parameters"] for claim in same}) == 1
+        assert all(5 < claim["value"] < 8 and len(claim["by_seed"]) == 1 for claim in same)
+    assert (
+        by_name["width_obs_loss_after_2k_tokens"]["against"] == by_name["width_minitron_loss_after_2k_tokens"]["value"]
+    )
 
 
 def test_prepare_is_measured_against_the_bare_tokenizer() -> None:
