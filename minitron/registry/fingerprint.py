@@ -1,6 +1,7 @@
-"""The fingerprint of a model: hashes of the corpus, the teacher, and the settings that decide its weights.
+"""The fingerprint of a model: hashes of the corpus, the teacher, and the settings that affect its weights.
 
-register writes it on the version. resolve compares it with that of the present inputs before a costly stage starts.
+register writes it as a tag of the version. resolve compares it with the fingerprint of the present inputs before an
+expensive stage starts.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from minitron.config.parse import list_decisive_settings
 from minitron.config.settings import SETTINGS
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")
-"""The stages that decide a student's weights."""
+"""The stages that affect a student's weights."""
 
 TAG = "made_from"
 """Tag of a version in MLflow's registry: its fingerprint, as JSON."""
@@ -22,7 +23,7 @@ TAG = "made_from"
 _DECISIVE_UNTIL_0_3 = ("micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
 
 Fingerprint = dict[str, str]
-"""Hashes of `corpus`, `teacher` and `settings`, and under `minitron` the version of the method."""
+"""Hashes of `corpus`, `teacher` and `settings`, and the version of the method as `minitron`."""
 
 
 def fingerprint_records(records: dict[str, dict[str, Any]]) -> Fingerprint | None:
@@ -51,8 +52,8 @@ def fingerprint_plan(plan: Plan, corpus: str, teacher: str) -> Fingerprint:
 def read_fingerprint(tags: Mapping[str, str], plan: Plan) -> Fingerprint | None:
     """Return the fingerprint in a version's tags; None if there is none.
 
-    Until 0.3 the digest of the settings had those that decide nothing, too. The one that 0.3 would have given the plan
-    reads as the present one, so that an upgrade alone trains nothing.
+    Until 0.3 the digest of the settings also covered settings without an effect. A digest that 0.3 would have given the
+    plan is converted to the present one, so that an upgrade alone trains nothing.
     """
     try:
         content = json.loads(tags.get(TAG, "null"))
@@ -75,7 +76,7 @@ def _build_fingerprint(configs: dict[str, dict[str, Any]], corpus: str, teacher:
 
 
 def _hash_settings(configs: dict[str, dict[str, Any]], also: tuple[str, ...] = ()) -> str:
-    settings = {  # a record of an earlier version lacks the settings that came later
+    settings = {  # a record of an earlier version lacks later settings
         stage: {
             name: config[name] for name in (*list_decisive_settings(SETTINGS[stage], config), *also) if name in config
         }

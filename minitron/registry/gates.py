@@ -1,4 +1,4 @@
-"""Gates: the bounds that a student must meet to be promoted. A preset declares them; they are judged only here.
+"""Gates: the bounds that a student must meet to be promoted. A preset declares them; this module judges them.
 
     evaluate:
       gates:
@@ -7,7 +7,7 @@
         - {metric: parameters, against: teacher, by: ratio, at_most: 0.7}
         - {metric: arc_easy_acc, against: teacher_before, at_least: -0.05}
 
-A gate against the champion alone lets every promotion lose a little. A gate against a teacher bounds the sum.
+With only a gate against the champion, every promotion can lose a little. A gate against a teacher bounds the total.
 
 Used by `python -m minitron.evaluate --config FILE` and `minitron promote NAME`.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _DECLARED = ("metric", "against", "by", "bound", "threshold")
 
 MET = ("passed", "within error", "no champion")
-"""The outcomes that allow a promotion."""
+"""The outcomes of a gate that allow a promotion."""
 
 
 def read_gates(config: "EvaluateSettings") -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def read_gates(config: "EvaluateSettings") -> list[dict[str, Any]]:
 
 
 def list_declared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return judged gates as `read_gates` has them, without what was found."""
+    """Return judged gates in the form of `read_gates`, without the results."""
     return [{name: row[name] for name in _DECLARED} for row in rows]
 
 
@@ -61,14 +61,14 @@ def judge_student(
     the same questions and sequences, item by item.
 
     Args:
-        gates: from `read_gates`, or judged gates of an earlier call.
-        evaluation: evaluation.json: its `student` is judged, its two teachers are references. A model has the values
-            of its questions and sequences under `items`; without them there is no interval.
-        champion: the numbers of the champion on the same test set; None if there is no champion.
+        gates: gates from `read_gates`, or judged gates of an earlier call.
+        evaluation: evaluation.json: its `student` is judged, its two teachers are references. A model's `items` are the
+            values of its questions and sequences; without them there is no interval.
+        champion: the champion's metrics on the same test set; None if there is no champion.
 
     Returns:
         The gates with these keys added: `student` and `reference`, the two values; `found`, the number that is
-        compared with the threshold; `margin`, its distance to the threshold, positive on the good side;
+        compared with the threshold; `margin`, its distance to the threshold, positive if the gate is met;
         `interval`, its 95 % interval or None;
         `outcome`: passed, within error, failed, no champion, or not measured.
     """
@@ -89,7 +89,7 @@ def is_quality_judged(rows: list[dict[str, Any]]) -> bool:
 def _judge_gate(
     gate: dict[str, Any], student: dict[str, Any], models: dict[str, dict[str, Any] | None]
 ) -> dict[str, Any]:
-    from minitron.registry.intervals import compare_items, estimate_interval  # numpy: to show gates needs none
+    from minitron.registry.intervals import compare_items, estimate_interval  # numpy, which is not needed to show gates
 
     metric, against, by = gate["metric"], gate["against"], gate["by"]
     value, items = _read_metric(student, metric)
@@ -138,10 +138,10 @@ _MARKS = {"passed": PASSED, "within error": "\N{ALMOST EQUAL TO}", "failed": FAI
 
 
 def render_gate(gate: dict[str, Any]) -> dict[str, str]:
-    """Return a judged gate as people read it, with labels and units.
+    """Return a judged gate for people, with labels and units.
 
     Args:
-        gate: a judged gate, as `judge_student` returns it and evaluation.json holds it.
+        gate: a judged gate, from `judge_student` or evaluation.json.
 
     Returns:
         `label`, `student`, `reference`, `found` and its `interval` (empty without one), `threshold`, `margin`,
@@ -150,7 +150,7 @@ def render_gate(gate: dict[str, Any]) -> dict[str, str]:
     metric, by, bound = gate["metric"], gate["by"], gate["bound"].replace("_", " ")
     against = MODELS.get(gate["against"], gate["against"] or "").lower()
     compared = f", {'difference from' if by == 'difference' else 'ratio to'} the {against}'s" if against else ""
-    interval = gate.get("interval")  # gates that an earlier version judged have none
+    interval = gate.get("interval")  # gates that an earlier version judged have no interval
     ends = [_format_value(metric, by, end) for end in interval or ()]
     return {
         "label": f"{_get_label(metric)}{compared}",
@@ -166,7 +166,7 @@ def render_gate(gate: dict[str, Any]) -> dict[str, str]:
 
 
 def format_range(low: str, high: str) -> str:
-    """Write the ends of an interval; a unit that both have stands once."""
+    """Write the ends of an interval; a common unit is written once."""
     unit = next((unit for unit in (" %", " points") if low.endswith(unit) and high.endswith(unit)), "")
     return f"{low.removesuffix(unit)} to {high}"
 
@@ -182,7 +182,7 @@ def describe_gate(gate: dict[str, Any]) -> str:
 
 
 def _get_label(metric: str) -> str:
-    """Return a metric's label; that of a task, such as arc_easy_acc_norm, names the task first."""
+    """Return a metric's label; for a metric of a task, such as arc_easy_acc_norm, the task comes first."""
     labels = {key: label for key, label, *_ in MEASURES}
     for name, label in sorted(TASK_METRICS.items(), reverse=True):
         if metric.endswith(f"_{name}"):
@@ -196,7 +196,7 @@ def _get_form(metric: str) -> str:
 
 
 def _format_margin(metric: str, by: str | None, margin: float | None) -> str:
-    """Write a margin with its sign; a share's is in percent or points."""
+    """Write a margin with its sign; the margin of a share is in percent or points."""
     if margin is None:
         return DASH
     form = _get_form(metric)
@@ -205,7 +205,7 @@ def _format_margin(metric: str, by: str | None, margin: float | None) -> str:
 
 
 def _format_value(metric: str, by: str | None, value: float | None) -> str:
-    """Write a metric, or what a gate compares: a share's difference is in points, a ratio is a bare number."""
+    """Write a metric, or the value that a gate compares: a share's difference in points, a ratio without a unit."""
     if value is None:
         return DASH
     if by == "ratio":

@@ -1,8 +1,8 @@
-"""95 % intervals of what evaluate measures, and of the difference or ratio of two models.
+"""95 % intervals of the metrics of evaluate, and of the difference or ratio of two models.
 
-Every model answers the same questions, reads the same sequences, and is timed in the same rounds. Two models are
-therefore compared item by item: what is hard for both cancels out. An item is a question (right or wrong, or a score),
-a sequence (nats per token), or a round of timing (tokens per second). Used by `python -m minitron.evaluate`, the gates,
+Every model answers the same questions, reads the same sequences, and is timed in the same rounds. So two models are
+compared item by item, and the difficulty of an item cancels out. An item is a question (right or wrong, or a score), a
+sequence (nats per token), or a round of timing (tokens per second). Used by `python -m minitron.evaluate`, the gates,
 and `minitron promote`.
 """
 
@@ -34,9 +34,9 @@ Z = 1.959964
 def estimate_interval(metric: str, items: list[float]) -> Interval | None:
     """Return the interval of a metric; None if it has fewer than two items.
 
-    That of a share of right answers is Wilson's (1927), which has a width at 0 and at 1, too. That of a timing goes
-    from the slowest to the fastest of its rounds: six rounds enclose the median with a probability of 97 %. All others
-    are bootstrapped over the items.
+    For a share of right answers it is Wilson's interval (1927), whose width is above 0 even at 0 and 1. For a timing it
+    goes from the slowest to the fastest round: six rounds enclose the median with a probability of 97 %. For all others
+    it is a bootstrap over the items.
     """
     if len(items) < 2:
         return None
@@ -51,7 +51,7 @@ def compare_items(metric: str, items: list[float], others: list[float], by: Comp
     """Return the interval of the difference or ratio of two models, measured on the same items.
 
     Returns:
-        None if their numbers differ or are below two, or if a ratio divides by zero.
+        None if the numbers of items differ or are below two, or if a ratio divides by zero.
     """
     if len(items) != len(others) or len(items) < 2:
         return None
@@ -128,7 +128,7 @@ def _draw_weights(count: int) -> np.ndarray:
 def _take_quantiles(values: np.ndarray, count: int) -> Interval | None:
     """Return the expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 4.1.1).
 
-    The plain percentiles are too narrow for few items: they know neither Student's t nor the bias of a variance.
+    Plain percentiles are too narrow for few items, because they ignore Student's t and the bias of a variance.
     """
     if not np.isfinite(values).all():
         return None  # the perplexity of a loss above 709 nats
@@ -140,7 +140,7 @@ def _take_quantiles(values: np.ndarray, count: int) -> Interval | None:
 
 
 def pack_items(models: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Return the items of every model as items.json has them: answers as bits in hexadecimal, others in six digits."""
+    """Return the items of every model in the form of items.json: answers as hexadecimal bits, others in six digits."""
     return {model: {metric: _pack(values) for metric, values in items.items()} for model, items in models.items()}
 
 

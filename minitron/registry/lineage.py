@@ -40,7 +40,7 @@ def collect_lineage(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         `stages`: the records of the stages that wrote the inputs, in the order of the flow; `licences`: the corpus's
-        as text, and the teacher's as the lines of its model card that begin with `license`.
+        license as text, and the teacher's as the lines of its model card that begin with `license`.
     """
     directories = (config.dataset, config.teacher, config.pruned, config.student)
     records = [record for directory in directories if (record := read_record(directory))]
@@ -55,7 +55,7 @@ def sort_records(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def read_data_license(dataset: Path) -> str:
-    """Return the license that prepare was given; "unknown" for a dataset that it did not write."""
+    """Return the license in a dataset's manifest; "unknown" if prepare did not write the dataset."""
     manifest = read_manifest(dataset) if (dataset / MANIFEST).is_file() else {}
     return str(manifest.get("licence", UNKNOWN))
 
@@ -76,7 +76,7 @@ def read_model_license(model: Path) -> dict[str, str]:
 
 
 def format_license(license: dict[str, str]) -> str:
-    """Return a model's license by its name; Hugging Face calls licenses that it does not list `other`."""
+    """Return the name of a model's license; Hugging Face calls every license that it does not list `other`."""
     return license["license"] if license["license"] != "other" else license.get("license_name", "other")
 
 
@@ -93,17 +93,17 @@ def count_tokens(record: dict[str, Any]) -> int | None:
 
 
 def identify_teacher(record: dict[str, Any]) -> str:
-    """Return what fixes a teacher's content: its commit, version or snapshot, from its entry in a stage's record."""
+    """Return the commit, version or snapshot that identifies a teacher, from its entry in a stage's record."""
     return record.get("snapshot") or record.get("pinned") or record["address"]
 
 
 def find_teacher_hash(client: "MlflowClient", name: str, pinned: str) -> str | None:
-    """Return the content hash of a teacher from a version that was made from it, so that nobody fetches it to know.
+    """Return the content hash of a teacher from a version that was made from it, without fetching the teacher.
 
     Args:
         client: MLflow's.
         name: registered model.
-        pinned: what fixes the teacher's content, as `model_sources.pin_address` returns it.
+        pinned: the teacher's fixed address, as `model_sources.pin_address` returns it.
     """
     address, _, number = pinned.removeprefix("models:/").rpartition("/")
     if pinned.startswith("models:/") and (sha256 := client.get_model_version(address, number).tags.get(STUDENT_TAG)):
@@ -111,7 +111,7 @@ def find_teacher_hash(client: "MlflowClient", name: str, pinned: str) -> str | N
     for version in versions.search_versions(client, name, TEACHER_TAG, pinned):
         if version.tags[TEACHER_TAG] == pinned and (sha256 := version.tags.get(f"{TEACHER_TAG}_sha256")):
             return sha256
-    # Before 0.4 only the lineage had the address; of those versions the ones with an alias are asked.
+    # Before 0.4 only the lineage had the address; of those versions, only the ones with an alias are searched.
     for number in {*versions.read_aliases(client, name).values()}:
         teacher = _read_teacher(client, client.get_model_version(name, number))
         if teacher and identify_teacher(teacher) == pinned:
@@ -168,13 +168,13 @@ def read_all_lineages(uri: str) -> Iterator[tuple[str, str, list[dict[str, Any]]
 
 def _read_version(client: "MlflowClient", version: str, tags: Mapping[str, str]) -> dict[str, Any]:
     if TAG not in tags:
-        raise ConfigError(f"{version}: has no tag {TAG}; give a version that minitron's stage register made")
+        raise ConfigError(f"{version}: no tag {TAG}; give a version that minitron's stage register made")
     run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
     lineage = read_artifact(client, run_id, path)
     registered = lineage.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
     if registered.get("sha256", UNKNOWN) != tags.get(STUDENT_TAG):
         raise RunError(
-            f"{version}: {tags[TAG]} is of another student, because it was overwritten; register this one again"
+            f"{version}: {tags[TAG]} belongs to another student, because it was overwritten; register this one again"
         )
     promotion = {tag: value for tag, value in tags.items() if tag.startswith("promoted_")}
     return lineage | {"version": version, "promotion": promotion}

@@ -1,12 +1,12 @@
-"""Promotion: a version gets the alias champion if it meets its gates; a rollback returns it to the previous one.
+"""Promotion: a version gets the alias champion if it meets its gates; a rollback gives it back to the previous version.
 
     minitron promote minitron
     minitron promote minitron --version 3 --force --why "the new license matters more than 0.1 points"
     minitron rollback minitron --why "wrong license"
 
-The judged gates are in evaluation.json of the version's MLflow run. They are judged again if the champion has changed
-since. A version whose quality no gate has judged is never promoted by a pipeline, only by a person who names it. Only a
-person overrules gates, and says why. The promotion log holds who moved which alias when.
+The judged gates are in evaluation.json of the version's MLflow run. If the champion has changed since, they are judged
+again. If no gate has judged a version's quality, only a person can promote it, not a pipeline. Only a person can
+overrule gates, and must give a reason. The promotion log records who moved which alias when.
 """
 
 import getpass
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 CHALLENGER = RegisterSettings.model_fields["alias"].default
 _LONGEST_REASON = 1000
-_ANEW = "run the pipeline retrain, which evaluates it anew"
+_ANEW = "run the pipeline retrain, which evaluates it again"
 
 
 class GatesFailed(RunError):
@@ -49,13 +49,13 @@ class GatesFailed(RunError):
 
 
 class NoQualityGate(GatesFailed):
-    """No gate has judged the version's quality; only a person promotes it."""
+    """No gate has judged the version's quality; only a person can promote it."""
 
     verdict = "no gate on quality"
 
 
 class NotJudged(GatesFailed):
-    """The gates of the version cannot be judged; it may be made and measured again."""
+    """The gates of the version cannot be judged; the version may be made and measured again."""
 
     verdict = "not judged"
 
@@ -66,9 +66,9 @@ class Promotion:
 
     Attributes:
         name: the registered model.
-        version: the champion now.
-        move: the move of the alias; None if the version was the champion already.
-        gates: the judged gates of the version, as in evaluation.json; empty for a rollback, and if they were overruled.
+        version: the new champion.
+        move: the move of the alias; None if the version was already the champion.
+        gates: the judged gates of the version, as in evaluation.json; empty for a rollback, or if they were overruled.
     """
 
     name: str
@@ -87,26 +87,26 @@ def promote(
 ) -> Promotion:
     """Make a version the champion, and the champion the previous one.
 
-    A pipeline run that gives no reason promotes by itself. Then a gate must have judged the version's quality.
+    For a pipeline run without a reason, a gate must have judged the version's quality.
 
     Args:
         uri: MLflow's server or database.
         name: registered model.
         version: its version; None: the challenger.
         why: reason, for the promotion log.
-        pipeline_run_id: Kubeflow run that asks for it; None: this user.
-        force: overrule the gates; a reason is required, and the log has both.
+        pipeline_run_id: Kubeflow run that promotes; None: this user.
+        force: overrule the gates; a reason is required, and the log records both.
 
     Raises:
-        ConfigError: there is no registry at such a URI, the reason is too long, or it is missing.
+        ConfigError: there is no registry at the URI, or the reason is too long or missing.
         GatesFailed: a gate is not met.
-        NoQualityGate: a pipeline run asks, without a reason, for a version whose quality no gate has judged.
-        NotJudged: the version was not compared with today's champion, or not evaluated by this package.
+        NoQualityGate: a pipeline run without a reason promotes a version whose quality no gate has judged.
+        NotJudged: the version was not compared with the present champion, or not evaluated by this package.
         RunError: there is no such model or version, another process was faster, or MLflow cannot be reached.
     """
     author, forced = _name_author(why, pipeline_run_id), None
     if force and (pipeline_run_id or not (why or "").strip()):
-        raise ConfigError("--force: only a person overrules gates, and the log says why; give --why REASON")
+        raise ConfigError("--force: only a person can overrule gates, and the log says why; give --why REASON")
     with _open_log(uri, name) as (client, log):
         state = log.settle_moves()
         version = find_version(client, name, version)
@@ -127,13 +127,13 @@ def _check_gates(
     """Return the judged gates of a version if they allow its promotion.
 
     Raises:
-        GatesFailed, NoQualityGate, NotJudged: they do not.
+        GatesFailed, NoQualityGate, NotJudged: the gates do not allow it.
     """
     try:
         rows = _judge_version(client, name, version, champion)
     except (KeyError, TypeError, AttributeError) as error:
         raise NotJudged(
-            f"{name} version {version}: {EVALUATION} of its run was not written by minitron; {_ANEW}"
+            f"{name} version {version}: minitron did not write the {EVALUATION} of its run; {_ANEW}"
         ) from error
     if gates.are_gates_met(rows) is False:
         failed = "; ".join(gates.describe_gate(row) for row in rows if row["outcome"] not in gates.MET)
@@ -151,18 +151,18 @@ def _check_gates(
 
 
 def _cut_remedy(error: RunError) -> str:
-    """Return what is wrong from "NAME version NUMBER: what is wrong; remedy", short enough for the log."""
+    """Return the fault from "NAME version NUMBER: fault; remedy", short enough for the log."""
     return str(error).partition(": ")[2].rpartition("; ")[0][:_LONGEST_REASON]
 
 
 def _explain_missing_gate(rows: list[dict[str, Any]]) -> str:
     if any(row["outcome"] == "no champion" and row["metric"] not in metrics.COSTS for row in rows):
-        return "its gates on quality are against a champion, and there is none"
+        return "its gates on quality need a champion, but there is none"
     return "no gate judged its quality (a loss, kl, top1_agreement or a task)"
 
 
 def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id: str | None = None) -> Promotion:
-    """Make the previous version the champion again, and the champion the previous one.
+    """Make the previous version the champion again, and the champion the previous version.
 
     Raises:
         ConfigError: as for promote.
@@ -179,9 +179,9 @@ def rollback(uri: str | None, name: str, why: str | None = None, pipeline_run_id
 
 @contextmanager
 def _open_log(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", PromotionLog]]:
-    """Give a client and the log of a registered model."""
+    """Yield a client and the log of a registered model."""
     if not uri:
-        raise ConfigError("tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE")
+        raise ConfigError("tracking_uri: missing; give MLflow's address, http(s)://HOST or sqlite:///FILE")
     with one_line_errors(uri), fail_fast(), defer_sigterm():
         client = connect(uri)
         try:
@@ -195,7 +195,7 @@ def _open_log(uri: str | None, name: str) -> Iterator[tuple["MlflowClient", Prom
 
 
 def find_version(client: "MlflowClient", name: str, version: int | None) -> int:
-    """Return the number of an existing version; the challenger's if none is given.
+    """Return the number of an existing version; without a given one, the challenger's.
 
     Raises:
         RunError: there is no such version, or no challenger.
@@ -216,14 +216,14 @@ def find_version(client: "MlflowClient", name: str, version: int | None) -> int:
 
 
 def _judge_version(client: "MlflowClient", name: str, version: int, champion: int | None) -> list[dict[str, Any]]:
-    """Return the judged gates of a version, compared with today's champion."""
+    """Return the judged gates of a version, compared with the present champion."""
     evaluation = _read_evaluation(client, name, version)
     if evaluation is None:
         raise NotJudged(f"{name} version {version}: its MLflow run has no {EVALUATION}; {_ANEW}")
     if reason := metrics.find_not_finite(evaluation):
         raise NotJudged(
-            f"{name} version {version}: {reason} in its {EVALUATION}, so it is not promoted; make it anew by the "
-            "pipeline retrain, at a lower learning_rate"
+            f"{name} version {version}: {reason} in its {EVALUATION}, so it is not promoted; make it again with the "
+            "pipeline retrain and a lower learning_rate"
         )
     rows = evaluation.get("gates", [])
     today = f"models:/{name}/{champion}" if champion else None
@@ -237,29 +237,29 @@ def _judge_version(client: "MlflowClient", name: str, version: int, champion: in
     if reason := metrics.find_not_finite(other):
         raise NotJudged(
             f"{name} version {version}: {reason} in {EVALUATION} of the champion, version {champion}: nothing can be "
-            f"compared with it; take it back by minitron rollback, then {_ANEW}"
+            f"compared with it; demote it with minitron rollback, then {_ANEW}"
         )
     test_set = evaluation.get("test_set")
     same_test = test_set is not None and other is not None and other.get("test_set") == test_set
-    if other is None or not same_test or measures & {*metrics.SPEEDS}:  # speeds of two machines do not compare
+    if other is None or not same_test or measures & {*metrics.SPEEDS}:  # speeds on two machines are not comparable
         raise NotJudged(
-            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its numbers "
-            f"cannot be compared with those of today's champion, version {champion}; {_ANEW}"
+            f"{name} version {version}: its gates were judged against {compared or 'no champion'}, and its metrics "
+            f"cannot be compared with those of the present champion, version {champion}; {_ANEW}"
         )
     return gates.judge_student(rows, evaluation, other["student"])
 
 
 def read_declared_gates(client: "MlflowClient", name: str, version: int) -> list[dict[str, Any]] | None:
-    """Return the gates that a version was judged by, as `gates.read_gates` has them; None if its run does not say."""
+    """Return the gates that judged a version, in the form of `gates.read_gates`; None if its run has none."""
     try:
         rows = (_read_evaluation(client, name, version) or {}).get("gates")
         return None if rows is None else gates.list_declared(rows)
-    except (RunError, KeyError, TypeError, AttributeError):  # of another tool
+    except (RunError, KeyError, TypeError, AttributeError):  # another tool's run
         return None
 
 
 def _read_evaluation(client: "MlflowClient", name: str, version: int) -> dict[str, Any] | None:
-    """Return evaluation.json of a version's run, with the student's items if they are there; None without the file."""
+    """Return evaluation.json of a version's run, with the models' items if there are any; None if it is missing."""
     run_id = client.get_model_version(name, str(version)).run_id
     files = {file.path for file in client.list_artifacts(run_id)} if run_id else set()
     if not run_id or EVALUATION not in files:
@@ -281,5 +281,5 @@ def _name_author(why: str | None, pipeline_run_id: str | None) -> str:
         return f"Kubeflow run {pipeline_run_id}"
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # a container's user may have no name
         return f"user {os.getuid()}"

@@ -1,11 +1,11 @@
-"""The promotion log: who made which version of a registered model the champion, when and why.
+"""The promotion log: who made which version of a registered model the champion, when, and why.
 
-Moves happen one at a time, and none is lost. Any process can overwrite an alias in MLflow, but a run's parameter is
-written only once. So every registered model has a run, "promotions of NAME", whose parameters move.0001, move.0002, …
-are its moves. The process that writes number n has made that move, and all others read it. The aliases `champion` and
-`previous` follow: a process that set them looks whether a later move has come meanwhile, so the last one to set them
-has seen all moves. Then it writes `done.0001`. If that is missing, the author died: the next promotion completes the
-move, unless the alias was moved by hand since. A move starts where the alias is.
+Moves happen one at a time, and none is lost. Any process can overwrite an alias in MLflow, but a run's parameter can be
+written only once. So every registered model has a run, "promotions of NAME", and its parameters move.0001, move.0002, …
+are the moves. The process that writes number n has made that move, and all others read it. Then it sets the aliases
+`champion` and `previous`, and repeats this while there is a later move, so the last process to set them has seen all
+moves. Finally it writes `done.0001`. If that is missing, the process died: the next promotion completes the move,
+unless someone has moved the alias by hand. A move starts from the present alias.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ PROMOTED_TAG = "promoted_at"
 """Tag of a version that is or was the champion."""
 
 FORCED_TAG = "promoted_forced"
-"""Tag of such a version: the outcome of the gates that a person overruled; empty if nobody did."""
+"""Tag of such a version: the outcome of the gates that a person overruled; empty if no gate was overruled."""
 
 _TAG = "minitron.promotions"
-"""On a registered model: the id of its run. On the run: the model's name."""
+"""Tag of a registered model: the id of its run of promotions. Tag of that run: the model's name."""
 
-_NOTE = "Who made which version the champion, when and why, as its parameters. `minitron promote` reads it: keep it."
+_NOTE = "Its parameters record who made which version the champion, when and why. `minitron promote` needs this run."
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Move:
         """Return the log entry."""
         values = asdict(self)
         if self.forced is None:
-            del values["forced"]  # an earlier version reads it, too
+            del values["forced"]  # an earlier version must be able to read it
         return json.dumps({"from": values.pop("source")} | values, ensure_ascii=False)
 
 
@@ -82,7 +82,7 @@ class PromotionLog:
     """The moves of one registered model."""
 
     def __init__(self, client: "MlflowClient", name: str) -> None:
-        """Find the run, or make it.
+        """Find the run of promotions, or create it.
 
         Raises:
             RunError: no version of the model has a run.
@@ -95,7 +95,7 @@ class PromotionLog:
         return _list_moves(self._read_parameters())
 
     def settle_moves(self) -> State:
-        """Complete the last move if its author died, and return the state of the aliases."""
+        """Complete the last move if its process died, and return the state of the aliases."""
         parameters = self._read_parameters()
         moves, aliases = _list_moves(parameters), self._read_aliases()
         if moves and aliases[0] in (moves[-1].source, moves[-1].to) and _name_mark(moves) not in parameters:
@@ -104,17 +104,17 @@ class PromotionLog:
         return State(len(moves), *aliases)
 
     def move(self, state: State, to: int, who: str, why: str | None, forced: str | None = None) -> Move:
-        """Make a version the champion, and the present one the previous.
+        """Make a version the champion, and the present champion the previous one.
 
         Args:
             state: the state that the move starts from.
             to: the version.
             who: the author of the move.
-            why: reason, for those who read the log.
+            why: reason, for readers of the log.
             forced: the outcome of the gates that the author overrules.
 
         Raises:
-            RunError: another process has made a move since then.
+            RunError: another process has made a move since `state` was read.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         move = Move(state.champion, to, who, now, why, uuid.uuid4().hex, forced)
@@ -123,7 +123,7 @@ class PromotionLog:
             other = Move.from_json(written)
             raise RunError(
                 f"{self._name}: {other.who} made version {other.to} {CHAMPION} at the same time; run the command again "
-                "if yours is still wanted"
+                "if you still want your version"
             )
         self._follow_moves()
         return move
@@ -131,7 +131,7 @@ class PromotionLog:
     def _make_run(self) -> str:
         """Return the run of the moves, on which all processes agree: a parameter of the first version's run names it.
 
-        Version 0.3 and earlier made it so, too; from then on a tag of the registered model names it.
+        Afterwards, a tag of the registered model names it.
         """
         client = self._client
         versions = client.search_model_versions(f"name = '{self._name}'", 1000, ["version_number ASC"])
@@ -141,7 +141,7 @@ class PromotionLog:
         experiment, title = find_or_create_experiment(client, EXPERIMENT), f"promotions of {self._name}"
         tags = {_TAG: self._name, NOTE_TAG: _NOTE}
         made = client.create_run(experiment, tags=tags, run_name=title).info.run_id
-        client.set_terminated(made)  # nothing runs in it
+        client.set_terminated(made)  # it never runs
         key = f"promotions.{hashlib.sha256(self._name.encode()).hexdigest()[:12]}"
         if (run_id := self._write_once(first.info.run_id, key, made)) != made:
             client.delete_run(made)  # another process was faster
@@ -149,7 +149,7 @@ class PromotionLog:
         return run_id
 
     def _write_once(self, run_id: str, name: str, value: str) -> str:
-        """Write a parameter of a run, and return its value: MLflow never changes one, so another's may stand there."""
+        """Write a parameter of a run, and return its value, which may be another process's: MLflow never changes it."""
         try:
             self._client.log_param(run_id, name, value)
         except Exception as error:
@@ -167,7 +167,7 @@ class PromotionLog:
         return champion, previous
 
     def _follow_moves(self) -> None:
-        """Let the aliases follow the latest move, until no later one has come meanwhile."""
+        """Set the aliases by the latest move, and repeat this while there is a later move."""
         followed = None
         while followed != (moves := self.read_moves())[-1]:
             followed = moves[-1]
@@ -189,7 +189,7 @@ def _list_moves(parameters: dict[str, str]) -> list[Move]:
 
 
 def _name_mark(moves: list[Move]) -> str:
-    """Return the name of the parameter that says that the aliases have followed the last move."""
+    """Return the name of the parameter that records that the aliases are set by the last move."""
     return f"done.{len(moves):04d}"
 
 

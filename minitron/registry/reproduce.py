@@ -3,9 +3,8 @@
     minitron reproduce models:/NAME/7 --output again.yaml
     minitron run compress --preset again.yaml --work-dir runs/again
 
-With the same package, inputs and settings every stage has the same key. A result that still exists is reused. Inputs
-that have changed since are refused: the preset has their hashes, as `expected_sha256`. The version that it makes gets
-an alias of its own.
+With the same package, inputs and settings every stage has the same key. A result that still exists is reused. Changed
+inputs are refused, because the preset has their hashes as `expected_sha256`. The new version gets an alias of its own.
 """
 
 from collections.abc import Iterator
@@ -23,15 +22,15 @@ from minitron.errors import ConfigError
 PIPELINE = "compress"
 
 ALIAS = "reproduced"
-"""Alias of a version that was made again: the first one's, which `promote` looks for, stays where it is."""
+"""Alias of the new version; the alias that `promote` looks for does not move."""
 
 _WHERE = {"output", "workspace", "caching", "expected_sha256"}
-"""Settings that say where results lie, which the user of the preset chooses, and what another run expected."""
+"""Settings that the preset leaves out: the user chooses where results are stored and what is expected."""
 
 
 _HELD = {"prepare": ("corpus", "teacher"), "finetune": ("teacher", "dataset")}
-"""Inputs whose content must be the same again, beside those that a stage has in its section. A dataset is the same on
-every machine, a model on the same kind of machine."""
+"""Inputs whose content must not change, beside those in a stage's section. A dataset is the same on every machine, a
+model on the same kind of machine."""
 
 
 def write_preset(lineage: dict[str, Any]) -> str:
@@ -41,19 +40,19 @@ def write_preset(lineage: dict[str, Any]) -> str:
         lineage: as `lineage.read_lineage` returns it.
 
     Raises:
-        ConfigError: a stage left no record, or the stages do not belong to one run of the pipeline.
+        ConfigError: a stage has no record, or the stages do not belong to one run of the pipeline.
     """
     records = lineage["stages"]
     if missing := [stage for stage in STAGES if stage not in records]:
         raise ConfigError(
-            f"{lineage['version']}: {', '.join(missing)} left no record, so not all settings are known; give a "
-            "version that the whole pipeline made"
+            f"{lineage['version']}: no record of {', '.join(missing)}, so not all settings are known; give a version "
+            "that the whole pipeline made"
         )
     shared, sections = _merge_settings(lineage)
     sections["register"]["alias"] = ALIAS
     parts = ["\n".join(f"# {line}" for line in _list_comments(lineage)), _dump_yaml(shared)]
     for stage, section in sections.items():
-        made = records[stage].get("output_sha256")  # register wrote the lineage before it had one
+        made = records[stage].get("output_sha256")  # register wrote the lineage before its own result
         parts.append((f"# result sha256 {made}\n" if made else "") + _dump_yaml({stage: section}))
     return "\n".join(parts)
 
@@ -61,9 +60,9 @@ def write_preset(lineage: dict[str, Any]) -> str:
 def _list_comments(lineage: dict[str, Any]) -> Iterator[str]:
     records = lineage["stages"]
     versions = records["distill"]["versions"]
-    yield f"Makes {lineage['version']} again: minitron run {PIPELINE} --preset FILE"
+    yield f"Reproduces {lineage['version']}: minitron run {PIPELINE} --preset FILE"
     package, method = versions["minitron"], versions.get("method", versions["minitron"])
-    yield f"minitron-pipelines {package}, method {method}, made it; another method computes every stage anew."
+    yield f"Made by minitron-pipelines {package}, method {method}; with another method every stage runs again."
     made = {record.get("output_sha256") for record in records.values()}
     inputs: dict[str, str] = {}
     for record in records.values():
@@ -101,7 +100,7 @@ def _merge_settings(lineage: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _read_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a stage, with pinned addresses, and paths that do not depend on a directory."""
+    """Return the settings of a stage, with pinned addresses and absolute paths."""
     settings = {name: value for name, value in record["config"].items() if value is not None and name not in _WHERE}
     return settings | {name: entry.get("pinned", entry["address"]) for name, entry in record["inputs"].items()}
 

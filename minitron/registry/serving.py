@@ -1,8 +1,8 @@
-"""The KServe InferenceService that serves a registered version, as YAML; nothing is deployed.
+"""The KServe InferenceService of a registered version, as YAML; nothing is deployed.
 
     minitron serve-manifest models:/minitron@champion | kubectl apply --namespace minitron --filename -
 
-KServe's runtime for `huggingface` loads a Hugging Face directory with vLLM. Another version is another manifest.
+KServe's runtime for `huggingface` loads a Hugging Face directory with vLLM. Another version gives another manifest.
 """
 
 import re
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _READABLE = ("gs://", "s3://", "hdfs://", "webhdfs://")
-"""Where MLflow may keep a model and KServe 0.20 fetches one (python/storage/kserve_storage/kserve_storage.py)."""
+"""Schemes of MLflow's storage that KServe 0.20 can read (python/storage/kserve_storage/kserve_storage.py)."""
 
 _GPU, _GPU_GB, _WEIGHTS_SHARE = "nvidia.com/gpu", 80, 0.6
-"""Memory of an H100, and the share of it that the weights may take: the rest is vLLM's key-value cache."""
+"""Memory of an H100, and the share of it for the weights; the rest is for vLLM's key-value cache."""
 
 
 def render_service(uri: str, address: str, claim: str) -> str:
@@ -35,10 +35,10 @@ def render_service(uri: str, address: str, claim: str) -> str:
     Args:
         uri: the tracking server.
         address: models:/NAME/VERSION or models:/NAME@alias.
-        claim: volume claim of the workspace, if the model lies in one.
+        claim: volume claim of the workspace, if the model is on a volume.
 
     Raises:
-        ConfigError: stage register did not make the version, or it lies where KServe cannot read it.
+        ConfigError: stage register did not make the version, or KServe cannot read its files.
         RunError: MLflow cannot be reached, or has no such version or alias.
     """
     with one_line_errors(uri), fail_fast():
@@ -47,7 +47,7 @@ def render_service(uri: str, address: str, claim: str) -> str:
         client = connect(uri)
         tags = client.get_model_version(name, number).tags
         if not {"parameters", "student_sha256"} <= tags.keys():
-            raise ConfigError(f"{pinned}: has no tags parameters and student_sha256; give a version of stage register")
+            raise ConfigError(f"{pinned}: no tags parameters and student_sha256; give a version that register made")
         storage = _find_storage(client, pinned, claim)
     service = {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -63,7 +63,7 @@ def render_service(uri: str, address: str, claim: str) -> str:
 
 
 def _make_predictor(storage: str, parameters: int) -> dict[str, Any]:
-    """Return the predictor: its GPUs hold the weights and a key-value cache, its memory the weights once."""
+    """Return the predictor: its GPUs hold the weights and a key-value cache, its host memory the weights once."""
     weights = parameters * BF16
     gpus = 1
     while weights > gpus * _GPU_GB * 1e9 * _WEIGHTS_SHARE:
@@ -80,13 +80,13 @@ def _make_predictor(storage: str, parameters: int) -> dict[str, Any]:
 
 
 def _make_name(model: str) -> str:
-    """Return a name that KServe takes: [a-z]([-a-z0-9]*[a-z0-9])?, and short enough for the host names made of it."""
+    """Return a name that KServe accepts: [a-z]([-a-z0-9]*[a-z0-9])?, short enough for the host names made from it."""
     name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
     return (name if name[:1].isalpha() else f"model-{name}")[:50].strip("-")
 
 
 def _find_storage(client: "MlflowClient", version: str, claim: str) -> str:
-    """Return the address of a version's files for KServe: MLflow's, or that of the result it was registered from."""
+    """Return the address of a version's files for KServe: MLflow's, or that of the registered result."""
     name, _, number = version.removeprefix("models:/").rpartition("/")
     location = client.get_model_version_download_uri(name, number)
     if location.startswith(_READABLE):
@@ -98,14 +98,14 @@ def _find_storage(client: "MlflowClient", version: str, claim: str) -> str:
     if result and result.startswith(f"{mount}/"):
         return f"pvc://{claim}{result.removeprefix(mount)}"
     raise ConfigError(
-        f"{version}: KServe cannot read it: MLflow keeps it at {location}, and its student was left in "
-        f"{result or 'no workspace'}; run the pipeline with a workspace in {mount} or a bucket, or start MLflow with "
+        f"{version}: KServe can read neither MLflow's files at {location} nor its result ({result or 'no workspace'}); "
+        f"run the pipeline with a workspace in {mount} or a bucket, or start MLflow with "
         "--default-artifact-root gs://…, and register it again"
     )
 
 
 def _find_result(origin: dict[str, Any]) -> str | None:
-    """Return the address of the result that is the student, in the workspace of the stage that made it."""
+    """Return the address of the student's result, in the workspace of the stage that made it."""
     student = origin["stages"]["register"]["inputs"]["student"]["sha256"]
     for record in origin["stages"].values():
         if record.get("output_sha256") == student and (workspace := record["config"].get("workspace")):
@@ -123,5 +123,5 @@ def _find_directory(result: str) -> str:
 
     record = bucket_results.read_record_at(result)
     if record is None:
-        raise ConfigError(f"{result}: there is no result any more; run the pipeline again, and register its student")
+        raise ConfigError(f"{result}: the result is gone; run the pipeline again, and register its student")
     return result_address(result, record)

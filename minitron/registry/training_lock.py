@@ -1,7 +1,8 @@
-"""The training lock: two pipeline runs that overlap do not train the same model.
+"""The training lock: two overlapping pipeline runs do not train the same model.
 
-A run writes on itself what it makes and since when, waits a moment, and looks who else makes the same: the earliest one
-that lives goes on, the others end. It lives until it has an outcome, or gives no sign of life for ten minutes.
+A run writes a claim as its own tag: the model that it makes, and the time. It waits a moment and looks for other runs
+with the same claim. The earliest live run continues, the others end. A run is live until it has an outcome, or gives no
+sign of life for ten minutes.
 """
 
 import hashlib
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _CLAIM_TAG = "minitron.makes"
-"""Tag of a pipeline run: the digest of what it makes, and the time of its claim in seconds since 1970."""
+"""Tag of a pipeline run: the digest of the model that it makes, and the time of its claim in seconds since 1970."""
 
 _SETTLING_SECONDS = 2
-"""Seconds between writing a claim and reading those of others, so that two that claim at once see each other."""
+"""Seconds between writing a claim and reading other claims, so that two simultaneous claims see each other."""
 
 SILENCE_SECONDS = 600
-"""A run without a sign of life for this long is lost, or waits for a node; a stage gives one every minute."""
+"""After so long without a sign of life a run is lost, or waits for a node; a stage gives a sign every minute."""
 
 
 def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]) -> str | None:
@@ -30,11 +31,11 @@ def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]
 
     Args:
         client: MLflow's.
-        run: the pipeline run's, in the experiment that its rivals use.
+        run: MLflow's run of the pipeline, in the experiment that its rivals use.
         made_from: fingerprint and name of the model.
 
     Returns:
-        None, or a description of the run that has the claim.
+        None, or a description of the other run that has the claim.
     """
     run_id, now = run.info.run_id, time.time()
     if OUTCOME_TAG in run.data.tags:  # an earlier attempt of the same run ended
@@ -47,7 +48,7 @@ def claim_training(client: "MlflowClient", run: "Run", made_from: dict[str, str]
         if rival.info.run_id != run_id and earlier and OUTCOME_TAG not in rival.data.tags:
             seconds = time.time() - _read_last_sign_of_life(client, rival)
             if seconds <= SILENCE_SECONDS:
-                return f"run {rival.info.run_name}, last heard of {seconds / 60:.0f} minutes ago,"
+                return f"run {rival.info.run_name}, last sign of life {seconds / 60:.0f} minutes ago,"
     return None
 
 

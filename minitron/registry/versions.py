@@ -1,8 +1,8 @@
-"""Registered models of MLflow: a directory becomes a version with an alias, and a version becomes a directory.
+"""MLflow's registered models: register a directory as a version with an alias, and download a version to a directory.
 
-A version is an unchanged Hugging Face directory with the files that mlflow.pyfunc needs. Its MLflow run is that of the
-pipeline that made it. The model and the version carry the key of the stage that registers them. A registration that was
-killed is continued by the next one with this key, wherever it was; one that fails leaves nothing behind.
+A version is an unchanged Hugging Face directory with the files that mlflow.pyfunc needs. Its MLflow run is the run of
+the pipeline that made it. The model and the version have the key of the stage that registers them. If a registration is
+killed, the next one with this key continues it, on any machine; a failed one leaves nothing behind.
 """
 
 import json
@@ -54,7 +54,7 @@ CARD, CARD_BEGINS = "README.md", "---\n# Written by minitron-pipelines\n"
 """The model card that register adds, and its first lines, which distinguish it from the model's own card."""
 
 GATE_OUTCOME_TAG = "decision"
-"""Tag of a version: the outcome of its gates when promote judged them, as text. The tag's name is older."""
+"""Tag of a version: the outcome of its gates when promote judged them, as text. The tag's name is historical."""
 
 _MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 _ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
@@ -69,7 +69,7 @@ def pin_version(uri: str, address: str) -> str:
     """
     if not (match := _MODEL.fullmatch(address)):
         raise ConfigError(
-            f"{address}: not a model of MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
+            f"{address}: not a model in MLflow's registry; give models:/NAME@alias or models:/NAME/VERSION"
         )
     name, alias, number = match.groups()
     with one_line_errors(uri):
@@ -86,13 +86,13 @@ def pin_version(uri: str, address: str) -> str:
 
 
 def _explain_missing(client: "MlflowClient", name: str, alias: str | None) -> str:
-    """Say why there is no version with this alias, or else number, and what there is instead."""
+    """Explain why there is no version with this alias or number, and name the existing ones."""
     if not (found := client.search_registered_models(f"name = '{name}'")):
         known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
         return f"no model {name} is registered at {without_password(client.tracking_uri)}; give one of: {known}"
     newest = max((int(version.version) for version in found[0].latest_versions), default=None)
     if alias is None:
-        return f"model {name} has no such version; the newest is {newest or 'none'}, give one that is there"
+        return f"model {name} has no such version; the newest is {newest or 'none'}; give an existing one"
     aliases = ", ".join(sorted(found[0].aliases)) or "none"
     remedy = f"minitron promote {name} makes one" if alias == "champion" else "give one of these, or a version"
     return f"model {name} has no alias {alias}, only: {aliases}; {remedy}"
@@ -107,7 +107,8 @@ def read_aliases(client: "MlflowClient", name: str) -> dict[str, str]:
 def search_versions(client: "MlflowClient", name: str, tag: str, *parts: str) -> "list[ModelVersion]":
     """Return the versions, the newest first, whose tag has these parts, in this order, and perhaps others like them.
 
-    A model may have thousands of versions, so the server searches. Characters that its filter cannot express match any.
+    A model may have thousands of versions, so the server searches. A character that its filter cannot express matches
+    any character.
     """
     pattern = "%".join(["", *(re.sub(r"[^\w/:@.#=-]", "_", part) for part in parts), ""])
     condition = f"name = '{name}' AND tags.`{tag}` LIKE '{pattern}'"
@@ -129,7 +130,7 @@ def list_all_versions(client: "MlflowClient") -> "Iterator[ModelVersion]":
 
 
 def has_version(uri: str, name: str, version: int, student_sha256: str) -> bool:
-    """Say whether a version exists and is of this student."""
+    """Say whether a version exists and has this student."""
     with one_line_errors(uri):
         try:
             tags = connect(uri).get_model_version(name, str(version)).tags
@@ -167,13 +168,13 @@ def upload_model(
 ) -> Iterator[str]:
     """Log a directory's files as a model and yield the model's id; delete the model if anything fails.
 
-    What a killed attempt uploaded stays, if it is whole: only the rest is uploaded.
+    Intact files that a killed attempt uploaded are kept; only the others are uploaded.
 
     Args:
-        tracker: its pipeline's run gets the model.
+        tracker: the model is logged to its pipeline's run.
         directory: a Hugging Face directory.
         card: a model card, CARD; one in the directory takes its place.
-        code: a module with `_load_pyfunc(model_directory)` that needs nothing but `requirements`.
+        code: a module with `_load_pyfunc(model_directory)` that needs only `requirements`.
         requirements: packages, as pip takes them.
     """
     client = tracker.client
@@ -188,7 +189,7 @@ def upload_model(
             _write_mlmodel(added, code, model.model_id, tracker.pipeline_run_id, size, requirements)
             first = added / "MLmodel" if card.name in files else card
             client.log_model_artifact(model.model_id, str(first))
-            check_uploaded(client, model, {first.name: first})  # before gigabytes go where nobody finds them
+            check_uploaded(client, model, {first.name: first})  # before gigabytes are uploaded to a wrong place
             warn_of_path(client, model)
             # Uploaded from the directory itself, so the weights are not copied on this disk.
             for path_name, path in list_missing(client, model, files).items():
@@ -200,7 +201,7 @@ def upload_model(
         yield model.model_id
     except BaseException:
         with suppress(Exception):  # the server may be gone
-            delete_files(client, model)  # MLflow deletes none of a deleted model before `mlflow gc`
+            delete_files(client, model)  # MLflow keeps a deleted model's files until `mlflow gc`
             client.delete_logged_model(model.model_id)
         raise
 
@@ -248,7 +249,7 @@ def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str,
 
 
 def complete_version(tracker: MlflowTracker, version: "ModelVersion", alias: str) -> None:
-    """Give a version its alias, and link its model to it; again does no harm."""
+    """Give a version its alias, and link its model to it; this is idempotent."""
     client, number = tracker.client, str(version.version)
     client.set_registered_model_alias(version.name, alias, number)
     link = json.dumps([{"name": version.name, "version": number}])  # as mlflow.register_model writes it
@@ -262,7 +263,7 @@ def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[st
     client, run_id = tracker.client, tracker.pipeline_run_id
     outputs = client.get_run(run_id).outputs
     if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])  # a second time, it would be there twice
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])  # a second time would link it twice
     # A registry in a database looks the model up at the environment's address, not at its own.
     with set_environment(MLFLOW_TRACKING_URI=client.tracking_uri):
         return client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
@@ -272,10 +273,10 @@ def _write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size
     """Write the files that make a Hugging Face directory an MLflow model: MLmodel, environment files and loader code.
 
     Args:
-        directory: new directory that gets the files.
-        code: a module with `_load_pyfunc(model_directory)` that needs nothing but torch and transformers.
-        model_id: the logged model that the files belong to.
-        run_id: the run that it came from.
+        directory: new directory for the files.
+        code: a module with `_load_pyfunc(model_directory)` that needs only torch and transformers.
+        model_id: the logged model of the files.
+        run_id: the model's run.
         size: bytes of the model's own files.
         requirements: the packages that `code` needs, as pip takes them.
     """

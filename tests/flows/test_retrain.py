@@ -164,7 +164,7 @@ def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) 
     assert training_lock.claim_training(client, other, made_from) is None
     run = retrain(directory, f"corpus={third}")
     assert run.status == 0 and run.summary["outcome"] == "made elsewhere"
-    assert re.search(r"run the nightly run, last heard of \d+ minutes ago, makes the same already", run.output)
+    assert re.search(r"run the nightly run, last sign of life \d+ minutes ago, makes the same already", run.output)
 
 
 def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, directory: Path) -> None:

@@ -138,7 +138,9 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
     with pytest.raises(ConfigError, match=f"models:/{name}/2: has no tag lineage; give a version that minitron's"):
         lineage.read_lineage(mlflow_file, f"models:/{name}/2")
     client.set_model_version_tag(name, "1", "student_sha256", "another")
-    with pytest.raises(RunError, match=r"lineage\.json is of another student, because it was overwritten; register"):
+    with pytest.raises(
+        RunError, match=r"lineage\.json belongs to another student, because it was overwritten; register"
+    ):
         lineage.read_lineage(mlflow_file, f"models:/{name}/1")
 
 
@@ -220,7 +222,7 @@ def test_of_a_stage_that_was_reused_the_places_may_differ_but_not_the_settings(f
 
 def test_what_other_tools_made_cannot_be_made_again(found: dict[str, Any]) -> None:
     del found["stages"]["finetune"], found["stages"]["prune"]
-    with pytest.raises(ConfigError, match="models:/small/3: finetune, prune left no record, so not all settings"):
+    with pytest.raises(ConfigError, match="models:/small/3: no record of finetune, prune, so not all settings"):
         reproduce.write_preset(found)
 
 

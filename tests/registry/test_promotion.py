@@ -176,7 +176,7 @@ def test_a_person_overrules_gates_and_says_why(mlflow_file: str, name: str) -> N
     """The log, the version and its lineage say so; no pipeline overrules, and no gate that is met is overruled."""
     register_versions(mlflow_file, name, make_evaluation(1.5), make_evaluation(3.5), None)
     for values in ({}, {"why": " "}, {"why": "better", "pipeline_run_id": "run-7"}):
-        with pytest.raises(ConfigError, match="--force: only a person overrules gates, and the log says why; give"):
+        with pytest.raises(ConfigError, match="--force: only a person can overrule gates, and the log says why; give"):
             promote(mlflow_file, name, 2, force=True, **values)
     forced = "Validation loss: 3.500, at most 2.000: failed"
     move = promote(mlflow_file, name, 2, "its license", force=True).move
@@ -220,7 +220,7 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
         make_evaluation(1.0, "champion", test_set="b", champion=against),
         make_evaluation(1.0, "champion", test_set="b", champion={"address": f"models:/{name}/2"}),
     )
-    with pytest.raises(NoQualityGate, match="its gates on quality are against a champion, and there is none, so no"):
+    with pytest.raises(NoQualityGate, match="its gates on quality need a champion, but there is none, so no"):
         promote(mlflow_file, name, 3, pipeline_run_id="run")
     assert promote(mlflow_file, name, 3, "the first", "run").gates[0]["outcome"] == "no champion"
     promote(mlflow_file, name, 1)
@@ -239,7 +239,7 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
         ({"name": "nobody"}, r"nobody: no such model is registered at sqlite:.*; known: .*"),
         ({"version": 7}, r": no version 7; known: 1, 2"),
         ({"version": None}, r": no version has the alias challenger; give a version, or register one"),
-        ({"uri": None}, r"tracking_uri: missing; the registry is MLflow's"),
+        ({"uri": None}, r"tracking_uri: missing; give MLflow's address"),
         ({"uri": "./mlruns"}, r"tracking_uri \./mlruns: MLflow does not write there"),
         ({"uri": "http://127.0.0.1:9"}, r"MLflow at http://127\.0\.0\.1:9: .*check tracking_uri and that"),
         ({"why": "x" * 1001}, r"why: 1001 characters in JSON; give at most 1000"),
@@ -304,7 +304,9 @@ def test_a_first_version_whose_run_was_deleted_keeps_nobody(mlflow_file: str, na
 @pytest.mark.parametrize("text", ["[]", "oops", '{"gates": [{"metric": "x"}]}', '{"gates": 3}'])
 def test_an_evaluation_of_another_tool_is_refused(mlflow_file: str, name: str, text: str) -> None:
     register_version(mlflow_file, name, "challenger", {}, evaluation=text)
-    with pytest.raises(RunError, match=r"not what minitron writes|was not written by minitron") as caught:
+    with pytest.raises(
+        RunError, match=r"not what minitron writes|minitron did not write the evaluation.json"
+    ) as caught:
         promote(mlflow_file, name)
     assert "\n" not in str(caught.value)
 
@@ -314,7 +316,9 @@ def test_the_speed_of_another_evaluation_is_not_compared(mlflow_file: str, name:
     by_speed = by_loss | {"gates": [by_loss["gates"][0] | {"metric": "generation_tokens_per_second"}]}
     register_versions(mlflow_file, name, make_evaluation(1.5), by_loss, by_speed)
     promote(mlflow_file, name, 1)
-    with pytest.raises(NotJudged, match="cannot be compared with those of today's champion, version 1; run the pipe"):
+    with pytest.raises(
+        NotJudged, match="cannot be compared with those of the present champion, version 1; run the pipe"
+    ):
         promote(mlflow_file, name, 3)
     assert promote(mlflow_file, name, 2).version == 2
 

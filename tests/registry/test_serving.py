@@ -119,7 +119,7 @@ def test_behind_mlflows_proxy_it_is_served_from_the_workspaces_claim(
 ) -> None:
     mount = tmp_path / "workspace"
     student = make(mlflow_server, str(mount / "team"))
-    message = f"MLflow keeps it at mlflow-artifacts:/.*, and its student was left in {mount}/team/distill/.*; run the"
+    message = rf"neither MLflow's files at mlflow-artifacts:/.* nor its result \({mount}/team/distill/.*\); run the"
     assert re.search(message, fail(mlflow_server, f"models:/{tmp_path.name}/1")), "this is no claim"
     monkeypatch.setattr(serving, "default_argument", {"workspace": str(mount)}.get)  # the claim is mounted there
     manifest = render(mlflow_server, f"models:/{tmp_path.name}@challenger")
@@ -140,14 +140,12 @@ def test_behind_mlflows_proxy_it_is_served_from_the_workspace_in_a_bucket(
     assert_is_in_bucket(world, storage, result)
     for name in world.names("workspace/distill/"):
         world.storage.delete_file("bucket", name)
-    assert "there is no result any more; run the pipeline again, and register its student" in fail(
-        mlflow_server, address
-    )
+    assert "the result is gone; run the pipeline again, and register its student" in fail(mlflow_server, address)
 
 
 def test_what_cannot_be_served_is_one_line(mlflow_server: str, make: Callable[..., Path], tmp_path: Path) -> None:
     make(mlflow_server, None)
-    assert "its student was left in no workspace; run the pipeline with a workspace in /workspace or a bucket" in fail(
+    assert "nor its result (no workspace); run the pipeline with a workspace in /workspace or a bucket" in fail(
         mlflow_server, f"models:/{tmp_path.name}/1"
     )
     line = fail(mlflow_server, f"models:/{tmp_path.name}@champion")
@@ -155,7 +153,7 @@ def test_what_cannot_be_served_is_one_line(mlflow_server: str, make: Callable[..
     assert line.endswith(f"model {name} has no alias champion, only: challenger; minitron promote {name} makes one")
     assert "no model none is registered at http://127" in fail(mlflow_server, "models:/none@champion")
     register_version(mlflow_server, tmp_path.name, None, {"made_by": "hand"})
-    assert "/2: has no tags parameters and student_sha256; give a version of stage register" in fail(
+    assert "/2: no tags parameters and student_sha256; give a version that register made" in fail(
         mlflow_server, f"models:/{tmp_path.name}/2"
     )
 

@@ -30,7 +30,7 @@ def start(client: Any, tmp_path: Path) -> Any:
 def test_what_one_run_makes_another_does_not(client: Any, start: Any) -> None:
     first, second = start("first"), start("second")
     assert training_lock.claim_training(client, first, ORIGIN) is None
-    assert training_lock.claim_training(client, second, ORIGIN) == "run first, last heard of 0 minutes ago,"
+    assert training_lock.claim_training(client, second, ORIGIN) == "run first, last sign of life 0 minutes ago,"
     assert training_lock.claim_training(client, second, ORIGIN | {"corpus": "another"}) is None
     assert training_lock.claim_training(client, first, ORIGIN) is None, "its own attempt after a failure"
 
@@ -66,7 +66,7 @@ def test_a_run_that_is_not_heard_of_has_no_claim(client: Any, start: Any, monkey
         client.set_tag(lost.info.run_id, training_lock._CLAIM_TAG, _read_claim(client, slow))
     sign = {pipeline_run.PARENT_TAG: slow.info.run_id, pipeline_run.ALIVE_TAG: str(time.time() - 300)}
     client.create_run(slow.info.experiment_id, tags=sign, start_time=int(long_ago * 1000))
-    assert training_lock.claim_training(client, third, ORIGIN) == "run slow, last heard of 5 minutes ago,"
+    assert training_lock.claim_training(client, third, ORIGIN) == "run slow, last sign of life 5 minutes ago,"
     client.delete_run(slow.info.run_id)
     assert training_lock.claim_training(client, third, ORIGIN) is None
 
