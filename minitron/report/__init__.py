@@ -1,4 +1,4 @@
-"""What people read of a compression: page, card, tables, figures, charts, TensorBoard's events.
+"""The report of a compression for people: page, card, tables, figures, charts, TensorBoard's events.
 
 Everything here turns records into text and pictures. It imports config, storage and registry.
 """

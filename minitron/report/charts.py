@@ -31,10 +31,10 @@ _PAGE_COLORS = {
 MODEL_COLORS = (GRAY, BLUE, ORANGE, GREEN, PURPLE)
 
 MOST_POINTS = 400
-"""Points of a curve. A chart is about as many pixels wide; more points would only make the page larger."""
+"""Most points of a curve. A chart is about as many pixels wide, so more points would only make the page larger."""
 
 WIDTH, WIDE = 5.6, 11.6
-"""Inches of a chart over half of the page and over all of it. With these its text has the same size in both."""
+"""Sizes in inches of a chart over half of the page and over the full width, with text of the same size."""
 
 _LOG_RATIO = 20
 _REWRITES = (
@@ -84,12 +84,12 @@ def draw_curves(
     """Draw a quantity over optimizer steps.
 
     Args:
-        label: text that screen readers say.
+        label: text for screen readers.
         axis: quantity and unit.
-        training: steps and values on training batches; long ones are averaged to MOST_POINTS.
+        training: steps and values on training batches; a long series is averaged to MOST_POINTS.
         validation: steps and values on the validation split, drawn with markers.
         floor: the corrected teacher's value, drawn as a line.
-        kept: the step whose weights the stage kept.
+        kept: the step whose weights were kept.
     """
     figure, axes = _create_figure()
     axes.plot(*map(downsample, training), color=BLUE, linewidth=1, alpha=0.75, label="training", gid="training")
@@ -111,7 +111,7 @@ def draw_curves(
 
 @matplotlib.rc_context(_SETTINGS)
 def draw_layers(label: str, scores: Sequence[float], kept: set[int]) -> Markup:
-    """Draw the block influence of every layer, the dropped ones hatched; `kept` counts from 0, the axis from 1."""
+    """Draw the block influence of every layer, with dropped layers hatched; `kept` counts from 0, the axis from 1."""
     figure, axes = _create_figure(width=WIDE)
     for layer, score in enumerate(scores):
         [bar] = axes.bar(layer + 1, score, 0.8, **_choose_fill(layer in kept))
@@ -125,7 +125,7 @@ def draw_layers(label: str, scores: Sequence[float], kept: set[int]) -> Markup:
 
 @matplotlib.rc_context(_SETTINGS)
 def draw_ranking(label: str, scores: Sequence[float], kept: Sequence[int]) -> Markup:
-    """Draw the scores of channels from the highest to the lowest, the kept ones and the cut ones apart."""
+    """Draw the scores of channels from the highest to the lowest; kept and cut channels are separate areas."""
     figure, axes = _create_figure()
     is_kept, start = np.isin(np.arange(len(scores)), kept), 1
     for part, state in ((is_kept, "kept"), (~is_kept, "cut")):
@@ -149,10 +149,10 @@ def draw_layer_rankings(
     """Draw the scores of every layer's channels, sorted, as one row of colors; cut channels are pale.
 
     Args:
-        label: text that screen readers say.
-        scores: of the channels of each layer.
-        kept_layers: counted from 0.
-        count: channels kept in each of them.
+        label: text for screen readers.
+        scores: scores of the channels of each layer.
+        kept_layers: kept layers, counted from 0.
+        count: number of kept channels in each of them.
     """
     figure, axes = _create_figure()
     ordered = -np.sort(-np.asarray(scores, dtype=float), axis=1)
@@ -177,11 +177,11 @@ def draw_heads(
     """Draw the score of every head of every layer, relative to its layer's highest; cut heads are crossed out.
 
     Args:
-        label: text that screen readers say.
-        axis: what a column is.
-        scores: of the heads of each layer.
-        kept_layers: counted from 0.
-        kept: heads kept in each of them.
+        label: text for screen readers.
+        axis: meaning of a column.
+        scores: scores of the heads of each layer.
+        kept_layers: kept layers, counted from 0.
+        kept: kept heads in each of them.
     """
     figure, axes = _create_figure()
     values = np.asarray(scores, dtype=float)
@@ -213,12 +213,12 @@ def draw_grouped_bars(
     """Draw one bar per series in each group.
 
     Args:
-        label: text that screen readers say.
+        label: text for screen readers.
         axis: quantity and unit.
         groups: names under the axis.
         series: values by name, one per group, in the order of MODEL_COLORS; None leaves a gap.
         errors: the ends of each error bar.
-        digits: after the point of a value.
+        digits: decimal places of a value.
     """
     figure, axes = _create_figure(width=max(WIDTH, 1.6 * len(groups)))
     width = 0.84 / len(series)
@@ -261,7 +261,7 @@ def downsample(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _choose_fill(kept: bool) -> dict[str, Any]:
-    """Return the fill of a kept or a cut part; a hatch tells them apart without color, too."""
+    """Return the fill of a kept or a cut part; a hatch distinguishes them without color."""
     if kept:
         return {"facecolor": GREEN, "edgecolor": GREEN}
     return {"facecolor": "none", "edgecolor": ORANGE, "hatch": "////"}
@@ -287,11 +287,11 @@ def _scale_axis(axes: Axes, scores: Sequence[float], label: str) -> str:
 def _draw_image(
     figure: Figure, axes: Axes, values: np.ndarray, extent: tuple[float, float, float, float], label: str
 ) -> None:
-    lowest, highest = np.percentile(values, (1, 99))  # a few outliers would leave one color for all others
+    lowest, highest = np.percentile(values, (1, 99))  # else a few outliers would leave one color for all others
     limits: dict[str, Any] = {"vmin": lowest, "vmax": highest, "extent": extent}
     drawn = axes.imshow(values, "cividis", aspect="auto", interpolation="none", **limits)
     bar = figure.colorbar(drawn, ax=axes, label=label, fraction=0.05, pad=0.02, extend="both")
-    bar.solids.set_rasterized(True)  # type: ignore[union-attr]  # 256 shapes otherwise
+    bar.solids.set_rasterized(True)  # type: ignore[union-attr]  # otherwise 256 shapes
     bar.outline.set_visible(False)
 
 

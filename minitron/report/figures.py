@@ -1,4 +1,4 @@
-"""The figures of the report: the data of each one, its title and its caption.
+"""The figures of the report: data, title and caption of each.
 
 Used by minitron/report/page.py, which `python -m minitron.evaluate --config FILE` calls. A figure is
 `{"title", "chart", "caption", "wide"}`.
@@ -43,7 +43,7 @@ def _draw_losses(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 _ERROR_BARS = (
     "Error bars are 95 % intervals of each model alone. Two models are compared on the same text and questions, "
-    "so their difference is known better than either value: the table says which is no chance."
+    "so their difference is more precise than either value: the table shows which differences are significant."
 )
 
 
@@ -91,11 +91,11 @@ _TEACHERS_TERMS = (
 
 
 def draw_training(records: dict[str, dict[str, Any]], sequences: int, limit: int) -> list[dict[str, Any]]:
-    """Return the curves of the training stages that ran: the loss, and for distill the terms against the teacher.
+    """Return the curves of the training stages that ran: the loss and, for distill, the terms against the teacher.
 
     Args:
-        records: of the stages, by name.
-        sequences: of the validation split that the evaluation read; a training may have read fewer or more of them.
+        records: records of the stages, by name.
+        sequences: number of validation sequences that the evaluation read; a training may have read fewer or more.
         limit: the setting evaluation_sequences; if the evaluation read fewer, the split has no more.
     """
     figures = []
@@ -133,8 +133,8 @@ def _write_loss_caption(record: dict[str, Any], points: int, sequences: int, lim
     text += f"validation loss, always on the same held-out sequences, went from {before} before training to {after} at "
     text += f"step {metrics['best_step']:,}, which was kept."
     if own != sequences:
-        text += f" This training validates on {own:,} sequences, the evaluation above on {sequences:,}: "
-        text += "its validation loss is another number."
+        text += f" This training validates on {own:,} sequences, but the evaluation above on {sequences:,}, so the two "
+        text += "validation losses differ."
     if "teacher_validation_loss" in metrics:
         text += " Dashed: the loss of the corrected teacher, which the student learns from."
     if points > charts.MOST_POINTS:
@@ -170,7 +170,7 @@ def draw_importance(pruning: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _draw_layers(scores: list[float], kept: list[int], dropped: list[int]) -> dict[str, Any]:
-    text = f"dropped: {', '.join(map(str, dropped))}" if dropped else "none was dropped"
+    text = f"dropped: {', '.join(map(str, dropped))}" if dropped else "none dropped"
     chart = charts.draw_layers(f"Block influence of {len(scores)} layers; {text}", scores, set(kept))
     caption = (
         "Block influence: how much a layer changes its input, as 1 minus the cosine similarity of its "
@@ -204,7 +204,7 @@ def _draw_heads(
     label = f"Importance of the {title.lower()} of {len(scores)} layers; {sizes}, {kept_score}"
     chart = charts.draw_heads(label, axis, scores, layers, kept)
     caption = (
-        f"One row per layer; brighter is more important, a cross marks a cut one. In the kept layers, {kept_score}."
+        f"One row per layer; brighter is more important, a cross marks a cut head. In the kept layers, {kept_score}."
     )
     return _build_figure(f"{title}: {sizes}", chart, caption)
 

@@ -1,4 +1,4 @@
-"""The report of a compression: one HTML page that opens offline, for those who decide and those who debug.
+"""The report of a compression: one HTML page that opens offline, for decisions and for debugging.
 
 `python -m minitron.evaluate --config FILE` writes it. The report reads the records that
 the other stages left in their directories. A section appears only if its data is there.
@@ -44,21 +44,22 @@ _SIZES = {
 
 _GLOSSARY = {
     "Validation loss": "Mean cross-entropy of the next token on text that the model was not trained on, in nats; "
-    "lower is better. The test loss is the same on a second held-out split, which decided nothing.",
+    "lower is better. The test loss is the same on a second held-out split, which has no influence on the weights.",
     "Perplexity": "The loss as a number of equally likely choices per token: e to the power of the loss.",
-    "Gap closed": "Pruning raises the validation loss. The gap closed is the share of the rise that distillation "
-    "took back: (pruned - student) / (pruned - corrected teacher).",
+    "Gap closed": "Pruning raises the validation loss. The gap closed is the share of this rise that distillation "
+    "removes: (pruned - student) / (pruned - corrected teacher).",
     "Forward KL": "Divergence of a model's next-token distribution from the corrected teacher's, in nats per token; 0 "
     "means identical.",
     "Block influence": "How much a layer changes its input. The layers with the lowest block influence are dropped "
     "first.",
-    "Gate": "A bound that the student must keep before it replaces the champion, the model in use. The margin is the "
-    "distance to the bound, positive on the good side. Within error means that the 95 % interval reaches the good "
+    "Gate": "A bound that the student must meet before it replaces the champion, the model in use. The margin is the "
+    "distance to the bound, positive if the gate is met. Within error means that the 95 % interval reaches the good "
     "side.",
-    "95 % interval": "What another sample of text and questions could give. For accuracies it is Wilson's, for losses "
-    "a bootstrap over the sequences, for speeds the slowest and the fastest round. Two models are compared on the same "
-    "sequences, questions and rounds, so their difference can be certain though the two intervals overlap.",
-    "Accuracy": "Share of multiple-choice questions for which the model finds the right answer the most likely. "
+    "95 % interval": "The values that another sample of text and questions would probably give. For accuracies it is "
+    "Wilson's interval, for losses a bootstrap over the sequences, for speeds the slowest and the fastest round. "
+    "Two models are compared on the same sequences, questions and rounds, so their difference can be significant even "
+    "if the two intervals overlap.",
+    "Accuracy": "Share of multiple-choice questions for which the model gives the right answer the highest likelihood. "
     "Length-normalized means that likelihoods are compared per character.",
 }
 
@@ -67,8 +68,8 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
     """Write `report.html` into a directory.
 
     Args:
-        directory: gets the file.
-        config: names the four models and the dataset; the records in their directories are shown.
+        directory: directory for the file.
+        config: names the four models and the dataset; the page shows the records in their directories.
         evaluation: the content of evaluation.json.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -102,7 +103,7 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
             "teacher": lineage.format_license(origin["licences"]["teacher"]),
             "corpus": origin["licences"]["data"],
         },
-        "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may hold a password
+        "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may have a password
         "glossary": _GLOSSARY,
         "version": __version__,
         "written": datetime.now(UTC).timestamp(),
@@ -121,17 +122,17 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
     if gap is None:
         text = "Pruning alone cost no validation loss, so there was no gap to close."
     elif contains(interval, 0):
-        text = "Distillation closed no measurable part of the gap in validation loss that pruning had opened: "
+        text = "Distillation closed no measurable part of the gap in validation loss after pruning: "
         text += f"{_write_gap(evaluation)}."
     elif gap < 0:
-        text = f"Distillation did harm: the gap in validation loss that pruning opened grew by {format_share(-gap)}."
+        text = f"Distillation made it worse: the gap in validation loss after pruning grew by {format_share(-gap)}."
     else:
-        text = f"Distillation closed {_write_gap(evaluation)} of the gap in validation loss that pruning had opened."
+        text = f"Distillation closed {_write_gap(evaluation)} of the gap in validation loss after pruning."
     cost = student["validation_loss"] - teacher["validation_loss"]
     differs = not contains(tables.read_interval(student, "validation_loss", "differences"), 0)
     text += (
-        f" What remains: a validation loss {format_loss(abs(cost))} nats per token {'above' if cost > 0 else 'below'} "
-        f"the corrected teacher's{'' if differs else ', which is within the error'}, a perplexity of "
+        f" The student's validation loss is {format_loss(abs(cost))} nats per token {'above' if cost > 0 else 'below'} "
+        f"the corrected teacher's{'' if differs else ', which is within the error'}; its perplexity is "
         f"{format_decimal(student['perplexity'])} against {format_decimal(teacher['perplexity'])}."
     )
     return {
@@ -144,7 +145,7 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summarize_result(evaluation: dict[str, Any]) -> str:
-    """Say what the compression won and what it lost, for readers who know no other word of the page."""
+    """Say what the compression gained and what it lost, for readers who read only this sentence."""
     teacher, student = evaluation["teacher"], evaluation["student"]
     parts = [f"{teacher['parameters'] / student['parameters']:.1f}× smaller"]
     if speed := _divide_numbers(student, teacher, SPEED):
@@ -153,7 +154,7 @@ def _summarize_result(evaluation: dict[str, Any]) -> str:
 
 
 def _describe_loss(evaluation: dict[str, Any]) -> str:
-    """Say what the student lost against the corrected teacher: accuracy, if that can be told, else validation loss."""
+    """Say what the student lost against the corrected teacher: accuracy if the change is significant, else loss."""
     teacher, student = evaluation["teacher"], evaluation["student"]
     changes = {}
     for task in tables.list_tasks(evaluation):
@@ -177,18 +178,18 @@ def _write_gap(evaluation: dict[str, Any]) -> str:
 
 
 def explain_idle_distillation(records: dict[str, dict[str, Any]]) -> str | None:
-    """Return a warning if no step of distillation was better than the pruned student, which was kept then."""
+    """Return a warning if no step of distillation was better than the pruned student, so that this was kept."""
     if records.get("distill", {}).get("metrics", {}).get("best_step") != 0:
         return None
     steps = records["distill"]["config"]["max_steps"]
     return (
         f"Distillation did nothing: none of its {steps:,} steps had a lower validation loss than the pruned student, "
-        "which was kept. Train longer, or with another learning rate."
+        "which was kept. Train longer, or change the learning rate."
     )
 
 
 def _build_verdict(evaluation: dict[str, Any]) -> dict[str, str]:
-    """Return the outcome of all gates together: its mark, its style and its text."""
+    """Return the combined outcome of all gates: its mark, its style and its text."""
     passed = evaluation.get("passed")
     if passed is None:
         return {
@@ -206,7 +207,7 @@ def _build_verdict(evaluation: dict[str, Any]) -> dict[str, str]:
 
 
 def _list_run_facts(record: dict[str, Any]) -> dict[str, Any]:
-    """Return where a stage ran. Records of earlier versions may lack a fact: that is a dash."""
+    """Return the facts of a stage's run. A fact that the record of an earlier version lacks is a dash."""
     facts = {
         "image": record.get("image"),
         "Kubeflow run": record.get("pipeline_run_id"),
@@ -217,7 +218,7 @@ def _list_run_facts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_tracking_page(tracking_uri: str | None) -> str | None:
-    """Return the address of MLflow's page, if it has one: a database on this machine has none."""
+    """Return the address of MLflow's page, or None: a database on this machine has no page."""
     if tracking_uri is None or not tracking_uri.startswith("http"):
         return None
     return without_password(tracking_uri).rstrip("/")
@@ -231,7 +232,7 @@ def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         _build_fact(
             "Parameters",
             format_count(student["parameters"]),
-            f"the corrected teacher has {format_count(teacher['parameters'])}",
+            f"corrected teacher {format_count(teacher['parameters'])}",
         ),
         _build_fact(
             "Gap closed",
@@ -250,7 +251,7 @@ def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             )
         )
     if _divide_numbers(student, teacher, "weights_mb"):
-        weights = f"the corrected teacher's take {format_megabytes(teacher['weights_mb'])}"
+        weights = f"corrected teacher {format_megabytes(teacher['weights_mb'])}"
         facts.append(_build_fact("Weights", format_megabytes(student["weights_mb"]), weights))
     return facts
 

@@ -20,7 +20,7 @@ from minitron.registry.gates import format_range
 
 
 def label_models(evaluation: dict[str, Any]) -> dict[str, str]:
-    """Return the label of each measured model by its key; the champion is one of them if there is one."""
+    """Return the label of each measured model by its key, including the champion if there is one."""
     champion = evaluation.get(CHAMPION)
     measured = {model: label for model, label in MODELS.items() if model in evaluation}
     return measured | ({CHAMPION: f"Champion, {champion['address'].removeprefix('models:/')}"} if champion else {})
@@ -32,12 +32,12 @@ def list_tasks(evaluation: dict[str, Any]) -> list[str]:
 
 
 def read_interval(model: dict[str, Any], metric: str, of: str = "intervals") -> Interval | None:
-    """Return the 95 % interval of a metric, or that of its difference from the corrected teacher; None without one."""
+    """Return the 95 % interval of a metric, or of its difference from the corrected teacher; None if there is none."""
     return (model.get(of) or {}).get(metric)
 
 
 def build_model_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the table of models, without those that have no value.
+    """Return the rows of the table of models, without empty rows.
 
     Returns:
         Dicts with `label`, `note`, and `cells` in the order of `label_models`: `value`, `text`, `interval`,

@@ -1,4 +1,4 @@
-"""The stages' histories as TensorBoard reads them.
+"""The stages' histories in TensorBoard's format.
 
 tensorboard --logdir results/compress-…/evaluate/evaluation/tensorboard
 
@@ -18,8 +18,8 @@ def write_events(directory: Path, records: dict[str, dict[str, Any]]) -> None:
     """Write every number of every stage's history to `tensorboard/STAGE`, at its step and at the stage's start.
 
     Args:
-        directory: gets the folder; a stage without a history gets none.
-        records: of the stages, by name.
+        directory: directory for the folder; a stage without a history is left out.
+        records: records of the stages, by name.
     """
     for stage, record in records.items():
         if not record.get("history"):

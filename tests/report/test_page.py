@@ -133,7 +133,7 @@ def test_headline(page: Page) -> None:
     assert "67.1 % of the parameters, 75.0 % of the gap closed" in text  # 90214488 / 134515008
     assert "The distilled student has 90.21 M parameters, the corrected teacher 134.5 M." in text
     assert (
-        "a validation loss 1.000 nats per token above the corrected teacher's, a perplexity of 30.0 against 20.0"
+        "validation loss is 1.000 nats per token above the corrected teacher's; its perplexity is 30.0 against 20.0."
         in text
     )
     assert "Generation speed 1.50× 30.0 tokens/s, corrected teacher 20.0" in text
@@ -145,9 +145,9 @@ def test_headline(page: Page) -> None:
         (
             None,
             1.5,
-            "gap to close. What remains: a validation loss 0.500 nats per token below the corrected teacher's",
+            "gap to close. The student's validation loss is 0.500 nats per token below the corrected teacher's",
         ),
-        (-0.25, 7.0, "the gap in validation loss that pruning opened grew by 25.0 %"),
+        (-0.25, 7.0, "the gap in validation loss after pruning grew by 25.0 %"),
     ],
 )
 def test_headline_without_a_gain(
@@ -193,8 +193,8 @@ def test_a_difference_within_the_error_is_neither_better_nor_worse(compressed: E
     text = write_page(tmp_path, compressed, evaluation).text
     assert "3.000 2.950 to 3.050 +1.000" in text["models"] and "50.0 % 40.0 to 60.0 % −10.0 points" in text["models"]
     assert "30.0 +50.0 %" in text["models"] and "3.050 ▼" not in text["models"]
-    assert "no measurable part of the gap in validation loss that pruning had opened: 75.0 % (95 % i" in text["verdict"]
-    assert "above the corrected teacher's, which is within the error, a perplexity" in text["verdict"]
+    assert "no measurable part of the gap in validation loss after pruning: 75.0 % (95 % i" in text["verdict"]
+    assert "above the corrected teacher's, which is within the error; its perplexity" in text["verdict"]
 
 
 def test_a_distillation_that_did_nothing_is_said_first(compressed: EvaluateConfig, page: Page, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_distillation_that_did_nothing_is_said_first(compressed: EvaluateConfi
 def test_two_validation_losses_are_told_apart(compressed: EvaluateConfig, page: Page, tmp_path: Path) -> None:
     """The trainings of these models validate on 8 sequences, this evaluation on 640 or 8."""
     words = (
-        "This training validates on 8 sequences, the evaluation above on 640: its validation loss is another number."
+        "This training validates on 8 sequences, but the evaluation above on 640, so the two validation losses differ."
     )
     assert page.text["training"].count(words) == 2 and "(640 validation, 320 test sequences)" in page.text["comparison"]
     same = change_evaluation(sequences={"validation": 8, "test": 8})
@@ -224,7 +224,7 @@ def test_a_value_that_was_not_measured_is_left_out(compressed: EvaluateConfig, t
     )
     assert "Test loss" not in page.text["models"]
     assert "Perplexity 25.0 ▼ +5.0 20.0 – 30.0 ▼ +10.0" in page.text["models"]
-    assert "95 % interval What another sample" in page.text["words"]
+    assert "95 % interval The values that another sample" in page.text["words"]
     assert len([title for title in page.titles if "validation:" in title]) == 4
     assert not [title for title in page.titles if title.startswith("Distilled student, arc")]
 
