@@ -135,7 +135,7 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
         lineage.read_lineage(mlflow_file, f"models:/{name}/9")
     client = connect(mlflow_file)
     client.create_model_version(name, "gs://bucket/made-by-hand")
-    with pytest.raises(ConfigError, match=f"models:/{name}/2: has no tag lineage; give a version that minitron's"):
+    with pytest.raises(ConfigError, match=f"models:/{name}/2: no tag lineage; give a version that minitron's"):
         lineage.read_lineage(mlflow_file, f"models:/{name}/2")
     client.set_model_version_tag(name, "1", "student_sha256", "another")
     with pytest.raises(
