@@ -65,11 +65,14 @@ def test_a_chunk_is_one_graph_for_the_compiler(weights: LossWeights) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels that torch.compile makes are not tested")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
 def test_compiled_kernels_equal_plain_pytorch(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 the head is kept in fp32, as mixed precision does; the reference reads the rounded hidden states."""
+    """In bf16 the head is kept in fp32, as mixed precision does; the reference reads the rounded hidden states.
+
+    The products round logits of size 5 to bf16, by up to 0.4 %: without kernels, too, the gradients differ by 0.7 %.
+    """
     monkeypatch.setitem(losses.CHUNK_TOKENS, "cuda", 128)  # three chunks, the last one shorter
     weights = LossWeights(0.7, 0.3, 2.0)
     hidden, head, labels, teacher_hidden, teacher_head = (tensor.detach().cuda() for tensor in tensors(torch.float32))
