@@ -1,9 +1,13 @@
-"""The only place that names images; their tag is the package's version."""
+"""The only place that names images; their tag is the package's version.
+
+MINITRON_REGISTRY says where they are, registry.example/path, when this module is imported: when a pipeline is compiled.
+"""
 
 from minitron import __version__
+from minitron.config.pipelines import locate_image
 
-TRAINER = f"minitron-pipelines/trainer:{__version__}"
-"""Built from images/trainer.Dockerfile: the NeMo image and this package. Push it where the cluster pulls from."""
+TRAINER = locate_image(f"minitron-pipelines/trainer:{__version__}")
+"""Built from images/trainer.Dockerfile: the NeMo image and this package."""
 
-TOOLS = f"minitron-pipelines/tools:{__version__}"
+TOOLS = locate_image(f"minitron-pipelines/tools:{__version__}")
 """Built from images/tools.Dockerfile, without torch and CUDA, for tasks that only move files and call servers."""

@@ -14,7 +14,7 @@ def promote(
     tracking_uri: str,
     promoted: Output[Artifact],
     metrics: Output[Metrics],
-    version: Optional[int] = None,
+    version: str = "",
     why: Optional[str] = None,
     workspace: Optional[str] = None,
     experiment: str = "minitron",
@@ -25,7 +25,7 @@ def promote(
 
     # fmt: off
     launch(
-        "promote", metrics, output=promoted.path, model_name=model_name, version=version, why=why, workspace=workspace,
-        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
+        "promote", metrics, output=promoted.path, model_name=model_name, version=version or None, why=why,
+        workspace=workspace, tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )
     # fmt: on

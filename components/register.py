@@ -20,7 +20,7 @@ def register(
     tracking_uri: Optional[str] = None,
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
-) -> int:
+) -> str:
     """Register the student in the MLflow registry; return its version.
 
     Settings: minitron.config.RegisterSettings.
@@ -34,4 +34,4 @@ def register(
         tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )
     # fmt: on
-    return record["registered"]["version"]
+    return str(record["registered"]["version"])

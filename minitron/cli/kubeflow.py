@@ -1,7 +1,9 @@
 """The commands that talk to a cluster: submit, schedule, unschedule, runs, doctor."""
 
 import os
+import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ from minitron.cli.options import (
     Presets,
     Settings,
     Token,
+    Yes,
     app,
     example,
     one_line_errors,
@@ -23,26 +26,33 @@ from minitron.cli.options import (
 from minitron.cli.tables import print_table
 from minitron.config.parse import SectionError
 from minitron.config.pipelines import (
+    REGISTRY_VARIABLE,
     apply_cluster_config,
     check_arguments,
     compiled_pipeline,
     find_cluster_faults,
     get_parameters,
+    list_pod_requests,
     list_stages,
+    names_registry,
     queue_pods,
     read_request,
     read_run_plan,
 )
 from minitron.config.reference import help_text
-from minitron.config.settings import ClusterConfig
+from minitron.config.resources import UNKNOWN, Models, PodRequest, count_models
+from minitron.config.settings import ClusterConfig, PruneSettings
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
+
+GPUS_UNASKED = 1
+"""GPUs at a time that a run gets without a question: one is what a first try costs."""
 
 
 @app.command(
     epilog=example(
         "minitron submit compress --preset llama-3.1-minitron-4b-width --set corpus=gs://bucket/text \\\n"
-        "    --set tracking_uri=http://mlflow:5000 --host URL --wait"
+        "    --set tracking_uri=http://mlflow:5000 --host URL --yes --wait"
     )
     + f"\n\n{help_text()}"
 )
@@ -51,27 +61,29 @@ def submit(
     presets: Presets = None,
     settings: Settings = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; fail if the run fails.")] = False,
+    yes: Yes = False,
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline once on a cluster."""
+    """Run a pipeline once on a cluster; it first shows what its tasks will ask for."""
     with one_line_errors(debug):
-        documents, arguments, cluster = _read_run(pipeline, presets or [], settings or [])
+        run = _read_run(pipeline, presets or [], settings or [])
         kubeflow = _connect_kubeflow(host, namespace, token)
         kubeflow.check_version()
-        version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(documents, cluster, kubeflow.release))
-        run_id = kubeflow.submit(version, arguments, _experiment_name(arguments), cluster.service_account)
+        _confirm_requests(run, yes)
+        version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(run.documents, run.cluster, kubeflow.release))
+        run_id = kubeflow.submit(version, run.arguments, _experiment_name(run.arguments), run.cluster.service_account)
         print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.run_url(run_id)}", flush=True)
         if wait:
-            _wait_for_end(kubeflow, run_id, list_stages(documents[0]), arguments)
+            _wait_for_end(kubeflow, run_id, list_stages(run.documents[0]), run.arguments)
 
 
 @app.command(
     epilog=example(
         "minitron schedule retrain --preset llama-3.1-minitron-4b-width --set corpus=gs://bucket/text \\\n"
-        "    --set tracking_uri=http://mlflow:5000 --cron '0 0 2 * * *' --name nightly --host URL"
+        "    --set tracking_uri=http://mlflow:5000 --cron '0 0 2 * * *' --name nightly --yes --host URL"
     )
 )
 def schedule(
@@ -82,6 +94,7 @@ def schedule(
     presets: Presets = None,
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the schedule; none: pipeline and first preset.")] = None,
+    yes: Yes = False,
     host: Host = None,
     namespace: Namespace = None,
     token: Token = None,
@@ -92,14 +105,15 @@ def schedule(
         from minitron.cluster import cron, pipelines_api
 
         first = cron.first_run_time(expression)
-        documents, arguments, cluster = _read_run(pipeline, presets or [], settings or [])
+        run = _read_run(pipeline, presets or [], settings or [])
         name = name or "-".join([pipeline, *(Path(preset).stem for preset in (presets or [])[:1])])
         pipelines_api.check_schedule_name(name)
         kubeflow = _connect_kubeflow(host, namespace, token)
         kubeflow.check_version()
-        version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(documents, cluster, kubeflow.release))
-        account = cluster.service_account
-        changed = kubeflow.schedule(name, expression, version, arguments, _experiment_name(arguments), account)
+        _confirm_requests(run, yes)
+        version = kubeflow.upload_pipeline(pipeline, apply_cluster_config(run.documents, run.cluster, kubeflow.release))
+        account, experiment = run.cluster.service_account, _experiment_name(run.arguments)
+        changed = kubeflow.schedule(name, expression, version, run.arguments, experiment, account)
         print(f"{'scheduled' if changed else 'unchanged'}: {name} runs {pipeline} {version.name} at {expression}")
         print(f"first: {first:%Y-%m-%d %H:%M:%S} UTC")
 
@@ -188,27 +202,82 @@ def _connect_kubeflow(host: str | None, namespace: str | None, token: str | None
     return Kubeflow(host, namespace, token)
 
 
-def _read_run(
-    pipeline: str, presets: list[str], settings: list[str]
-) -> tuple[list[dict[str, Any]], dict[str, Any], ClusterConfig]:
-    """Return the compiled documents, the checked arguments of the run, and what is written into the documents."""
+@dataclass(frozen=True)
+class _Run:
+    """A run that can start.
+
+    Attributes:
+        documents: the compiled documents.
+        arguments: the pipeline's checked arguments.
+        cluster: what is written into the documents.
+        requests: what the tasks ask for.
+        nodes: labels of the nodes that tasks with GPUs run on.
+        unknown: why the sizes of the models are not known; None if they are.
+    """
+
+    documents: list[dict[str, Any]]
+    arguments: dict[str, Any]
+    cluster: ClusterConfig
+    requests: list[PodRequest]
+    nodes: dict[str, str]
+    unknown: str | None
+
+
+def _read_run(pipeline: str, presets: list[str], settings: list[str]) -> _Run:
+    """Read a run, and check all of it that can be checked here."""
     documents = compiled_pipeline(pipeline)
     parameters = get_parameters(documents)
     request = read_request(presets, settings, parameters)
     if request.samples:
         _refuse_samples(request.samples, request.arguments)
     arguments = check_arguments(request, parameters)
-    plan = read_run_plan(arguments)
+    plan, models, unknown = read_run_plan(arguments), Models(), None
     faults = list(find_cluster_faults(plan, arguments, parameters))
     if plan:
         from minitron.runtime.preflight import check_plan
 
-        check_plan(plan, faults, ask_once=True)
+        architecture, unknown = check_plan(plan, faults, ask_once=True)
+        if architecture:
+            prune = plan.stages["prune"]
+            assert isinstance(prune, PruneSettings)
+            models = count_models(architecture, prune)
     elif faults:
         raise SectionError(faults)
     if request.cluster.queue:
         documents = queue_pods(documents, request.cluster.queue, arguments)
-    return documents, arguments, request.cluster
+    requests = list_pod_requests(documents, arguments, plan, models)
+    nodes = plan.pipeline.gpu_node_selector if plan else {}
+    return _Run(documents, arguments, request.cluster, requests, nodes, unknown or None)
+
+
+def _confirm_requests(run: _Run, yes: bool) -> None:
+    """Show what the tasks will ask for; more than GPUS_UNASKED GPUs at a time need a yes.
+
+    Raises:
+        ConfigError: nobody is there to ask.
+    """
+    print_table(["task", "image", "nodes", "GPUs", "cpu", "memory"], [list(request) for request in run.requests])
+    gpus = max(request.nodes * request.gpus for request in run.requests)
+    labels = ", ".join(f"{key}={value}" for key, value in run.nodes.items())
+    print(f"at most {_count_gpus(gpus)} at a time{f', on nodes with {labels}' if gpus and labels else ''}")
+    if run.unknown:
+        reason = run.unknown.partition("; ")[0]
+        print(f"memory is for {UNKNOWN:,} parameters, until plan knows the teacher's size: {reason}")
+    for image in dict.fromkeys(request.image for request in run.requests if not names_registry(request.image)):
+        print(
+            f"warning: {image} names no registry: only nodes that have it loaded, as on kind, can start it; else set "
+            f"{REGISTRY_VARIABLE}, or trainer_image and tools_image"
+        )
+    sys.stdout.flush()
+    if gpus <= GPUS_UNASKED or yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{_count_gpus(gpus)} at a time: nothing was started; add --yes if you want them")
+    typer.confirm(f"Ask for {_count_gpus(gpus)}?", abort=True)
+
+
+def _count_gpus(gpus: int) -> str:
+    return f"{gpus} GPU{'s' if gpus != 1 else ''}"
 
 
 def _wait_for_end(kubeflow: Any, run_id: str, stages: list[str], arguments: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ Host = Annotated[
 ]
 Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace of the tasks.")]
 Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server needs one.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Ask no question: needed for more than one GPU in a script.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias of MLflow's registry.")]
 RegisteredModel = Annotated[str, typer.Argument(help="Registered model.")]

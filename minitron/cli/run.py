@@ -93,11 +93,10 @@ def _make_directory(work_dir: Path) -> None:
 
 
 def _local_defaults(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
-    """Return the defaults of this machine: a file for MLflow, no NeMo and no GPUs."""
+    """Return the defaults of this machine: a file for MLflow, and no GPUs."""
     defaults: dict[str, Any] = {
         "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir / local.RUN_DATABASE}"
     }
     if SETTINGS_PARAMETER in parameters:
-        defaults["engine"] = "hf"
         defaults |= {f"{stage}.gpus": 0 for stage, entry in RESOURCES.items() if isinstance(entry, GpuResources)}
     return defaults

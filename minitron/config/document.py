@@ -25,6 +25,7 @@ from minitron.config.parse import (
 from minitron.config.settings import (
     RESOURCES,
     SETTINGS,
+    EngineSettings,
     EvaluateSettings,
     PrepareSettings,
     RegisterSettings,
@@ -59,7 +60,7 @@ class PipelineSettings(Settings):
     )
     sequence_length: PositiveInt = _copy_field(SequenceSettings, "sequence_length")
     seed: int = _copy_field(StageSettings, "seed")
-    engine: Engine = "nemo"
+    engine: Engine = _copy_field(EngineSettings, "engine")
     caching: bool = _copy_field(StageSettings, "caching")
     gpu_tolerations: list[dict[str, Any]] = Field(
         [],

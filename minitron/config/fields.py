@@ -19,7 +19,7 @@ EXECUTION = "execution"
 
 def format_address(location: Path | str) -> str:
     """Format a location as an address; pathlib turns gs://bucket into gs:/bucket, and this undoes it."""
-    return re.sub(r"^(gs|hf):/(?!/)", r"\1://", str(location))
+    return re.sub(r"^(gs|hf|sample):/(?!/)", r"\1://", str(location))
 
 
 Location = Annotated[Path, PlainSerializer(format_address)]

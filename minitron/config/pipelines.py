@@ -1,5 +1,6 @@
 """Compiled pipelines, and the arguments of a run, checked before it starts."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from minitron.config.document import (
 )
 from minitron.config.fields import Fault, read_scalar
 from minitron.config.parse import SectionError, suggest_name, validate_section
+from minitron.config.resources import Models, PodRequest, request_pod
 from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
+from minitron.config.stages import STAGES
 from minitron.config.tasks import PlanConfig, PromoteConfig
 from minitron.errors import ConfigError
 
@@ -42,6 +45,14 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 SETTINGS_PARAMETER = "settings"
 """The parameter of a pipeline that takes a settings document."""
 
+_FLOW = ("resolve", "plan", *STAGES, "promote", "conclude")
+"""All tasks of the pipelines, in the order in which they run."""
+
+REGISTRY_VARIABLE = "MINITRON_REGISTRY"
+"""Environment variable that says where the images are: registry.example/path."""
+
+_IMAGES = ("trainer_image", "tools_image")
+
 _TTL_SINCE = (2, 17)
 """The first Kubeflow Pipelines that knows _TTLS; an older one would drop the whole platform document."""
 
@@ -50,7 +61,7 @@ _TTLS = ("resourceTtlOnCompletion", "resourceTtlOnSuccess", "resourceTtlOnFailur
 _CLUSTER_NAMES = (
     dict.fromkeys(("credentials_secret", "image_pull_secret"), r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
     | {"workspace_claim": r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"}
-    | dict.fromkeys(("trainer_image", "tools_image", "workspace"), r"\S+")
+    | dict.fromkeys((*_IMAGES, "workspace"), r"\S+")
     | {"experiment": r"\S(.{0,126}\S)?"}
 )
 """Parameters that may not be empty, and their patterns: names of objects in Kubernetes, or any text.
@@ -88,6 +99,8 @@ class Request:
 def compiled_pipeline(name: str) -> list[dict[str, Any]]:
     """Return the documents of a pipeline's checked-in YAML: the specification and the platform's.
 
+    The defaults of the images are where MINITRON_REGISTRY says.
+
     Raises:
         ConfigError: there is no such pipeline.
     """
@@ -95,7 +108,23 @@ def compiled_pipeline(name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         known = [file.stem for file in pipelines_directory().glob("*.yaml")]
         raise ConfigError(f"pipeline {name}: unknown; {suggest_name(name, known)}")
-    return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))  # ten times as fast as the Python loader
+    documents = list(yaml.load_all(path.read_text(), yaml.CSafeLoader))  # ten times as fast as the Python loader
+    for name, entry in get_parameters(documents).items():
+        if name in _IMAGES:
+            entry["defaultValue"] = locate_image(entry["defaultValue"])
+    return documents
+
+
+def locate_image(image: str) -> str:
+    """Return the name that one of our images has where MINITRON_REGISTRY says that they are."""
+    registry = os.environ.get(REGISTRY_VARIABLE, "").rstrip("/")
+    return f"{registry}/{image.rpartition('/')[2]}" if registry else image
+
+
+def names_registry(image: str) -> bool:
+    """Whether an image's name says which registry it is in; else nodes ask Docker Hub, if they have not got it."""
+    first, slash, _ = image.partition("/")
+    return bool(slash) and (first == "localhost" or "." in first or ":" in first)
 
 
 def read_request(
@@ -277,6 +306,32 @@ def _find_queue_label(plan: Plan, task: str) -> str | None:
     if settings and settings.gpus:
         return QUEUE_LABEL
     return TRAIN_JOB_QUEUE_LABEL if isinstance(settings, TrainingSettings) and settings.num_nodes > 1 else None
+
+
+def list_pod_requests(
+    documents: list[dict[str, Any]], arguments: Mapping[str, Any], plan: Plan | None, models: Models
+) -> list[PodRequest]:
+    """List what the tasks of a run ask a cluster for, in the order of the flow.
+
+    Args:
+        documents: the two documents of the compiled YAML, specification and platform.
+        arguments: the pipeline's arguments, as `check_arguments` returns them.
+        plan: the checked settings of the run; None if the pipeline has none.
+        models: the sizes of its models.
+    """
+    specification, parameters = documents[0], get_parameters(documents)
+    requests = []
+    for task in sorted(list_stages(specification), key=_FLOW.index):
+        label = specification["components"][f"comp-{task}"]["executorLabel"]
+        container = specification["deploymentSpec"]["executors"][label]["container"]
+        name = re.sub(r".*pipelinechannel--(\w+)'.*", r"\1", container["image"])
+        image = str(arguments.get(name, parameters[name]["defaultValue"]))
+        if plan and task in plan.stages:
+            requests.append(request_pod(task, image, plan, models))
+        else:
+            limits = container["resources"]
+            requests.append(PodRequest(task, image, 1, 0, limits["resourceCpuLimit"], limits["resourceMemoryLimit"]))
+    return requests
 
 
 def list_dags(specification: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from minitron.config.document import Plan
 from minitron.config.settings import (
     ClusterConfig,
     DistillSettings,
@@ -177,6 +178,25 @@ def list_writing(settings: StageSettings, models: Models) -> list[Writing]:
         Writing("checkpoints", (weight + state) * trained, checkpoints),
         Writing("best states, at most", weight * trained, best),
     ]
+
+
+class PodRequest(NamedTuple):
+    """What a task asks a cluster for. Several nodes, a TrainJob's, ask for this each."""
+
+    task: str
+    image: str
+    nodes: int
+    gpus: int
+    cpu: str
+    memory: str
+
+
+def request_pod(stage: str, image: str, plan: Plan, models: Models) -> PodRequest:
+    """Return what a stage's task asks for; memory that is not set is the sum."""
+    settings, resources = plan.stages[stage], plan.resources[stage]
+    nodes = settings.num_nodes if isinstance(settings, TrainingSettings) else 1
+    memory = resources.memory or format_request(sum_memory(settings, models))
+    return PodRequest(stage, image, nodes, _count_gpus(settings), resources.cpu, memory)
 
 
 def _count_gpus(settings: StageSettings) -> int:

@@ -110,10 +110,15 @@ class SequenceSettings(StageSettings):
     micro_batch_size: Annotated[PositiveInt, EXECUTION] = Field(4, description="Sequences per forward pass.")
 
 
-class TrainingSettings(SequenceSettings):
-    """Settings that fine-tuning and distillation share; the two differ in their loss."""
+class EngineSettings(SequenceSettings):
+    """Settings of every stage that an engine works for."""
 
     engine: Engine = "hf"
+
+
+class TrainingSettings(EngineSettings):
+    """Settings that fine-tuning and distillation share; the two differ in their loss."""
+
     max_steps: PositiveInt = Field(30, description="Number of optimizer steps.")
     global_batch_size: PositiveInt = Field(128, description="Sequences per optimizer step.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate.")
@@ -210,10 +215,9 @@ PRUNED_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_
 """The sizes that prune can change, under the names that they have in config.json."""
 
 
-class PruneSettings(SequenceSettings):
+class PruneSettings(EngineSettings):
     """Teacher → smaller student. Sizes that are not set stay as they are."""
 
-    engine: Engine = "hf"
     method: Literal["minitron", "compensated"] = Field(
         "minitron",
         description="minitron: the weights that are kept stay as they are. compensated: they are refitted to what the "

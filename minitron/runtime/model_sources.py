@@ -5,6 +5,7 @@
     gs://bucket/path                  Google Cloud Storage
     models:/NAME@alias, models:/NAME/VERSION        MLflow's registry
     ngc://org/team/model:version      NVIDIA's catalog (its key in NGC_API_KEY)
+    sample://tiny/teacher             made from a seed by the first task that needs it
 
 Fetched models are kept in `models` in the workspace (in the cache, if the workspace is a bucket). A killed download is
 resumed, and all stages of a run share one copy. A movable address (alias, branch, prefix) is resolved once per
@@ -22,6 +23,7 @@ from typing import Any
 
 from minitron.config.fields import format_address
 from minitron.config.stages import StageConfig
+from minitron.engines import samples
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
 from minitron.storage import bucket, ngc
@@ -108,6 +110,8 @@ def read_architecture(address: str, ask_once: bool = False) -> dict[str, Any]:
             from minitron.storage import bucket_results
 
             content, _ = bucket.read_json(bucket_results.find_files(address), "config.json")
+        case "sample":
+            content = dict(samples.TEACHER)
         case _:
             raise ConfigError(f"{address}: the config.json of a {scheme}:/ model is unknown until a stage fetches it")
     if not isinstance(content, dict):
@@ -166,6 +170,8 @@ def _choose_source(address: str, config: StageConfig) -> tuple[Callable[[str], s
             return partial(versions.pin_version, uri), partial(versions.download_version, uri)
         case "ngc":
             return ngc.check_address, ngc.download_model
+        case "sample":
+            return samples.check_address, samples.make_sample
         case scheme:
             raise ConfigError(
                 f"{address}: unknown scheme '{scheme}:'; give a directory, hf://org/name, gs://bucket/path, "

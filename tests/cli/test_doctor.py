@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from minitron.cli import doctor
 from minitron.cli.app import app
+from minitron.components.images import TRAINER
 from tests.constants import REPOSITORY
 from tests.servers.gcs import World
 from tests.servers.http_server import Page, free_port, http_server
@@ -25,7 +26,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kuberne
             monkeypatch.delenv(name, raising=False)
         state.add("namespaces", "team", status={"phase": "Active"})
         state.add("nodes", "cpu", status={"allocatable": {"cpu": "8"}})
-        state.add("nodes", "gpu", status={"allocatable": {"cpu": "96", "nvidia.com/gpu": "8"}})
+        images = [{"names": [f"docker.io/{TRAINER}@sha256:1", f"docker.io/{TRAINER}"], "sizeBytes": 1}]
+        state.add("nodes", "gpu", status={"allocatable": {"cpu": "96", "nvidia.com/gpu": "8"}, "images": images})
         claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}}
         state.add("persistentvolumeclaims", "minitron-workspace", spec=claim, status={"phase": "Bound"})
         state.add("secrets", "minitron", data={"HF_TOKEN": "eA=="})
@@ -51,8 +53,8 @@ def test_a_cluster_that_has_everything(cluster: KubernetesServer, mlflow_server:
     assert "Bound, ReadWriteMany, 1Ti" in lines["claim minitron-workspace"]
     assert "HF_TOKEN" in lines["secret minitron"] and "eA==" not in str(lines)
     assert lines.keys() == {
-        "Kubeflow Pipelines", "namespace team", "GPUs", "claim minitron-workspace", "secret minitron",
-        "retries", "training runtime torch-distributed", "MLflow",
+        "Kubeflow Pipelines", "namespace team", "GPUs", "images", "claim minitron-workspace",
+        "secret minitron", "retries", "training runtime torch-distributed", "MLflow",
     }  # fmt: skip
 
 
@@ -77,6 +79,7 @@ def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
     marks = {check: line[0] for check, line in lines.items()}
     assert marks == {
         "Kubeflow Pipelines": "✗", "namespace team": "✗", "claim minitron-workspace": "✗", "retries": "–",
+        "images": "✗",
         "GPUs": "–", "secret minitron": "–", "training runtime torch-distributed": "–",
     }  # fmt: skip
     assert (
@@ -85,6 +88,15 @@ def test_what_is_missing_has_a_remedy(cluster: KubernetesServer) -> None:
     )
     assert "missing" in lines["claim minitron-workspace"] and "kubectl apply -k" in lines["claim minitron-workspace"]
     assert "install Kubeflow Trainer 2.3" in lines["training runtime torch-distributed"]
+
+
+def test_images_in_a_registry_are_named_by_it(cluster: KubernetesServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for registry in ("", "registry.example/llm/"):
+        monkeypatch.setenv("MINITRON_REGISTRY", registry)
+        with kubeflow_server() as kubeflow:
+            found.append(run_doctor("--host", kubeflow.url)[1]["images"])
+    assert f"{TRAINER} is loaded on 1 of 2 nodes" in found[0] and "from registry.example/llm" in found[1]
 
 
 ARGO_3_7_3 = None

@@ -6,6 +6,9 @@ How a run is followed is in test_runs.py.
 import base64
 import copy
 import json
+import os
+import pty
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from minitron import __version__
 from minitron.cli import kubeflow
 from minitron.cluster import pipelines_client
 from minitron.cluster.cron import first_run_time
-from minitron.config.pipelines import apply_cluster_config, compiled_pipeline
+from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, get_parameters
 from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
-from tests.cluster.commands import JOB, run_ok, run_refused
+from tests.cluster.commands import JOB, run_ok, run_refused, schedule_ok
 from tests.constants import REPOSITORY
+from tests.flows.commands import BIN
 from tests.servers.http_server import Page, State, free_port, http_server
 from tests.servers.kubeflow_server import KubeflowServer, kubeflow_server
 
@@ -57,6 +61,64 @@ def test_a_run_is_of_a_version_that_is_uploaded_once(server: KubeflowServer) -> 
     assert settings["distill"]["learning_rate"] == 1e-4
     assert settings["gpu_node_selector"] == {"cloud.google.com/gke-spot": "true"}
     assert [entry["key"] for entry in settings["gpu_tolerations"]] == ["nvidia.com/gpu", "cloud.google.com/gke-spot"]
+
+
+TINY = ["compress", "--preset", "tiny", "--set", "tracking_uri=http://mlflow.minitron:5000"]
+
+
+def read_table(shown: str) -> dict[str, list[str]]:
+    """Return the cells of the lines of the table, by their task."""
+    return {line.split()[0]: line.split()[1:] for line in shown.splitlines() if "minitron-pipelines/" in line}
+
+
+@pytest.mark.parametrize("command", [["submit", *JOB], NIGHTLY])
+def test_what_the_tasks_ask_for_is_shown_before_they_start(server: KubeflowServer, command: list[str]) -> None:
+    nodes = ["distill.num_nodes=2", "distill.gpus=0", "distill.memory=300Gi", "tools_image=r.io/tools:1"]
+    shown = run_ok(*command, *(part for setting in nodes for part in ("--set", setting)), "--host", server.url)
+    table, start = read_table(shown), shown.index("started: " if command[0] == "submit" else "scheduled: ")
+    trainer = f"minitron-pipelines/trainer:{__version__}"
+    assert table["prepare"] == [trainer, "1", "0", "8", "16Gi"]
+    assert table["distill"] == [trainer, "2", "8", "64", "300Gi"]
+    assert table["evaluate"] == [trainer, "1", "1", "8", "39Gi"]
+    assert (
+        "r.io/tools:1" in shown and "at most 16 GPUs at a time, on nodes with cloud.google.com/gke-spot=true" in shown
+    )
+    assert shown.index("task ") < shown.index("at most 16") < start
+
+
+def test_more_than_one_gpu_needs_a_yes(server: KubeflowServer) -> None:
+    for command in (["submit", *JOB], NIGHTLY):
+        message = run_refused(*(part for part in command if part != "--yes"), "--host", server.url)
+        assert message == "8 GPUs at a time: nothing was started; add --yes if you want them"
+    assert not server.pipelines and not server.runs and not server.schedules
+    for gpus in (0, 1):
+        shown = run_ok("submit", *TINY, "--set", f"distill.gpus={gpus}", "--host", server.url)
+        assert f"at most {gpus} GPU{'' if gpus else 's'} at a time\n" in shown
+    assert len(server.runs) == 2
+
+
+@pytest.mark.parametrize(("answer", "status", "runs"), [("n", 1, 0), ("y", 0, 1)])
+def test_at_a_terminal_it_asks(server: KubeflowServer, answer: str, status: int, runs: int) -> None:
+    command = [BIN / "minitron", "submit", *(part for part in JOB if part != "--yes"), "--host", server.url]
+    terminal, end = pty.openpty()
+    with subprocess.Popen(command, stdin=end, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        os.write(terminal, f"{answer}\n".encode())
+        shown = process.communicate()[0]
+    assert "Ask for 8 GPUs? [y/N]: " in shown
+    assert (process.returncode, len(server.runs)) == (status, runs), shown
+
+
+def test_an_image_without_a_registry_is_warned_of(server: KubeflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    warning = f"warning: minitron-pipelines/trainer:{__version__} names no registry: only nodes that have it loaded"
+    assert warning in run_ok("submit", *TINY, "--host", server.url)
+    monkeypatch.setenv("MINITRON_REGISTRY", "registry.example/llm")
+    shown = run_ok("submit", *TINY, "--host", server.url)
+    assert "warning" not in shown and f"registry.example/llm/tools:{__version__}" in shown
+    forms = [get_parameters([entry["pipeline_spec"]["pipeline_spec"]]) for entry in server.versions.values()]
+    assert {form["trainer_image"]["defaultValue"].rpartition("/")[0] for form in forms} == {
+        "minitron-pipelines",
+        "registry.example/llm",
+    }
 
 
 def test_other_settings_of_the_pipeline_are_another_version(server: KubeflowServer) -> None:
@@ -98,8 +160,8 @@ def test_what_holds_gpus_waits_in_the_queue_and_nothing_else(pipeline: str) -> N
     """A task that waits for its TrainJob holds no GPU, and would hold quota that the TrainJob needs."""
     several = ["engine=nemo", "distill.num_nodes=2", "distill.gpus=0", "prune.gpus=1", "finetune.gpus=8"]
     settings = [*several, "evaluate.gpus=0", "teacher=gs://b/t", "corpus=gs://b/c", "tracking_uri=http://m"]
-    documents, _, _ = kubeflow._read_run(pipeline, [], [*settings, "cluster.queue=team.gpus"])
-    before, _, _ = kubeflow._read_run(pipeline, [], settings)
+    documents = kubeflow._read_run(pipeline, [], [*settings, "cluster.queue=team.gpus"]).documents
+    before = kubeflow._read_run(pipeline, [], settings).documents
     executors, old = (
         found[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] for found in (documents, before)
     )
@@ -116,8 +178,8 @@ def test_what_holds_gpus_waits_in_the_queue_and_nothing_else(pipeline: str) -> N
 
 def test_a_pipeline_that_computes_nothing_has_no_queue() -> None:
     settings = ["model_name=m", "tracking_uri=http://m"]
-    documents, _, _ = kubeflow._read_run("promote", [], [*settings, "cluster.queue=gpus"])
-    assert documents == kubeflow._read_run("promote", [], settings)[0]
+    run = kubeflow._read_run("promote", [], [*settings, "cluster.queue=gpus"])
+    assert run.documents == kubeflow._read_run("promote", [], settings).documents
 
 
 @pytest.mark.parametrize("queue", ["GPUs", "gpus_1", "-gpus", "a..b", "", "a" * 64])
@@ -152,9 +214,9 @@ def test_a_server_that_is_too_old_is_refused_before_anything_is_uploaded(command
 
 
 def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
-    assert run_ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly runs compress")
+    assert schedule_ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly runs compress")
     before = copy.deepcopy((server.pipelines, server.versions, server.experiments, server.schedules))
-    assert run_ok(*NIGHTLY, "--host", server.url).startswith("unchanged: nightly")
+    assert schedule_ok(*NIGHTLY, "--host", server.url).startswith("unchanged: nightly")
     assert (server.pipelines, server.versions, server.experiments, server.schedules) == before
     (schedule,) = server.schedules.values()
     assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *" and schedule["mode"] == "ENABLE"
@@ -168,7 +230,7 @@ def test_scheduling_twice_changes_nothing(server: KubeflowServer) -> None:
 def test_a_changed_schedule_replaces_the_old_one(server: KubeflowServer, change: list[str]) -> None:
     run_ok(*NIGHTLY, "--host", server.url)
     (old,) = server.schedules
-    assert run_ok(*NIGHTLY, *change, "--host", server.url).startswith("scheduled: nightly")
+    assert schedule_ok(*NIGHTLY, *change, "--host", server.url).startswith("scheduled: nightly")
     (new,) = server.schedules
     assert new != old
     changes = [
@@ -204,8 +266,8 @@ def test_a_schedule_that_would_run_as_another_account_is_refused(server: Kubeflo
 def test_a_name_with_any_character_is_found_again(version: str, name: str) -> None:
     command = [*NIGHTLY[:-1], name, "--set", f"experiment={json.dumps(name)}"]
     with kubeflow_server(version=version) as server:
-        assert run_ok(*command, "--host", server.url).startswith(f"scheduled: {name} runs compress")
-        assert run_ok(*command, "--host", server.url).startswith(f"unchanged: {name} runs compress")
+        assert schedule_ok(*command, "--host", server.url).startswith(f"scheduled: {name} runs compress")
+        assert schedule_ok(*command, "--host", server.url).startswith(f"unchanged: {name} runs compress")
         assert len(server.experiments) == len(server.pipelines) == len(server.schedules) == 1
         run_ok("unschedule", name, "--host", server.url)
         assert not server.schedules
@@ -213,7 +275,7 @@ def test_a_name_with_any_character_is_found_again(version: str, name: str) -> No
 
 def test_a_schedule_whose_name_is_alike_for_the_database_is_another_one(server: KubeflowServer) -> None:
     for name in ("nightly", "Nightly", "nightlý"):
-        assert run_ok(*NIGHTLY[:-1], name, "--host", server.url).startswith("scheduled")
+        assert schedule_ok(*NIGHTLY[:-1], name, "--host", server.url).startswith("scheduled")
     assert len(server.schedules) == 3
     run_ok("unschedule", "Nightly", "--host", server.url)
     assert [entry["display_name"] for entry in server.schedules.values()] == ["nightly", "nightlý"]
@@ -237,7 +299,7 @@ def test_a_name_that_the_server_would_not_take_is_refused(
 def test_a_schedule_that_was_switched_off_by_hand_is_made_again(server: KubeflowServer) -> None:
     run_ok(*NIGHTLY, "--host", server.url)
     next(iter(server.schedules.values()))["mode"] = "DISABLE"
-    assert run_ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly")
+    assert schedule_ok(*NIGHTLY, "--host", server.url).startswith("scheduled: nightly")
     assert [entry["mode"] for entry in server.schedules.values()] == ["ENABLE"]
 
 
@@ -275,7 +337,7 @@ def test_where_there_are_several_users_everything_is_in_the_namespace() -> None:
         assert run_refused("runs", *access).startswith("--namespace: missing; http://")
         run_ok("submit", *JOB, *access, "--namespace", "team")
         run_ok(*NIGHTLY, *access, "--namespace", "team")
-        assert run_ok(*NIGHTLY, *access, "--namespace", "team").startswith("unchanged")
+        assert schedule_ok(*NIGHTLY, *access, "--namespace", "team").startswith("unchanged")
         assert {entry["namespace"] for entry in (*server.pipelines.values(), *server.experiments.values())} == {"team"}
         message = run_refused("runs", *access, "--namespace", "foreign")
         assert "not allowed (403): " in message and "User 'ann' is not authorized" in message
@@ -416,10 +478,10 @@ def test_bad_input_is_refused_before_anything_is_sent(
     assert not server.requests
 
 
-def test_the_samples_are_for_a_laptop(server: KubeflowServer) -> None:
-    message = run_refused("submit", "compress", "--preset", "tiny", "--host", server.url)
+def test_the_samples_of_packages_are_for_a_laptop(server: KubeflowServer) -> None:
+    message = run_refused("submit", "compress", "--preset", "demo", "--host", server.url)
     assert message == (
-        "samples: only minitron run can make the inputs of tiny; for a cluster add --set teacher=… --set corpus=…"
+        "samples: only minitron run can make the inputs of demo; for a cluster add --set teacher=… --set corpus=…"
     )
 
 

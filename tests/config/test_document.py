@@ -165,10 +165,10 @@ def test_a_truth_value_is_no_number_of_a_pipeline() -> None:
 def test_what_the_task_promote_would_refuse_is_refused_before_it_starts() -> None:
     parameters = get_parameters(compiled_pipeline("promote"))
     settings = ["version=0", "model_name=a/b", "tracking_uri=http://mlflow"]
-    with pytest.raises(ConfigError, match=r"model_name: .*found 'a/b'.*version: .*greater than 0 \(found 0\)"):
+    with pytest.raises(ConfigError, match=r"model_name: .*found 'a/b'.*version: .*greater than 0 \(found '0'\)"):
         check_arguments(read_request([], settings, parameters), parameters)
     settings = ["version=3", "model_name=minitron", "tracking_uri=http://mlflow"]
-    assert check_arguments(read_request([], settings, parameters), parameters)["version"] == 3
+    assert check_arguments(read_request([], settings, parameters), parameters)["version"] == "3"
 
 
 def test_presets_are_those_promised() -> None:

@@ -123,17 +123,18 @@ def test_a_quantity_is_bytes(text: str, expected: float) -> None:
 
 def test_the_sums_of_engine_nemo() -> None:
     """Of a student of 100 Gi parameters; /dev/shm takes 16 Gi, and each process 8."""
+    nemo = {"engine": "nemo"}
     one = {"distill": {"gpus": 8, "tensor_parallel_size": 8}}
-    assert ask_for("distill", **one) == 9 * 8 + 16 + max(36 * 100, 3 * 2 * 1000)
-    assert ask_for("finetune", **{"finetune": one["distill"]}) == 9 * 8 + 16 + 36 * 1000
+    assert ask_for("distill", **nemo, **one) == 9 * 8 + 16 + max(36 * 100, 3 * 2 * 1000)
+    assert ask_for("finetune", **nemo, **{"finetune": one["distill"]}) == 9 * 8 + 16 + 36 * 1000
     copies = {"distill": {"gpus": 8, "tensor_parallel_size": 2}}  # every copy of the model gathers the whole state
-    assert ask_for("distill", **copies) == 9 * 8 + 16 + (4 * 12 + 24) * 100
+    assert ask_for("distill", **nemo, **copies) == 9 * 8 + 16 + (4 * 12 + 24) * 100
     nodes = {"distill": {"gpus": 0, "num_nodes": 2, "tensor_parallel_size": 8}}  # each writes its half
-    assert ask_for("distill", Models(100 * GIB, 100 * GIB), **nodes) == 9 * 8 + 16 + (12 + 12) * 100
+    assert ask_for("distill", Models(100 * GIB, 100 * GIB), **nemo, **nodes) == 9 * 8 + 16 + (12 + 12) * 100
     cpu = {"distill": {"gpus": 0}}
-    assert ask_for("distill", **cpu) == 2 * 8 + (36 + 16) * 100 + 4 * 1000
-    assert ask_for("prune") == 2 * 8 + 16 + 3 * 2 * 1000
-    assert ask_for("finetune", finetune={"gpus": 8, "enabled": False}) == 8 + 16
+    assert ask_for("distill", **nemo, **cpu) == 2 * 8 + (36 + 16) * 100 + 4 * 1000
+    assert ask_for("prune", **nemo) == 2 * 8 + 16 + 3 * 2 * 1000
+    assert ask_for("finetune", **nemo, finetune={"gpus": 8, "enabled": False}) == 8 + 16
 
 
 def test_the_sums_of_engine_hf() -> None:

@@ -92,7 +92,7 @@ class Pipeline:
         return {name: str(value) for name, value in (values | where).items()} | {"settings": self._plan()[stage]}
 
     def _plan(self) -> dict[str, Any]:
-        document = {name: value for name, value in read_preset("tiny").items() if name != "samples"} | {"engine": "hf"}
+        document = read_preset("tiny")
         for stage, settings in SETTINGS.items():
             document[stage] = document[stage] | settings | {"gpus": 0}
         document["evaluate"]["task_directory"] = str(self.inputs["evaluate.task_directory"])

@@ -37,7 +37,7 @@ def test_the_pipeline_of_the_guide_compiles(tmp_path: Path) -> None:
     compiler.Compiler().compile(shown_pipeline(page, "prune_and_distill"), str(tmp_path / "mine.yaml"))
     tasks = yaml.safe_load((tmp_path / "mine.yaml").read_text())["root"]["dag"]["tasks"]
     settings = tasks["distill"]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"]
-    assert settings == {"max_steps": 20, "global_batch_size": 8, "sequence_length": 64, "engine": "hf"}
+    assert settings == {"max_steps": 20, "global_batch_size": 8, "sequence_length": 64}
     assert tasks["distill"]["dependentTasks"] == ["importer", "importer-2", "prune"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from minitron.cli.demo_inputs import tiny_sentences
+from minitron.engines.samples import make_sample, tiny_sentences
 from minitron.registry import fingerprint, training_lock
 from minitron.storage.hashing import content_hash
 from minitron.tracking import pipeline_run
@@ -83,7 +82,8 @@ def second(first: Run, directory: Path) -> Run:
 @pytest.fixture(scope="module")
 def worse(second: Run, directory: Path) -> Run:
     """A run with more data, whose student is not trained."""
-    more = shutil.copytree(directory / "inputs" / NAME / "corpus", directory / "more")
+    more = directory / "more"
+    make_sample("sample://tiny/corpus", more)
     write_sentences(more / "more.jsonl", 20, seed=1)
     return retrain(directory, f"corpus={more}", *WORSE)
 
@@ -100,7 +100,7 @@ def test_the_first_is_trained_judged_and_promoted(first: Run, directory: Path) -
     assert first.status == 0, first.output[-3000:]
     assert "resolve: there is no champion yet" in first.output
     assert first.aliases == {"challenger": 1, "champion": 1} and tags(directory, 1)["gates"] == "met"
-    assert tags(directory, 1)["base_model"] == str(directory / "inputs" / NAME / "teacher")
+    assert tags(directory, 1)["base_model"] == "sample://tiny/teacher"
     assert first.summary["outcome"] == "promoted" and first.summary["registered"]["version"] == 1
     assert "gate: Validation loss, difference from the champion's: no champion (at most 0.020)" in first.output
     assert "<title>Compression report" in (directory / "report.html").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ from kfp import components, local
 
 from minitron.cli.local import adapt_to_local
 from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
-from minitron.config.settings import RESOURCES, GpuResources
 from tests.images.podman_support import run
 
 USER = 1000
@@ -30,18 +28,17 @@ class Finished(NamedTuple):
 class Cluster:
     """The compiled pipeline as a cluster runs it: every task in its image, with one volume at /workspace."""
 
-    def __init__(self, directory: Path, inputs: dict[str, Path], tracking_uri: str) -> None:
-        """Make the volume, the directory of outputs and a copy of the inputs, all of them the images' user's."""
+    def __init__(self, directory: Path, tracking_uri: str) -> None:
+        """Make the volume and the directory of outputs, both of them the images' user's."""
         self.workspace, self.results = directory / "workspace", directory / "results"
         self.workspace.mkdir()
         self.results.mkdir()
-        self._inputs = {name: shutil.copytree(path, directory / "inputs" / name) for name, path in inputs.items()}
-        for path in (self.workspace, self.results, *(directory / "inputs").rglob("*")):
+        for path in (self.workspace, self.results):
             os.chown(path, USER, USER)
         self._tracking_uri = tracking_uri
 
     def run(self, **values: Any) -> Finished:
-        """Run the preset tiny with these arguments over it."""
+        """Run the preset tiny, whose inputs the tasks make, with these arguments over it."""
         documents = compiled_pipeline("compress")
         arguments = self._arguments(documents, values)
         _name_images(documents[0], arguments)
@@ -53,14 +50,11 @@ class Cluster:
 
     def _arguments(self, documents: list[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
         parameters = get_parameters(documents)
-        laptop = {"engine": "hf", "tracking_uri": self._tracking_uri} | values
-        laptop |= {name: str(path) for name, path in self._inputs.items()}
-        laptop |= {f"{stage}.gpus": 0 for stage, usual in RESOURCES.items() if isinstance(usual, GpuResources)}
-        return check_arguments(read_request(["tiny"], [], parameters, laptop), parameters)
+        given = {"tracking_uri": self._tracking_uri} | values
+        return check_arguments(read_request(["tiny"], [], parameters, given), parameters)
 
     def _runner(self) -> local.DockerRunner:
-        mounts = [Mount(str(path), str(path), type="bind", read_only=True) for path in self._inputs.values()]
-        mounts.append(Mount("/workspace", str(self.workspace), type="bind"))
+        mounts = [Mount("/workspace", str(self.workspace), type="bind")]
         environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         labels = {"pipeline_root": str(self.results)}
         return local.DockerRunner(network_mode="host", mounts=mounts, environment=environment, labels=labels)

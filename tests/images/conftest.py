@@ -64,6 +64,6 @@ def _wait_for_daemon() -> None:
 
 
 @pytest.fixture
-def cluster(daemon: None, inputs: dict[str, Path], mlflow_server: str, tmp_path: Path) -> Cluster:
+def cluster(daemon: None, mlflow_server: str, tmp_path: Path) -> Cluster:
     """A cluster with an empty volume."""
-    return Cluster(tmp_path, inputs, mlflow_server)
+    return Cluster(tmp_path, mlflow_server)

@@ -72,6 +72,17 @@ def test_the_plan_hands_on_what_the_component_declares() -> None:
     assert all(isinstance(outputs[name], kinds[declared[name].type]) for name in outputs)
 
 
+COMPILED = [compress, retrain, promote, *(getattr(components, name) for name in components.__all__)]
+
+
+@pytest.mark.parametrize("component", COMPILED, ids=lambda component: component.name)
+def test_a_parameter_that_may_be_left_out_is_text_or_has_a_default(component: Any) -> None:
+    """kfp.local makes int(None) of a number without a value (kfp/local/executor_input_utils.py)."""
+    for name, entry in component.component_spec.inputs.items():
+        text = ("String", "PipelineTaskFinalStatus")  # the second is what Kubeflow fills in
+        assert not entry.optional or entry.default is not None or entry.type in text, name
+
+
 def test_a_component_is_a_short_declaration() -> None:
     for stage in STAGES:
         assert len((REPOSITORY / "components" / f"{stage}.py").read_text().splitlines()) <= 60, stage

@@ -107,10 +107,10 @@ def test_an_mlflow_that_does_not_answer_stops_the_next_task_which_is_retried(
             f"evaluate.tasks: arc_easy_loca is not in any .yaml file of {TASKS}; correct or remove it",
         ),
         (
-            {"document": {"finetune": {"tensor_parallel_size": 8, "gpus": 12}}},
+            {"document": {"engine": "nemo", "finetune": {"tensor_parallel_size": 8, "gpus": 12}}},
             "finetune.tensor_parallel_size: tensor x pipeline x context parallel size 8 does not divide the number of",
         ),
-        ({"preset": "tiny"}, "preset tiny: only minitron run can make its inputs (tiny); use minitron run"),
+        ({"preset": "demo"}, "preset demo: only minitron run can make its inputs (demo); use minitron run"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, form: dict[str, Any], message: str) -> None:
@@ -224,7 +224,7 @@ def test_a_teacher_that_cannot_be_compressed_is_refused_by_its_config(
 ) -> None:
     (Path(llama) / "config.json").write_text(json.dumps(LLAMA_3_1_8B | change))
     with pytest.raises(ConfigError) as refused:
-        run_plan(tmp_path / "out", teacher=llama, document=settings)
+        run_plan(tmp_path / "out", teacher=llama, document={"engine": "nemo"} | settings)
     assert str(refused.value).startswith(message.replace("LLAMA", llama))
     assert not (tmp_path / "out").exists()
 
