@@ -13,11 +13,12 @@ from minitron import METHOD_VERSION
 from minitron.config.document import Plan
 from minitron.config.parse import list_decisive_settings
 from minitron.config.settings import SETTINGS
+from minitron.registry.versions import get_tag
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")
 """The stages that affect a student's weights."""
 
-TAG = "made_from"
+TAG = "minitron.made_from"
 """Tag of a version in MLflow's registry: its fingerprint, as JSON."""
 
 _DECISIVE_UNTIL_0_3 = ("micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
@@ -56,7 +57,7 @@ def read_fingerprint(tags: Mapping[str, str], plan: Plan) -> Fingerprint | None:
     plan is converted to the present one, so that an upgrade alone trains nothing.
     """
     try:
-        content = json.loads(tags.get(TAG, "null"))
+        content = json.loads(get_tag(tags, TAG) or "null")
     except ValueError:  # not written by register
         return None
     if not isinstance(content, dict):

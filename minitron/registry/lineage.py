@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-TAG = "lineage"
+TAG = "minitron.lineage"
 """Tag of a model version: the address of its lineage, runs:/RUN/lineage.json."""
 
-STUDENT_TAG = "student_sha256"
+STUDENT_TAG = "minitron.student_sha256"
 """Tag of a model version: the hash of its student's content."""
 
 TEACHER_TAG = "base_model"
-"""Tag of a model version: the commit, version or snapshot of its teacher; `base_model_sha256` is the content's hash."""
+"""Tag of a model version: the commit, version or snapshot of its teacher."""
+
+TEACHER_HASH_TAG = "minitron.base_model_sha256"
+"""Tag of a model version: the hash of its teacher's content."""
 
 UNKNOWN = "unknown"
 
@@ -75,6 +78,11 @@ def read_model_license(model: Path) -> dict[str, str]:
     }
 
 
+def read_given(origin: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the corpus and the teacher of a lineage, as prepare's record has them; empty without that record."""
+    return origin.get("stages", {}).get("prepare", {}).get("inputs", {})
+
+
 def format_license(license: dict[str, str]) -> str:
     """Return the name of a model's license; Hugging Face calls every license that it does not list `other`."""
     return license["license"] if license["license"] != "other" else license.get("license_name", "other")
@@ -106,10 +114,12 @@ def find_teacher_hash(client: "MlflowClient", name: str, pinned: str) -> str | N
         pinned: the teacher's fixed address, as `model_sources.pin_address` returns it.
     """
     address, _, number = pinned.removeprefix("models:/").rpartition("/")
-    if pinned.startswith("models:/") and (sha256 := client.get_model_version(address, number).tags.get(STUDENT_TAG)):
-        return sha256
+    if pinned.startswith("models:/"):
+        tags = client.get_model_version(address, number).tags
+        if sha256 := versions.get_tag(tags, STUDENT_TAG):
+            return sha256
     for version in versions.search_versions(client, name, TEACHER_TAG, pinned):
-        if version.tags[TEACHER_TAG] == pinned and (sha256 := version.tags.get(f"{TEACHER_TAG}_sha256")):
+        if version.tags[TEACHER_TAG] == pinned and (sha256 := versions.get_tag(version.tags, TEACHER_HASH_TAG)):
             return sha256
     # Before 0.4 only the lineage had the address; of those versions, only the ones with an alias are searched.
     for number in {*versions.read_aliases(client, name).values()}:
@@ -121,7 +131,7 @@ def find_teacher_hash(client: "MlflowClient", name: str, pinned: str) -> str | N
 
 def _read_teacher(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any] | None:
     """Return the entry of the teacher in a version's lineage; None if there is none."""
-    run_id, _, path = version.tags.get(TAG, "").removeprefix("runs:/").partition("/")
+    run_id, _, path = (versions.get_tag(version.tags, TAG) or "").removeprefix("runs:/").partition("/")
     if not run_id or (run := find_active_run(client, run_id)) is None:
         return None
     if path not in [file.path for file in client.list_artifacts(run.info.run_id)]:
@@ -161,20 +171,21 @@ def read_all_lineages(uri: str) -> Iterator[tuple[str, str, list[dict[str, Any]]
         client = connect(uri)
         for version in versions.list_all_versions(client):
             address = f"models:/{version.name}/{version.version}"
-            if STUDENT_TAG in version.tags:
-                records = _read_version(client, address, version.tags)["stages"].values() if TAG in version.tags else ()
-                yield address, version.tags[STUDENT_TAG], list(records)
+            if student := versions.get_tag(version.tags, STUDENT_TAG):
+                has_lineage = versions.get_tag(version.tags, TAG) is not None
+                records = _read_version(client, address, version.tags)["stages"].values() if has_lineage else ()
+                yield address, student, list(records)
 
 
 def _read_version(client: "MlflowClient", version: str, tags: Mapping[str, str]) -> dict[str, Any]:
-    if TAG not in tags:
+    if (file := versions.get_tag(tags, TAG)) is None:
         raise ConfigError(f"{version}: no tag {TAG}; give a version that minitron's stage register made")
-    run_id, _, path = tags[TAG].removeprefix("runs:/").partition("/")
+    run_id, _, path = file.removeprefix("runs:/").partition("/")
     lineage = read_artifact(client, run_id, path)
     registered = lineage.get("stages", {}).get("register", {}).get("inputs", {}).get("student", {})
-    if registered.get("sha256", UNKNOWN) != tags.get(STUDENT_TAG):
+    if registered.get("sha256", UNKNOWN) != versions.get_tag(tags, STUDENT_TAG):
         raise RunError(
-            f"{version}: {tags[TAG]} belongs to another student, because it was overwritten; register this one again"
+            f"{version}: {file} belongs to another student, because it was overwritten; register this one again"
         )
     promotion = {tag: value for tag, value in tags.items() if tag.startswith("promoted_")}
     return lineage | {"version": version, "promotion": promotion}

@@ -14,7 +14,7 @@ from minitron.config.pipelines import default_argument
 from minitron.config.resources import BASE, BF16, Term, format_request
 from minitron.errors import ConfigError
 from minitron.registry import lineage
-from minitron.registry.versions import pin_version
+from minitron.registry.versions import get_tag, pin_version
 from minitron.storage.bucket import is_bucket
 from minitron.storage.layout import result_address, result_path
 from minitron.tracking.client import connect, fail_fast, one_line_errors
@@ -46,8 +46,10 @@ def render_service(uri: str, address: str, claim: str) -> str:
         name, _, number = pinned.removeprefix("models:/").rpartition("/")
         client = connect(uri)
         tags = client.get_model_version(name, number).tags
-        if not {"parameters", "student_sha256"} <= tags.keys():
-            raise ConfigError(f"{pinned}: no tags parameters and student_sha256; give a version that register made")
+        if "parameters" not in tags or (student := get_tag(tags, lineage.STUDENT_TAG)) is None:
+            raise ConfigError(
+                f"{pinned}: no tags parameters and {lineage.STUDENT_TAG}; give a version that register made"
+            )
         storage = _find_storage(client, pinned, claim)
     service = {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -55,7 +57,7 @@ def render_service(uri: str, address: str, claim: str) -> str:
         "metadata": {
             "name": _make_name(name),
             "labels": {"app.kubernetes.io/part-of": "minitron", "app.kubernetes.io/version": number},
-            "annotations": {"minitron.io/model": pinned, "minitron.io/student-sha256": tags["student_sha256"]},
+            "annotations": {"minitron.io/model": pinned, "minitron.io/student-sha256": student},
         },
         "spec": {"predictor": _make_predictor(storage, int(tags["parameters"]))},
     }

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ __all__ = [
     "download_version",
     "ensure_registered_model",
     "find_version",
+    "get_tag",
     "has_version",
     "list_all_versions",
     "pin_version",
@@ -50,11 +51,19 @@ __all__ = [
     "upload_model",
 ]
 
-CARD, CARD_BEGINS = "README.md", "---\n# Written by minitron-pipelines\n"
+CARD, CARD_BEGINS = "README.md", "---\nwritten_by: minitron-pipelines\n"
 """The model card that register adds, and its first lines, which distinguish it from the model's own card."""
+
+_CARDS_BEGIN = (CARD_BEGINS, "---\n# Written by minitron-pipelines\n")
+"""MLflow's page showed the comment of the second, which was there until 0.4, as a heading."""
+
+_MACHINE = "minitron."
+"""Prefix of the tags of a version that people need not read. Until 0.4 only the key had it."""
 
 GATE_OUTCOME_TAG = "decision"
 """Tag of a version: the outcome of its gates when promote judged them, as text. The tag's name is historical."""
+
+_DESCRIPTION = "Students that minitron-pipelines compressed. `champion` is in use, `challenger` is the newest."
 
 _MODEL = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 _ADDED_BY_MLFLOW = ("MLmodel", "code", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
@@ -104,6 +113,11 @@ def read_aliases(client: "MlflowClient", name: str) -> dict[str, str]:
     return {alias: str(version) for model in models for alias, version in model.aliases.items()}
 
 
+def get_tag(tags: Mapping[str, str], name: str) -> str | None:
+    """Return a tag of a version, under the name that it had until 0.4, too; None if it is missing."""
+    return tags.get(name, tags.get(name.removeprefix(_MACHINE)))
+
+
 def search_versions(client: "MlflowClient", name: str, tag: str, *parts: str) -> "list[ModelVersion]":
     """Return the versions, the newest first, whose tag has these parts, in this order, and perhaps others like them.
 
@@ -111,13 +125,14 @@ def search_versions(client: "MlflowClient", name: str, tag: str, *parts: str) ->
     any character.
     """
     pattern = "%".join(["", *(re.sub(r"[^\w/:@.#=-]", "_", part) for part in parts), ""])
-    condition = f"name = '{name}' AND tags.`{tag}` LIKE '{pattern}'"
     versions: list[ModelVersion] = []
-    token: str | None = ""
-    while token is not None:
-        page = client.search_model_versions(condition, 1000, ["version_number DESC"], token or None)
-        versions, token = [*versions, *page], page.token or None
-    return versions
+    for key in dict.fromkeys((tag, tag.removeprefix(_MACHINE))):
+        condition = f"name = '{name}' AND tags.`{key}` LIKE '{pattern}'"
+        token: str | None = ""
+        while token is not None:
+            page = client.search_model_versions(condition, 1000, ["version_number DESC"], token or None)
+            versions, token = [*versions, *page], page.token or None
+    return sorted(versions, key=lambda version: -int(version.version))
 
 
 def list_all_versions(client: "MlflowClient") -> "Iterator[ModelVersion]":
@@ -138,7 +153,7 @@ def has_version(uri: str, name: str, version: int, student_sha256: str) -> bool:
             if not is_missing(error):
                 raise
             return False
-    return tags.get("student_sha256") == student_sha256
+    return get_tag(tags, "minitron.student_sha256") == student_sha256
 
 
 def download_version(uri: str, identity: str, target: Path) -> None:
@@ -158,7 +173,7 @@ def download_version(uri: str, identity: str, target: Path) -> None:
         path = target / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     card = target / CARD
-    if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(CARD_BEGINS):
+    if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(_CARDS_BEGIN):
         card.unlink()
 
 
@@ -218,7 +233,7 @@ def ensure_registered_model(tracker: MlflowTracker, name: str) -> Iterator[None]
     if tracker.client.search_registered_models(f"name = '{name}'"):
         yield
         return
-    tracker.client.create_registered_model(name)
+    tracker.client.create_registered_model(name, description=_DESCRIPTION)
     try:
         yield
     except BaseException:
@@ -233,12 +248,15 @@ def find_version(tracker: MlflowTracker, name: str) -> "ModelVersion | None":
     return next(iter(tracker.client.search_model_versions(ours, 1, ["version_number DESC"])), None)
 
 
-def create_version(tracker: MlflowTracker, name: str, alias: str, model_id: str, tags: dict[str, str]) -> int:
+def create_version(
+    tracker: MlflowTracker, name: str, alias: str, model_id: str, tags: dict[str, str], description: str
+) -> int:
     """Create a version with the alias and return its number; delete it if the alias cannot be set."""
     version = None
     try:
         with defer_sigterm():
-            version = _add_version(tracker, name, model_id, tags | {KEY_TAG: tracker.identity["key"]})
+            tags = tags | {KEY_TAG: tracker.identity["key"]}
+            version = _add_version(tracker, name, model_id, tags, description)
             complete_version(tracker, version, alias)
     except BaseException:
         if version:
@@ -256,7 +274,9 @@ def complete_version(tracker: MlflowTracker, version: "ModelVersion", alias: str
     client.set_logged_model_tags(str(version.source).removeprefix("models:/"), {"mlflow.modelVersions": link})
 
 
-def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str]) -> "ModelVersion":
+def _add_version(
+    tracker: MlflowTracker, name: str, model_id: str, tags: dict[str, str], description: str
+) -> "ModelVersion":
     """Make a logged model a version of a registered one, and link it to the pipeline's run."""
     from mlflow.entities import LoggedModelOutput
 
@@ -266,7 +286,9 @@ def _add_version(tracker: MlflowTracker, name: str, model_id: str, tags: dict[st
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])  # a second time would link it twice
     # A registry in a database looks the model up at the environment's address, not at its own.
     with set_environment(MLFLOW_TRACKING_URI=client.tracking_uri):
-        return client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
+        return client.create_model_version(
+            name, f"models:/{model_id}", run_id, tags, description=description, model_id=model_id
+        )
 
 
 def _write_mlmodel(directory: Path, code: Path, model_id: str, run_id: str, size: int, requirements: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from minitron.config.metrics import FORMS, TASK_METRICS, parse_number
+from minitron.config.metrics import FORMS, SPEED, TASK_METRICS, parse_number
 from minitron.config.stages import RegisterConfig
 from minitron.registry import gates, lineage
 from minitron.registry.versions import CARD_BEGINS
@@ -18,6 +18,9 @@ from minitron.report import TEMPLATES, tables
 
 _HUB = "hf://"
 _TAGS = ["minitron", "pruning", "distillation", "compression"]
+_MAIN = ("parameters", SPEED, "validation_loss", "acc")
+_DESCRIPTION_LENGTH = 5000
+"""MLflow's limit in a database."""
 _RESULTS = {"validation_loss": "loss", "perplexity": "perplexity"}
 
 
@@ -35,12 +38,34 @@ def write_card(path: Path, config: RegisterConfig, evaluation: dict[str, Any], o
     template = environment.from_string((TEMPLATES / "card.md.j2").read_text(encoding="utf-8"))
     front = yaml.safe_dump(_build_front_matter(config.name, evaluation, origin), sort_keys=False, allow_unicode=True)
     body = template.render(_build_content(config, evaluation, origin))
-    path.write_text(f"{CARD_BEGINS}{front}---\n{body}", encoding="utf-8")
+    # Without the empty line, Markdown that knows no front matter takes all of it for a heading.
+    path.write_text(f"{CARD_BEGINS}{front}\n---\n{body}", encoding="utf-8")
+
+
+def describe_student(verdict: str, evaluation: dict[str, Any], origin: dict[str, Any]) -> str:
+    """Return a student's description in MLflow, in Markdown: verdict, what was won and lost, sizes, losses, origin.
+
+    Args:
+        verdict: on its gates.
+        evaluation: the content of evaluation.json.
+        origin: the lineage.
+    """
+    parts = [f"**{verdict.capitalize()}.**"]
+    if "teacher" in evaluation:
+        parts[0] += f" {tables.summarize_result(evaluation)}."
+        models = tables.label_models({name: evaluation[name] for name in ("teacher", "student")})
+        rows = tables.build_model_rows(evaluation, models)
+        table = [["", *models.values()], ["---", *["---:"] * len(models)]]
+        table += [[row["label"], *(cell["text"] for cell in row["cells"])] for row in rows if row["key"] in _MAIN]
+        parts.append("\n".join(f"| {' | '.join(map(_escape_cell, row))} |" for row in table))
+    parts.append("\n".join(f"- {gates.describe_gate(gate)}" for gate in evaluation.get("gates") or []))
+    parts += [f"{name.capitalize()}: `{entry['address']}`" for name, entry in lineage.read_given(origin).items()]
+    return "\n\n".join(filter(None, parts))[:_DESCRIPTION_LENGTH]
 
 
 def _build_front_matter(name: str, evaluation: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata that Hugging Face's hub indexes; `base_model` and `datasets` are for inputs from the hub."""
-    inputs = _read_inputs(origin)
+    inputs = lineage.read_given(origin)
     front: dict[str, Any] = dict(origin["licences"]["teacher"])
     if base := _find_hub_name(inputs.get("teacher")):
         front["base_model"] = base
@@ -81,17 +106,12 @@ def _build_content(config: RegisterConfig, evaluation: dict[str, Any], origin: d
         "rows": tables.build_model_rows(evaluation),
         "gates": [gates.render_gate(gate) for gate in evaluation.get("gates") or []],
         "stages": origin["stages"],
-        "inputs": _read_inputs(origin),
+        "inputs": lineage.read_given(origin),
         "license": lineage.format_license(origin["licences"]["teacher"]),
         "licenses": origin["licences"],
         "unknown": lineage.UNKNOWN,
         "tokens": {stage: lineage.count_tokens(record) for stage, record in origin["stages"].items()},
     }
-
-
-def _read_inputs(origin: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the inputs of prepare, corpus and teacher; none if the dataset has no record."""
-    return origin["stages"].get("prepare", {}).get("inputs", {})
 
 
 def _find_hub_name(entry: dict[str, str] | None) -> str | None:

@@ -17,15 +17,12 @@ from minitron.config.metrics import (
     DASH,
     FORMS,
     MODELS,
-    SPEED,
     contains,
     format_count,
     format_decimal,
     format_loss,
     format_megabytes,
     format_share,
-    parse_number,
-    parse_percent,
 )
 from minitron.config.stages import EvaluateConfig
 from minitron.errors import without_password
@@ -136,38 +133,12 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
         f"{format_decimal(student['perplexity'])} against {format_decimal(teacher['perplexity'])}."
     )
     return {
-        "summary": _summarize_result(evaluation),
+        "summary": tables.summarize_result(evaluation),
         "ratio": student["parameters"] / teacher["parameters"],
         "gap": gap,
         "text": text,
         "facts": _list_facts(evaluation),
     }
-
-
-def _summarize_result(evaluation: dict[str, Any]) -> str:
-    """Say what the compression gained and what it lost, for readers who read only this sentence."""
-    teacher, student = evaluation["teacher"], evaluation["student"]
-    parts = [f"{teacher['parameters'] / student['parameters']:.1f}× smaller"]
-    if speed := _divide_numbers(student, teacher, SPEED):
-        parts.append(f"{speed:.1f}× {'faster' if speed > 1 else 'as fast'}")
-    return f"{', '.join(parts)}; {_describe_loss(evaluation)}"
-
-
-def _describe_loss(evaluation: dict[str, Any]) -> str:
-    """Say what the student lost against the corrected teacher: accuracy if the change is significant, else loss."""
-    teacher, student = evaluation["teacher"], evaluation["student"]
-    changes = {}
-    for task in tables.list_tasks(evaluation):
-        before, after = (parse_percent(model["tasks"].get(task, {}).get("acc")) for model in (teacher, student))
-        if before is not None and after is not None:
-            changes[task] = after - before
-    if all(contains(tables.read_interval(student, f"{task}_acc", "differences"), 0) for task in changes):
-        change = student["validation_loss"] - teacher["validation_loss"]
-        text = f"validation loss {format_loss(abs(change))} nats {'higher' if change > 0 else 'lower'}"
-        return f"{text}, accuracy the same within the error" if changes else text
-    named = next(iter(changes)) if len(changes) == 1 else f"accuracy, the mean of {len(changes)} tasks"
-    change = sum(changes.values()) / len(changes)
-    return f"{'loses' if change < 0 else 'gains'} {abs(change):.1f} points of {named}"
 
 
 def _write_gap(evaluation: dict[str, Any]) -> str:
@@ -241,7 +212,7 @@ def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             gap,
         ),
     ]
-    if speed := _divide_numbers(student, teacher, "generation_tokens_per_second"):
+    if speed := tables.divide_numbers(student, teacher, "generation_tokens_per_second"):
         rates = [format_decimal(model["generation_tokens_per_second"]) for model in (student, teacher)]
         facts.append(
             _build_fact(
@@ -250,7 +221,7 @@ def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
                 f"{rates[0]} tokens/s, corrected teacher {rates[1]}",
             )
         )
-    if _divide_numbers(student, teacher, "weights_mb"):
+    if tables.divide_numbers(student, teacher, "weights_mb"):
         weights = f"corrected teacher {format_megabytes(teacher['weights_mb'])}"
         facts.append(_build_fact("Weights", format_megabytes(student["weights_mb"]), weights))
     return facts
@@ -258,10 +229,6 @@ def _list_facts(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _build_fact(label: str, value: str, note: str, fill: float | None = None) -> dict[str, Any]:
     return {"label": label, "value": value, "note": note, "fill": None if fill is None else min(max(fill, 0), 1)}
-
-
-def _divide_numbers(over: dict[str, Any], under: dict[str, Any], key: str) -> float | None:
-    return over[key] / under[key] if parse_number(over.get(key)) and parse_number(under.get(key)) else None
 
 
 def _list_cuts(pruning: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ mlflow.pyfunc.load_model("models:/minitron@challenger").predict(["The history of
 
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minitron.config.metrics import find_not_finite
 from minitron.config.stages import RegisterConfig
@@ -19,16 +20,27 @@ from minitron.models.checkpoint import count_stored_parameters
 from minitron.models.checks import check_architecture
 from minitron.registry import fingerprint, lineage
 from minitron.registry import versions as registry_versions
-from minitron.report.card import write_card
+from minitron.report.card import describe_student, write_card
+from minitron.report.tables import list_student_metrics
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.runtime.record import run_facts
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import EVALUATION, EVENTS, ITEMS, LINEAGE, MANIFEST, REGISTERED, REPORT, read_record
-from minitron.tracking.client import default_retries, one_line_errors
-from minitron.tracking.stage_run import MlflowTracker, Tracker
+from minitron.tracking.client import annotate_run, connect, default_retries, fail_fast, one_line_errors
+from minitron.tracking.pipeline_run import MODEL_TAG, NOTE_TAG, VERDICT_TAG, join_pipeline_run
+from minitron.tracking.stage_run import MlflowTracker, Tracker, make_dataset_inputs, make_metric_name
 
-_GATES = {True: "met", False: "missed", None: "none"}
+_VERDICTS = {True: "gates met", False: "gates not met", None: "no gates"}
+
+
+class _Student(NamedTuple):
+    """What is known of the student: evaluation.json, its lineage, and the tags and description of its version."""
+
+    evaluation: dict[str, Any]
+    origin: dict[str, Any]
+    tags: dict[str, str]
+    description: str
 
 
 def run(config: RegisterConfig) -> dict[str, Any]:
@@ -50,18 +62,33 @@ def run(config: RegisterConfig) -> dict[str, Any]:
     # A reused record may name a version that was deleted since.
     if not registry_versions.has_version(config.tracking_uri, config.name, version, student):
         record = stage.run(config.model_copy(update={"caching": False}), _work, _check_inputs)
+    if config.pipeline_run_id not in (None, record["pipeline_run_id"]):
+        _report_unchanged(config, record)
     return record
+
+
+def _report_unchanged(config: RegisterConfig, record: dict[str, Any]) -> None:
+    """Say in the pipeline's run that an earlier one made this version; no stage has opened the run."""
+    reason = f"Nothing new: version {record['registered']['version']} of {config.name} is made from the same."
+    with one_line_errors(config.tracking_uri), fail_fast():
+        client = connect(str(config.tracking_uri))
+        run = join_pipeline_run(client, config, config.name)
+        assert run is not None  # there is a pipeline_run_id
+        annotate_run(client, run.info.run_id, {VERDICT_TAG: "unchanged", NOTE_TAG: reason})
+        if "MLFLOW_RUN_ID" not in os.environ:  # else Kubeflow opened the run, and ends it
+            client.set_terminated(run.info.run_id)
 
 
 def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     assert isinstance(tracker, MlflowTracker)  # run() saw a tracking URI
     origin = _complete_lineage(config, tracker, time.time())
     evaluation = json.loads((config.evaluation / EVALUATION).read_text())
-    tags = _build_tags(config, tracker, origin) | {"gates": _GATES[evaluation.get("passed")]}
+    tags = {VERDICT_TAG: _VERDICTS[evaluation.get("passed")]} | _build_tags(config, tracker, origin)
     write_atomically(directory / LINEAGE, origin)
     write_card(directory / registry_versions.CARD, config, evaluation, origin)
+    student = _Student(evaluation, origin, tags, describe_student(tags[VERDICT_TAG], evaluation, origin))
     with one_line_errors(config.tracking_uri), default_retries():
-        version, run_id = _find_or_make_version(config, directory, tracker, tags)
+        version, run_id = _find_or_make_version(config, directory, tracker, student)
     registered = {
         "name": config.name,
         "version": version,
@@ -74,11 +101,13 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
 
 
 def _find_or_make_version(
-    config: RegisterConfig, directory: Path, tracker: MlflowTracker, tags: dict[str, str]
+    config: RegisterConfig, directory: Path, tracker: MlflowTracker, student: _Student
 ) -> tuple[int, str]:
     """Return number and run of the version: of the one that a killed attempt made, if there is one."""
     if made := registry_versions.find_version(tracker, config.name):
         registry_versions.complete_version(tracker, made, config.alias)
+        if made.run_id != tracker.pipeline_run_id:  # another pipeline run made it
+            _describe_pipeline_run(config, tracker, student, None)
         return int(made.version), str(made.run_id)
     card = directory / registry_versions.CARD
     code, requirements = _find_generator(), _list_requirements(config.student)
@@ -87,7 +116,10 @@ def _find_or_make_version(
         registry_versions.ensure_registered_model(tracker, config.name),
     ):
         _log_results(config, directory, tracker)
-        version = registry_versions.create_version(tracker, config.name, config.alias, model_id, tags)
+        _describe_pipeline_run(config, tracker, student, model_id)
+        version = registry_versions.create_version(
+            tracker, config.name, config.alias, model_id, student.tags, student.description
+        )
     return version, tracker.pipeline_run_id
 
 
@@ -123,25 +155,25 @@ def _build_tags(config: RegisterConfig, tracker: MlflowTracker, origin: dict[str
     """Return the tags of the version; the weights are opened, so a damaged file is not registered."""
     tags = {
         "parameters": str(_count_parameters(config)),
+        "license": str(origin["licences"]["data"]),
+        "teacher_license": lineage.format_license(origin["licences"]["teacher"]),
         lineage.STUDENT_TAG: tracker.identity["inputs"]["student"]["sha256"],
-        "dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
-        "licence": str(origin["licences"]["data"]),
-        "teacher_licence": lineage.format_license(origin["licences"]["teacher"]),
+        "minitron.dataset_sha256": tracker.identity["inputs"]["dataset"]["sha256"],
         lineage.TAG: f"runs:/{tracker.pipeline_run_id}/{LINEAGE}",
     }
     if made_from := fingerprint.fingerprint_records(origin["stages"]):
         tags[fingerprint.TAG] = json.dumps(made_from, sort_keys=True)
-    for name, entry in (
-        origin["stages"].get("prepare", {}).get("inputs", {}).items()
-    ):  # corpus and teacher; the tag's name stays
-        tags[f"{lineage.TEACHER_TAG if name == 'teacher' else name}_sha256"] = entry["sha256"]
-        if name == "teacher":
-            tags[lineage.TEACHER_TAG] = lineage.identify_teacher(entry)
+    given = lineage.read_given(origin)
+    if "corpus" in given:
+        tags["minitron.corpus_sha256"] = given["corpus"]["sha256"]
+    if "teacher" in given:
+        tags[lineage.TEACHER_TAG] = lineage.identify_teacher(given["teacher"])
+        tags[lineage.TEACHER_HASH_TAG] = given["teacher"]["sha256"]
     if config.pipeline_run_id:
-        tags["pipeline_run_id"] = config.pipeline_run_id
+        tags["minitron.pipeline_run_id"] = config.pipeline_run_id
     if record := read_record(config.student):  # of distill
         tags["validation_loss"] = str(record["metrics"].get("validation_loss", "unknown"))
-        tags["teacher_sha256"] = record["inputs"]["teacher"]["sha256"]
+        tags["minitron.teacher_sha256"] = record["inputs"]["teacher"]["sha256"]
     return tags
 
 
@@ -157,6 +189,17 @@ def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker
         tracker.client.log_artifact(tracker.pipeline_run_id, str(path), folder)
     if (config.evaluation / EVENTS).is_dir():
         tracker.client.log_artifacts(tracker.pipeline_run_id, str(config.evaluation / EVENTS), EVENTS)
+
+
+def _describe_pipeline_run(
+    config: RegisterConfig, tracker: MlflowTracker, student: _Student, model_id: str | None
+) -> None:
+    """Give the pipeline's run the student's numbers, by which MLflow sorts runs, and what it was made from."""
+    evaluated = student.origin["stages"].get("evaluate", {"started": 0})  # a time that a second attempt has, too
+    metrics = {make_metric_name(name): value for name, value in list_student_metrics(student.evaluation).items()}
+    tags = {MODEL_TAG: config.name, VERDICT_TAG: student.tags[VERDICT_TAG], NOTE_TAG: student.description}
+    annotate_run(tracker.client, tracker.pipeline_run_id, tags, metrics, evaluated["started"], model_id)
+    tracker.client.log_inputs(tracker.pipeline_run_id, make_dataset_inputs(lineage.read_given(student.origin)))
 
 
 def _count_parameters(config: RegisterConfig) -> int:

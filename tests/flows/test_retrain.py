@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from minitron.engines.samples import make_sample, tiny_sentences
-from minitron.registry import fingerprint, training_lock
+from minitron.registry import fingerprint, lineage, training_lock
 from minitron.storage.hashing import content_hash
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment
@@ -151,7 +151,7 @@ def test_other_gates_judge_the_same_student_anew_without_training(better: Run, d
     assert "version 2 is made from the same, but other gates judged it; it is evaluated anew" in again.output
     assert "training:" not in again.output and again.summary["outcome"] == "promoted"
     assert again.aliases == {"challenger": 4, "champion": 4, "previous": 3}
-    assert tags(directory, 4)["student_sha256"] == tags(directory, 2)["student_sha256"]
+    assert tags(directory, 4)[lineage.STUDENT_TAG] == tags(directory, 2)[lineage.STUDENT_TAG]
 
 
 def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) -> None:

@@ -124,8 +124,8 @@ def test_a_version_has_its_lineage(
     assert own["image"] == "registry/tools:1" and own["pipeline_run_id"] == config.pipeline_run_id
     assert own["mlflow_run_id"] != record["registered"]["run_id"]
     tags = connect(uri).get_model_version(name, "1").tags
-    assert tags["lineage"] == f"runs:/{record['registered']['run_id']}/lineage.json"
-    assert tags["teacher_licence"] == "llama3.1"
+    assert tags[lineage.TAG] == f"runs:/{record['registered']['run_id']}/lineage.json"
+    assert tags["teacher_license"] == "llama3.1"
 
 
 def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str], StageConfig]) -> None:
@@ -135,12 +135,12 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
         lineage.read_lineage(mlflow_file, f"models:/{name}/9")
     client = connect(mlflow_file)
     client.create_model_version(name, "gs://bucket/made-by-hand")
-    with pytest.raises(ConfigError, match=f"models:/{name}/2: no tag lineage; give a version that minitron's"):
-        lineage.read_lineage(mlflow_file, f"models:/{name}/2")
-    client.set_model_version_tag(name, "1", "student_sha256", "another")
     with pytest.raises(
-        RunError, match=r"lineage\.json belongs to another student, because it was overwritten; register"
+        ConfigError, match=f"models:/{name}/2: no tag {lineage.TAG}; give a version"
     ):
+        lineage.read_lineage(mlflow_file, f"models:/{name}/2")
+    client.set_model_version_tag(name, "1", lineage.STUDENT_TAG, "another")
+    with pytest.raises(RunError, match=r"lineage\.json belongs to another student, because it was overwritten"):
         lineage.read_lineage(mlflow_file, f"models:/{name}/1")
 
 

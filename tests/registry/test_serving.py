@@ -153,7 +153,7 @@ def test_what_cannot_be_served_is_one_line(mlflow_server: str, make: Callable[..
     assert line.endswith(f"model {name} has no alias champion, only: challenger; minitron promote {name} makes one")
     assert "no model none is registered at http://127" in fail(mlflow_server, "models:/none@champion")
     register_version(mlflow_server, tmp_path.name, None, {"made_by": "hand"})
-    assert "/2: no tags parameters and student_sha256; give a version that register made" in fail(
+    assert "/2: no tags parameters and minitron.student_sha256; give a version that register made" in fail(
         mlflow_server, f"models:/{tmp_path.name}/2"
     )
 

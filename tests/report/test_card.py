@@ -1,11 +1,13 @@
 """The model card: what Hugging Face's hub reads of it, and what a person does."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from minitron.config.parse import parse
 from minitron.config.stages import RegisterConfig
@@ -52,6 +54,13 @@ def test_the_hub_reads_the_front_matter(config: RegisterConfig) -> None:
         ("arc", "acc"): 0.5,
         ("arc", "acc_norm"): 0.51,
     }
+
+
+def test_markdown_that_knows_no_front_matter_makes_no_heading_of_it(config: RegisterConfig) -> None:
+    write_test_card(config, EVALUATION)
+    tokens = MarkdownIt().parse((config.output / "README.md").read_text())
+    headings = [following.content for token, following in pairwise(tokens) if token.type == "heading_open"]
+    assert headings[0] == "small" and "Results" in headings and not any("written" in text for text in headings)
 
 
 def test_the_text_has_results_provenance_and_licenses(config: RegisterConfig) -> None:

@@ -23,11 +23,12 @@ from minitron.stages import distill, register
 from minitron.storage.hashing import content_hash
 from minitron.tracking.client import connect
 from tests.constants import SEQUENCE
+from tests.report.evaluations import make_gated_evaluation
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
 
 TEXTS = ["hello there", "abc"]
-WEIGHTS = "model.safetensors"
+WEIGHTS, OLD_COMMENT = "model.safetensors", "# Written by minitron-pipelines"
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +112,16 @@ def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Pat
     version = client.get_model_version(config.name, "1")
     distilled = json.loads((student / "stage.json").read_text())
     assert version.tags == {
-        "pipeline_run_id": "pipeline-7",
-        "gates": "none",
+        "minitron.pipeline_run_id": "pipeline-7",
+        "verdict": "no gates",
         "parameters": "213568",  # 2 · 512 · 64 embeddings, 4 · (2 · 64² + 2 · 64 · 32 + 3 · 64 · 128 + 2 · 64), 64
         "validation_loss": str(distilled["metrics"]["validation_loss"]),
-        "teacher_sha256": content_hash(Path(distilled["config"]["teacher"])),
-        "student_sha256": content_hash(student),
-        "dataset_sha256": content_hash(config.dataset),
-        "licence": "none",
-        "teacher_licence": "unknown",
-        "lineage": f"runs:/{registered['run_id']}/lineage.json",
+        "minitron.teacher_sha256": content_hash(Path(distilled["config"]["teacher"])),
+        "minitron.student_sha256": content_hash(student),
+        "minitron.dataset_sha256": content_hash(config.dataset),
+        "license": "none",
+        "teacher_license": "unknown",
+        "minitron.lineage": f"runs:/{registered['run_id']}/lineage.json",
         "minitron.key": json.loads((config.output / "stage.json").read_text())["key"],
     }
     parent = client.get_run(version.run_id)
@@ -156,9 +157,9 @@ print(json.dumps(model.predict({TEXTS!r}, params={{"max_new_tokens": 8}})))
     assert json.loads(done.stdout.splitlines()[-1]) == _expected(student, 8)
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("own", "until_0_4"), [(False, False), (True, False), (False, True)])
 def test_a_model_card_goes_with_the_weights_and_is_taken_away_again(
-    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path, own: bool
+    mlflow_file: str, make: Callable[..., RegisterConfig], student: Path, tmp_path: Path, own: bool, until_0_4: bool
 ) -> None:
     copy = shutil.copytree(student, tmp_path / "copy")
     if own:
@@ -170,6 +171,10 @@ def test_a_model_card_goes_with_the_weights_and_is_taken_away_again(
     model_id = client.get_model_version(config.name, "1").source.removeprefix("models:/")
     assert "README.md" in {file.path for file in client.list_logged_model_artifacts(model_id)}
     assert (config.output / "README.md").read_text().startswith(versions.CARD_BEGINS)
+    if until_0_4:
+        text = (config.output / "README.md").read_text().replace("written_by: minitron-pipelines", OLD_COMMENT)
+        (tmp_path / "README.md").write_text(text)
+        client.log_model_artifact(model_id, str(tmp_path / "README.md"))
     versions.download_version(mlflow_file, f"models:/{config.name}/1", tmp_path / "downloaded")
     assert content_hash(tmp_path / "downloaded") == content_hash(copy)
     assert (tmp_path / "downloaded" / "README.md").exists() == own
@@ -200,6 +205,46 @@ def test_a_version_of_the_same_registration_is_taken_over_from_any_workspace(
     assert second == first and len(client.search_model_versions(f"name = '{first['name']}'")) == 1
     assert int(client.get_model_version_by_alias(first["name"], "challenger").version) == 1
     assert len(client.search_logged_models([client.get_experiment_by_name(tmp_path.name).experiment_id])) == 1
+    assert _parents(uri, tmp_path.name)["second"].data.metrics == {"student_parameters": 213568}
+
+
+def _parents(uri: str, experiment: str) -> dict[str, Any]:
+    """Return the runs of the pipeline runs by Kubeflow's id."""
+    client = connect(uri)
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return {run.data.tags["kfp.run_id"]: run for run in runs if "kfp.run_id" in run.data.tags}
+
+
+def test_the_pipeline_s_run_says_what_came_of_it_and_is_sorted_by_it(
+    uri: str, make: Callable[..., RegisterConfig], tmp_path: Path
+) -> None:
+    evaluation = make_gated_evaluation()
+    evaluation["student"]["parameters"] = 213568
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation | {"passed": False}))
+    register.run(make(uri, pipeline_run_id="first"))
+    run = _parents(uri, tmp_path.name)["first"]
+    assert (run.data.tags["model"], run.data.tags["verdict"]) == (tmp_path.name, "gates not met")
+    expected = {"student_validation_loss": 3.0, "validation_loss_above_teacher": 1.0, "speed_ratio": 1.5}
+    expected |= {"student_parameters": 213568, "gap_closed": 0.75, "student_arc_acc": 0.5}
+    assert {name: run.data.metrics.get(name) for name in expected} == expected
+    assert run.data.metrics["arc_acc_below_teacher"] == pytest.approx(0.1)
+    client = connect(uri)
+    version = client.get_model_version(tmp_path.name, "1")
+    assert version.description == run.data.tags["mlflow.note.content"]
+    assert "**Gates not met.** 629.8× smaller, 1.5× faster; loses 10.0 points of arc." in version.description
+    assert "| Validation loss | 2.000 | 3.000 |" in version.description
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert {metric.key: metric.value for metric in model.metrics} == run.data.metrics
+
+
+def test_a_run_that_made_nothing_new_says_so(uri: str, make: Callable[..., RegisterConfig], tmp_path: Path) -> None:
+    for name in ("first", "first", "second"):
+        register.run(make(uri, pipeline_run_id=name, workspace=tmp_path / "workspace"))
+    first, second = (_parents(uri, tmp_path.name)[name] for name in ("first", "second"))
+    assert (first.data.tags["verdict"], second.data.tags["verdict"]) == ("no gates", "unchanged")
+    assert second.info.run_name.startswith(f"{tmp_path.name} ") and second.info.status == "FINISHED"
+    assert second.data.tags["mlflow.note.content"].startswith(f"Nothing new: version 1 of {tmp_path.name} ")
+    assert second.data.metrics == {}
 
 
 def test_another_registry_gets_its_own_version(

@@ -45,8 +45,8 @@ def ask(mlflow_file: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.Mon
     return asked
 
 
-def version(uri: str, name: str, made_from: dict[str, str], alias: str) -> None:
-    register_version(uri, name, alias, {fingerprint.TAG: json.dumps(made_from)})
+def version(uri: str, name: str, made_from: dict[str, str], alias: str, tag: str = fingerprint.TAG) -> None:
+    register_version(uri, name, alias, {tag: json.dumps(made_from)})
 
 
 def test_without_a_champion_there_is_something_to_train(ask: Ask, tmp_path: Path) -> None:
@@ -55,8 +55,9 @@ def test_without_a_champion_there_is_something_to_train(ask: Ask, tmp_path: Path
     assert json.loads((tmp_path / "resolved" / "decision.json").read_text())["train"] is True
 
 
-def test_a_champion_promoted_by_hand_is_not_made_again(ask: Ask, mlflow_file: str, tmp_path: Path) -> None:
-    version(mlflow_file, tmp_path.name, ask()["made_from"], "champion")
+@pytest.mark.parametrize("tag", [fingerprint.TAG, "made_from"], ids=["now", "until 0.4"])
+def test_a_champion_promoted_by_hand_is_not_made_again(ask: Ask, mlflow_file: str, tmp_path: Path, tag: str) -> None:
+    version(mlflow_file, tmp_path.name, ask()["made_from"], "champion", tag)
     found = ask()
     assert not found["train"] and found["champion"] == f"models:/{tmp_path.name}/1"
     assert found["reason"].endswith("made from the same data, teacher and settings; it is the champion")
