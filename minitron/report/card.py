@@ -56,7 +56,10 @@ def describe_student(verdict: str, evaluation: dict[str, Any], origin: dict[str,
         models = tables.label_models({name: evaluation[name] for name in ("teacher", "student")})
         rows = tables.build_model_rows(evaluation, models)
         table = [["", *models.values()], ["---", *["---:"] * len(models)]]
-        table += [[row["label"], *(cell["text"] for cell in row["cells"])] for row in rows if row["key"] in _MAIN]
+        for row in rows:
+            if row["key"] in _MAIN:
+                note = f" ({row['note']})" if row["note"] else ""
+                table.append([row["label"] + note, *(cell["text"] for cell in row["cells"])])
         parts.append("\n".join(f"| {' | '.join(map(_escape_cell, row))} |" for row in table))
     parts.append("\n".join(f"- {gates.describe_gate(gate)}" for gate in evaluation.get("gates") or []))
     parts += [f"{name.capitalize()}: `{entry['address']}`" for name, entry in lineage.read_given(origin).items()]

@@ -212,8 +212,8 @@ def read_artifact(client: "MlflowClient", run_id: str, path: str) -> dict[str, A
     return content
 
 
-def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
-    """Return the id of an experiment; create it if it does not exist."""
+def find_or_create_experiment(client: "MlflowClient", name: str, tags: Mapping[str, str] | None = None) -> str:
+    """Return the id of an experiment; create it with these tags if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -224,7 +224,7 @@ def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
     location = str(database.absolute().parent / "mlartifacts") if database else None
     kind = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page asks what its runs are
     try:
-        return client.create_experiment(name, artifact_location=location, tags=kind)
+        return client.create_experiment(name, artifact_location=location, tags=kind | dict(tags or {}))
     except MlflowException as error:
         experiment = client.get_experiment_by_name(name)  # another process may have been faster
         if experiment is None:

@@ -1,10 +1,11 @@
 """The MLflow run that the stages of a pipeline run share: join it, list its stages, record its outcome."""
 
+import json
 import os
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from minitron.config.metrics import format_moment
 from minitron.config.stages import StageConfig
 from minitron.tracking.client import annotate_run, find_or_create_experiment, search_runs
 
@@ -44,6 +45,33 @@ MODEL_TAG, VERDICT_TAG, NOTE_TAG = "model", "verdict", "mlflow.note.content"
 """Tags of a pipeline run that people read in MLflow's list: the registered model, the verdict in a few words, and the
 description, which is Markdown."""
 
+_VIEW = {
+    "mlflow.sharedViewState.best": json.dumps(
+        {
+            "name": "Best runs",
+            "createdAt": 0,
+            "updatedAt": 0,
+            "state": json.dumps(
+                {
+                    "searchFilter": f"tags.{VERDICT_TAG} LIKE '%'",
+                    "orderByKey": "metrics.`student_validation_loss`",
+                    "orderByAsc": True,
+                    "selectedColumns": [
+                        "attributes.`Models`",
+                        "metrics.`student_validation_loss`",
+                        "metrics.`validation_loss_above_teacher`",
+                        "metrics.`parameters_ratio`",
+                        "metrics.`speed_ratio`",
+                        f"tags.`{VERDICT_TAG}`",
+                    ],
+                }
+            ),
+        }
+    )
+}
+"""Tag of an experiment: a saved view of MLflow's page (3.17), which lists the pipeline runs that have a verdict, the
+lowest loss first. Sorted by a metric, the page's own list has the stages' runs among them."""
+
 NO_REASON = "see the log of its tasks"
 """The reason of a failed pipeline run when neither a stage nor Kubeflow gives one."""
 
@@ -61,7 +89,7 @@ def join_pipeline_run(client: "MlflowClient", config: StageConfig, model: str | 
     elif config.pipeline_run_id is None:
         return None
     else:
-        experiment = find_or_create_experiment(client, config.experiment)
+        experiment = find_or_create_experiment(client, config.experiment, _VIEW)
         run = _find_earliest_run(client, experiment, config.pipeline_run_id) or _create_run(
             client, experiment, config.pipeline_run_id, model
         )
@@ -71,13 +99,13 @@ def join_pipeline_run(client: "MlflowClient", config: StageConfig, model: str | 
 
 
 def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str, model: str | None) -> "Run":
-    """Create a run that is named by its model and its start; Kubeflow's id stands in a tag."""
+    """Create a run that is named by its start and its model; Kubeflow's id stands in a tag."""
     now = time.time()
     created = client.create_run(
         experiment_id,
         start_time=int(now * 1000),
         tags={RUN_TAG: pipeline_run_id} | ({MODEL_TAG: model} if model else {}),
-        run_name=f"{model or 'pipeline'} {format_moment(now)}",
+        run_name=f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} {model or 'pipeline'}",  # MLflow's list cuts it
     )
     first = _find_earliest_run(client, experiment_id, pipeline_run_id) or created
     if first.info.run_id != created.info.run_id:

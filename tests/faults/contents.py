@@ -17,7 +17,7 @@ _DIFFERENT = re.compile(r"seconds|per_second|^peak_|^started$|^mlflow_run_id$|^m
 
 _OF_EVALUATION = re.compile(r"\.tfevents\..*")
 
-_MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d")
 """What differs within a name."""
 
 _DIGEST_LENGTH = 36

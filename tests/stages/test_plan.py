@@ -61,7 +61,8 @@ def test_the_run_in_mlflow_has_the_model_s_name_before_a_stage_starts(mlflow_fil
     )
     experiment = connect(mlflow_file).get_experiment_by_name(tmp_path.name)
     (run,) = connect(mlflow_file).search_runs([experiment.experiment_id])
-    assert run.info.run_name == f"m {format_moment(run.info.start_time / 1000)}" and run.info.status == "RUNNING"
+    started = format_moment(run.info.start_time / 1000).removesuffix(" UTC")
+    assert (run.info.run_name, run.info.status) == (f"{started} m", "RUNNING")
     assert (run.data.tags["model"], run.data.tags["kfp.run_id"]) == ("m", "run-1")
 
 

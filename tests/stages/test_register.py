@@ -232,7 +232,7 @@ def test_the_pipeline_s_run_says_what_came_of_it_and_is_sorted_by_it(
     version = client.get_model_version(tmp_path.name, "1")
     assert version.description == run.data.tags["mlflow.note.content"]
     assert "**Gates not met.** 629.8× smaller, 1.5× faster; loses 10.0 points of arc." in version.description
-    assert "| Validation loss | 2.000 | 3.000 |" in version.description
+    assert "| Validation loss (nats per token) | 2.000 | 3.000 |" in version.description
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in model.metrics} == run.data.metrics
 
@@ -242,7 +242,7 @@ def test_a_run_that_made_nothing_new_says_so(uri: str, make: Callable[..., Regis
         register.run(make(uri, pipeline_run_id=name, workspace=tmp_path / "workspace"))
     first, second = (_parents(uri, tmp_path.name)[name] for name in ("first", "second"))
     assert (first.data.tags["verdict"], second.data.tags["verdict"]) == ("no gates", "unchanged")
-    assert second.info.run_name.startswith(f"{tmp_path.name} ") and second.info.status == "FINISHED"
+    assert second.info.run_name.endswith(f" {tmp_path.name}") and second.info.status == "FINISHED"
     assert second.data.tags["mlflow.note.content"].startswith(f"Nothing new: version 1 of {tmp_path.name} ")
     assert second.data.metrics == {}
 

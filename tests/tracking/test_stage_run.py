@@ -93,7 +93,8 @@ def test_stages_are_nested_under_one_parent(uri: str, make: Callable[..., StageC
     runs = _runs_by_stage(uri, tmp_path.name)
     parent = runs.pop("pipeline")
     assert parent.data.tags["kfp.run_id"] == "pipeline-7" and parent.info.status == "FINISHED"
-    assert parent.info.run_name == f"pipeline {format_moment(parent.info.start_time / 1000)}"
+    started = format_moment(parent.info.start_time / 1000).removesuffix(" UTC")
+    assert parent.info.run_name == f"{started} pipeline"
     assert runs.keys() == {"prepare", "finetune"}
     for name, run in runs.items():
         assert run.info.run_name == f"{name} · {parent.info.run_name}"
