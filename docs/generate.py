@@ -21,6 +21,13 @@ from minitron.config.reference import reference_page
 from minitron.storage import layout
 
 REFERENCE = Path(__file__).parent / "reference"
+_PIPELINE_METRICS = (
+    ("`parameters_ratio`", "the student's parameters, as a share of the teacher's", "less is better"),
+    ("`speed_ratio`", "the student's generation speed over the teacher's", "more is better"),
+    ("`gap_closed`", "share of the loss added by pruning that distillation took back", "more is better"),
+    ("`validation_loss_above_teacher`", "the student's validation loss minus the teacher's", "less is better"),
+    ("`TASK_acc_below_teacher`", "the teacher's accuracy minus the student's", "less is better"),
+)
 _UNITS = {"megabytes": "MB", "share": "share of 1"}
 
 
@@ -113,6 +120,9 @@ def make_metric_page() -> str:
                 _make_table(("metric", "name", "unit", "direction"), rows + tasks),
                 "## Models",
                 _make_table(("key in evaluation.json and gates", "name in the report"), models),
+                "## The pipeline's run in MLflow",
+                "It has `student_METRIC` of every metric above, and these. The teacher is the corrected one.",
+                _make_table(("metric", "meaning", "direction"), _PIPELINE_METRICS),
             ]
         )
         + "\n"
