@@ -50,7 +50,7 @@ def describe_student(verdict: str, evaluation: dict[str, Any], origin: dict[str,
         evaluation: the content of evaluation.json.
         origin: the lineage.
     """
-    parts = [f"**{verdict.capitalize()}.**"]
+    parts = [f"{verdict.capitalize()}."]  # plain: the list of versions shows the beginning as it is
     if "teacher" in evaluation:
         parts[0] += f" {tables.summarize_result(evaluation)}."
         models = tables.label_models({name: evaluation[name] for name in ("teacher", "student")})

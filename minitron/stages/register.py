@@ -172,9 +172,10 @@ def _build_tags(config: RegisterConfig, tracker: MlflowTracker, origin: dict[str
     if config.pipeline_run_id:
         tags["minitron.pipeline_run_id"] = config.pipeline_run_id
     if record := read_record(config.student):  # of distill
-        tags["validation_loss"] = str(record["metrics"].get("validation_loss", "unknown"))
+        loss = record["metrics"].get("validation_loss")
+        tags["validation_loss"] = "unknown" if loss is None else f"{loss:.4f}"
         tags["minitron.teacher_sha256"] = record["inputs"]["teacher"]["sha256"]
-    return tags
+    return dict(sorted(tags.items(), key=lambda tag: tag[0].startswith("minitron.")))  # MLflow shows them in this order
 
 
 def _log_results(config: RegisterConfig, directory: Path, tracker: MlflowTracker) -> None:

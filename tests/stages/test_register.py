@@ -115,7 +115,7 @@ def _check_tags(config: RegisterConfig, registered: dict[str, Any], student: Pat
         "minitron.pipeline_run_id": "pipeline-7",
         "verdict": "no gates",
         "parameters": "213568",  # 2 · 512 · 64 embeddings, 4 · (2 · 64² + 2 · 64 · 32 + 3 · 64 · 128 + 2 · 64), 64
-        "validation_loss": str(distilled["metrics"]["validation_loss"]),
+        "validation_loss": f"{distilled['metrics']['validation_loss']:.4f}",
         "minitron.teacher_sha256": content_hash(Path(distilled["config"]["teacher"])),
         "minitron.student_sha256": content_hash(student),
         "minitron.dataset_sha256": content_hash(config.dataset),
@@ -231,7 +231,7 @@ def test_the_pipeline_s_run_says_what_came_of_it_and_is_sorted_by_it(
     client = connect(uri)
     version = client.get_model_version(tmp_path.name, "1")
     assert version.description == run.data.tags["mlflow.note.content"]
-    assert "**Gates not met.** 629.8× smaller, 1.5× faster; loses 10.0 points of arc." in version.description
+    assert "Gates not met. 629.8× smaller, 1.5× faster; loses 10.0 points of arc." in version.description
     assert "| Validation loss (nats per token) | 2.000 | 3.000 |" in version.description
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in model.metrics} == run.data.metrics
