@@ -15,8 +15,6 @@ from tests.faults.pipeline import STAGES, Pipeline
 _DIFFERENT = re.compile(
     r"seconds|per_second|speed_ratio|^peak_|^started$|^mlflow_run_id$|^minitron\.a|^mlflow\.(?!parent|runName)"
 )
-    r"seconds|per_second|speed_ratio|^peak_|^started$|^mlflow_run_id$|^minitron\.a|^mlflow\.(?!parent|runName)"
-)
 """Keys of what differs: times, speeds, memory, ids."""
 
 _OF_EVALUATION = re.compile(r"\.tfevents\..*")

@@ -135,9 +135,7 @@ def test_what_has_no_lineage_is_explained(mlflow_file: str, make: Callable[[str]
         lineage.read_lineage(mlflow_file, f"models:/{name}/9")
     client = connect(mlflow_file)
     client.create_model_version(name, "gs://bucket/made-by-hand")
-    with pytest.raises(
-        ConfigError, match=f"models:/{name}/2: no tag {lineage.TAG}; give a version"
-    ):
+    with pytest.raises(ConfigError, match=f"models:/{name}/2: no tag {lineage.TAG}; give a version"):
         lineage.read_lineage(mlflow_file, f"models:/{name}/2")
     client.set_model_version_tag(name, "1", lineage.STUDENT_TAG, "another")
     with pytest.raises(RunError, match=r"lineage\.json belongs to another student, because it was overwritten"):
