@@ -14,6 +14,7 @@ from minitron.data.indexed import IndexedWriter
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import MANIFEST
+from minitron.tracking.client import connect
 from tests.constants import SEQUENCE, STEPS
 from tests.servers.http_server import free_port
 from tests.servers.mlflow_server import mlflow_serving
@@ -98,7 +99,9 @@ def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
 @pytest.fixture(scope="session")
 def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of MLflow without a server, on a SQLite file, whose tables take some seconds to make."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    connect(uri, create=True)
+    return uri
 
 
 @pytest.fixture(scope="session")

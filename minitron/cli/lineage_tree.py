@@ -56,7 +56,7 @@ def _list_facts(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "settings", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
     yield "versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())
     yield "image", record.get("image") or "none"
-    yield "runs", f"Kubeflow {record.get('pipeline_run_id') or 'none'}, MLflow {record.get('mlflow_run_id') or 'none'}"
+    yield "runs", f"pipeline {record.get('pipeline_run_id') or 'none'}, MLflow {record.get('mlflow_run_id') or 'none'}"
     if losses := [row["validation_loss"] for row in record.get("history", []) if "validation_loss" in row]:
         yield "validation loss", " → ".join(map(format_loss, losses))
     if "output_sha256" in record:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,13 +24,27 @@ from minitron.storage.layout import CONCLUSION_PAGE, REPORT
 RUN_DATABASE = "mlflow.db"
 """MLflow's file in the directory of a run."""
 
+RESULTS = "results"
+"""The directory of the tasks' outputs in the directory of a run."""
+
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
 """tqdm ends a nested bar with it; it would overwrite the line above."""
 
 
-def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], work_dir: Path) -> Path:
+def run_pipeline(
+    documents: list[dict[str, Any]],
+    arguments: dict[str, Any],
+    work_dir: Path,
+    comment: Callable[[str], str | None] | None = None,
+) -> Path:
     """Run the compiled pipeline in subprocesses of this Python; return the directory of the tasks' outputs.
+
+    Args:
+        documents: the compiled pipeline.
+        arguments: those of its parameters.
+        work_dir: gets `RESULTS`, the workspace and the cache.
+        comment: returns what to print after a line of the stages, or None.
 
     Raises:
         MinitronError: a stage failed; message and exit status are the stage's. If the pipeline has the task `conclude`,
@@ -40,7 +54,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     from kfp import components, local
 
     adapt_to_local(documents[0])
-    workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / "results"
+    workspace, results = arguments.get("workspace") or str(work_dir / "workspace"), work_dir / RESULTS
     os.environ.setdefault("MINITRON_CACHE", str(work_dir / "cache"))
     failure_note_path(workspace).unlink(missing_ok=True)
     earlier = set(results.glob("*"))
@@ -52,7 +66,7 @@ def run_pipeline(documents: list[dict[str, Any]], arguments: dict[str, Any], wor
     local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=unused)
     pipeline = components.load_component_from_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
     try:
-        with guide_stages() as signals, _filter_output():
+        with guide_stages() as signals, _filter_output(comment):
             pipeline(**arguments)
     except RuntimeError as error:
         for page in results.glob(f"*/conclude/*/{CONCLUSION_PAGE}"):
@@ -92,11 +106,11 @@ def _read_failure(workspace: str, signals: list[signal.Signals]) -> MinitronErro
 
 
 @contextlib.contextmanager
-def _filter_output() -> Iterator[None]:
-    """Hide the log of kfp.local and of the KFP executor, which would bury the progress bars."""
+def _filter_output(comment: Callable[[str], str | None] | None) -> Iterator[None]:
+    """Hide the log of kfp.local and of the KFP executor, which would bury the progress bars; add the comments."""
     logging.disable(logging.INFO)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(_StagesOutput(sys.stdout)):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(_StagesOutput(sys.stdout, comment)):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -106,8 +120,8 @@ def _filter_output() -> Iterator[None]:
 class _StagesOutput(io.TextIOBase):
     """The stages' lines of kfp.local's output: kfp.local indents them; the executor's own lines are left out."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._line, self._skipping = stream, "", False
+    def __init__(self, stream: TextIO, comment: Callable[[str], str | None] | None = None) -> None:
+        self._stream, self._comment, self._line, self._skipping = stream, comment, "", False
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
@@ -128,4 +142,6 @@ class _StagesOutput(io.TextIOBase):
         elif text != line and text.strip():
             with contextlib.suppress(OSError):  # nobody reads any more: the terminal or a pipe is closed; work goes on
                 self._stream.write(text.replace(_CURSOR_UP, "") + "\n")
+                if self._comment and (comment := self._comment(text)):
+                    self._stream.write(comment + "\n")
                 self._stream.flush()

@@ -59,23 +59,40 @@ def _print_command() -> None:
 def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_dir: Path) -> None:
     documents = compiled_pipeline(pipeline)
     parameters = get_parameters(documents)
-    request = read_request(presets, settings, parameters, _local_defaults(parameters, work_dir))
+    defaults = _local_defaults(parameters, work_dir)
+    request = read_request(presets, settings, parameters, defaults)
     if request.samples:
         paths = demo_inputs.input_paths(request.samples, work_dir / "inputs")
         request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
     arguments = check_arguments(request, parameters)
+    _say_what_is_not_read(arguments["tracking_uri"], defaults["tracking_uri"])
     _make_directory(work_dir)
     with disk_errors(work_dir):
         if request.samples:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             with demo_inputs.build_aside(request.samples, work_dir / "inputs"):
                 local.import_kfp()
+        comment = None
         if plan := read_run_plan(arguments):
+            from minitron.runtime.duration import DurationEstimate
             from minitron.runtime.preflight import check_plan
 
-            check_plan(plan, find_missing_paths(plan, Path("/")), ask_once=True)
-        results = local.run_pipeline(documents, arguments, work_dir)
+            architecture, _ = check_plan(plan, find_missing_paths(plan, Path("/")), ask_once=True)
+            comment = DurationEstimate(plan, architecture, work_dir / local.RESULTS).read_line
+        results = local.run_pipeline(documents, arguments, work_dir, comment)
         summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
+
+
+def _say_what_is_not_read(used: str, default: str) -> None:
+    """Say that MLFLOW_TRACKING_URI, which the commands of the registry read, is not where this run is tracked."""
+    exported = os.environ.get("MLFLOW_TRACKING_URI")
+    if exported and used == default != exported:
+        print(
+            f"MLflow: {used}, the work directory's; MLFLOW_TRACKING_URI is not read here: "
+            "--set tracking_uri=$MLFLOW_TRACKING_URI uses it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _make_directory(work_dir: Path) -> None:
@@ -93,10 +110,8 @@ def _make_directory(work_dir: Path) -> None:
 
 
 def _local_defaults(parameters: dict[str, Any], work_dir: Path) -> dict[str, Any]:
-    """Return the defaults of this machine: a file for MLflow, and no GPUs."""
-    defaults: dict[str, Any] = {
-        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work_dir / local.RUN_DATABASE}"
-    }
+    """Return the defaults of this machine: the work directory's database for MLflow, and no GPUs."""
+    defaults: dict[str, Any] = {"tracking_uri": f"sqlite:///{work_dir / local.RUN_DATABASE}"}
     if SETTINGS_PARAMETER in parameters:
         defaults |= {f"{stage}.gpus": 0 for stage, entry in RESOURCES.items() if isinstance(entry, GpuResources)}
     return defaults

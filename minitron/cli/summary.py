@@ -40,7 +40,7 @@ def write_summary(pipeline: str, results: Path, work_dir: Path, tracking_uri: st
     if (outputs := _find_outputs(results)).keys() == STAGES.keys():
         evaluation = _read_json(outputs["evaluate"] / EVALUATION)
         summary |= summarize_compression(outputs, evaluation)
-        _print_compression(console, summary, evaluation)
+        _print_compression(console, summary, evaluation, outputs["distill"])
         pages.append(outputs["evaluate"] / REPORT)
     decisions = [*results.glob(f"promote/*/{PROMOTED}"), *results.glob(f"conclude/*/{CONCLUSION}")]
     for path in decisions:
@@ -61,7 +61,7 @@ def _find_outputs(results: Path) -> dict[str, Path]:
     return {stage: path.parent for stage, path in records.items() if path}
 
 
-def _print_compression(console: Console, summary: dict[str, Any], evaluation: dict[str, Any]) -> None:
+def _print_compression(console: Console, summary: dict[str, Any], evaluation: dict[str, Any], student: Path) -> None:
     registered = summary["registered"]
     console.print(models_table(evaluation))
     if evaluation["gates"]:
@@ -69,6 +69,7 @@ def _print_compression(console: Console, summary: dict[str, Any], evaluation: di
     console.print(stages_table(summary["stages"]))
     console.print(f"gap closed: {_format_gap(evaluation['gap_closed'])}")
     console.print(f"registered: {registered['name']} version {registered['version']}, alias {registered['alias']}")
+    console.print(f"student:    {student}", soft_wrap=True)
 
 
 def summarize_compression(outputs: dict[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:

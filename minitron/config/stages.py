@@ -33,7 +33,7 @@ class StageConfig(StageSettings):
     tracking_uri: Annotated[str | None, EXECUTION] = Field(None, description="MLflow server; none: no logging.")
     experiment: Annotated[str, EXECUTION] = Field("minitron", description="MLflow experiment.")
     pipeline_run_id: Annotated[str | None, EXECUTION] = Field(
-        None, description="Kubeflow run of this stage; all stages of one run share an MLflow parent run."
+        None, description="Pipeline run of this stage; all stages of one share an MLflow parent run."
     )
 
 

@@ -24,7 +24,7 @@ class ResolveConfig(PlanConfig):
     """Corpus, teacher and settings → the decision whether there is anything new to train."""
 
     tracking_uri: str = Field(description="MLflow server whose registry has the versions.")
-    pipeline_run_id: str = Field(description="Kubeflow run that this task belongs to.")
+    pipeline_run_id: str = Field(description="Pipeline run that this task belongs to.")
 
 
 class PromoteConfig(StageConfig):
@@ -40,7 +40,7 @@ class ConcludeConfig(StageConfig):
     """The end of a run → its outcome in MLflow, and a page."""
 
     tracking_uri: str = Field(description="MLflow server.")
-    pipeline_run_id: str = Field(description="Kubeflow run that ends.")
+    pipeline_run_id: str = Field(description="Pipeline run that ends.")
     state: str = Field(description="Final state that Kubeflow reports.")
     message: str | None = Field(None, description="Kubeflow's message, if the run failed.")
 

@@ -5,6 +5,7 @@ while a model is small or reads few texts at a time. A serving engine such as vL
 models may differ there.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from minitron.config.metrics import BATCH_SPEED, SPEED, SPEED_BATCH
 from minitron.config.stages import EvaluateConfig
+
+_NAMES = ("_name_or_path", "architectures", "transformers_version")
+"""Entries of a config.json that say nothing about the computation."""
 
 ROUNDS = 6
 """Timings of every model. The slowest and the fastest of six enclose the median with a probability of 97 %."""
@@ -37,11 +41,29 @@ def time_generation(
     """Time how fast models continue the first prompt: one text at a time, and in a batch.
 
     All models take turns in every round, in alternating order. So a machine that is slower for a while, or warmer, is
-    so for all of them. Every continuation has `generation_tokens` tokens, whatever they say.
+    so for all of them. Every continuation has `generation_tokens` tokens, whatever they say. Models of one architecture
+    and size are timed once: they differ by their weights, which take the same time whatever they are.
 
     Returns:
         Per model the tokens per second of every round, by metric.
     """
+    first: dict[str, str] = {}
+    same = {name: first.setdefault(_describe_architecture(model), name) for name, model in models.items()}
+    speeds = _time_models(config, {name: models[name] for name in first.values()}, tokenizer)
+    return {name: speeds[timed] for name, timed in same.items()}
+
+
+def _describe_architecture(model: PreTrainedModel) -> str:
+    """Return a model's config.json without the names of files and versions."""
+    return json.dumps(
+        {key: value for key, value in model.config.to_dict().items() if key not in _NAMES}, sort_keys=True
+    )
+
+
+def _time_models(
+    config: EvaluateConfig, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, list[float]]]:
+    """Time models that differ in their architecture or size."""
     speeds: dict[str, dict[str, list[float]]] = {name: {SPEED: [], BATCH_SPEED: []} for name in models}
     ends = {name: model.generation_config for name, model in models.items()}
     for model in models.values():

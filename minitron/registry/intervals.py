@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minitron.config.metrics import SPEEDS, Interval
+from minitron.config.metrics import NUMBERS, SPEEDS, Interval
 
 __all__ = [
     "Comparison",
@@ -42,7 +42,7 @@ def estimate_interval(metric: str, items: list[float]) -> Interval | None:
         return None
     if metric in SPEEDS:
         return min(items), max(items)
-    if _are_answers(items):
+    if metric not in NUMBERS and _are_answers(items):
         return _estimate_share(float(np.mean(items)), len(items))
     return _take_quantiles(_resample(metric, items), len(items))
 
@@ -55,7 +55,7 @@ def compare_items(metric: str, items: list[float], others: list[float], by: Comp
     """
     if len(items) != len(others) or len(items) < 2:
         return None
-    if _are_answers(items) and _are_answers(others):
+    if metric not in NUMBERS and _are_answers(items) and _are_answers(others):
         return _compare_answers(items, others, by)
     if metric in SPEEDS:
         pairs = _relate(np.asarray(items), np.asarray(others), by)

@@ -94,7 +94,7 @@ def promote(
         name: registered model.
         version: its version; None: the challenger.
         why: reason, for the promotion log.
-        pipeline_run_id: Kubeflow run that promotes; None: this user.
+        pipeline_run_id: pipeline run that promotes; None: this user.
         force: overrule the gates; a reason is required, and the log records both.
 
     Raises:
@@ -278,7 +278,7 @@ def _name_author(why: str | None, pipeline_run_id: str | None) -> str:
     if (length := len(json.dumps(why, ensure_ascii=False)) - 2) > _LONGEST_REASON:
         raise ConfigError(f"why: {length} characters in JSON; give at most {_LONGEST_REASON}")
     if pipeline_run_id:
-        return f"Kubeflow run {pipeline_run_id}"
+        return f"pipeline run {pipeline_run_id}"
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

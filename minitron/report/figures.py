@@ -174,7 +174,7 @@ def _draw_layers(scores: list[float], kept: list[int], dropped: list[int]) -> di
     chart = charts.draw_layers(f"Block influence of {len(scores)} layers; {text}", scores, set(kept))
     caption = (
         "Block influence: how much a layer changes its input, as 1 minus the cosine similarity of its "
-        f"input and output, summed over the calibration batches. Layers {text}."
+        f"input and output, averaged over the calibration. Layers {text}."
     )
     return _build_figure(f"Layers: {len(kept)} of {len(scores)} kept", chart, caption) | {"wide": True}
 

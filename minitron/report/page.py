@@ -6,6 +6,7 @@ the other stages left in their directories. A section appears only if its data i
 
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,12 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
     else:
         text = f"Distillation closed {_write_gap(evaluation)} of the gap in validation loss after pruning."
     cost = student["validation_loss"] - teacher["validation_loss"]
-    differs = not contains(tables.read_interval(student, "validation_loss", "differences"), 0)
+    difference = tables.read_interval(student, "validation_loss", "differences")
+    differs = not contains(difference, 0)
+    ends = sorted(map(abs, difference)) if difference and differs else None
     text += (
-        f" The student's validation loss is {format_loss(abs(cost))} nats per token {'above' if cost > 0 else 'below'} "
+        f" The student's validation loss is {format_loss(abs(cost))}{_write_interval(ends, format_loss)} nats per "
+        f"token {'above' if cost > 0 else 'below'} "
         f"the corrected teacher's{'' if differs else ', which is within the error'}; its perplexity is "
         f"{format_decimal(student['perplexity'])} against {format_decimal(teacher['perplexity'])}."
     )
@@ -143,9 +147,13 @@ def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _write_gap(evaluation: dict[str, Any]) -> str:
     """Write the gap closed and its 95 % interval."""
-    interval = evaluation.get("gap_closed_interval")
-    ends = f" (95 % interval: {gates.format_range(*map(format_share, interval))})" if interval else ""
-    return f"{format_share(evaluation['gap_closed'])}{ends}"
+    interval = _write_interval(evaluation.get("gap_closed_interval"), format_share)
+    return f"{format_share(evaluation['gap_closed'])}{interval}"
+
+
+def _write_interval(interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
+    """Write a 95 % interval in parentheses; nothing without one."""
+    return f" (95 % interval: {gates.format_range(*map(form, interval))})" if interval else ""
 
 
 def explain_idle_distillation(records: dict[str, dict[str, Any]]) -> str | None:
@@ -181,7 +189,7 @@ def _list_run_facts(record: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of a stage's run. A fact that the record of an earlier version lacks is a dash."""
     facts = {
         "image": record.get("image"),
-        "Kubeflow run": record.get("pipeline_run_id"),
+        "pipeline run": record.get("pipeline_run_id"),
         "MLflow run": record.get("mlflow_run_id"),
         "seed": record["config"].get("seed"),
     }

@@ -30,7 +30,8 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
         with one_line_errors(config.tracking_uri), fail_fast():
             conclusion = _read_or_set_outcome(config)
     except MinitronError as error:  # a failed run needs the page most of all
-        conclusion = {"outcome": "failed", "reason": f"{config.message or config.state}; {error}", "run_id": None}
+        reason = f"{config.message or config.state}; {error}"
+        conclusion = {"outcome": "failed", "reason": reason, "run_id": None, "model": None}
         failure = error
     conclusion |= {"pipeline_run_id": config.pipeline_run_id, "mlflow": without_password(config.tracking_uri)}
     print(f"conclude: {conclusion['outcome']}: {conclusion['reason']}", flush=True)
@@ -45,7 +46,7 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
 
 def _read_or_set_outcome(config: ConcludeConfig) -> dict[str, Any]:
     """Return outcome and reason; a run without a recorded outcome failed, whatever state Kubeflow gives it."""
-    client = connect(config.tracking_uri)
+    client = connect(config.tracking_uri, create=True)
     run = runs.join_pipeline_run(client, config)
     assert run is not None  # there is a pipeline_run_id
     run_id, tags = run.info.run_id, run.data.tags
@@ -60,7 +61,7 @@ def _read_or_set_outcome(config: ConcludeConfig) -> dict[str, Any]:
         )
         outcome, reason = "failed", next(filter(None, reasons))
         runs.record_outcome(client, run_id, outcome, reason)
-    return {"outcome": outcome, "reason": reason, "run_id": run_id}
+    return {"outcome": outcome, "reason": reason, "run_id": run_id, "model": tags.get(runs.MODEL_TAG)}
 
 
 def _read_failure_note(config: ConcludeConfig) -> str | None:
@@ -73,7 +74,7 @@ def _log_page(config: ConcludeConfig, run_id: str) -> None:
     """Log the page to MLflow; an error is only a warning, because Kubeflow shows the page, too."""
     try:
         with fail_fast():
-            connect(config.tracking_uri).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
+            connect(config.tracking_uri, create=True).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
     except Exception as error:
         print(
             f"warning: conclude: MLflow has not got {CONCLUSION_PAGE}: {error_reason(error)}",

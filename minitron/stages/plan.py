@@ -65,7 +65,7 @@ def _open_pipeline_run(config: PlanConfig, model_name: str) -> None:
         return
     try:
         with one_line_errors(config.tracking_uri), fail_fast():
-            join_pipeline_run(connect(config.tracking_uri), config, model_name)
+            join_pipeline_run(connect(config.tracking_uri, create=True), config, model_name)
     except MinitronError as error:
         print(f"warning: plan: {error}", flush=True)
 

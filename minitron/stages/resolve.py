@@ -60,12 +60,12 @@ def _identify_inputs(prepare: PrepareConfig, name: str) -> tuple[str, str]:
         return found["corpus"].sha256, found["teacher"].sha256
     assert prepare.tracking_uri is not None
     with one_line_errors(prepare.tracking_uri), fail_fast():
-        teacher = lineage.find_teacher_hash(connect(prepare.tracking_uri), name, pinned)
+        teacher = lineage.find_teacher_hash(connect(prepare.tracking_uri, create=True), name, pinned)
     return found["corpus"].sha256, teacher or pinned
 
 
 def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint) -> dict[str, Any]:
-    name, client = plan.model_name, connect(config.tracking_uri)
+    name, client = plan.model_name, connect(config.tracking_uri, create=True)
     run = join_pipeline_run(client, config, name)
     assert run is not None  # there is a pipeline_run_id
     number = read_aliases(client, name).get(CHAMPION)

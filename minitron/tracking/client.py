@@ -51,11 +51,15 @@ _set_by_fail_fast: set[str] = set()
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def connect(uri: str) -> "MlflowClient":
+def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     """Return a silent client of a tracking server or database, and of its registry.
 
+    Args:
+        uri: http(s)://HOST, or sqlite:///FILE.
+        create: make the file of a database that does not exist. Who only reads would never find out about a typo.
+
     Raises:
-        ConfigError: MLflow cannot write to this URI, or a package for it is missing.
+        ConfigError: MLflow cannot write to this URI, or there is no such file, or a package for it is missing.
     """
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "path"
     if scheme not in ("http", "https", *_DATABASES):
@@ -67,6 +71,11 @@ def connect(uri: str) -> "MlflowClient":
             raise ConfigError(
                 f"tracking_uri {uri}: MLflow would make another file, since {found!r} is no plain character in a URI; "
                 "give a --work-dir or tracking_uri without it"
+            )
+        if not create and not database.is_file():
+            raise ConfigError(
+                f"tracking_uri {uri}: no such database; give the file of a run, such as "
+                "sqlite:///runs/demo/mlflow.db, or a server's http(s)://HOST"
             )
         database.parent.mkdir(parents=True, exist_ok=True)
     mlflow = _import_mlflow()

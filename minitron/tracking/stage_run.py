@@ -233,7 +233,7 @@ def track_stage(config: StageConfig, identity: dict[str, Any]) -> Iterator[Track
         return
     with fail_fast():  # for the whole stage: the environment must not change while training threads run
         with one_line_errors(config.tracking_uri), defer_sigterm():
-            client = connect(config.tracking_uri)
+            client = connect(config.tracking_uri, create=True)
             deliver_unsent(config, client)
             tracker = MlflowTracker(client, config, identity)
         print(
@@ -260,7 +260,7 @@ def deliver_unsent(config: StageConfig, client: "MlflowClient | None" = None) ->
         return
     try:
         with fail_fast():
-            deliver_messages(directory, partial(_send_or_drop, client or connect(config.tracking_uri)))
+            deliver_messages(directory, partial(_send_or_drop, client or connect(config.tracking_uri, create=True)))
     except Exception as error:
         print(f"warning: MLflow: {error_reason(error)}; what {directory} holds is sent later", file=sys.stderr)
 

@@ -127,7 +127,8 @@ def read_statuses(work_dir: Path) -> dict[str, str]:
     """Return the status of each run in MLflow, by its name; the pipeline run's name is `run`."""
     with sqlite3.connect(work_dir / "mlflow.db") as database:
         rows = database.execute("select name, status from runs").fetchall()
-    return {name if name in STAGES else "run": status for name, status in rows}
+    stages = {name.partition(" · ")[0]: status for name, status in rows}
+    return {name if name in STAGES else "run": status for name, status in stages.items()}
 
 
 def list_session(leader: int) -> str:

@@ -87,8 +87,10 @@ def test_the_summary_is_complete(flow: dict[str, Any]) -> None:
 
 def test_it_prints_the_table_the_version_and_the_next_command(flow: dict[str, Any]) -> None:
     for text in (
+        "The run takes about ",
         "Corrected teacher",
         "registered: tiny version",
+        f"student:    {flow['directory']}/results/",
         "report.html",
         "mlflow ui --backend-store-uri",
     ):
@@ -115,8 +117,10 @@ def test_mlflow_has_a_parent_run_a_run_per_stage_and_the_version(flow: dict[str,
 
 
 def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
-    done = forked(RUN, flow["root"])
+    """An exported address does not move the run away from its work directory, whose database has the registry."""
+    done = forked(RUN, flow["root"], MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert done.stderr.startswith(f"MLflow: sqlite:///{flow['directory']}/mlflow.db, the work directory's; ")
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
     again = json.loads((flow["directory"] / "summary.json").read_text())
     assert again == flow["summary"]

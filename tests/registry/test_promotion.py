@@ -46,7 +46,7 @@ def test_the_challenger_becomes_the_champion_and_is_taken_back(uri: str, name: s
     assert second.move and (second.move.source, second.move.to) == (1, 2) and second.gates[0]["student"] == 1.4
     assert read_aliases(uri, name) == {"challenger": 2, "champion": 2, "previous": 1}
     tags = connect(uri).get_model_version(name, "2").tags
-    assert tags["promoted_by"] == second.move.who == "Kubeflow run run-7" and tags["promoted_why"] == "better"
+    assert tags["promoted_by"] == second.move.who == "pipeline run run-7" and tags["promoted_why"] == "better"
     assert tags["promoted_at"] == second.move.when
 
     again = promote(uri, name, 2)

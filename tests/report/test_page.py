@@ -133,8 +133,8 @@ def test_headline(page: Page) -> None:
     assert "67.1 % of the parameters, 75.0 % of the gap closed" in text  # 90214488 / 134515008
     assert "The distilled student has 90.21 M parameters, the corrected teacher 134.5 M." in text
     assert (
-        "validation loss is 1.000 nats per token above the corrected teacher's; its perplexity is 30.0 against 20.0."
-        in text
+        "validation loss is 1.000 (95 % interval: 0.970 to 1.030) nats per token above the corrected teacher's; its "
+        "perplexity is 30.0 against 20.0." in text
     )
     assert "Generation speed 1.50× 30.0 tokens/s, corrected teacher 20.0" in text
 
@@ -145,7 +145,7 @@ def test_headline(page: Page) -> None:
         (
             None,
             1.5,
-            "gap to close. The student's validation loss is 0.500 nats per token below the corrected teacher's",
+            "gap to close. The student's validation loss is 0.500 (95 % interval: 0.400 to 0.600) nats per token below",
         ),
         (-0.25, 7.0, "the gap in validation loss after pruning grew by 25.0 %"),
     ],
@@ -153,7 +153,8 @@ def test_headline(page: Page) -> None:
 def test_headline_without_a_gain(
     compressed: EvaluateConfig, tmp_path: Path, gap: float | None, loss: float, words: str
 ) -> None:
-    page = write_page(tmp_path, compressed, change_evaluation(gap_closed=gap, student__validation_loss=loss))
+    changes = {"student__validation_loss": loss, "student__differences": {"validation_loss": [-0.6, -0.4]}}
+    page = write_page(tmp_path, compressed, change_evaluation(gap_closed=gap, **changes))
     assert words in page.text["verdict"]
     assert "of the gap closed" not in page.text["verdict"]
 
@@ -506,4 +507,4 @@ def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(
     speed = metrics.format_decimal(record["metrics"]["tokens_per_second"])
     memory = metrics.format_megabytes(record["peak_rss_mb"])
     assert f"distill 15 min 0 s {memory} {tokens} {speed} 2.00" in gpu_page.text["cost"]
-    assert "image registry/trainer:1 Kubeflow run – MLflow run run7 seed 1234" in gpu_page.text["lineage"]
+    assert "image registry/trainer:1 pipeline run – MLflow run run7 seed 1234" in gpu_page.text["lineage"]

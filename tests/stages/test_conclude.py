@@ -27,12 +27,13 @@ def run_conclude(uri: str, tmp_path: Path, **values: Any) -> dict[str, Any]:
 def test_a_failed_stage_is_quoted(mlflow_file: str, tmp_path: Path) -> None:
     client = connect(mlflow_file)
     experiment = find_or_create_experiment(client, tmp_path.name)
-    parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: "run-1"})
+    parent = client.create_run(experiment, tags={pipeline_run.RUN_TAG: "run-1", pipeline_run.MODEL_TAG: "minitron"})
     tags = {pipeline_run.PARENT_TAG: parent.info.run_id, pipeline_run.ERROR_TAG: "RunError: <disk> full"}
     client.create_run(experiment, tags=tags, run_name="distill")
     found = run_conclude(mlflow_file, tmp_path, state="RUNNING")
     assert (found["outcome"], found["reason"]) == ("failed", "distill: RunError: <disk> full")
-    assert "distill: RunError: &lt;disk&gt; full" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
+    page = (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
+    assert "distill: RunError: &lt;disk&gt; full" in page and "<h1>Retraining of minitron: failed</h1>" in page
     assert layout.CONCLUSION_PAGE in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 

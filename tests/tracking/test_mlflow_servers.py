@@ -160,3 +160,19 @@ def test_errors_of_the_registry_are_one_line_and_hide_the_password(tmp_path: Pat
     for uri, words in answers.items():
         done = CliRunner().invoke(app, ["lineage", "models:/x/1", "--tracking-uri", uri])
         assert words in done.output and done.output.count("\n") == 1 and "secret" not in done.output
+
+
+def test_who_only_reads_makes_no_database_of_a_mistyped_path(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/typo/mlflow.db"
+    (tmp_path / "workspace").mkdir()
+    for command in (
+        ["lineage", "models:/x/1"],
+        ["reproduce", "models:/x@champion"],
+        ["serve-manifest", "models:/x/1"],
+        ["promote", "x"],
+        ["rollback", "x"],
+        ["gc", str(tmp_path / "workspace")],
+    ):
+        done = CliRunner().invoke(app, [*command, "--tracking-uri", uri])
+        assert done.exit_code == 2 and done.stderr.startswith(f"error: tracking_uri {uri}: no such database"), done
+    assert not (tmp_path / "typo").exists()

@@ -193,7 +193,7 @@ def test_a_parent_made_too_late_is_taken_back(
         return create_run(experiment_id, start_time, **values)
 
     monkeypatch.setattr(client, "create_run", slowly)
-    monkeypatch.setattr(stage_run, "connect", lambda uri: client)
+    monkeypatch.setattr(stage_run, "connect", lambda uri, create: client)
     stage.run(make("prepare", mlflow_file, pipeline_run_id="p"), _work)
     runs = _runs_by_stage(mlflow_file, tmp_path.name)
     assert runs.keys() == {"pipeline", "prepare"} and runs["pipeline"].info.run_name == "rival"

@@ -214,11 +214,11 @@ class _CompensatedCut:
     ) -> dict[str, Any]:
         """Choose the heads, and fit o_proj to the teacher's state after the attention."""
         self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, stored, old, batches)
-        sums, epsilon = _Sums(), self._teacher.config.rms_norm_eps
+        sums = _Sums()
         for batch in batches:
             batch.heads = _read_heads(new, batch.student, call)
             batch.middle = batch.teacher + old.self_attn.o_proj(_read_heads(old, batch.teacher, call))
-            sums.add_change(batch.held_out, batch.heads, batch.student, batch.middle, self._hidden, epsilon)
+            sums.add_change(batch.held_out, batch.heads, batch.student, batch.middle, self._hidden)
         o_proj, size = new.self_attn.o_proj, get_head_dim(self._teacher.config)
         heads, groups = self._choose_heads(place, o_proj, size, sums)
         self._kept["heads"].append(heads.tolist())
@@ -227,10 +227,10 @@ class _CompensatedCut:
 
     def _fit_mlp(self, place: int, new: Any, stored: Any, batches: list[_Batch]) -> dict[str, Any]:
         """Choose the channels, and fit down_proj to the teacher's state after the layer."""
-        sums, epsilon = _Sums(), self._teacher.config.rms_norm_eps
+        sums = _Sums()
         for batch in batches:
             sums.add_change(
-                batch.held_out, _read_channels(new, batch.student), batch.student, batch.teacher, self._hidden, epsilon
+                batch.held_out, _read_channels(new, batch.student), batch.student, batch.teacher, self._hidden
             )
         channels = self._choose_channels(place, new.mlp.down_proj, sums)
         self._kept["intermediate"].append(channels.tolist())
@@ -303,15 +303,13 @@ class _Sums:
             self._parts[held_out] = Moments(inputs.shape[1], targets.shape[1], inputs.device)
         self._parts[held_out].add(inputs, targets)
 
-    def add_change(
-        self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor, epsilon: float
-    ) -> None:
+    def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
         """Add what has to be added to the student's state `before` to come to the teacher's state `after`.
 
         What follows sees states through a norm: the error of a token counts in units of its own root mean square, so
-        that the few tokens of enormous states do not drown the others. `epsilon` is the norm's.
+        that the few tokens of enormous states do not drown the others.
         """
-        weights = (after.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
+        weights = after.square().mean(dim=-1, keepdim=True).rsqrt()
         self.add(held_out, inputs, after[..., hidden] - before, weights)
 
     def get(self, with_bias: bool) -> tuple[Moments, Moments]:
