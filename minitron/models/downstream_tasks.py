@@ -1,4 +1,4 @@
-"""Downstream tasks, run by lm-eval: from its catalog, or from local task files without a network.
+"""Downstream tasks, run by lm-eval: from its catalog, or from local task files without network access.
 
 Used by `python -m minitron.evaluate --config FILE`.
 
@@ -35,24 +35,24 @@ BATCH_SIZE = 8
 """Texts per forward pass if the model generates, or if a text is longer than its window of attention."""
 
 BOOTSTRAP_ITERATIONS = 100
-"""For the standard error of metrics that are not means. A mean's has a formula, but lm-eval leaves it out at 0."""
+"""For the standard error of metrics that are not means. A mean has a formula, but lm-eval omits it if this is 0."""
 
 _Request = tuple[Any, list[int], list[int]]
 
 
 @contextmanager
 def load_tasks(config: EvaluateConfig, directory: Path) -> Iterator[Any]:
-    """Load the tasks with their questions for the block; None if there are none.
+    """Load the tasks with their questions for the block; yield None if there are none.
 
     The datasets library's copies of local files are deleted after it.
 
     Args:
         config: names the tasks and the directory of their files.
-        directory: gets the temporary files.
+        directory: directory for temporary files.
 
     Raises:
-        ConfigError: a task is unknown, or runs code that models write without being named in `unsafe_tasks`, or has no
-            examples for `num_fewshot`; or the files of a local task cannot be used.
+        ConfigError: a task is unknown, runs code that models write and is not in `unsafe_tasks`, or has no examples for
+            `num_fewshot`; or the files of a local task are invalid.
         RunError: the data of a task in lm-eval's catalog cannot be fetched.
     """
     if not config.tasks:
@@ -84,7 +84,7 @@ def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -
     """Load the tasks; file names in them are relative to `directory`."""
     if unknown := [name for name in config.tasks if name not in manager.all_tasks]:
         raise ConfigError(_explain_unknown_task(unknown[0], manager.all_tasks, config.task_directory))
-    for name in config.tasks:  # before they are loaded, since that runs code of theirs
+    for name in config.tasks:  # before they are loaded, because loading runs their code
         entry = manager.task_index[name]
         tagged = [manager.task_index[part] for part in entry.tags if part in manager.task_index]
         _check_code(config, name, any((each.cfg or {}).get("unsafe_code") for each in (entry, *tagged)))
@@ -110,7 +110,7 @@ def _load_tasks(config: EvaluateConfig, manager: TaskManager, directory: Path) -
         if config.task_directory is None:
             raise RunError(f"{reason}check the network and HF_TOKEN, or give a task_directory") from error
         raise ConfigError(
-            f"{reason}correct the files in {config.task_directory}, whose tasks read no dataset but those beside them"
+            f"{reason}correct the files in {config.task_directory}; its tasks can read only datasets beside them"
         ) from error
     return tasks
 
@@ -136,7 +136,7 @@ def _configure_task(config: EvaluateConfig, name: str, task: Any) -> None:
 
 
 def _shows_answers(task: Any) -> bool:
-    """Say whether a task's examples would be its own questions, which lm-eval tells apart in a test split only."""
+    """Say whether a task's examples could be its own questions; lm-eval excludes that only in a test split."""
     split, settings = task.fewshot_cfg.split, task.config
     if split is None and task.fewshot_cfg.samples is not None:
         return False
@@ -158,16 +158,14 @@ def _merge_tasks(parts: dict[str, Any]) -> Any:
     merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, part in parts.items():
         if twice := merged["tasks"].keys() & part["tasks"].keys():
-            raise ConfigError(
-                f"evaluate.tasks: {name} has {min(twice)}, which another one has, too; remove one of them"
-            )
+            raise ConfigError(f"evaluate.tasks: {name} and another task both have {min(twice)}; remove one of them")
         for kind, entries in merged.items():
             entries |= part.get(kind, {})
     return merged
 
 
 def _seed_examples(tasks: Any, seed: int) -> None:
-    """Let the choice of examples begin anew, so that every model sees the same ones."""
+    """Reset the choice of examples, so that every model sees the same ones."""
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed)
 
@@ -193,14 +191,14 @@ def score_tasks(
 
     Args:
         config: its `task_limit` is the number of questions per task, its `seed` chooses the examples before them.
-        tasks: the tasks that `load_tasks` gives.
+        tasks: the tasks from `load_tasks`.
         model: the model in eval mode, on the device to compute on.
         tokenizer: its tokenizer.
         description: label of the progress bar.
 
     Returns:
-        Per task, metrics by name, each with its `_stderr` if it has one; a group replaces its tasks. Then the values of
-        every question by TASK_METRIC, for the metrics that are means of them.
+        Per task, metrics by name, each with its `_stderr` if it has one; a group replaces its tasks. Then, for metrics
+        that are means over questions, the values of every question by TASK_METRIC.
     """
     if tasks is None:
         return {}, {}
@@ -259,10 +257,10 @@ def _name_metric(metric: str, variant: str) -> str:
 
 
 class SharedContextLM(HFLM):
-    """lm-eval's transformers model, but answers to one question share one forward pass over it.
+    """lm-eval's transformers model, in which answers to one question share one forward pass over the question.
 
-    Tokens are laid out as question, answer, answer, …, question, answer, …; an answer sees its question and itself,
-    at the positions it would have alone, and logits are computed for answers only. One progress bar counts answers.
+    Tokens are laid out as question, answer, answer, …, question, answer, …. An answer sees its question and itself, at
+    the positions that it would have alone, and logits are computed only for answers. One progress bar counts answers.
     """
 
     def __init__(self, bar: tqdm, **settings: Any) -> None:
@@ -334,8 +332,8 @@ class _Layout:
 
     Attributes:
         rows: positions whose logits predict a token of an answer.
-        targets: those tokens.
-        owners: indices of the requests they belong to.
+        targets: the predicted tokens.
+        owners: indices of their requests.
     """
 
     def __init__(self, requests: list[_Request], groups: list[list[int]]) -> None:
@@ -372,10 +370,10 @@ class _Layout:
 def _iterate_batches(
     requests: list[_Request], by_context: dict[tuple[int, ...], list[int]], most: int
 ) -> Iterator[list[list[int]]]:
-    """Yield groups of requests that together have at most `most` tokens, or one request that has more.
+    """Yield groups of requests with at most `most` tokens together, or one request that has more.
 
-    A group that does not fit is divided, and its context repeated; but a context that is longer than all of them, as
-    with many examples before the question, does not count.
+    A group that does not fit is divided, and its context is repeated. A context that is longer than `most` by itself,
+    as with many examples before the question, does not count.
     """
     batch: list[list[int]] = []
     total = 0

@@ -1,4 +1,4 @@
-"""Text generation: prompts continued greedily, and timed as a server sees it.
+"""Text generation: continue prompts greedily, and time it as a server would.
 
 Speeds are those of transformers' `generate`, with the key-value cache. On a GPU it spends most of its time in Python
 while a model is small or reads few texts at a time. A serving engine such as vLLM is faster, and the ratio of two
@@ -20,13 +20,13 @@ _NAMES = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config.json that say nothing about the computation."""
 
 ROUNDS = 6
-"""Timings of every model. The slowest and the fastest of six enclose the median with a probability of 97 %."""
+"""Timings per model. The slowest and the fastest of six enclose the median with a probability of 97 %."""
 
 
 def continue_prompts(
     config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Continue every prompt greedily, one by one; return `samples`, the new text of each."""
+    """Continue every prompt greedily, one by one; return `samples`, the new texts."""
     end = model.generation_config.eos_token_id  # type: ignore[union-attr]
     _configure_greedy(model, tokenizer, end)
     continuations = [
@@ -38,14 +38,14 @@ def continue_prompts(
 def time_generation(
     config: EvaluateConfig, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, list[float]]]:
-    """Time how fast models continue the first prompt: one text at a time, and in a batch.
+    """Time the models' continuation of the first prompt: one text at a time, and in a batch.
 
-    All models take turns in every round, in alternating order. So a machine that is slower for a while, or warmer, is
-    so for all of them. Every continuation has `generation_tokens` tokens, whatever they say. Models of one architecture
-    and size are timed once: they differ by their weights, which take the same time whatever they are.
+    All models take turns in every round, in alternating order. So a machine that is slower or warmer for a while
+    affects all of them. Every continuation has `generation_tokens` tokens, even after an end-of-text token. Models with
+    the same architecture and sizes are timed once, because the values of the weights do not affect the time.
 
     Returns:
-        Per model the tokens per second of every round, by metric.
+        Tokens per second of every round, by model and metric.
     """
     first: dict[str, str] = {}
     same = {name: first.setdefault(_describe_architecture(model), name) for name, model in models.items()}
@@ -71,7 +71,7 @@ def _time_models(
     for metric, count in ((SPEED, 1), (BATCH_SPEED, SPEED_BATCH)):
         prompts = [config.prompts[0]] * count
         for name in models:
-            _generate_tokens(models[name], tokenizer, prompts, config.generation_tokens)  # untimed: it warms up
+            _generate_tokens(models[name], tokenizer, prompts, config.generation_tokens)  # untimed warm-up
         for name in _take_turns(list(models)):
             started = time.perf_counter()
             continuations = _generate_tokens(models[name], tokenizer, prompts, config.generation_tokens)
@@ -88,7 +88,7 @@ def _take_turns(names: list[str]) -> Iterator[str]:
 
 
 def _configure_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: Any) -> None:
-    """Give a model a new configuration: its own may ask for sampling, beams, penalties, or for no cache."""
+    """Give a model a new configuration: its own may set sampling, beams, penalties, or no cache."""
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.eos_token_id, use_cache=True)
 
 

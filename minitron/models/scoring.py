@@ -36,8 +36,8 @@ def score_models(
     """Score models on the first sequences of a split: see `score_sequences`.
 
     Returns:
-        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity` (None if it is no finite number),
-        and the terms of the reference.
+        Per model `loss` (mean cross-entropy of the next token, nats), `perplexity` (None if it is not finite), and the
+        terms against the reference.
     """
     scores = score_sequences(models, dataset, sequences, micro_batch_size, reference, description)
     return {name: average_scores(terms) for name, terms in scores.items()}
@@ -61,7 +61,7 @@ def score_sequences(
     """Score models on each of the first sequences of a split, in one pass: each model runs once per batch.
 
     Args:
-        models: models by name, on one device; they are scored in eval mode and left in the mode they had.
+        models: models by name, on one device; they are scored in eval mode, and their mode is restored.
         dataset: packed sequences.
         sequences: number of sequences to score; all of them if the split has fewer.
         micro_batch_size: sequences per forward pass.
@@ -71,7 +71,7 @@ def score_sequences(
 
     Returns:
         Per model the values of every sequence: `loss` (cross-entropy of the next token, nats per token), and the terms
-        of the reference.
+        against the reference.
     """
     weights = LossWeights(cross_entropy=1.0)
     modes = {name: model.training for name, model in models.items()}
@@ -106,7 +106,7 @@ def score_sequences(
 
 
 def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:
-    """Return the teacher's loss on the sequences that validate a student: the goal of distillation."""
+    """Return the teacher's loss on the student's validation sequences: the goal of distillation."""
     validation = PackedDataset(config.dataset / "validation", config.sequence_length, config.seed)
     scores = score_models(
         {"teacher": teacher}, validation, config.validation_sequences, config.micro_batch_size, None,

@@ -1,6 +1,6 @@
-"""Record how a pipeline run ended, in success and in failure: the last task of the pipeline `retrain`.
+"""Record how a pipeline run ended, whether it succeeded or failed: the last task of the pipeline `retrain`.
 
-It leaves conclusion.html, which Kubeflow shows, and the outcome in MLflow. Then another run may train the same model.
+It writes conclusion.html, which Kubeflow shows, and the outcome in MLflow. Then another run may train the same model.
 """
 
 import sys
@@ -23,13 +23,13 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
     """Write `conclusion.json` and `conclusion.html` to `config.output`, and the outcome to the pipeline's run.
 
     Raises:
-        ConfigError, RunError: MLflow has not got the outcome; the page is there all the same, and says what is known.
+        ConfigError, RunError: MLflow did not receive the outcome. The page is written nevertheless.
     """
     failure = None
     try:
         with one_line_errors(config.tracking_uri), fail_fast():
             conclusion = _read_or_set_outcome(config)
-    except MinitronError as error:  # a failed run needs the page most of all
+    except MinitronError as error:  # a failed run needs the page most
         reason = f"{config.message or config.state}; {error}"
         conclusion = {"outcome": "failed", "reason": reason, "run_id": None, "model": None}
         failure = error
@@ -71,13 +71,13 @@ def _read_failure_note(config: ConcludeConfig) -> str | None:
 
 
 def _log_page(config: ConcludeConfig, run_id: str) -> None:
-    """Log the page to MLflow; an error is only a warning, because Kubeflow shows the page, too."""
+    """Log the page to MLflow; an error is only a warning, because Kubeflow also shows the page."""
     try:
         with fail_fast():
             connect(config.tracking_uri, create=True).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
     except Exception as error:
         print(
-            f"warning: conclude: MLflow has not got {CONCLUSION_PAGE}: {error_reason(error)}",
+            f"warning: conclude: {CONCLUSION_PAGE} is not in MLflow: {error_reason(error)}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Distil the teacher into the pruned student: forward KL between their next-token distributions.
+"""Distill the teacher into the pruned student: forward KL between their next-token distributions.
 
 Run it: `python -m minitron.distill --config distill.yaml`.
 """
@@ -20,10 +20,10 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """Write the trained student to `config.output`, a Hugging Face directory.
 
     Returns:
-        The stage's record; its history holds the loss terms of every step and the validations, step 0 included.
+        The stage's record; its history has the loss terms of every step and all validations, including step 0.
 
     Raises:
-        ConfigError: a model is not supported or not what its config says, or its tokenizer is not the dataset's.
+        ConfigError: a model is not supported or does not match its config, or its tokenizer is not the dataset's.
         RunError: weights or the dataset are damaged.
     """
     return stage.run(config, work)

@@ -3,8 +3,8 @@
     python -m minitron.evaluate --config FILE
 
 Writes `evaluation.json`, `items.json`, `lineage.json`, `report.html` and `tensorboard/`. Models with equal weights are
-measured once. The measurements are kept in the workspace, part by part: after a kill, or with other gates, only what is
-missing is measured. Without a workspace they lie in OUTPUT.measurements until the evaluation is finished.
+measured once. The measurements are kept in the workspace, part by part: after a kill, or with other gates, only the
+missing parts are measured. Without a workspace they are in OUTPUT.measurements until the evaluation ends.
 """
 
 import gc
@@ -59,7 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure the models; `config.output` gets evaluation.json and report.html.
 
     Returns:
-        The stage's record; its metrics are those of evaluation.json, named model_metric or model_task_metric.
+        The stage's record; its metrics are those of evaluation.json, with the names model_metric or model_task_metric.
 
     Raises:
         ConfigError: a tokenizer is not the dataset's, a sequence is longer than a model allows, or a task is unknown.
@@ -101,7 +101,7 @@ def _judge_student(config: EvaluateConfig, evaluation: dict[str, Any], inputs: d
     """Return the entries of evaluation.json about the test set, the champion and the gates."""
     champion = None
     if config.champion:
-        entry = inputs[CHAMPION]  # an alias may move; `pinned` is the version it had
+        entry = inputs[CHAMPION]  # an alias may move; `pinned` is its version at that time
         numbers = evaluation.get(CHAMPION, {"tasks": {}})
         champion = numbers | {"address": entry.get("pinned", entry["address"]), "sha256": entry["sha256"]}
     rows = gates.judge_student(gates.read_gates(config), evaluation, champion)
@@ -121,7 +121,7 @@ def _judge_student(config: EvaluateConfig, evaluation: dict[str, Any], inputs: d
 
 
 def _hash_measured(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
-    """Return a hash of all that decides the measurements: as the stage's key, but without the gates."""
+    """Return a hash of everything that affects the measurements: like the stage's key, but without the gates."""
     values = config.model_dump(mode="json")
     names = {*list_decisive_settings(type(config), values)} - {"gates"}
     settings = {name: values[name] for name in names}
@@ -130,7 +130,7 @@ def _hash_measured(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
 
 
 def _hash_test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
-    """Return a hash of all inputs and settings that make the numbers of two evaluations comparable."""
+    """Return a hash of all inputs and settings that make the metrics of two evaluations comparable."""
     names = ("dataset", "teacher", "task_directory", "out_of_domain")
     data = {name: inputs[name]["sha256"] for name in names if name in inputs}
     compared = {
@@ -148,7 +148,7 @@ def _hash_test_set(config: EvaluateConfig, inputs: dict[str, Any]) -> str:
 
 
 def flatten_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of evaluation.json under the names they are logged with, such as student_arc_easy_acc."""
+    """Return the metrics of evaluation.json by the names in the log, such as student_arc_easy_acc."""
     outcomes = [row["outcome"] in gates.MET for row in evaluation["gates"]]
     metrics = {"gap_closed": evaluation["gap_closed"]}
     metrics["parameters_ratio"] = evaluation["student"]["parameters"] / evaluation["teacher"]["parameters"]
@@ -162,7 +162,7 @@ def flatten_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def compute_gap_closed(pruned: float, student: float, teacher: float) -> float | None:
-    """Return the share of the loss added by pruning that distillation took back; None if pruning added none.
+    """Return the share of the loss added by pruning that distillation removed; None if pruning added none.
 
     The losses are in nats per token: (pruned - student) / (pruned - teacher).
     """
@@ -181,7 +181,7 @@ def _check_models(config: EvaluateConfig, paths: dict[str, Path]) -> None:
 
 
 def _is_comparable(config: EvaluateConfig, champion: Path) -> bool:
-    """Say whether the champion can be evaluated on this data; if it cannot, warn, and do not waste the training."""
+    """Say whether the champion can be evaluated on this data; if not, only warn, so that the training is not lost."""
     try:
         _check_models(config, {CHAMPION: champion})
     except ConfigError as error:
@@ -208,7 +208,7 @@ def _open_splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iter
 
 
 class _Models(dict[str, PreTrainedModel]):
-    """The models by name; each is loaded when the first of its numbers is missing."""
+    """The models by name; each is loaded when its first measurement is missing."""
 
     def __init__(self, paths: dict[str, Path]) -> None:
         super().__init__()
@@ -273,18 +273,18 @@ def _answer_questions(
 
 
 def _list_incomparable(paths: dict[str, Path], measurements: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the champion, with a warning, if one of its numbers is not finite: then nothing can be compared with it.
+    """Return the champion, with a warning, if one of its metrics is not finite: nothing can be compared with it.
 
     Raises:
-        RunError: it is a number of another model.
+        RunError: a metric of another model is not finite.
     """
     incomparable = []
     by_loss = sorted(measurements, key=lambda name: math.isfinite(measurements[name]["validation_loss"]))
-    for name in by_loss:  # a bad teacher spoils the divergence of all others: it is named first
+    for name in by_loss:  # a bad teacher spoils the divergence of all others, so it is named first
         if reason := find_not_finite(measurements[name], name):
             message = f"evaluate: {paths[name]}: {reason}; the weights are damaged, or a training diverged"
             if name != CHAMPION:
-                raise RunError(f"{message}: make the model again, at a lower learning_rate")
+                raise RunError(f"{message}; make the model again with a lower learning_rate")
             print(f"warning: {message}: not compared with the champion", file=sys.stderr, flush=True)
             incomparable.append(name)
     return incomparable
@@ -322,7 +322,7 @@ def _load_model(path: Path) -> PreTrainedModel:
 def _score_models(
     config: EvaluateConfig, directory: Path, models: _Models, names: list[str], teacher: str
 ) -> dict[str, dict[str, Any]]:
-    """Score the models, one pass per split; against the teacher on validation only, as the report shows it."""
+    """Score the models, one pass per split; only on validation against the teacher, as in the report."""
     with _open_splits(config, directory, models.paths[teacher]) as splits:
         loaded = {name: models[name] for name in names}
         scores = {

@@ -21,10 +21,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Write the corrected teacher to `config.output`, a Hugging Face directory.
 
     Returns:
-        The stage's record; `metrics["corrected"]` is 0 if the teacher was kept as it was.
+        The stage's record; `metrics["corrected"]` is 0 if the teacher was kept unchanged.
 
     Raises:
-        ConfigError: the model is not supported or not what its config says, or its tokenizer is not the dataset's.
+        ConfigError: the model is not supported or does not match its config, or its tokenizer is not the dataset's.
         RunError: the weights or the dataset are damaged.
     """
     return stage.run(config, work)

@@ -1,7 +1,7 @@
-"""Check the settings of a run, and hand each stage its own: the first task of a pipeline, without a GPU.
+"""Check the settings of a run, and give each stage its section: the first task of a pipeline, without a GPU.
 
-It leaves plan.html, which Kubeflow shows: the host memory that every task asks for, as a sum, and the settings of every
-stage, with changed ones marked.
+It writes plan.html, which Kubeflow shows: the sum of the host memory that every task asks for, and the settings of
+every stage, with changed settings marked.
 """
 
 from collections.abc import Collection
@@ -29,7 +29,7 @@ from minitron.tracking.pipeline_run import join_pipeline_run
 
 
 class Memory(NamedTuple):
-    """The host memory of a stage's task: what it asks for, the sum, and a warning if that is more."""
+    """The host memory of a stage's task: the request, the sum, and a warning if the sum is larger."""
 
     request: str
     needed: str
@@ -41,7 +41,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     """Write `plan.json` and `plan.html` to `config.output`; return the outputs of the task as `outputs`.
 
     Raises:
-        ConfigError: a setting is unknown, missing or of the wrong kind, or the teacher cannot be compressed so.
+        ConfigError: a setting is unknown, missing or wrong, or does not fit the teacher.
     """
     plan = read_plan(config)
     models, unknown = _count_parameters(plan, config)
@@ -71,11 +71,11 @@ def _open_pipeline_run(config: PlanConfig, model_name: str) -> None:
 
 
 def _count_parameters(plan: Plan, config: PlanConfig) -> tuple[Models, str | None]:
-    """Check the plan, and count its models' parameters; if the teacher cannot be read yet assume some, and say so."""
+    """Check the plan, and count its models' parameters; if the teacher cannot be read yet, assume them and warn."""
     volume = None if is_bucket(config.workspace) else config.workspace  # every task mounts it
     faults = list(find_missing_paths(plan, volume))
     if config.tracking_uri == "":
-        faults.append(Fault("tracking_uri", "empty, but this pipeline registers its model; give an MLflow server's"))
+        faults.append(Fault("tracking_uri", "empty, but this pipeline registers its model; give an MLflow server"))
     architecture, reason = check_plan(plan, faults)
     prune = plan.stages["prune"]
     assert isinstance(prune, PruneSettings)
@@ -83,17 +83,17 @@ def _count_parameters(plan: Plan, config: PlanConfig) -> tuple[Models, str | Non
         return resources.count_models(architecture, prune), None
     return Models(), (
         f"the teacher's size is not known yet ({reason}), so the memory is for {resources.UNKNOWN:,} parameters; "
-        "set STAGE.memory if it has more"
+        "set STAGE.memory if the teacher has more"
     )
 
 
 def _request_memory(plan: Plan, stage: str, models: Models) -> Memory:
-    """Return what a stage asks for: its setting, or the sum. A smaller setting is only warned of: sums are bounds."""
+    """Return a stage's memory: its setting, or the sum. A smaller setting only gives a warning: sums are bounds."""
     terms = resources.sum_memory(plan.stages[stage], models)
     needed, given = resources.format_request(terms), plan.resources[stage].memory
     warning = None
     if given and resources.parse_quantity(given) < resources.total(terms):
-        warning = f"{stage}.memory: {given} is below the sum of {needed}; the task may be killed when it needs more"
+        warning = f"{stage}.memory: {given} is below the sum, {needed}; the task may be killed if it needs more"
     return Memory(given or needed, needed, terms, warning)
 
 

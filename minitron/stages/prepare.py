@@ -1,13 +1,12 @@
-"""Turn a corpus into a dataset: its documents cleaned, deduplicated, split, tokenized.
+"""Turn a corpus into a dataset: clean, deduplicate, split and tokenize its documents.
 
 Run it: `python -m minitron.prepare --config prepare.yaml`.
 
-A document is tokenized as plain text and ends with one EOS; words that look like special tokens are text. It begins
-with a BOS if the tokenizer sets one before a text: see minitron/data/text.py. Sequences are cut from a stream of
-documents.
+A document is tokenized as plain text and ends with one EOS; special tokens in it are text. It begins with a BOS if the
+tokenizer puts one before a text (see minitron/data/text.py). Sequences are cut from a stream of documents.
 
-Memory does not grow with the text: a few batches are held at a time. About 100 bytes per document stay: the
-digest that identifies duplicates.
+Memory does not grow with the text, because only a few batches are held at a time. About 100 bytes per document are
+kept: the digest that identifies duplicates.
 """
 
 import json
@@ -40,7 +39,7 @@ from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
 
 Batch = list[tuple[str, str]]
-"""Documents, each with its split."""
+"""Pairs of split and document."""
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCHES_AHEAD = 2
@@ -54,8 +53,8 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         The stage's record; its metrics have the counts of the manifest.
 
     Raises:
-        ConfigError: there is no text, no text field or no tokenizer, a split gets no document, or the teacher is not
-            the model that its config says.
+        ConfigError: there is no text, no text field or no tokenizer, a split gets no document, or the teacher does not
+            match its config.
         RunError: a file is damaged.
     """
     return stage.run(config, work)
@@ -64,7 +63,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Write the dataset."""
     teacher = Path(config.teacher)
-    with many_imports():  # those of transformers
+    with many_imports():  # transformers
         tokenizer, tokenizer_sha256 = check_model(teacher), tokenizer_hash(teacher)
     selection = Selection(_open_corpus(config), config)
     print(f"prepare: {config.corpus}: {selection.corpus.describe()}", flush=True)
@@ -99,16 +98,16 @@ def _open_corpus(config: PrepareConfig) -> Corpus:
 
 def _describe_counts(counts: dict[str, Any]) -> str:
     documents = ", ".join(f"{count} {split}" for split, count in counts["documents"].items())
-    dropped = f"{counts['duplicates']} duplicates and {counts['empty']} empty ones dropped"
+    dropped = f"{counts['duplicates']} duplicates and {counts['empty']} empty documents dropped"
     overlaps = [f"{count} of {split}" for split, count in counts.get("overlaps", {}).items() if count]
-    held_out = f"; {' and '.join(overlaps)} dropped, since held-out text has them" if overlaps else ""
+    held_out = f"; {' and '.join(overlaps)} dropped, because held-out text has them" if overlaps else ""
     return f"documents: {documents}; {dropped}{held_out}"
 
 
 def _describe_reading(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
-    """Return what the manifest says of the reading where it is not the plain case.
+    """Return the manifest's entries about reading, if the corpus is not a plain one.
 
-    The manifest of a plain corpus stays what it was: its hash is in the key of every model made from it.
+    The manifest of a plain corpus must not change, because its hash is in the key of every model made from it.
     """
     entries = {
         "document_separator": config.document_separator,
@@ -142,10 +141,10 @@ def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker
 
 
 def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[list[int]]]]:
-    """Yield the token ids of every document, per batch and split, while the next batches are read and tokenized.
+    """Yield the token ids of every document by batch and split, while the next batches are read and tokenized.
 
-    The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so
-    reading, cleaning and writing cost time only if they are slower than it.
+    The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so reading, cleaning and
+    writing cost time only if they are slower.
     """
     backend, start, eos = configure_for_plain_text(tokenizer), find_document_start(tokenizer), tokenizer.eos_token_id
     pending: deque[tuple[Batch, Future[Any]]] = deque()
@@ -189,7 +188,7 @@ def _identify_corpus(address: str) -> dict[str, Any]:
 
 
 def _flatten_counts(counts: dict[str, Any]) -> dict[str, int]:
-    """Return counts per split under one flat name each."""
+    """Return counts per split as flat entries."""
     flat: dict[str, int] = {}
     for name, value in counts.items():
         flat |= {f"{split}_{name}": n for split, n in value.items()} if isinstance(value, dict) else {name: value}

@@ -21,7 +21,7 @@ __all__ = ["run"]
 def run(config: PromoteConfig) -> dict[str, Any]:
     """Promote a version within a pipeline run; write `promoted.json` to `config.output`: the outcome, and why.
 
-    A version that does not meet its gates stays the challenger. The task succeeds in both cases.
+    A version that does not meet its gates stays the challenger; the task succeeds nevertheless.
     """
     uri, name, run_id = config.tracking_uri, config.model_name, config.pipeline_run_id
     with one_line_errors(uri):
@@ -48,7 +48,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
 
 
 def _explain_promotion(promotion: Promotion) -> str:
-    """Return why a version became the champion, in words that stay true when another version is."""
+    """Return why a version became the champion, in words that stay true when another version becomes the champion."""
     if promotion.move is None:
-        return "it was that already"
+        return "it already was"
     return "it met its gates" if promotion.gates else "no gates were declared"

@@ -1,4 +1,4 @@
-"""Register the student: a version in the MLflow registry that generates text, with its alias.
+"""Register the student as a version in the MLflow registry that generates text, with an alias.
 
 python -m minitron.register --config register.yaml
 
@@ -47,19 +47,17 @@ def run(config: RegisterConfig) -> dict[str, Any]:
     """Register `config.student`, and write `registered.json` to `config.output`: name, version, alias, URI and run.
 
     Returns:
-        The stage's record; its metrics hold the version.
+        The stage's record; its metrics have the version's number.
 
     Raises:
-        ConfigError: there is no tracking URI, or an input is not what its stage writes.
+        ConfigError: there is no tracking URI, or an input was not written by its stage.
         RunError: the student does not load, or MLflow fails; a partial registration is deleted.
     """
     if config.tracking_uri is None:
-        raise ConfigError(
-            "register.tracking_uri: missing; the registry is MLflow's: give http(s)://HOST or sqlite:///FILE"
-        )
+        raise ConfigError("register.tracking_uri: missing; give MLflow's address, http(s)://HOST or sqlite:///FILE")
     record = stage.run(config, _work, _check_inputs)
     version, student = record["registered"]["version"], record["inputs"]["student"]["sha256"]
-    # A reused record may name a version that was deleted since.
+    # A reused record may name a version that has been deleted.
     if not registry_versions.has_version(config.tracking_uri, config.name, version, student):
         record = stage.run(config.model_copy(update={"caching": False}), _work, _check_inputs)
     if config.pipeline_run_id not in (None, record["pipeline_run_id"]):
@@ -103,7 +101,7 @@ def _work(config: RegisterConfig, directory: Path, tracker: Tracker) -> dict[str
 def _find_or_make_version(
     config: RegisterConfig, directory: Path, tracker: MlflowTracker, student: _Student
 ) -> tuple[int, str]:
-    """Return number and run of the version: of the one that a killed attempt made, if there is one."""
+    """Return number and run of the version, which a killed attempt may have made."""
     if made := registry_versions.find_version(tracker, config.name):
         registry_versions.complete_version(tracker, made, config.alias)
         if made.run_id != tracker.pipeline_run_id:  # another pipeline run made it
@@ -133,15 +131,15 @@ def _check_inputs(config: RegisterConfig) -> None:
     }
     for path, numbers in measured.items():
         if reason := find_not_finite(numbers):
-            raise ConfigError(f"{path}: {reason}; such a model is not registered: train it again, at a lower rate")
+            raise ConfigError(f"{path}: {reason}; such a model is not registered; train it again at a lower rate")
     check_architecture(config.student)
     check_tokenizer(config.dataset, config.student)
     if linked := [path for path in config.student.rglob("*") if path.is_symlink() and path.is_dir()]:
-        raise ConfigError(f"{linked[0]}: a linked directory, which MLflow does not upload; put its files there")
+        raise ConfigError(f"{linked[0]}: a linked directory, which MLflow does not upload; copy its files there")
 
 
 def _complete_lineage(config: RegisterConfig, tracker: MlflowTracker, started: float) -> dict[str, Any]:
-    """Return the lineage that evaluate wrote, with the records of evaluate and of this stage, which is unfinished."""
+    """Return the lineage that evaluate wrote, with the records of evaluate and of this unfinished stage."""
     path = config.evaluation / LINEAGE
     licenses = {"data": lineage.read_data_license(config.dataset), "teacher": {"license": lineage.UNKNOWN}}
     origin = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "licences": licenses}
@@ -152,7 +150,7 @@ def _complete_lineage(config: RegisterConfig, tracker: MlflowTracker, started: f
 
 
 def _build_tags(config: RegisterConfig, tracker: MlflowTracker, origin: dict[str, Any]) -> dict[str, str]:
-    """Return the tags of the version; the weights are opened, so a damaged file is not registered."""
+    """Return the tags of the version; this opens the weights, so that a damaged file is not registered."""
     tags = {
         "parameters": str(_count_parameters(config)),
         "license": str(origin["licences"]["data"]),
@@ -209,7 +207,7 @@ def _count_parameters(config: RegisterConfig) -> int:
     counted = json.loads((config.evaluation / EVALUATION).read_text()).get("student", {}).get("parameters")
     if stored != counted:
         raise ConfigError(
-            f"{config.student}: it has {stored} parameters, but {config.evaluation} is of a student with "
+            f"{config.student}: {stored} parameters, but {config.evaluation} evaluates a student with "
             f"{counted}; give the evaluation of this student"
         )
     return stored

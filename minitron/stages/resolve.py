@@ -1,4 +1,4 @@
-"""Check whether a version made from the same data, teacher and settings exists; if so, nothing is trained.
+"""Check whether a version exists that was made from the same data, teacher and settings; if so, train nothing.
 
 The first task of the pipeline `retrain`, without a GPU: `minitron run retrain --preset tiny`.
 """
@@ -30,7 +30,7 @@ def run(config: ResolveConfig) -> dict[str, Any]:
     """Write `decision.json` to `config.output`: `train`, the `reason`, the `champion`'s address or None, `model_name`.
 
     Raises:
-        ConfigError: a setting or an input cannot be used.
+        ConfigError: a setting or an input is not valid.
         RunError: the corpus, the teacher or MLflow cannot be reached.
     """
     plan = read_plan(config)
@@ -49,10 +49,10 @@ def run(config: ResolveConfig) -> dict[str, Any]:
 
 
 def _identify_inputs(prepare: PrepareConfig, name: str) -> tuple[str, str]:
-    """Return what identifies corpus and teacher; a teacher that lies elsewhere is not fetched for it.
+    """Return the hashes that identify corpus and teacher; a remote teacher is not fetched.
 
-    A version that was made from the same commit, version or snapshot has the hash of its content. Without such a
-    version the teacher is new, and the commit stands for the hash.
+    A version that was made from the same commit, version or snapshot has the hash of the teacher's content. If there
+    is no such version, the teacher is new, and the commit replaces the hash.
     """
     pinned = model_sources.pin_address(format_address(prepare.teacher), prepare)
     found = inputs.find_inputs(prepare, "corpus", *(() if pinned else ("teacher",)))
@@ -75,8 +75,8 @@ def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint
     if same and same.is_decided:
         outcome = "unchanged"
     elif rival := training_lock.claim_training(client, run, made_from | {"name": name}):
-        outcome, reason = "made elsewhere", f"{rival} makes the same already"
-    elif (same := _find_same_version(client, plan, made_from)) and same.is_decided:  # by a run that has just ended
+        outcome, reason = "made elsewhere", f"{rival} is already making the same version"
+    elif (same := _find_same_version(client, plan, made_from)) and same.is_decided:  # a run has just ended
         outcome, reason = "unchanged", same.reason
     if outcome:
         record_outcome(client, run.info.run_id, outcome, reason)
@@ -85,16 +85,16 @@ def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint
 
 
 class _Same(NamedTuple):
-    """A version that is made from the same: whether it was decided about by the same gates, and a sentence."""
+    """A version with the same fingerprint: whether the same gates have decided about it, and a sentence."""
 
     is_decided: bool
     reason: str
 
 
 def _find_same_version(client: "MlflowClient", plan: Plan, made_from: Fingerprint) -> _Same | None:
-    """Return what is known of a version with this fingerprint; None if there is none that was decided about.
+    """Return a version with this fingerprint that gates or a person decided about; None if there is none.
 
-    What a person or a pipeline promoted once is decided, whatever the gates are now.
+    A version that was ever promoted is decided, whatever the gates are now.
     """
     aliases, judged_otherwise = read_aliases(client, plan.model_name), None
     parts = made_from["corpus"], made_from["teacher"]
@@ -105,10 +105,12 @@ def _find_same_version(client: "MlflowClient", plan: Plan, made_from: Fingerprin
         promoted = _describe_promotion(version, names)
         if not (outcome := version.tags.get(GATE_OUTCOME_TAG) or promoted):
             continue
-        named = f"version {version.version}{', ' + ' and '.join(names) + ',' if names else ''} is made from the same"
+        named = f"version {version.version}{', ' + ' and '.join(names) + ',' if names else ''} was made from the same"
         if promoted or not _have_gates_changed(client, plan, int(version.version)):
             return _Same(True, f"{named} data, teacher and settings; {outcome}")
-        judged_otherwise = judged_otherwise or _Same(False, f"{named}, but other gates judged it; it is evaluated anew")
+        judged_otherwise = judged_otherwise or _Same(
+            False, f"{named}, but other gates judged it; it is evaluated again"
+        )
     return judged_otherwise
 
 
@@ -124,7 +126,7 @@ def _have_gates_changed(client: "MlflowClient", plan: Plan, version: int) -> boo
 
 
 def _describe_bad_loss(version: Any) -> str | None:
-    """Say that a version has no finite loss, as a training that diverged left it with minitron 0.2; None if it has."""
+    """Return a note if a version's loss is not finite (minitron 0.2 registered diverged trainings); None otherwise."""
     loss = version.tags.get("validation_loss", "")
     try:
         return None if math.isfinite(float(loss)) else f"has a validation loss of {loss}"

@@ -110,7 +110,7 @@ def test_the_same_again_ends_at_once_and_says_why(first: Run, second: Run, direc
     assert second.status == 0, second.output[-3000:]
     assert second.seconds < first.seconds, f"{second.seconds:.1f} s against {first.seconds:.1f} s"
     assert second.summary["outcome"] == "unchanged"
-    assert "version 1, challenger and champion, is made from the same data, teacher" in second.summary["reason"]
+    assert "version 1, challenger and champion, was made from the same data, teacher" in second.summary["reason"]
     assert "training:" not in second.output and second.aliases == {"challenger": 1, "champion": 1}
     assert "Retraining: unchanged" in (directory / "report.html").read_text()
 
@@ -130,7 +130,7 @@ def test_a_better_one_is_promoted_against_the_champion(better: Run) -> None:
 
 def test_a_version_that_failed_its_gates_is_not_made_again(better: Run, directory: Path) -> None:
     again = retrain(directory, f"corpus={directory / 'more'}", *WORSE)
-    assert again.summary["outcome"] == "unchanged" and "version 2 is made from the same" in again.summary["reason"]
+    assert again.summary["outcome"] == "unchanged" and "version 2 was made from the same" in again.summary["reason"]
     assert "Validation loss" in again.summary["reason"], "why it did not become the champion"
 
 
@@ -148,7 +148,7 @@ def test_other_gates_judge_the_same_student_anew_without_training(better: Run, d
     gates = "evaluate.gates=[{metric: validation_loss, at_most: 100}]"
     again = retrain(directory, f"corpus={directory / 'more'}", *WORSE, f"'{gates}'")
     assert again.status == 0, again.output[-3000:]
-    assert "version 2 is made from the same, but other gates judged it; it is evaluated anew" in again.output
+    assert "version 2 was made from the same, but other gates judged it; it is evaluated again" in again.output
     assert "training:" not in again.output and again.summary["outcome"] == "promoted"
     assert again.aliases == {"challenger": 4, "champion": 4, "previous": 3}
     assert tags(directory, 4)[lineage.STUDENT_TAG] == tags(directory, 2)[lineage.STUDENT_TAG]
@@ -164,7 +164,9 @@ def test_what_another_run_makes_is_not_made_twice(better: Run, directory: Path) 
     assert training_lock.claim_training(client, other, made_from) is None
     run = retrain(directory, f"corpus={third}")
     assert run.status == 0 and run.summary["outcome"] == "made elsewhere"
-    assert re.search(r"run the nightly run, last sign of life \d+ minutes ago, makes the same already", run.output)
+    assert re.search(
+        r"run the nightly run, last sign of life \d+ minutes ago, is already making the same version", run.output
+    )
 
 
 def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, directory: Path) -> None:
@@ -190,6 +192,6 @@ def test_a_training_that_diverges_is_told_and_does_not_stand_in_the_way(first: R
     for _ in range(2):
         run = retrain(directory, "finetune.learning_rate=1e38")
         assert run.status == 1 and "error: finetune: the training diverged at step 2: loss is nan; " in run.output
-        assert "makes the same already" not in run.output and run.aliases == before
+        assert "is already making the same version" not in run.output and run.aliases == before
         page = (directory / "report.html").read_text()
         assert "Retraining: failed" in page and "lower learning_rate (1e+38)" in page

@@ -476,7 +476,7 @@ class TestRefusedBeforeAModelIsLoaded:
         (tasks / "own.jsonl").unlink()
         message = expect_refusal(job, tmp_path / "out", tasks=["own"], task_directory=tasks)
         assert message.startswith("evaluate.tasks: own cannot be loaded (FileNotFoundError: ")
-        remedy = f"correct the files in {tasks}, whose tasks read no dataset but those beside them"
+        remedy = f"correct the files in {tasks}; its tasks can read only datasets beside them"
         assert "own.jsonl" in message and message.endswith(remedy)
 
     @pytest.mark.parametrize(
@@ -754,6 +754,6 @@ def test_a_model_whose_loss_is_not_a_number_is_not_measured(
         found = json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=pytest.fail)
         assert found["gates"][0]["outcome"] == "not measured" and found["passed"] is False
     else:
-        with pytest.raises(RunError, match=f"^{message}: make the model again, at a lower learning_rate$") as caught:
+        with pytest.raises(RunError, match=f"^{message}; make the model again with a lower learning_rate$") as caught:
             evaluate.run(config)
         assert caught.value.exit_status == 1 and not (tmp_path / "out").exists()

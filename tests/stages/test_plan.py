@@ -94,7 +94,7 @@ def test_an_mlflow_that_does_not_answer_stops_the_next_task_which_is_retried(
         ({"champion": "gcs://b/x"}, "evaluate.champion: gcs://b/x: unknown scheme 'gcs:'; give a path, hf://org/nam"),
         ({"corpus": "data/x"}, "corpus: data/x: no such file or directory in "),
         ({"corpus": "/workspace/x", "workspace": "/workspace"}, "corpus: /workspace/x: no such file or directory; "),
-        ({"tracking_uri": ""}, "tracking_uri: empty, but this pipeline registers its model; give an MLflow server's"),
+        ({"tracking_uri": ""}, "tracking_uri: empty, but this pipeline registers its model; give an MLflow server"),
         (
             {"document": {"evaluate": {"tasks": ["helaswag"]}}},
             "evaluate.tasks: helaswag is not a task of lm-eval 0.4.13; give hellaswag",
@@ -159,7 +159,7 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
     document = {"distill": {"memory": "64Gi"}, "finetune": {"memory": "400Gi"}}
     outputs = run_plan(tmp_path / "out", preset="llama-3.1-minitron-4b-width", teacher=llama, document=document)
     assert (outputs["finetune_memory"], outputs["distill_memory"]) == ("400Gi", "64Gi")
-    warning = "distill.memory: 64Gi is below the sum of 240Gi; the task may be killed when it needs more"
+    warning = "distill.memory: 64Gi is below the sum, 240Gi; the task may be killed if it needs more"
     assert capsys.readouterr().out == f"warning: plan: {warning}\n"
     assert (tmp_path / "out" / "plan.html").read_text().count(f"Warning: {warning}.") == 1
 

@@ -131,7 +131,7 @@ def test_what_a_rival_has_just_made_is_not_made_again(
         return claim(*arguments)
 
     monkeypatch.setattr(training_lock, "claim_training", after_the_rival)
-    assert ask()["reason"].endswith("is made from the same data, teacher and settings; it met its gates")
+    assert ask()["reason"].endswith("was made from the same data, teacher and settings; it met its gates")
 
 
 def test_two_models_may_be_made_from_the_same(ask: Ask) -> None:
@@ -172,7 +172,7 @@ def test_other_gates_judge_a_version_anew(ask: Ask, mlflow_file: str, tmp_path: 
     )
     found = ask({"evaluate.gates": gates})
     assert found["train"]
-    assert found["reason"] == "version 1 is made from the same, but other gates judged it; it is evaluated anew"
+    assert found["reason"] == "version 1 was made from the same, but other gates judged it; it is evaluated again"
     connect(mlflow_file).set_registered_model_alias(tmp_path.name, "champion", "1")
     assert not ask({"evaluate.gates": gates})["train"]
 
@@ -190,7 +190,7 @@ def test_a_thousand_versions_cost_no_time(
     began = time.monotonic()
     found = ask({"evaluate.gates": [GATE]}, tracking_uri=uri)
     assert time.monotonic() - began <= 2
-    assert found["reason"].startswith("version 1 is made from the same data") and not found["train"]
+    assert found["reason"].startswith("version 1 was made from the same data") and not found["train"]
     assert found["champion"] == f"models:/{tmp_path.name}/2"
 
 
