@@ -1,4 +1,4 @@
 """MLflow while stages run: the client, a stage's run, a pipeline's run, the outbox.
 
-No module here knows the work of a stage. It imports config and storage.
+No module here knows the work of a stage. This room imports config and storage.
 """

@@ -1,7 +1,7 @@
-"""Read back what was uploaded to MLflow, as another client will: sizes of all files, content of a small one.
+"""Verify an upload to MLflow by reading it like another client: the sizes of all files, the content of a small one.
 
-An artifact root can be a path. A client of a server then writes to that path on its own disk, without an error, and the
-server has nothing. Such files are asked for through the server.
+An artifact root can be a path. A client of a server then writes to that path on its own disk, without an error, and
+nothing reaches the server. Such files are checked through the server.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ _API = "mlflow/logged-models"
 
 
 def check_uploaded(client: "MlflowClient", model: "LoggedModel", files: dict[str, Path]) -> None:
-    """Compare the files of a logged model with those that it was made of.
+    """Compare the files of a logged model with the uploaded files.
 
     Args:
-        client: the one that uploaded them.
+        client: the client that uploaded them.
         model: the logged model.
         files: the files on this disk, by their names in the model.
 
     Raises:
-        RunError: MLflow lacks a file, or has another one.
+        RunError: MLflow lacks a file, or has it with another size or content.
     """
     stored = _list_stored(client, model)
     wrong = [name for name, path in files.items() if stored.get(name, -1) not in (path.stat().st_size, None)]
@@ -46,7 +46,7 @@ def check_uploaded(client: "MlflowClient", model: "LoggedModel", files: dict[str
 
 
 def list_missing(client: "MlflowClient", model: "LoggedModel", files: dict[str, Path]) -> dict[str, Path]:
-    """Return the files that a logged model lacks, or has in another size, or in one that its store does not tell."""
+    """Return the files that a logged model lacks, or has with another or an unknown size."""
     stored = _list_stored(client, model)
     return {name: path for name, path in files.items() if stored.get(name) != path.stat().st_size}
 
@@ -59,7 +59,7 @@ def delete_files(client: "MlflowClient", model: "LoggedModel") -> None:
 
 
 def warn_of_path(client: "MlflowClient", model: "LoggedModel") -> None:
-    """Warn if a model lies at a path behind a server, even if this machine and the server share the disk."""
+    """Warn if a server keeps a model at a path, even if this machine and the server share the disk."""
     if _lies_on_the_servers_disk(client, model):
         print(
             f"warning: MLflow keeps the model at {model.artifact_location}: "
@@ -72,20 +72,20 @@ def warn_of_path(client: "MlflowClient", model: "LoggedModel") -> None:
 def _suggest_remedy(client: "MlflowClient", model: "LoggedModel") -> str:
     if _lies_on_the_servers_disk(client, model):
         return (
-            "that is a path on the disk of the server, and this task wrote to its own: start the server with "
+            "that is a path on the server's disk, but this task wrote to its own disk; start the server with "
             "--serve-artifacts and --artifacts-destination, and give a new experiment, since this one keeps its path"
         )
     return "check the artifact store of the server, then run it again"
 
 
 def _lies_on_the_servers_disk(client: "MlflowClient", model: "LoggedModel") -> bool:
-    """Say whether the files lie at a path, behind a server: this machine may have another disk at that path."""
+    """Say whether a server keeps the files at a path: this machine may have another disk at that path."""
     scheme = model.artifact_location.partition(":")[0] if ":" in model.artifact_location else "file"
     return client.tracking_uri.startswith("http") and scheme == "file"
 
 
 def _list_stored(client: "MlflowClient", model: "LoggedModel", folder: str | None = None) -> dict[str, int | None]:
-    """Return the sizes of the files of a logged model by name; None for a size that the store does not tell."""
+    """Return the sizes of the files of a logged model by name; None if the store does not report a size."""
     sizes: dict[str, int | None] = {}
     for name, is_folder, size in _list_folder(client, model, folder):
         sizes |= _list_stored(client, model, name) if is_folder else {name: size}

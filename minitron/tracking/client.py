@@ -64,12 +64,12 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "path"
     if scheme not in ("http", "https", *_DATABASES):
         raise ConfigError(
-            f"tracking_uri {without_password(uri)}: MLflow does not write there; give http(s)://HOST or sqlite:///FILE"
+            f"tracking_uri {without_password(uri)}: MLflow cannot write there; give http(s)://HOST or sqlite:///FILE"
         )
     if database := _sqlite_file(uri):
         if found := next((character for character in "?%" if character in uri), None):
             raise ConfigError(
-                f"tracking_uri {uri}: MLflow would make another file, since {found!r} is no plain character in a URI; "
+                f"tracking_uri {uri}: MLflow would create another file, because of {found!r} in the URI; "
                 "give a --work-dir or tracking_uri without it"
             )
         if not create and not database.is_file():
@@ -89,7 +89,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
 
 @contextmanager
 def one_line_errors(uri: str | None) -> Iterator[None]:
-    """Turn the errors of MLflow, of its database and of its connections into one line.
+    """Turn errors of MLflow, its database and its connections into one line.
 
     Raises:
         RunError: MLflow cannot be reached, or refuses the request.
@@ -109,21 +109,21 @@ def one_line_errors(uri: str | None) -> Iterator[None]:
 def _suggest_remedy(error: BaseException) -> str:
     match getattr(error, "error_code", ""):
         case "UNAUTHENTICATED" | "CUSTOMER_UNAUTHORIZED":
-            return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user whom the server knows"
+            return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that the server knows"
         case "PERMISSION_DENIED":
-            return "give the user the permission; if it is about the host, start the server with --allowed-hosts"
+            return "give the user permission; if the error is about the host, start the server with --allowed-hosts"
         case "RESOURCE_DOES_NOT_EXIST":
-            return "give one that is there"
+            return "give an existing one"
         case "INVALID_PARAMETER_VALUE" if "deleted" in str(error):
-            return "bring it back: mlflow experiments restore, or mlflow runs restore"
+            return "restore it with mlflow experiments restore or mlflow runs restore"
         case _ if "disk is full" in str(error):
-            return "free space where its file lies, and run it again"
+            return "free some space on the disk of its file, then run it again"
         case _:
             return "check tracking_uri and that the server runs"
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Say whether MLflow refused a request for good; a proxy, a lost connection or a wrong password do not count."""
+    """Say whether MLflow refused a request for good; a proxy, a lost connection and a wrong password do not count."""
     return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -133,7 +133,7 @@ def is_missing(error: BaseException) -> bool:
 
 
 def error_reason(error: BaseException) -> str:
-    """Return the innermost cause of an error in one line of at most 300 characters; MLflow's have the server's URI."""
+    """Return the innermost cause of an error in one line of at most 300 characters, without the server's URI."""
     text = without_password(" ".join(str(error).split())) or type(error).__name__
     if "Caused by" in text:
         text = text.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')(")
@@ -186,7 +186,7 @@ def search_runs(client: "MlflowClient", experiment: str, tag: str, value: str) -
 
 
 def search_running_runs(client: "MlflowClient") -> list["Run"]:
-    """Return the runs of all experiments that are going on."""
+    """Return the running runs of all experiments."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return list(client.search_runs(experiments, "attributes.status = 'RUNNING'"))
 
@@ -257,7 +257,7 @@ def _import_mlflow() -> Any:
 
 @contextmanager
 def fail_fast() -> Iterator[None]:
-    """Make one attempt of ten seconds per request unless the environment sets other limits; mlflow's are minutes."""
+    """Make one attempt of ten seconds per request, unless the environment sets other limits; mlflow's are minutes."""
     added = {name: value for name, value in _FAIL_FAST.items() if name not in os.environ}
     _set_by_fail_fast.update(added)
     try:

@@ -1,9 +1,9 @@
-"""Send messages to a server from a thread of their own; keep them in a file while the server is away.
+"""Send messages to a server from a separate thread; keep them in a file while the server is not available.
 
 A message is one request, in JSON. `put` never waits: the thread sends messages in order, within two seconds. Messages
-that cannot be sent are appended to a file that outlives the process; the process locks the file while it lives.
-`deliver_messages` sends the files of processes that ended. A message whose answer is lost is sent again, so a second
-arrival must not matter.
+that cannot be sent are appended to a file that outlives the process; the process locks the file while it runs.
+`deliver_messages` sends the files of ended processes. If the answer to a message is lost, the message is sent again, so
+every message must be idempotent.
 """
 
 import errno
@@ -39,10 +39,10 @@ class Outbox:
         """Start the thread.
 
         Args:
-            path: file for unsent messages, made when needed; `deliver_messages` goes by the order of the names.
-            send: makes one request; if it raises, the server is away, and the next attempt comes after a pause.
-            complain: gets the error when the server goes away.
-            make_sign: makes a message that says that the process lives; while the server answers, it gets one a minute.
+            path: file for unsent messages, created when needed; `deliver_messages` sorts files by name.
+            send: makes one request; if it raises, the server is not available, and the next attempt follows a pause.
+            complain: called with the error when the server becomes unavailable.
+            make_sign: makes a sign of life of the process; the server gets one per minute.
         """
         self._path, self._send, self._complain, self._make_sign = path, send, complain, make_sign
         self._queued: deque[Message] = deque()
@@ -59,7 +59,7 @@ class Outbox:
 
     def flush(self) -> bool:
         """Send all queued messages, or store them; say whether all arrived."""
-        if self._sending.acquire(timeout=_SENDING_SECONDS):  # else a request of the thread hangs
+        if self._sending.acquire(timeout=_SENDING_SECONDS):  # else a request of the thread is hanging
             try:
                 self._send_queued()
             finally:
@@ -67,7 +67,7 @@ class Outbox:
         return not (self._file or self._queued)
 
     def store(self) -> None:
-        """Move all queued messages to the file, which outlives a kill; they are sent from there."""
+        """Move all queued messages to the file, which survives a kill; they are sent from there."""
         if self._sending.acquire(timeout=_SENDING_SECONDS):
             try:
                 self._store_messages(self._take_queued())
@@ -100,7 +100,7 @@ class Outbox:
         return [self._queued.popleft() for _ in range(len(self._queued))]
 
     def _send_queued(self) -> None:
-        """Send stored messages, then queued ones; store them if the server is away."""
+        """Send stored messages, then queued ones; store them if the server is not available."""
         self._unsent = list(_merge_points(self._take_queued()))
         try:
             self._send_stored()
@@ -130,7 +130,7 @@ class Outbox:
             self._file = None
 
     def _store_messages(self, messages: list[Message]) -> None:
-        """Append messages to the file; if the disk refuses, queue them in memory for the next attempt."""
+        """Append messages to the file; if the disk fails, queue them in memory for the next attempt."""
         try:
             if messages:
                 self._file = self._file or self._create_file()
@@ -144,7 +144,7 @@ class Outbox:
             self._queued.extendleft(reversed(messages))
 
     def _create_file(self) -> TextIO:
-        """Create the file. It gets its name once it is locked, so that no other process takes it for a leftover."""
+        """Create the file. It gets its name when it is locked, so that no other process treats it as a leftover."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
         stream = temporary.open("a+")
@@ -154,7 +154,7 @@ class Outbox:
 
 
 def deliver_messages(directory: Path, send: Send) -> None:
-    """Send the files that ended processes left in a directory, the earliest first; delete a file when all arrived."""
+    """Send the files of ended processes in a directory, the earliest first; delete a file when all has arrived."""
     for path in sorted(directory.glob("*.jsonl")):
         try:
             stream = path.open("r+")
@@ -177,7 +177,7 @@ def _lock_file(stream: TextIO) -> bool:
 
 
 def _read_messages(stream: TextIO) -> Iterator[Message]:
-    """Yield the messages of a file; skip a line that a kill or a full disk cut off."""
+    """Yield the messages of a file; skip a line that is incomplete because of a kill or a full disk."""
     for line in stream:
         try:
             yield json.loads(line)

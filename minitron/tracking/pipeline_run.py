@@ -99,7 +99,7 @@ def join_pipeline_run(client: "MlflowClient", config: StageConfig, model: str | 
 
 
 def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str, model: str | None) -> "Run":
-    """Create a run that is named by its start and its model; Kubeflow's id stands in a tag."""
+    """Create a run with its start and model as name; a tag has Kubeflow's id."""
     now = time.time()
     created = client.create_run(
         experiment_id,
@@ -114,7 +114,7 @@ def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str
 
 
 def _find_earliest_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str) -> "Run | None":
-    """Return the earliest run of a pipeline run, by its creator's clock; None without one."""
+    """Return the earliest run of a pipeline run, by its creator's clock; None if there is none."""
     runs = search_runs(client, experiment_id, RUN_TAG, pipeline_run_id)
     parents = [run for run in runs if PARENT_TAG not in run.data.tags]
     return min(parents, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
@@ -136,7 +136,7 @@ def find_failure(client: "MlflowClient", run: "Run") -> str | None:
 
 
 def find_reason(client: "MlflowClient", experiment: str, pipeline_run_id: str) -> str | None:
-    """Return why a pipeline run failed: a stage's error, or what `conclude` recorded; None if MLflow has neither."""
+    """Return why a pipeline run failed: a stage's error, or the reason from `conclude`; None if MLflow has neither."""
     found = client.get_experiment_by_name(experiment)
     run = found and _find_earliest_run(client, found.experiment_id, pipeline_run_id)
     if not run:
@@ -153,8 +153,8 @@ def record_outcome(client: "MlflowClient", run_id: str, outcome: str, reason: st
         client: MLflow's.
         run_id: the pipeline run's.
         outcome: promoted, challenger, unchanged, made elsewhere or failed.
-        reason: the reason in words.
-        verdict: on the student; None: the run has none, so outcome and reason describe the run.
+        reason: the reason, for people.
+        verdict: the verdict on the student; None: there is none, so outcome and reason describe the run.
     """
     described = {VERDICT_TAG: verdict} if verdict else {VERDICT_TAG: outcome, NOTE_TAG: reason}
     annotate_run(client, run_id, {REASON_TAG: reason, OUTCOME_TAG: outcome} | described)

@@ -1,8 +1,8 @@
 """Log metrics to MLflow while a stage runs.
 
 Without a tracking URI nothing is logged and mlflow is not imported. Every stage is a run; the stages of one pipeline
-run are nested in one parent run. If the server cannot be reached when a stage starts, the stage fails. If it goes away
-later, the training goes on: messages wait until the server answers again, if need be for a later stage.
+run are nested in one parent run. If the server cannot be reached when a stage starts, the stage fails. If it becomes
+unavailable later, the training continues: messages wait until the server answers again, if necessary for a later stage.
 
 Watch a local run:
 
@@ -58,7 +58,7 @@ class Tracker:
     """The tracker of a stage without a tracking URI: it logs nothing.
 
     Attributes:
-        identity: the stage's name, key and inputs, as its record has them.
+        identity: the stage's name, key and inputs, as in its record.
     """
 
     def __init__(self, identity: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ class Tracker:
         """Log metrics at a step, with the current time."""
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Log the finished stage's record: its metrics and stage.json. Whatever happens now, the messages are kept."""
+        """Log the finished stage's record: its metrics and stage.json. From now on the messages survive any failure."""
 
 
 class MlflowTracker(Tracker):
@@ -81,7 +81,7 @@ class MlflowTracker(Tracker):
         client: makes all calls; mlflow's global state is never used.
         experiment_id: experiment of both runs.
         run_id: the stage's own run.
-        pipeline_run_id: the parent run, which gets the results of the whole pipeline; the stage's own without a parent.
+        pipeline_run_id: the parent run, for results of the whole pipeline; the stage's own run if there is no parent.
     """
 
     run_id: str
@@ -107,7 +107,7 @@ class MlflowTracker(Tracker):
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Queue metrics; they are sent within two seconds, or kept while the server is away.
 
-        A step that the metric has already is left out: a resumed training repeats those after its last checkpoint.
+        A step that the metric already has is left out: a resumed training repeats the steps after its last checkpoint.
         """
         now = _now_milliseconds()
         numbers = {
@@ -123,7 +123,7 @@ class MlflowTracker(Tracker):
         self._last_step = max(self._last_step, step)
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Store the record, the end of the run, and the points that MLflow lacks since a killed attempt had them."""
+        """Store the record, the end of the run, and the points that a killed attempt had not sent."""
         for row in record.get("history", []):
             self.log({name: value for name, value in row.items() if name != "step"}, row["step"])
         self.log(self._name_results(record), self._last_step)
@@ -134,19 +134,19 @@ class MlflowTracker(Tracker):
         self._finished = True
 
     def _name_results(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the record's metrics under the names that MLflow gets.
+        """Return the record's metrics by their names in MLflow.
 
-        A metric whose curve is in the history is the best point of that curve: it is `best_` and the name, so that the
-        curve does not end with it.
+        If the history has a curve of a metric, the metric is the curve's best point. Its name gets the prefix `best_`,
+        so that the curve does not end with it.
         """
         curves = {name for row in record.get("history", []) for name in row}
         return {f"best_{name}" if name in curves else name: value for name, value in record["metrics"].items()}
 
     def close(self, status: str, error: BaseException | None = None) -> None:
-        """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with its latest stage.
+        """End the run as FINISHED, FAILED or KILLED; a parent run that a stage opened ends with the latest stage.
 
-        The status goes first: the server may take no more than one call before Kubernetes ends the task. A finished
-        stage tries as often as MLFLOW_HTTP_REQUEST_MAX_RETRIES allows.
+        The status is sent first, because Kubernetes may end the task after one call. A finished stage tries as often
+        as MLFLOW_HTTP_REQUEST_MAX_RETRIES allows.
         """
         last = [] if status == "FINISHED" and self._finished else self._make_statuses(status)
         if error:
@@ -157,7 +157,7 @@ class MlflowTracker(Tracker):
                 with default_retries():
                     self._outbox.flush()
             if not self._outbox.close(last):
-                self._warn(f"not all arrived; {self._unsent} has it, and the next stage that reaches MLflow sends it")
+                self._warn(f"not all arrived; the next stage that reaches MLflow sends the rest of {self._unsent}")
 
     def _make_statuses(self, status: str) -> list[Message]:
         runs = [self.run_id, *([self.pipeline_run_id] if self._owns_parent else [])]
@@ -171,7 +171,7 @@ class MlflowTracker(Tracker):
         tags |= {PARENT_TAG: parent_id} if parent_id else {}
         earlier = search_runs(self.client, self.experiment_id, KEY_TAG, self.identity["key"])
         own = [run for run in earlier if run.data.tags.get(PARENT_TAG) == parent_id]
-        # a pipeline run makes a result once: a run that ended but whose result was lost in a kill goes on, too
+        # a pipeline run makes a result once, so a run that ended but lost its result in a kill is also continued
         continued = own if parent_id else [run for run in own if run.info.status != "FINISHED"]
         if continued:
             run = continued[0]
@@ -191,7 +191,7 @@ class MlflowTracker(Tracker):
         return run.info.run_id
 
     def _log_parameters(self, config: StageConfig, run: "Run") -> None:
-        """Log the resolved configuration, without the URI, which may hold a password; MLflow refuses changed values."""
+        """Log the resolved configuration without the URI, which may have a password; MLflow refuses changed values."""
         from mlflow.entities import Param
 
         settings = config.model_dump(mode="json", exclude={"tracking_uri"})
@@ -210,7 +210,7 @@ class MlflowTracker(Tracker):
         return {"run": self.run_id, "tag": [ALIVE_TAG, str(time.time())]}
 
     def _report_outage(self, error: Exception) -> None:
-        self._warn(f"{error_reason(error)}; what it misses is sent when it answers again")
+        self._warn(f"{error_reason(error)}; missing data is sent when it answers again")
 
     def _warn(self, text: str) -> None:
         print(f"warning: {self.identity['stage']}: MLflow: {text}", file=sys.stderr, flush=True)
@@ -221,7 +221,7 @@ def track_stage(config: StageConfig, identity: dict[str, Any]) -> Iterator[Track
     """Open the tracker of a stage, and end its run with the status of the stage.
 
     Args:
-        config: `tracking_uri`, `experiment` and `pipeline_run_id` say where; MLFLOW_RUN_ID overrides the parent run.
+        config: gives `tracking_uri`, `experiment` and `pipeline_run_id`; MLFLOW_RUN_ID overrides the parent run.
         identity: the stage's name, key and inputs; the same key continues the run of a killed attempt.
 
     Raises:
@@ -231,7 +231,7 @@ def track_stage(config: StageConfig, identity: dict[str, Any]) -> Iterator[Track
     if config.tracking_uri is None:
         yield Tracker(identity)
         return
-    with fail_fast():  # for the whole stage: the environment must not change while training threads run
+    with fail_fast():  # for the whole stage, because the environment must not change while training threads run
         with one_line_errors(config.tracking_uri), defer_sigterm():
             client = connect(config.tracking_uri, create=True)
             deliver_unsent(config, client)
@@ -248,13 +248,13 @@ def track_stage(config: StageConfig, identity: dict[str, Any]) -> Iterator[Track
 
 
 def _unsent_directory(config: StageConfig) -> Path:
-    """Return the directory of unsent messages for a server, beside the results, where the next stage finds it."""
+    """Return the directory of a server's unsent messages, beside the results, where the next stage finds it."""
     server = hashlib.sha256(without_password(config.tracking_uri or "").encode()).hexdigest()[:16]
     return persistent_directory(config.workspace) / "unsent" / server
 
 
 def deliver_unsent(config: StageConfig, client: "MlflowClient | None" = None) -> None:
-    """Send what earlier stages could not send, if there is anything; on an error, warn and go on."""
+    """Send the messages that earlier stages could not send; on an error, warn and continue."""
     directory = _unsent_directory(config)
     if not config.tracking_uri or not any(directory.glob("*.jsonl")):
         return
@@ -262,7 +262,7 @@ def deliver_unsent(config: StageConfig, client: "MlflowClient | None" = None) ->
         with fail_fast():
             deliver_messages(directory, partial(_send_or_drop, client or connect(config.tracking_uri, create=True)))
     except Exception as error:
-        print(f"warning: MLflow: {error_reason(error)}; what {directory} holds is sent later", file=sys.stderr)
+        print(f"warning: MLflow: {error_reason(error)}; the messages in {directory} are sent later", file=sys.stderr)
 
 
 def _send_or_drop(client: "MlflowClient", message: Message, attempt: str | None = None) -> None:
@@ -289,7 +289,7 @@ def _send_or_drop(client: "MlflowClient", message: Message, attempt: str | None 
 
 
 def _send_apart(client: "MlflowClient", message: Message, attempt: str | None) -> None:
-    """Send a refused batch of points metric by metric, so that only the refused metric is lost."""
+    """Send a refused batch of points one metric at a time, so that only the refused metric is lost."""
     points: dict[str, list[Any]] = {}
     for point in message["points"]:
         points.setdefault(point[0], []).append(point)
@@ -298,10 +298,10 @@ def _send_apart(client: "MlflowClient", message: Message, attempt: str | None) -
 
 
 def make_dataset_inputs(inputs: Mapping[str, Mapping[str, str]]) -> "list[DatasetInput]":
-    """Return inputs as MLflow's datasets, models too: name, digest and address, and what the input is to the run.
+    """Return inputs, including models, as MLflow's datasets: name, digest, address, and the input's role in the run.
 
     Args:
-        inputs: the inputs of a stage by name, as its record has them.
+        inputs: the inputs of a stage by name, as in its record.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -317,9 +317,9 @@ def make_dataset_inputs(inputs: Mapping[str, Mapping[str, str]]) -> "list[Datase
 
 
 def make_metric_name(name: str) -> str:
-    """Return a metric's name as MLflow takes it: lm-eval's pass@1 is pass_at_1, other characters become underscores.
+    """Return a metric's name that MLflow accepts: pass@1 becomes pass_at_1, other characters become underscores.
 
-    MLflow takes letters, digits, and _ . - / : and spaces, at most 250 in all; a name is also a path.
+    MLflow accepts letters, digits, _ . - / : and spaces, at most 250 in all; a name is also a path.
     """
     valid = re.sub(r"[^/\w.\- :]", "_", name.replace("@", "_at_"))[:_METRIC_LENGTH]
     if posixpath.normpath(valid) != valid or valid.startswith(("/", "..")) or valid == ".":

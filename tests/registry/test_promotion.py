@@ -240,7 +240,7 @@ def test_gates_against_another_champion_are_judged_again(mlflow_file: str, name:
         ({"version": 7}, r": no version 7; known: 1, 2"),
         ({"version": None}, r": no version has the alias challenger; give a version, or register one"),
         ({"uri": None}, r"tracking_uri: missing; give MLflow's address"),
-        ({"uri": "./mlruns"}, r"tracking_uri \./mlruns: MLflow does not write there"),
+        ({"uri": "./mlruns"}, r"tracking_uri \./mlruns: MLflow cannot write there"),
         ({"uri": "http://127.0.0.1:9"}, r"MLflow at http://127\.0\.0\.1:9: .*check tracking_uri and that"),
         ({"why": "x" * 1001}, r"why: 1001 characters in JSON; give at most 1000"),
         ({"why": '"' * 501}, r"why: 1002 characters in JSON; give at most 1000"),

@@ -153,8 +153,8 @@ def test_a_uri_is_shown_without_its_password(uri: str, text: str) -> None:
 def test_errors_of_the_registry_are_one_line_and_hide_the_password(tmp_path: Path) -> None:
     (tmp_path / "not.db").write_text("text " * 1000)
     answers = {
-        "postgres://user:secret@db/mlflow": "tracking_uri postgres://db/mlflow: MLflow does not write there",
-        f"sqlite:///{tmp_path}/w?2/mlflow.db": "MLflow would make another file, since '?' is no plain character",
+        "postgres://user:secret@db/mlflow": "tracking_uri postgres://db/mlflow: MLflow cannot write there",
+        f"sqlite:///{tmp_path}/w?2/mlflow.db": "MLflow would create another file, because of '?' in the URI",
         f"sqlite:///{tmp_path}/not.db": "file is not a database",
     }
     for uri, words in answers.items():

@@ -115,7 +115,7 @@ def test_a_server_killed_in_mid_run_and_started_again_has_every_point(
     times = [timestamp for _, _, timestamp in points]
     assert times == sorted(times) and times[99] - times[50] > 1000, "each has the time at which it was measured"
     assert run.info.status == "FINISHED" and not _left(tmp_path) and longest < 1
-    assert capsys.readouterr().err.count("what it misses is sent when it answers again") == 1
+    assert capsys.readouterr().err.count("missing data is sent when it answers again") == 1
 
 
 def test_what_a_server_missed_at_the_end_is_sent_by_the_next_stage(
