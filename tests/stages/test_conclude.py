@@ -72,7 +72,7 @@ def test_where_mlflow_cannot_store_the_page_it_is_there_all_the_same(
 
 
 def test_where_mlflow_cannot_even_be_asked_there_is_a_page(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tracking_uri mlflow\.minitron:5000: MLflow does not write there"):
+    with pytest.raises(ConfigError, match=r"tracking_uri mlflow\.minitron:5000: MLflow cannot write there"):
         run_conclude("mlflow.minitron:5000", tmp_path, message="node lost")
     assert "node lost; tracking_uri mlflow" in (tmp_path / "concluded" / layout.CONCLUSION_PAGE).read_text()
 

@@ -133,7 +133,7 @@ def test_what_a_server_missed_at_the_end_is_sent_by_the_next_stage(
 
     record = stage.run(make(server.uri, pipeline_run_id="p"), work)
     (left,) = _left(tmp_path)
-    assert f"not all arrived; {left} has it" in capsys.readouterr().err
+    assert f"not all arrived; the next stage that reaches MLflow sends the rest of {left}" in capsys.readouterr().err
     server.start()
     runs = _runs(server.uri, tmp_path.name)
     assert [run.info.status for run in runs.values()] == ["RUNNING", "RUNNING"]
