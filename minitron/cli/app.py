@@ -14,7 +14,7 @@ from minitron.cli.options import app, example
 
 
 def main() -> None:
-    """Run the command; the entry point `minitron`."""
+    """Run the command: the entry point of `minitron`."""
     app()
 
 

@@ -62,7 +62,7 @@ def build_aside(name: str, directory: Path) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is gone: it would wait for work for ever."""
+    """End this worker when its parent is gone; else it would wait for work forever."""
 
     def watch_parent() -> None:
         if parent := parent_process():

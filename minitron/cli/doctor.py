@@ -1,4 +1,4 @@
-"""Check a cluster before a run is paid for: requirement, finding, remedy."""
+"""Check a cluster before you pay for a run: requirement, finding, remedy."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,19 +14,19 @@ from minitron.errors import MinitronError, without_password
 from minitron.storage import bucket
 
 KUBEFLOW, ARGO_SETTINGS = "kubeflow", "workflow-controller-configmap"
-"""Namespace of Kubeflow Pipelines, and the settings of its Argo there."""
+"""Namespace of Kubeflow Pipelines, and the settings of its Argo in that namespace."""
 
 SECONDS = 10
-"""That an API or a server gets for an answer."""
+"""Time limit for an answer of an API or a server."""
 
-ELSEWHERE = "run minitron doctor where kubectl works, to check the rest"
+ELSEWHERE = "run minitron doctor where kubectl works to check the rest"
 
 UNTRIED = {
-    "OnFailure": "a task whose pod is deleted, with its node say, is not tried again",
+    "OnFailure": "a task whose pod is deleted, for example with its node, is not tried again",
     "OnError": "a task that fails (crash, out of memory, eviction) is not tried again",
     "OnTransientError": "only a task with a transient error is tried again",
 }
-"""What each of Argo's retry policies but Always passes over."""
+"""The cases that Argo's retry policies ignore, except for Always."""
 
 
 class Check(NamedTuple):
@@ -39,7 +39,7 @@ class Check(NamedTuple):
 
     @property
     def mark(self) -> str:
-        """The sign in front of the line."""
+        """The mark in front of the line."""
         return {True: "✓", False: "✗", None: "–"}[self.ok]
 
 
@@ -82,10 +82,10 @@ def _check_pipelines(connect: Callable[[], Kubeflow]) -> Check:
 
 
 def _check_kubernetes(core: Any, namespace: str) -> list[Check]:
-    """Check what is in the cluster; an API that does not answer the first question is asked no other."""
+    """Check the objects in the cluster; if the API does not answer the first question, ask no other."""
     first = _check_namespace(core, namespace)
     if first.found.startswith(kubernetes_api.NO_ANSWER):
-        return [Check(False, "Kubernetes", first.found, f"check that its API is up, or {ELSEWHERE}")]
+        return [Check(False, "Kubernetes", first.found, f"check that its API is running, or {ELSEWHERE}")]
     others = [check(core, namespace) for check in (_check_gpus, _check_images, _check_claim, _check_secret)]
     return [first, *others, _check_retries(core), _check_runtime()]
 
@@ -108,7 +108,7 @@ def _check_gpus(core: Any, namespace: str) -> Check:
         return Check(True, "GPUs", f"{sum(counts)} allocatable on {len(with_gpus)} of {len(counts)} nodes")
     return Check(
         None, "GPUs", f"none on {len(counts)} nodes",
-        "fine if the node pool starts nodes on demand; else add GPU nodes with NVIDIA's device plugin",
+        "fine if the node pool starts nodes on demand; otherwise add GPU nodes with NVIDIA's device plugin",
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _check_claim(core: Any, namespace: str) -> Check:
         return _explain_missing(name, problem, "kubectl apply -k manifests/overlays/gke, or set workspace_claim")
     state = f"{claim.status.phase}, {', '.join(claim.spec.access_modes)}, {claim.spec.resources.requests['storage']}"
     if claim.status.phase == "Lost":
-        return Check(False, name, state, "its volume is gone: delete the claim and apply the manifests again")
+        return Check(False, name, state, "its volume is gone; delete the claim and apply the manifests again")
     return Check(True, name, state)
 
 
@@ -153,18 +153,18 @@ def _check_secret(core: Any, namespace: str) -> Check:
 
 
 def _check_retries(core: Any) -> Check:
-    """Check after what Argo tries a task again; a pipeline says only how often."""
+    """Check when Argo tries a task again; a pipeline only sets how often."""
     name = "retries"
     settings, problem = kubernetes_api.try_get(lambda: core.read_namespaced_config_map(ARGO_SETTINGS, KUBEFLOW))
     if settings is None:
-        check = _explain_missing(name, problem, f"look where the settings of Argo are: not in namespace {KUBEFLOW}")
+        check = _explain_missing(name, problem, f"find the settings of Argo, which are not in namespace {KUBEFLOW}")
         return check._replace(ok=None)
     strategy = _read_retry_strategy((settings.data or {}).get("workflowDefaults"))
     policy, limit = strategy.get("retryPolicy") or "OnFailure", strategy.get("limit")
     if policy != "Always":
         found = f"policy {policy}: {UNTRIED.get(policy, 'not one of Argo')}"
     elif str(limit) != "0":
-        found = f"limit {'none' if limit is None else limit} for every step: the attempts at a task multiply"
+        found = f"limit {'none' if limit is None else limit} for every step, so the attempts at a task multiply"
     else:
         return Check(True, name, "after failures and after deletions")
     return Check(
@@ -198,7 +198,7 @@ def _check_mlflow(uri: str) -> Check:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=SECONDS)
     except requests.RequestException as error:
         return Check(
-            False, "MLflow", f"{shown}: {type(error).__name__}", "check tracking_uri, and that the server runs"
+            False, "MLflow", f"{shown}: {type(error).__name__}", "check tracking_uri, and that the server is running"
         )
     if answer.ok and answer.text == "OK":
         return Check(True, "MLflow", shown)
@@ -216,7 +216,7 @@ def _check_bucket(address: str) -> Check:
 
 
 def _explain_missing(name: str, problem: str, remedy: str) -> Check:
-    """Return the check of something that is missing, or that you may not see."""
+    """Return the check of an object that is missing, or that you may not see."""
     if problem == "forbidden":
-        return Check(None, name, "not visible to you", "ask somebody with more rights")
+        return Check(None, name, "not visible to you", "ask an administrator")
     return Check(False, name, problem, remedy)

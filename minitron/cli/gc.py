@@ -1,4 +1,4 @@
-"""The command `minitron gc`: what takes space and is needed by nobody goes."""
+"""The command `minitron gc`: list and delete items that are not needed."""
 
 import re
 import time
@@ -30,17 +30,18 @@ def collect_garbage(
         ),
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option(help="Unused for this time: 12h, 30d, 8w; none: 30d, or any with --pipeline-run.")
+        str | None,
+        typer.Option(help="Only items unused for this time: 12h, 30d, 8w; none: 30d, or any time with --pipeline-run."),
     ] = None,
-    pipeline_run: Annotated[str | None, typer.Option(help="Only results that this pipeline run made.")] = None,
+    pipeline_run: Annotated[str | None, typer.Option(help="Only results of this pipeline run.")] = None,
     tracking_uri: Annotated[
         str | None,
-        typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server: what its versions were made from stays."),
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server; results behind its registered versions stay."),
     ] = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete; else nothing but the list is made.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the items; otherwise they are only listed.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the results, fetched models and leftovers that may go, and why the others stay; delete them."""
+    """List the items that may be deleted, and why the others stay; delete them with --delete."""
     with one_line_errors(debug):
         from minitron.runtime import cleanup
         from minitron.storage.files import disk_errors
@@ -49,7 +50,7 @@ def collect_garbage(
         if tracking_uri is None and (Path(root) / RUN_DATABASE).is_file():
             tracking_uri = f"sqlite:///{Path(root).absolute() / RUN_DATABASE}"
         if tracking_uri is None and delete:
-            raise ConfigError("--delete: what registered versions were made from is not known; give --tracking-uri")
+            raise ConfigError("--delete: the inputs of registered versions are not known; give --tracking-uri")
         with disk_errors(Path(root)):
             items = list(cleanup.list_items(root))
             rules = cleanup.Rules(seconds, cleanup.find_users(tracking_uri) if tracking_uri else None, pipeline_run)
@@ -57,14 +58,14 @@ def collect_garbage(
             _print_items(root, judged)
             may_go = [item for goes, _, item in judged if goes]
             if not delete:
-                print(f"{len(may_go)} of {len(items)} may go, {_sum_sizes(may_go)}; --delete deletes them")
+                print(f"{len(may_go)} of {len(items)} may be deleted, {_sum_sizes(may_go)}; --delete deletes them")
                 return
             gone = [item for item in may_go if cleanup.delete_item(item)]
         print(f"deleted: {len(gone)} of {len(may_go)}, {_sum_sizes(gone)} freed")
 
 
 def _find_root(place: str | None) -> str:
-    """Return the address of what is cleaned up.
+    """Return the address to clean up.
 
     Raises:
         ConfigError: there is no such directory.
@@ -80,7 +81,7 @@ def _find_root(place: str | None) -> str:
 
 def _parse_span(text: str) -> float:
     if not (match := re.fullmatch(r"(\d+)([hdw])", text)):
-        raise ConfigError(f"--older-than {text}: not a time; give hours, days or weeks: 12h, 30d, 8w")
+        raise ConfigError(f"--older-than {text}: not a time; give hours, days or weeks, such as 12h, 30d or 8w")
     return int(match[1]) * _SECONDS[match[2]]
 
 

@@ -1,4 +1,4 @@
-"""The commands that talk to a cluster: submit, schedule, unschedule, runs, doctor."""
+"""The commands for a cluster: submit, schedule, unschedule, runs, doctor."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def submit(
     pipeline: Pipeline,
     presets: Presets = None,
     settings: Settings = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; fail if the run fails.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end, and fail if the run fails.")] = False,
     yes: Yes = False,
     host: Host = None,
     namespace: Namespace = None,
@@ -100,7 +100,7 @@ def schedule(
     token: Token = None,
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline on a cluster by a schedule. Idempotent; other settings replace the schedule of that name."""
+    """Run a pipeline on a cluster on a schedule. Idempotent; other settings replace the schedule of that name."""
     with one_line_errors(debug):
         from minitron.cluster import cron, pipelines_api
 
@@ -161,7 +161,7 @@ def unschedule(
     token: Token = None,
     debug: Debug = False,
 ) -> None:
-    """Delete a schedule; runs that it started continue."""
+    """Delete a schedule; runs that it has started continue."""
     with one_line_errors(debug):
         _connect_kubeflow(host, namespace, token).unschedule(name)
         print(f"deleted: schedule {name}")
@@ -182,7 +182,7 @@ def check_cluster(
     bucket: Annotated[str | None, typer.Option(help="gs://bucket[/prefix] that the tasks write to.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Check that a cluster has what the pipelines need, and print a remedy for everything that is missing."""
+    """Check that a cluster has everything that the pipelines need, and print a remedy for each missing part."""
     with one_line_errors(debug):
         from minitron.cli import doctor
 
@@ -196,7 +196,7 @@ def check_cluster(
 
 
 def _connect_kubeflow(host: str | None, namespace: str | None, token: str | None) -> Any:
-    """Connect to Kubeflow Pipelines; the image of the tools lacks its clients, hence the late import."""
+    """Connect to Kubeflow Pipelines. The tools image lacks its clients, hence the late import."""
     from minitron.cluster.pipelines_api import Kubeflow
 
     return Kubeflow(host, namespace, token)
@@ -299,13 +299,13 @@ def _wait_for_end(kubeflow: Any, run_id: str, stages: list[str], arguments: dict
 
 
 def _find_reason(kubeflow: Any, run_id: str, arguments: dict[str, Any]) -> str | None:
-    """Return what a failed run's stages told MLflow, else what its pods say; None if neither can be asked or knows."""
+    """Return the error that a failed run's stages logged to MLflow, else the pods' error; None if neither has one."""
     from minitron.cluster import runs
 
     uris = filter(None, (os.environ.get("MLFLOW_TRACKING_URI"), arguments["tracking_uri"]))
     sources = [partial(_ask_mlflow, uri, _experiment_name(arguments), run_id) for uri in uris]
     for ask in (*sources, partial(runs.find_pod_failure, kubeflow.tasks_namespace, run_id)):
-        with suppress(Exception):  # the run's failure is what is reported, whatever is wrong with MLflow or Kubernetes
+        with suppress(Exception):  # a problem of MLflow or Kubernetes must not hide the run's failure
             if reason := ask():
                 return reason
     return None
@@ -330,7 +330,7 @@ def _experiment_name(arguments: dict[str, Any]) -> str:
 
 
 def _format_trigger(trigger: Any) -> str:
-    """Return when a schedule runs; others than minitron's can be periodic, or have no trigger at all."""
+    """Return when a schedule runs; a schedule that minitron did not make can be periodic, or have no trigger."""
     if trigger and trigger.cron_schedule:
         return trigger.cron_schedule.cron
     if trigger and trigger.periodic_schedule:

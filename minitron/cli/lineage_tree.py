@@ -30,7 +30,7 @@ def make_tree(lineage: dict[str, Any]) -> Tree:
 
 def _describe_promotion(tags: dict[str, str]) -> str:
     text = f"{tags[PROMOTED_TAG]} by {tags['promoted_by']}"
-    text += f", forced against its gates ({forced})" if (forced := tags.get(FORCED_TAG)) else ""
+    text += f", overruling its gates ({forced})" if (forced := tags.get(FORCED_TAG)) else ""
     return text + (f": {why}" if (why := tags.get("promoted_why")) else "")
 
 

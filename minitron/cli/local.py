@@ -29,7 +29,7 @@ RESULTS = "results"
 
 _INDENTATION = " " * 4
 _CURSOR_UP = "\x1b[A"
-"""tqdm ends a nested bar with it; it would overwrite the line above."""
+"""tqdm's end of a nested bar, which would overwrite the line above."""
 
 
 def run_pipeline(
@@ -62,7 +62,7 @@ def run_pipeline(
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    unused = str(work_dir / "kfp")  # kfp deletes it at the end; without it kfp makes a directory in /tmp
+    unused = str(work_dir / "kfp")  # kfp deletes it at the end; otherwise kfp makes a directory in /tmp
     local.init(local.SubprocessRunner(use_venv=False), str(results), workspace_root=unused)
     pipeline = components.load_component_from_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
     try:
@@ -84,16 +84,16 @@ def import_kfp() -> None:
 
 
 def adapt_to_local(specification: dict[str, Any]) -> None:
-    """Remove the parts of a compiled pipeline that suit a cluster only, in place."""
+    """Remove the parts of a compiled pipeline that work only on a cluster, in place."""
     for dag in list_dags(specification):
         for task in dag["dag"]["tasks"].values():
-            task.pop("retryPolicy", None)  # meant for lost nodes; here the same failure would return after each wait
+            task.pop("retryPolicy", None)  # for lost nodes; here the same failure would return after each wait
     for executor in specification["deploymentSpec"]["executors"].values():
         executor["container"].pop("env", None)  # cache directories in a volume of the cluster
 
 
 def _read_failure(workspace: str, signals: list[signal.Signals]) -> MinitronError:
-    """Return what ended the pipeline: a signal to this process, or else the error of a stage."""
+    """Return the reason for the pipeline's end: a signal to this process, else the error of a stage."""
     if signals:
         error = RunError(f"ended by {signals[0].name}; finished stages and checkpoints are kept")
         error.exit_status = 128 + signals[0]

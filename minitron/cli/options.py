@@ -1,4 +1,4 @@
-"""Options that the commands share, the example of a help text, and errors in one line."""
+"""Options that commands share, the example of a help text, and errors in one line."""
 
 import contextlib
 import sys
@@ -20,7 +20,7 @@ app = typer.Typer(
 Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
 Presets = Annotated[
     list[str] | None,
-    typer.Option("--preset", help="Shipped preset, or a YAML file; repeatable, later ones win."),
+    typer.Option("--preset", help="Shipped preset or a YAML file; repeatable, later ones win."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value; wins over the presets; repeatable.")]
 Host = Annotated[
@@ -31,9 +31,9 @@ Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help
 Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server needs one.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Ask no question: needed for more than one GPU in a script.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias of MLflow's registry.")]
+Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias in MLflow's registry.")]
 RegisteredModel = Annotated[str, typer.Argument(help="Registered model.")]
-Why = Annotated[str | None, typer.Option(help="Reason, for the promotion log.")]
+Why = Annotated[str | None, typer.Option(help="Reason for the promotion log.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server of the registry.")]
 
 
@@ -44,7 +44,7 @@ def example(command: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """End the command with one line and the error's exit status, if it fails."""
+    """If the command fails, end it with one line and the error's exit status."""
     try:
         yield
     except MinitronError as error:

@@ -1,4 +1,4 @@
-"""The commands that read and change the registry: lineage, reproduce, serve-manifest, promote, rollback."""
+"""The commands for the registry: lineage, reproduce, serve-manifest, promote, rollback."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,8 +44,8 @@ def reproduce(
             output.write_text(text)
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in an existing directory") from error
-        print(f"written: {output}; run it: minitron run {reproduce.PIPELINE} --preset {output}")
-        print(f"Its version gets the alias {reproduce.ALIAS}; inputs that have changed since are refused.")
+        print(f"written: {output}; run it with minitron run {reproduce.PIPELINE} --preset {output}")
+        print(f"Its version gets the alias {reproduce.ALIAS}; changed inputs are refused.")
 
 
 @app.command(
@@ -57,11 +57,11 @@ def print_service(
     tracking_uri: TrackingUri,
     claim: Annotated[
         str | None,
-        typer.Option(help="Volume claim of the workspace, if the model lies in one; none: the pipeline's default."),
+        typer.Option(help="Volume claim of the workspace, if the model is on a volume; none: the pipeline's default."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Print the KServe InferenceService that serves a registered model."""
+    """Print the manifest of the KServe InferenceService that serves a registered model."""
     with one_line_errors(debug):
         from minitron.config.pipelines import default_argument
         from minitron.registry import serving
@@ -75,12 +75,12 @@ def print_service(
 def promote(
     name: RegisteredModel,
     tracking_uri: TrackingUri,
-    version: Annotated[int | None, typer.Option(min=1, help="Number of the version; none: the challenger's.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Number of the version; none: the challenger.")] = None,
     why: Why = None,
     force: Annotated[bool, typer.Option("--force", help="Overrule its gates; --why is required.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Make a version the champion, if it meets its gates; the old champion becomes `previous`."""
+    """Make a version the champion if it meets its gates; the old champion becomes `previous`."""
     with one_line_errors(debug):
         from minitron.registry import promotion
 
@@ -91,7 +91,7 @@ def promote(
     epilog=example("minitron rollback minitron --why 'too slow in production' --tracking-uri http://mlflow:5000")
 )
 def rollback(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, debug: Debug = False) -> None:
-    """Swap champion and previous: the previous version becomes the champion again."""
+    """Make the previous version the champion again; the champion becomes `previous`."""
     with one_line_errors(debug):
         from minitron.registry import promotion
 
@@ -100,12 +100,12 @@ def rollback(name: RegisteredModel, tracking_uri: TrackingUri, why: Why = None, 
 
 def _print_promotion(promotion: "Promotion") -> None:
     if (move := promotion.move) is None:
-        print(f"nothing moved: version {promotion.version} of {promotion.name} is the champion already")
+        print(f"unchanged: version {promotion.version} of {promotion.name} already is the champion")
         return
     rows = [["champion", move.source or "none", move.to], ["previous", "", move.source or "none"]]
     print_table([promotion.name, "from version", "to version"], rows)
     print(f"by {move.who} at {move.when}" + (f": {move.why}" if move.why else ""))
     if move.forced:
-        print(f"forced, against its gates: {move.forced}")
+        print(f"overruled gates: {move.forced}")
     if promotion.gates:
         make_console().print(gates_table(promotion.gates))

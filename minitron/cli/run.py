@@ -39,7 +39,7 @@ def run(
     ),
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline on this machine; run it again to resume it and to reuse finished stages."""
+    """Run a pipeline on this machine; the same command again resumes it and reuses finished stages."""
     try:
         with one_line_errors(debug):
             _run_locally(pipeline, presets or [], settings or [], work_dir.absolute())
@@ -50,7 +50,7 @@ def run(
 
 
 def _print_command() -> None:
-    """Print the command that continues the run: this one, whose password nobody needs to see."""
+    """Print the command that continues the run: this command, unless it has a password."""
     command = shlex.join(["minitron", *sys.argv[1:]])
     shown = command if without_password(command) == command else "the same command again"
     print(f"continue: {shown}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, and the tables or, if nothing was trained, the reason."""
+"""The end of a run: summary.json, and the tables or, if no model was trained, the reason."""
 
 import json
 import shlex

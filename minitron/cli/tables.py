@@ -21,16 +21,16 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def make_console(width: int = 200) -> Console:
-    """Return the console for tables; brackets and colons of names and paths stay as they are.
+    """Return the console for tables, which prints brackets and colons of names and paths unchanged.
 
     Args:
-        width: in columns, if the output is no terminal.
+        width: columns, if the output is not a terminal.
     """
     return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
 
 
 def models_table(evaluation: dict[str, Any]) -> Table:
-    """Return the models' metrics, as evaluation.json has them, as a table."""
+    """Return the models' metrics from evaluation.json as a table."""
     tasks = list(evaluation["student"]["tasks"])
     columns = ["parameters", "validation loss", "perplexity", *tasks, "generation tokens/s"]
     table = Table("model", title="Models")
@@ -52,7 +52,7 @@ def models_table(evaluation: dict[str, Any]) -> Table:
 
 
 def gates_table(gates: list[dict[str, Any]]) -> Table:
-    """Return judged gates, as evaluation.json has them, as a table."""
+    """Return judged gates from evaluation.json as a table."""
     table = Table("gate", "found", "threshold", "margin", "outcome", title="Gates")
     for gate in map(render_gate, gates):
         table.add_row(

@@ -48,7 +48,8 @@ def help_text() -> str:
 def stage_help_text(stage: str) -> str:
     """Return the keys of a stage's configuration file as the end of a help text."""
     settings = SETTINGS[stage].model_fields
-    lines = ["settings in the configuration file:", *map(_format_line, _make_rows(SETTINGS[stage]))]
+    lines = ["example:", f"  python -m minitron.{stage} --config {stage}.yaml", ""]
+    lines += ["settings in the configuration file:", *map(_format_line, _make_rows(SETTINGS[stage]))]
     lines += ["", "inputs and outputs in the file:", *map(_format_line, _make_rows(STAGES[stage], left_out=settings))]
     return "\n".join(lines)
 

@@ -110,7 +110,7 @@ KUBEFLOW_2_17_0 = "{spec: {templateDefaults: {retryStrategy: {limit: '2', retryP
     [
         (ARGO_3_7_3, "policy OnFailure: a task whose pod is deleted"),
         (KUBEFLOW_2_17_0, "policy OnError: a task that fails"),
-        (KUBEFLOW_2_17_0.replace("OnError", "Always"), "limit 2 for every step: the attempts at a task multiply"),
+        (KUBEFLOW_2_17_0.replace("OnError", "Always"), "limit 2 for every step, so the attempts at a task multiply"),
         ("{spec: {templateDefaults: {retryStrategy: {retryPolicy: Always}}}}", "limit none for every step"),
     ],
 )

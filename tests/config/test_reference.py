@@ -34,6 +34,7 @@ def test_the_help_of_a_stage_lists_its_configuration(
         entry.main(stage)
     lines = capsys.readouterr().out.splitlines()
     assert done.value.code == 0 and lines[0].startswith(f"usage: python -m minitron.{stage} ")
+    assert f"  python -m minitron.{stage} --config {stage}.yaml" in lines[lines.index("example:") :]
     for name, field in STAGES[stage].model_fields.items():
         default = "required" if field.is_required() else field.default
         (line,) = [line for line in lines if line.startswith(f"  {name}=")]

@@ -185,7 +185,7 @@ def test_a_person_overrules_gates_and_says_why(mlflow_file: str, name: str) -> N
     tags = connect(mlflow_file).get_model_version(name, "2").tags
     assert tags["promoted_forced"] == forced and tags["promoted_why"] == "its license"
     tree = {"version": "v", "licences": {"data": "mit", "teacher": {"license": "mit"}}, "stages": {}, "promotion": tags}
-    assert f"by {move.who}, forced against its gates ({forced}): its license" in str(make_tree(tree).children[1].label)
+    assert f"by {move.who}, overruling its gates ({forced}): its license" in str(make_tree(tree).children[1].label)
     move = promote(mlflow_file, name, 3, "not measured", force=True).move
     assert move is not None and move.forced == "its MLflow run has no evaluation.json"
     move = promote(mlflow_file, name, 1, "back", force=True).move
@@ -271,12 +271,12 @@ def test_the_commands_say_what_moved_and_why(mlflow_file: str, name: str) -> Non
 
     answer = said(0, "promote", name, "--version", "1", "--why", "the first")
     assert "champion none 1 previous none" in answer and "1.500 │ at most 2.000 │ +0.500 │ ✓ passed" in answer
-    assert f"nothing moved: version 1 of {name} is the champion already" in said(0, "promote", name, "--version", "1")
+    assert f"unchanged: version 1 of {name} already is the champion" in said(0, "promote", name, "--version", "1")
     answer = said(1, "promote", name)
     assert "error:" in answer and "at most 2.000: failed; train it longer, give retrain other evaluate.gates" in answer
     assert f"or overrule them yourself: minitron promote {name} --version 2 --force --why REASON" in answer
     answer = said(0, "promote", name, "--force", "--why", "smaller")
-    assert answer.endswith(": smaller forced, against its gates: Validation loss: 3.500, at most 2.000: failed")
+    assert answer.endswith(": smaller overruled gates: Validation loss: 3.500, at most 2.000: failed")
     said(0, "rollback", name)
     connect(mlflow_file).delete_registered_model_alias(name, "previous")
     assert "no version has the alias previous" in said(1, "rollback", name)

@@ -71,7 +71,7 @@ def test_only_what_nobody_needs_goes(make: Callable[..., Path], mlflow_file: str
     run = client.create_run(find_or_create_experiment(client, tmp_path.name), tags={"input.dataset": sha256(read)})
     options = ["--tracking-uri", mlflow_file]
     lines, last = collect(tmp_path / "ws", *options)
-    assert last == f"1 of 4 may go, {size(unneeded)}; --delete deletes them"
+    assert last == f"1 of 4 may be deleted, {size(unneeded)}; --delete deletes them"
     assert "not needed, unused for 40 d" in lines[f"prepare/{unneeded.name}"]
     assert f"models:/{tmp_path.name}/1 was made from it" in lines[f"prepare/{registered.name}"]
     assert f"MLflow run {run.info.run_id} is running" in lines[f"prepare/{read.name}"]
@@ -104,9 +104,9 @@ def test_without_mlflow_no_result_goes(
     result = make()
     lines, last = collect(tmp_path / "ws")
     assert "unknown whether a registered version was made from it" in lines[f"prepare/{result.name}"]
-    assert last.startswith("0 of 1 may go")
+    assert last.startswith("0 of 1 may be deleted")
     _, last = collect(tmp_path / "ws", "--delete")
-    assert last == "error: --delete: what registered versions were made from is not known; give --tracking-uri"
+    assert last == "error: --delete: the inputs of registered versions are not known; give --tracking-uri"
 
 
 def test_a_result_that_is_used_again_is_young(make: Callable[..., Path], mlflow_file: str) -> None:
