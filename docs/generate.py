@@ -24,7 +24,7 @@ REFERENCE = Path(__file__).parent / "reference"
 _PIPELINE_METRICS = (
     ("`parameters_ratio`", "the student's parameters, as a share of the teacher's", "less is better"),
     ("`speed_ratio`", "the student's generation speed over the teacher's", "more is better"),
-    ("`gap_closed`", "share of the loss added by pruning that distillation took back", "more is better"),
+    ("`gap_closed`", "share of the loss added by pruning that distillation removed", "more is better"),
     ("`validation_loss_above_teacher`", "the student's validation loss minus the teacher's", "less is better"),
     ("`TASK_acc_below_teacher`", "the teacher's accuracy minus the student's", "less is better"),
 )
