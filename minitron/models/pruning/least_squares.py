@@ -189,9 +189,13 @@ class _Refitted(NamedTuple):
         """Return what dropping each group of columns would add to the sum of squares."""
         count = len(self.weight_KO) // size
         weights = self.weight_KO.view(count, size, -1)
-        blocks = self.inverse_KK.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        if size == 1:  # a thousand systems of one equation would take a GPU seconds
+            solved = weights / self.inverse_KK.diagonal()[:, None, None]
+        else:
+            blocks = self.inverse_KK.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            solved = torch.linalg.solve(blocks, weights)
         # a dropped column is pulled to its present weights, too: this part of the costs belongs to no choice
-        return (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2)) - self.pull_K.view(-1, size).sum(dim=1)
+        return (weights * solved).sum(dim=(1, 2)) - self.pull_K.view(-1, size).sum(dim=1)
 
 
 def _refit(present_OC: Tensor, fitted: Moments, kept: Tensor, channels: int) -> _Refitted:
