@@ -1,4 +1,4 @@
-"""Kubeflow's view: one component per stage, in the order of the flow, and one per task that decides."""
+"""Kubeflow's view: one component per stage, in the order of the flow, and one per deciding task."""
 
 from minitron.components.prepare import prepare  # isort: skip
 from minitron.components.finetune import finetune  # isort: skip

@@ -1,4 +1,4 @@
-"""Distil the teacher into the pruned student."""
+"""Distill the teacher into the pruned student."""
 
 from typing import Optional
 
@@ -21,7 +21,7 @@ def distill(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Distil the teacher into the pruned student. Settings: minitron.config.DistillSettings."""
+    """Distill the teacher into the pruned student. Settings: minitron.config.DistillSettings."""
     from minitron.runtime.entry import launch
 
     # fmt: off

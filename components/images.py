@@ -1,6 +1,6 @@
 """The only place that names images; their tag is the package's version.
 
-MINITRON_REGISTRY says where they are, registry.example/path, when this module is imported: when a pipeline is compiled.
+MINITRON_REGISTRY, such as registry.example/path, is read when this module is imported: when a pipeline is compiled.
 """
 
 from minitron import __version__

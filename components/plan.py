@@ -1,4 +1,4 @@
-"""Check a run's settings before any GPU is paid for, and hand each stage its section."""
+"""Check a run's settings before you pay for a GPU, and give each stage its section."""
 
 from typing import NamedTuple, Optional
 
@@ -37,7 +37,7 @@ def plan(
         ("gpu_node_selector", dict),
     ],
 ):
-    """Check a run's settings before any GPU is paid for, and hand each stage its section.
+    """Check a run's settings before you pay for a GPU, and give each stage its section.
 
     Settings: minitron.config.document.PipelineSettings.
     """

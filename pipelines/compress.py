@@ -26,7 +26,7 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 
 @dsl.pipeline(
     name="compress",
-    description="Compress a large language model: prune it in width or depth and distil it back.",
+    description="Compress a large language model: prune it in width or depth and distill it back.",
 )
 def compress(
     tracking_uri: str,
@@ -44,27 +44,28 @@ def compress(
     image_pull_secret: str = PULL_SECRET,
     credentials_secret: str = "minitron",
 ) -> str:
-    """Compress a large language model: correct the teacher, prune it, distil it back, evaluate, register.
+    """Compress a large language model: correct the teacher, prune it, distill it back, evaluate, register.
 
     Returns:
         The version in the MLflow registry.
 
     Args:
-        tracking_uri: MLflow server that gets the metrics and the model: http(s)://HOST.
-        teacher: Model to compress: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias
-            or ngc://org/team/model:version. Empty: the preset's.
-        corpus: Text: a file or directory every task can read, gs://bucket/path or hf://dataset. Empty: the preset's.
+        tracking_uri: MLflow server for the metrics and the model: http(s)://HOST.
+        teacher: Model to compress: a directory that every task can read, hf://org/name, gs://bucket/path,
+            models:/NAME@alias or ngc://org/team/model:version. Empty: the preset's.
+        corpus: Text: a file or directory that every task can read, gs://bucket/path or hf://dataset.
+            Empty: the preset's.
         model_name: Registered model that gets the new version. Empty: the preset's.
         champion: Model in production to compare with: models:/NAME@champion. Empty: the preset's, or none.
-        preset: Preset that ships with the package, llama-3.1-minitron-4b-width for one. Empty: all defaults.
+        preset: Shipped preset, such as llama-3.1-minitron-4b-width. Empty: all defaults.
         settings: Settings that win over the preset's, one section per stage: {"distill": {"max_steps": 500}}.
         experiment: MLflow experiment.
-        workspace: Where results are kept: a directory of the claim, or gs://bucket/path (work in progress stays in
-            the claim).
-        workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany, if they run on several nodes.
+        workspace: Where results are kept: a directory on the volume, or gs://bucket/path (work in progress stays on
+            the volume).
+        workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany if they run on several nodes.
         trainer_image: Container image of prepare, finetune, prune, distill and evaluate.
         tools_image: Container image of plan and register.
-        image_pull_secret: Secret to pull the images with, if they are private.
+        image_pull_secret: Secret for pulling the images, if they are private.
         credentials_secret: Secret with credentials, all optional: HF_TOKEN, NGC_API_KEY, MLFLOW_TRACKING_USERNAME,
             MLFLOW_TRACKING_PASSWORD.
     """

@@ -1,4 +1,4 @@
-"""Make a version the champion, if it meets its gates: `minitron promote`, started from Kubeflow's page.
+"""Make a version the champion if it meets its gates: `minitron promote`, started from Kubeflow's page.
 
 Rewrite the compiled pipeline beside this file: `python -m minitron.pipelines.promote`.
 """
@@ -26,7 +26,7 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 
 @dsl.pipeline(
     name="promote",
-    description="Make a version of a registered model the champion, if it meets its gates.",
+    description="Make a version of a registered model the champion if it meets its gates.",
 )
 def promote(
     model_name: str,
@@ -40,18 +40,18 @@ def promote(
     image_pull_secret: str = PULL_SECRET,
     credentials_secret: str = "minitron",
 ):
-    """Make a version of a registered model the champion, if it meets its gates.
+    """Make a version of a registered model the champion if it meets its gates.
 
     Args:
         model_name: Registered model.
         tracking_uri: MLflow server whose registry has the version: http(s)://HOST.
-        version: Number of the version. Empty: the challenger's.
-        why: Reason, for the promotion log.
+        version: Number of the version. Empty: the challenger.
+        why: Reason for the promotion log.
         experiment: MLflow experiment.
-        workspace: Where results are kept: a directory of the claim, or gs://bucket/path.
+        workspace: Where results are kept: a directory on the volume, or gs://bucket/path.
         workspace_claim: Persistent volume claim of the tasks.
         tools_image: Container image.
-        image_pull_secret: Secret to pull the image with, if it is private.
+        image_pull_secret: Secret for pulling the image, if it is private.
         credentials_secret: Secret with credentials, all optional: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD.
     """
     task = promote_component(

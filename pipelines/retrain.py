@@ -1,4 +1,4 @@
-"""Scheduled retraining: resolve → compress, if there is anything new → promote, if the gates are met → conclude.
+"""Scheduled retraining: resolve → compress if anything has changed → promote if the gates are met → conclude.
 
 Rewrite the compiled pipeline beside this file: `python -m minitron.pipelines.retrain`.
 """
@@ -26,7 +26,7 @@ COMPILED = Path(__file__).with_suffix(".yaml")
 
 @dsl.pipeline(
     name="retrain",
-    description="Compress again when data, teacher or settings changed; promote the student if it meets the gates.",
+    description="Compress again if data, teacher or settings have changed; promote the student if it meets the gates.",
 )
 def retrain(
     tracking_uri: str,
@@ -43,23 +43,24 @@ def retrain(
     image_pull_secret: str = PULL_SECRET,
     credentials_secret: str = "minitron",
 ):
-    """Compress again when data, teacher or settings changed; promote the student if it meets the gates.
+    """Compress again if data, teacher or settings have changed; promote the student if it meets the gates.
 
     Args:
-        tracking_uri: MLflow server that gets the metrics and the model: http(s)://HOST.
-        teacher: Model to compress: a directory every task can read, hf://org/name, gs://bucket/path, models:/NAME@alias
-            or ngc://org/team/model:version. Empty: the preset's.
-        corpus: Text: a file or directory every task can read, gs://bucket/path or hf://dataset. Empty: the preset's.
+        tracking_uri: MLflow server for the metrics and the model: http(s)://HOST.
+        teacher: Model to compress: a directory that every task can read, hf://org/name, gs://bucket/path,
+            models:/NAME@alias or ngc://org/team/model:version. Empty: the preset's.
+        corpus: Text: a file or directory that every task can read, gs://bucket/path or hf://dataset.
+            Empty: the preset's.
         model_name: Registered model that gets the new version and has the champion. Empty: the preset's.
-        preset: Preset that ships with the package, llama-3.1-minitron-4b-width for one. Empty: all defaults.
+        preset: Shipped preset, such as llama-3.1-minitron-4b-width. Empty: all defaults.
         settings: Settings that win over the preset's, one section per stage: {"distill": {"max_steps": 500}}.
         experiment: MLflow experiment.
-        workspace: Where results are kept: a directory of the claim, or gs://bucket/path (work in progress stays in
-            the claim).
-        workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany, if they run on several nodes.
+        workspace: Where results are kept: a directory on the volume, or gs://bucket/path (work in progress stays on
+            the volume).
+        workspace_claim: Persistent volume claim that all tasks share; ReadWriteMany if they run on several nodes.
         trainer_image: Container image of prepare, finetune, prune, distill and evaluate.
         tools_image: Container image of the other tasks.
-        image_pull_secret: Secret to pull the images with, if they are private.
+        image_pull_secret: Secret for pulling the images, if they are private.
         credentials_secret: Secret with credentials, all optional: HF_TOKEN, NGC_API_KEY, MLFLOW_TRACKING_USERNAME,
             MLFLOW_TRACKING_PASSWORD.
     """

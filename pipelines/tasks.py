@@ -19,7 +19,7 @@ CACHE = f"{VOLUME}/cache"
 """Directory of files fetched from a workspace in a bucket, and of work in progress."""
 
 RETRY_PAUSE = "120s"
-"""Time between two attempts. It does not grow: without a cap, which Kubeflow cannot set, doubling reaches days."""
+"""Time between two attempts. It does not grow, because Kubeflow cannot set a cap and doubling would reach days."""
 
 RETRY_PERIOD = "2592000s"
 """30 days. Kubeflow's maximum back-off is Argo's maxDuration, counted from the start of the first attempt: with the
@@ -32,7 +32,7 @@ TOOLS_CPU, TOOLS_MEMORY = "2", "8Gi"
 """Limits of the tasks that only move files and call servers."""
 
 PULL_SECRET = "minitron-pull"
-"""Default name of the secret to pull private images with; Kubernetes ignores a missing one."""
+"""Default name of the secret for pulling private images; Kubernetes ignores a missing secret."""
 
 
 def set_resources(task: dsl.PipelineTask, cpu: Any, memory: Any) -> None:
@@ -41,7 +41,7 @@ def set_resources(task: dsl.PipelineTask, cpu: Any, memory: Any) -> None:
 
 
 def set_gpus(task: dsl.PipelineTask, count: Any, tolerations: Any, node_selector: Any) -> None:
-    """Set a task's GPUs and nodes; the count is text, since the backend drops a number."""
+    """Set a task's GPUs and nodes; the count is text, because the backend drops a number."""
     task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(count)
     # /dev/shm, through which data loaders and NCCL pass tensors: the default of 64 MB ends in a bus error.
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=CLUSTER.shared_memory)
@@ -73,7 +73,7 @@ def set_pod(task: dsl.PipelineTask, stage: str, image: Any, pull_secret: Any, se
 
 
 def write_compiled(pipeline: Any, path: Path) -> None:
-    """Compile a pipeline, and write it as KFP does, but with leaf lists and mappings on one line: half as long."""
+    """Compile a pipeline, and write it like KFP, but with leaf lists and mappings on one line: half as long."""
     with tempfile.TemporaryDirectory() as directory:
         compiled = Path(directory) / path.name
         compiler.Compiler().compile(pipeline, str(compiled))
