@@ -99,7 +99,7 @@ def better(worse: Run, directory: Path) -> Run:
 def test_the_first_is_trained_judged_and_promoted(first: Run, directory: Path) -> None:
     assert first.status == 0, first.output[-3000:]
     assert "resolve: there is no champion yet" in first.output
-    assert first.aliases == {"challenger": 1, "champion": 1} and tags(directory, 1)["gates"] == "met"
+    assert first.aliases == {"challenger": 1, "champion": 1} and tags(directory, 1)["verdict"] == "gates met"
     assert tags(directory, 1)["base_model"] == "sample://tiny/teacher"
     assert first.summary["outcome"] == "promoted" and first.summary["registered"]["version"] == 1
     assert "gate: Validation loss, difference from the champion's: no champion (at most 0.020)" in first.output
@@ -118,7 +118,7 @@ def test_the_same_again_ends_at_once_and_says_why(first: Run, second: Run, direc
 def test_a_worse_model_stays_challenger(worse: Run, directory: Path) -> None:
     assert worse.status == 0, worse.output[-3000:]
     assert "changed since the champion (version 1): corpus, settings" in worse.output
-    assert worse.aliases == {"challenger": 2, "champion": 1} and tags(directory, 2)["gates"] == "missed"
+    assert worse.aliases == {"challenger": 2, "champion": 1} and tags(directory, 2)["verdict"] == "gates not met"
     assert worse.summary["outcome"] == "challenger" and "Validation loss" in worse.summary["reason"]
 
 
