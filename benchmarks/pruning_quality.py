@@ -64,11 +64,13 @@ def main() -> None:
         runs: dict[tuple[str, int], Future[dict[str, Any]]] = {
             (student, steps): pool.submit(measure_student, arguments, student, steps)
             for steps in sorted(arguments.steps, reverse=True)
-            for student in arguments.students
+            for student in sorted(arguments.students, key=STUDENTS.index)
         }
-        found = {key: run.result() for key, run in runs.items()}
-    for claim in list_claims(found, _name_machine(arguments.device)):
-        print(json.dumps(claim))
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for key, run in runs.items():  # a peer comes before those that are compared with it
+            found[key] = run.result()
+            for claim in list_claims(key, found, _name_machine(arguments.device)):
+                print(json.dumps(claim), flush=True)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -228,29 +230,29 @@ def measure_loss(model: Any, evaluation: Tensor, device: str) -> float:
     return round(mean(losses), 4)
 
 
-def list_claims(found: dict[tuple[str, int], dict[str, Any]], machine: str) -> list[dict[str, Any]]:
-    """Return a claim per student and length, and the loss before the distillation of the shortest one."""
-    claims = []
-    for (student, steps), run in sorted(found.items(), key=lambda item: item[0][1]):
-        peer = found.get((f"{student.partition('_')[0]}_minitron", steps))
-        common = {"unit": "nats per token", "better": "lower", "runs": len(run["after"]), "machine": machine}
-        common |= {
-            "parameters": run["parameters"],
-            "calibration_and_distillation_tokens": (CALIBRATION + BATCH * steps) * SEQUENCE,
+def list_claims(
+    key: tuple[str, int], found: dict[tuple[str, int], dict[str, Any]], machine: str
+) -> list[dict[str, Any]]:
+    """Return the claims of a student and a length, of the losses before and after the distillation."""
+    (student, steps), run = key, found[key]
+    peer = None if student.endswith("minitron") else found.get((f"{student.partition('_')[0]}_minitron", steps))
+    common = {"unit": "nats per token", "better": "lower", "runs": len(run["after"]), "machine": machine}
+    common |= {
+        "parameters": run["parameters"],
+        "calibration_and_distillation_tokens": (CALIBRATION + BATCH * steps) * SEQUENCE,
+    }
+    return [
+        {
+            "claim": f"{student}_loss_{moment}_{BATCH * SEQUENCE * steps // 1000}k_tokens",
+            "value": round(mean(run[moment]), 4),
+            "target": TARGETS.get((student, count)),
+            "against": round(mean(peer[moment]), 4) if peer else None,
+            "by_seed": run[moment],
         }
-        for moment, count in (("before", 0), ("after", steps)):
-            claims.append(
-                {
-                    "claim": f"{student}_loss_{moment}_{BATCH * SEQUENCE * steps // 1000}k_tokens",
-                    "value": round(mean(run[moment]), 4),
-                    "target": TARGETS.get((student, count)),
-                    "against": round(mean(peer[moment]), 4) if peer and not student.endswith("minitron") else None,
-                    "by_seed": run[moment],
-                }
-                | common
-                | ({"by_rate": run["rates"]} if count else {"seconds_cut": run["seconds_cut"]})
-            )
-    return claims
+        | common
+        | ({"by_rate": run["rates"]} if count else {"seconds_cut": run["seconds_cut"]})
+        for moment, count in (("before", 0), ("after", steps))
+    ]
 
 
 def _name_machine(device: str) -> str:
