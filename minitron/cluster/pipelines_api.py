@@ -70,7 +70,8 @@ class Kubeflow(Connection):
                 pipeline_id, filter=_name_filter(version, "name")
             ).pipeline_versions
             if not versions:
-                versions = [self._client.upload_pipeline_version(str(path), version, pipeline_id=pipeline_id)]
+                text = _describe_parameters(documents[0])
+                versions = [self._client.upload_pipeline_version(str(path), version, pipeline_id, description=text)]
         return Version(pipeline_id, versions[0].pipeline_version_id, version)
 
     def submit(self, version: Version, arguments: dict[str, Any], experiment: str, account: str | None) -> str:
@@ -199,6 +200,16 @@ def _name_filter(name: str, key: str = "display_name") -> str:
     """Return an escaped filter: the server unescapes it once more than the URL around it."""
     predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
     return quote(json.dumps({"predicates": [predicate]}), safe="")
+
+
+def _describe_parameters(specification: dict[str, Any]) -> str:
+    """Return the description of a version: Kubeflow's run form has names and types alone, in alphabetical order."""
+    parameters = specification["root"]["inputDefinitions"]["parameters"].items()
+    needed_first = sorted(parameters, key=lambda item: item[1].get("isOptional", False))
+    return "\n".join(
+        f"- `{name}`{'' if entry.get('isOptional') else ' (required)'}: {' '.join(entry['description'].split())}"
+        for name, entry in needed_first
+    )
 
 
 def _describe_content(*content: Any) -> str:

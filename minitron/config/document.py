@@ -223,11 +223,16 @@ def known_keys() -> list[str]:
 
 
 def find_key_faults(key: str, known: list[str]) -> Iterator[Fault]:
-    """Find an unknown key; the fault suggests the closest known one."""
+    """Find an unknown key; the fault suggests where a setting of that name stands, or else the closest known key."""
     if key in known:
         return
-    if key.partition(".")[2] in SHARED:
-        yield Fault(key, f"all stages share this setting; set {key.partition('.')[2]}")
+    section, _, name = key.rpartition(".")
+    if name in SHARED:
+        yield Fault(key, f"all stages share this setting; set {name}")
+    elif name in known:
+        yield Fault(key, f"unknown key; {name} stands at the top level: set {name}")
+    elif section in ("", *SETTINGS) and (homes := [other for other in known if other.endswith(f".{name}")]):
+        yield Fault(key, f"unknown key; set {' or '.join(homes)}")
     else:
         yield Fault(key, f"unknown key; {suggest_name(key, known)}")
 

@@ -8,6 +8,8 @@ import copy
 import json
 import os
 import pty
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
 from tests.cluster.commands import JOB, run_ok, run_refused, schedule_ok
 from tests.constants import REPOSITORY
-from tests.flows.commands import BIN
+from tests.flows.commands import BIN, read_blocks, read_shell_lines
 from tests.servers.http_server import Page, State, free_port, http_server
 from tests.servers.kubeflow_server import KubeflowServer, kubeflow_server
 
@@ -106,6 +108,36 @@ def test_at_a_terminal_it_asks(server: KubeflowServer, answer: str, status: int,
         shown = process.communicate()[0]
     assert "Ask for 8 GPUs? [y/N]: " in shown
     assert (process.returncode, len(server.runs)) == (status, runs), shown
+
+
+def test_the_pipelines_page_says_what_each_parameter_of_the_form_is(server: KubeflowServer) -> None:
+    """The form has names and types alone (frontend/src/components/NewRunParametersV2.tsx of 2.17.0)."""
+    run_ok("submit", *TINY, "--host", server.url)
+    (described,) = filter(None, (entry.get("description") for entry in server.versions.values()))
+    first, *others = described.splitlines()
+    assert first.startswith("- `tracking_uri` (required): MLflow server that gets the metrics and the model")
+    assert len(others) == len(get_parameters(compiled_pipeline("compress"))) - 1
+    assert not [line for line in others if "(required)" in line] and len(described) < 4000
+
+
+PAGES = ("README.md", "docs/how-to/deploy.md", "docs/how-to/retrain-and-promote.md")
+LINES = [
+    line for page in PAGES for line in read_shell_lines(page) if line.startswith(("minitron submit", "minitron sch"))
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line.split()[1:5]))
+def test_the_lines_of_readme_and_guides_start_what_they_show(
+    server: KubeflowServer, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.default_account = "minitron"  # as the guide sets it
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model.yaml").write_text(read_blocks("README.md", "yaml")[0])
+    if "my-model.yaml" in line and "corpus=" not in line:  # of a reader's preset, whose addresses a cluster can read
+        line += " --set teacher=hf://org/my-llama --set corpus=gs://bucket/my-text"
+    words = shlex.split(re.sub(r"URL|\$HOST", server.url, line))
+    run_ok(*(word for word in words[1:] if word != "--wait"))  # nobody ends the run
+    assert len(server.runs) == (words[1] == "submit") and len(server.schedules) == (words[1] == "schedule")
 
 
 def test_an_image_without_a_registry_is_warned_of(server: KubeflowServer, monkeypatch: pytest.MonkeyPatch) -> None:

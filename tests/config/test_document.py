@@ -69,6 +69,13 @@ def test_the_arguments_are_the_form_and_the_settings_document(tmp_path: Path, pa
         ),
         ({"preset": "tinny"}, "preset tinny: no such file or preset; did you mean 'tiny'?"),
         ({"distill": {"learning_rat": 1}}, "distill.learning_rat: unknown key; did you mean 'distill.learning_rate'?"),
+        ({"prepare": {"corpus": "/c"}}, "prepare.corpus: unknown key; corpus stands at the top level: set corpus"),
+        ({"prune": {"teacher": "/t"}}, "prune.teacher: unknown key; teacher stands at the top level: set teacher"),
+        ({"max_steps": 1}, "max_steps: unknown key; set finetune.max_steps or distill.max_steps"),
+        (
+            {"evaluate": {"max_steps": 1}},
+            "evaluate.max_steps: unknown key; set finetune.max_steps or distill.max_steps",
+        ),
         ({"distil": {"max_steps": 1}}, "distil: unknown key; did you mean 'distill"),
         ({"evaluate": {"gates": [{"metric": "mmlu_acc", "at_least": 0}]}}, "evaluate.gates.0.metric: mmlu_acc is not"),
         ({"teacher": None}, "teacher: missing; give it a value"),

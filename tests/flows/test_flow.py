@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.flows.commands import BIN, ENVIRONMENT, RETRAIN, read_shell_lines
 from tests.report.event_files import read_events
 from tests.servers import forks
 from tests.servers.http_server import free_port
+from tests.servers.kubeflow_server import kubeflow_server
 from tests.servers.processes import run_server
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
@@ -145,6 +147,37 @@ def test_the_lineage_shows_every_stage_and_makes_the_preset_that_reuses_them_all
         "challenger": int(flow["summary"]["registered"]["version"]),
         "reproduced": int(registered["version"]),
     }
+
+
+RUN_UPLOADED = """
+import json, sys
+from pathlib import Path
+from minitron.cli.local import run_pipeline
+if __name__ == "__main__":
+    run_pipeline(*json.load(sys.stdin), Path(sys.argv[1]))
+"""
+
+
+def test_what_submit_starts_on_a_cluster_is_what_ran_here(flow: dict[str, Any]) -> None:
+    """The uploaded pipeline with the arguments of its run, where the volume is the workspace of the tutorial's run."""
+    address, database = "http://mlflow.minitron:5000", f"sqlite:///{flow['directory']}/mlflow.db"
+    with kubeflow_server() as server:
+        settings = ["--preset", "tiny", "--set", f"tracking_uri={address}", "--host", server.url]
+        done = asked("submit", "compress", *settings)
+        assert done.exit_code == 0 and "at most 0 GPUs at a time" in done.stdout, done.output
+        (run,) = server.runs.values()
+        uploaded = server.versions[run["pipeline_version_reference"]["pipeline_version_id"]]["pipeline_spec"]
+    arguments = run["runtime_config"]["parameters"] | {"tracking_uri": database}
+    assert arguments["teacher"] == "sample://tiny/teacher"
+    started = subprocess.run(
+        [sys.executable, "-c", RUN_UPLOADED, str(flow["directory"])],
+        input=json.dumps([[uploaded["pipeline_spec"], uploaded["platform_spec"]], arguments]),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert started.returncode == 0, started.stdout[-3000:] + started.stderr[-2000:]
+    assert [stage for stage in STAGES if f"{stage}: result" in started.stdout] == STAGES
 
 
 def test_tensorboard_reads_the_curves_of_the_run_from_mlflow(flow: dict[str, Any], tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ class KubeflowServer(State):
         if query["pipelineid"] not in self.pipelines:
             raise Refused(400, "Failed to create a pipeline version")
         names = {"name": name, "display_name": query.get("display_name") or name}
+        names |= {"description": query.get("description", "")}  # pipeline_upload_server.go, UploadPipelineVersion
         return self._add_version(query["pipelineid"], names, body)
 
     def _add_version(self, pipeline_id: str, names: Entry, package: bytes) -> Entry:
