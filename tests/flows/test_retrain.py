@@ -112,7 +112,7 @@ def test_the_same_again_ends_at_once_and_says_why(first: Run, second: Run, direc
     assert second.summary["outcome"] == "unchanged"
     assert "version 1, challenger and champion, was made from the same data, teacher" in second.summary["reason"]
     assert "training:" not in second.output and second.aliases == {"challenger": 1, "champion": 1}
-    assert "Retraining: unchanged" in (directory / "report.html").read_text()
+    assert f"Retraining of {NAME}: unchanged" in (directory / "report.html").read_text()
 
 
 def test_a_worse_model_stays_challenger(worse: Run, directory: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_failure_leaves_a_page_and_frees_what_it_claimed(better: Run, director
     run = retrain(directory, "prepare.validation_fraction=1e-6")
     assert run.status == 2 and "raise validation_fraction" in run.output
     page = (directory / "report.html").read_text()
-    assert "Retraining: failed" in page and "raise validation_fraction" in page
+    assert f"Retraining of {NAME}: failed" in page and "raise validation_fraction" in page
     client = connect(uri(directory))
     ended = [
         entry for entry in client.search_runs([find_or_create_experiment(client, "minitron")])
@@ -194,4 +194,4 @@ def test_a_training_that_diverges_is_told_and_does_not_stand_in_the_way(first: R
         assert run.status == 1 and "error: finetune: the training diverged at step 2: loss is nan; " in run.output
         assert "is already making the same version" not in run.output and run.aliases == before
         page = (directory / "report.html").read_text()
-        assert "Retraining: failed" in page and "lower learning_rate (1e+38)" in page
+        assert f"Retraining of {NAME}: failed" in page and "lower learning_rate (1e+38)" in page
