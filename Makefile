@@ -23,7 +23,7 @@ setup: .venv/ready ## create .venv from constraints.txt
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-samples.txt
 	touch $@
 
-demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a laptop, about eleven minutes
+demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a laptop, less than ten minutes
 	$(BIN)/minitron run compress --preset demo --work-dir runs/demo
 
 test: setup ## run the tests that a change of the package needs: about six minutes on two cores

@@ -33,6 +33,9 @@ _GENERATING = 25
 _TIMINGS = 14
 """Texts per model whose generation is timed; a text in a batch is cheaper."""
 
+_REFITTING = 2
+"""A compensated cut reads the calibration with both models again, and solves the systems."""
+
 _STAGE = re.compile(rf"({'|'.join(STAGES)}): ")
 _BAR = re.compile(r"(teacher validation|validation|training|importance): .* ([\d.]+)([kM]?)tok/s")
 
@@ -107,7 +110,8 @@ def count_work(plan: Plan, models: Models, tokens: Mapping[str, int]) -> dict[st
                 work[stage] = _count_training(settings, length, tokens["validation"], 1.0, 0.0)
             case PruneSettings():
                 read = min(settings.calibration_sequences * length, tokens["train"])
-                work[stage] = StageWork(read, {"importance": 1.0})
+                refit = _REFITTING if settings.method == "compensated" else 0
+                work[stage] = StageWork(read * (1 + refit), {"importance": 1.0})
             case DistillSettings():
                 work[stage] = _count_training(settings, length, tokens["validation"], student, 1.0)
             case EvaluateSettings():
