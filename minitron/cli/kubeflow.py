@@ -46,7 +46,7 @@ from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 
 GPUS_UNASKED = 1
-"""GPUs at a time that a run gets without a question: one is what a first try costs."""
+"""Most GPUs at a time that a run gets without confirmation: a first try needs one."""
 
 
 @app.command(
@@ -224,7 +224,7 @@ class _Run:
 
 
 def _read_run(pipeline: str, presets: list[str], settings: list[str]) -> _Run:
-    """Read a run, and check all of it that can be checked here."""
+    """Read a run, and check it as far as possible on this machine."""
     documents = compiled_pipeline(pipeline)
     parameters = get_parameters(documents)
     request = read_request(presets, settings, parameters)
@@ -251,10 +251,10 @@ def _read_run(pipeline: str, presets: list[str], settings: list[str]) -> _Run:
 
 
 def _confirm_requests(run: _Run, yes: bool) -> None:
-    """Show what the tasks will ask for; more than GPUS_UNASKED GPUs at a time need a yes.
+    """Show what the tasks will ask for; more than GPUS_UNASKED GPUs at a time need confirmation.
 
     Raises:
-        ConfigError: nobody is there to ask.
+        ConfigError: there is no terminal to ask for confirmation.
     """
     print_table(["task", "image", "nodes", "GPUs", "cpu", "memory"], [list(request) for request in run.requests])
     gpus = max(request.nodes * request.gpus for request in run.requests)
@@ -262,17 +262,17 @@ def _confirm_requests(run: _Run, yes: bool) -> None:
     print(f"at most {_count_gpus(gpus)} at a time{f', on nodes with {labels}' if gpus and labels else ''}")
     if run.unknown:
         reason = run.unknown.partition("; ")[0]
-        print(f"memory is for {UNKNOWN:,} parameters, until plan knows the teacher's size: {reason}")
+        print(f"memory is for {UNKNOWN:,} parameters until plan knows the teacher's size: {reason}")
     for image in dict.fromkeys(request.image for request in run.requests if not names_registry(request.image)):
         print(
-            f"warning: {image} names no registry: only nodes that have it loaded, as on kind, can start it; else set "
-            f"{REGISTRY_VARIABLE}, or trainer_image and tools_image"
+            f"warning: {image} names no registry, so only nodes that have it loaded (as on kind) can start it; otherwise "
+            f"set {REGISTRY_VARIABLE}, or trainer_image and tools_image"
         )
     sys.stdout.flush()
     if gpus <= GPUS_UNASKED or yes:
         return
     if not sys.stdin.isatty():
-        raise ConfigError(f"{_count_gpus(gpus)} at a time: nothing was started; add --yes if you want them")
+        raise ConfigError(f"{_count_gpus(gpus)} at a time, so nothing was started; add --yes if you want them")
     typer.confirm(f"Ask for {_count_gpus(gpus)}?", abort=True)
 
 

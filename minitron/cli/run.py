@@ -84,11 +84,11 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
 
 
 def _say_what_is_not_read(used: str, default: str) -> None:
-    """Say that MLFLOW_TRACKING_URI, which the commands of the registry read, is not where this run is tracked."""
+    """Say that this run is not tracked at MLFLOW_TRACKING_URI, which the commands of the registry read."""
     exported = os.environ.get("MLFLOW_TRACKING_URI")
     if exported and used == default != exported:
         print(
-            f"MLflow: {used}, the work directory's; MLFLOW_TRACKING_URI is not read here: "
+            f"MLflow: {used}, in the work directory; MLFLOW_TRACKING_URI is ignored: "
             "--set tracking_uri=$MLFLOW_TRACKING_URI uses it",
             file=sys.stderr,
             flush=True,

@@ -27,7 +27,7 @@ TEACHER = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
 }  # fmt: skip
-"""What counts of the teacher's config.json, for tasks that look at it before it is made."""
+"""The relevant part of the teacher's config.json, for tasks that read it before the teacher is made."""
 
 
 def check_address(address: str) -> str:

@@ -91,7 +91,7 @@ def test_what_the_tasks_ask_for_is_shown_before_they_start(server: KubeflowServe
 def test_more_than_one_gpu_needs_a_yes(server: KubeflowServer) -> None:
     for command in (["submit", *JOB], NIGHTLY):
         message = run_refused(*(part for part in command if part != "--yes"), "--host", server.url)
-        assert message == "8 GPUs at a time: nothing was started; add --yes if you want them"
+        assert message == "8 GPUs at a time, so nothing was started; add --yes if you want them"
     assert not server.pipelines and not server.runs and not server.schedules
     for gpus in (0, 1):
         shown = run_ok("submit", *TINY, "--set", f"distill.gpus={gpus}", "--host", server.url)
@@ -141,7 +141,7 @@ def test_the_lines_of_readme_and_guides_start_what_they_show(
 
 
 def test_an_image_without_a_registry_is_warned_of(server: KubeflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    warning = f"warning: minitron-pipelines/trainer:{__version__} names no registry: only nodes that have it loaded"
+    warning = f"warning: minitron-pipelines/trainer:{__version__} names no registry, so only nodes that have it loaded"
     assert warning in run_ok("submit", *TINY, "--host", server.url)
     monkeypatch.setenv("MINITRON_REGISTRY", "registry.example/llm")
     shown = run_ok("submit", *TINY, "--host", server.url)
