@@ -265,7 +265,7 @@ def _confirm_requests(run: _Run, yes: bool) -> None:
         print(f"memory is for {UNKNOWN:,} parameters until plan knows the teacher's size: {reason}")
     for image in dict.fromkeys(request.image for request in run.requests if not names_registry(request.image)):
         print(
-            f"warning: {image} names no registry, so only nodes that have it loaded (as on kind) can start it; otherwise "
+            f"warning: {image} names no registry, so only nodes that have it loaded (as on kind) can start it; else "
             f"set {REGISTRY_VARIABLE}, or trainer_image and tools_image"
         )
     sys.stdout.flush()
