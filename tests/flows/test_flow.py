@@ -122,7 +122,7 @@ def test_run_again_it_reuses_every_stage(flow: dict[str, Any]) -> None:
     """An exported address does not move the run away from its work directory, whose database has the registry."""
     done = forked(RUN, flow["root"], MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert done.stderr.startswith(f"MLflow: sqlite:///{flow['directory']}/mlflow.db, the work directory's; ")
+    assert done.stderr.startswith(f"MLflow: sqlite:///{flow['directory']}/mlflow.db, in the work directory; ")
     assert [stage for stage in STAGES if f"{stage}: result" in done.stdout] == STAGES
     again = json.loads((flow["directory"] / "summary.json").read_text())
     assert again == flow["summary"]
