@@ -1,4 +1,4 @@
-"""Cut the teacher to a smaller student by Minitron importance."""
+"""Cut the teacher to a smaller student."""
 
 from typing import Optional
 
@@ -20,7 +20,7 @@ def prune(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Cut the teacher to a smaller student by Minitron importance. Settings: minitron.config.PruneSettings."""
+    """Cut the teacher to a smaller student. Settings: minitron.config.PruneSettings."""
     from minitron.runtime.entry import launch
 
     # fmt: off

@@ -47,7 +47,8 @@ def make_command_page() -> str:
     """Return the page of the commands: what each does, its arguments and options, and an example."""
     group = typer.main.get_command(app)
     parts = [_open_page("Commands", "the `minitron` command"), inspect.cleandoc(group.help or "")]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name in group.list_commands(typer.Context(group)):  # type: ignore[attr-defined]
+        command = group.commands[name]  # type: ignore[attr-defined]
         parts += [f"## `minitron {name}`", inspect.cleandoc(command.help or "").split("\f")[0]]
         rows = [_describe_parameter(parameter) for parameter in command.params if parameter.name != "help"]
         parts.append(_make_table(("argument or option", "meaning"), rows))

@@ -4,13 +4,29 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from minitron.errors import MinitronError
 
+COMMANDS = (
+    "run", "doctor", "submit", "schedule", "unschedule", "runs",
+    "lineage", "reproduce", "serve-manifest", "promote", "rollback", "gc",
+)  # fmt: skip
+"""All commands in the order of their first use."""
+
+
+class _OrderedGroup(TyperGroup):
+    """Lists the commands in that order, whichever module is imported first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+
+
 app = typer.Typer(
+    cls=_OrderedGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,7 +45,9 @@ Host = Annotated[
 ]
 Namespace = Annotated[str | None, typer.Option(envvar="MINITRON_NAMESPACE", help="Namespace of the tasks.")]
 Token = Annotated[str | None, typer.Option(envvar="MINITRON_TOKEN", help="Bearer token, if the server needs one.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Ask no question: needed for more than one GPU in a script.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Start without confirmation; in a script, more than one GPU needs it.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@alias in MLflow's registry.")]
 RegisteredModel = Annotated[str, typer.Argument(help="Registered model.")]

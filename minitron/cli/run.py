@@ -65,7 +65,7 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
         paths = demo_inputs.input_paths(request.samples, work_dir / "inputs")
         request = request.with_defaults({name: str(path) for name, path in paths.items()}, parameters)
     arguments = check_arguments(request, parameters)
-    _say_what_is_not_read(arguments["tracking_uri"], defaults["tracking_uri"])
+    _warn_of_ignored_address(arguments["tracking_uri"], defaults["tracking_uri"])
     _make_directory(work_dir)
     with disk_errors(work_dir):
         if request.samples:
@@ -83,7 +83,7 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
         summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
 
 
-def _say_what_is_not_read(used: str, default: str) -> None:
+def _warn_of_ignored_address(used: str, default: str) -> None:
     """Say that this run is not tracked at MLFLOW_TRACKING_URI, which the commands of the registry read."""
     exported = os.environ.get("MLFLOW_TRACKING_URI")
     if exported and used == default != exported:
