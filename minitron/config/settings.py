@@ -222,7 +222,7 @@ class PruneSettings(EngineSettings):
         "minitron",
         description="minitron: the weights that are kept stay as they are. compensated: they are refitted to what the "
         "teacher computes, layer by layer, without training, and MLP channels and heads are chosen by what the others "
-        "cannot replace (engine hf).",
+        "cannot replace. Engine hf computes it, whichever engine trains.",
     )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width of the MLP.")
@@ -240,14 +240,14 @@ class PruneSettings(EngineSettings):
         "holds their states in memory: 16 bytes per token and hidden channel.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _compensate_with_hf(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "engine": "hf"} if values.get("method") == "compensated" else values
+
     def find_faults(self) -> Iterator[Fault]:
-        """Find what contradicts itself without a teacher; models/sizes.py compares with one."""
+        """Find what contradicts itself without a teacher; engines/plan_checks.py compares with one."""
         yield from _find_idle_gpus("prune", self.gpus, "set gpus to 1")
-        if self.method == "compensated" and self.engine == "nemo":
-            yield Fault(
-                "method",
-                "compensated needs engine hf; set prune.engine to hf: distillation with engine nemo takes its student",
-            )
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             yield Fault("drop_layers", "num_hidden_layers is given, too; choose one of them")
 

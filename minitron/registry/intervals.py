@@ -42,7 +42,7 @@ def estimate_interval(metric: str, items: list[float]) -> Interval | None:
         return None
     if metric in SPEEDS:
         return min(items), max(items)
-    if metric not in NUMBERS and _are_answers(items):
+    if _are_answers(metric, items):
         return _estimate_share(float(np.mean(items)), len(items))
     return _take_quantiles(_resample(metric, items), len(items))
 
@@ -55,7 +55,7 @@ def compare_items(metric: str, items: list[float], others: list[float], by: Comp
     """
     if len(items) != len(others) or len(items) < 2:
         return None
-    if metric not in NUMBERS and _are_answers(items) and _are_answers(others):
+    if _are_answers(metric, [*items, *others]):
         return _compare_answers(items, others, by)
     if metric in SPEEDS:
         pairs = _relate(np.asarray(items), np.asarray(others), by)
@@ -75,8 +75,9 @@ def estimate_gap(pruned: list[float], student: list[float], teacher: list[float]
     return _take_quantiles((losses[0] - losses[1]) / gaps, len(pruned)) if gaps.all() else None
 
 
-def _are_answers(items: list[float]) -> bool:
-    return set(items) <= {0, 1}
+def _are_answers(metric: str, items: list[float]) -> bool:
+    """Tell whether items are right or wrong; a loss of exactly 0, such as a model's KL to itself, is neither."""
+    return (metric not in NUMBERS or metric == "top1_agreement") and set(items) <= {0, 1}
 
 
 def _apply(metric: str, means: np.ndarray) -> np.ndarray:
@@ -150,7 +151,7 @@ def unpack_items(packed: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def _pack(values: list[float]) -> Any:
-    if not _are_answers(values):
+    if not set(values) <= {0, 1}:
         return [float(f"{value:.6g}") for value in values]
     bits = np.packbits(np.asarray(values, dtype=bool)).tobytes().hex()
     return {"count": len(values), "bits": bits}

@@ -115,7 +115,7 @@ def test_the_pipelines_page_says_what_each_parameter_of_the_form_is(server: Kube
     run_ok("submit", *TINY, "--host", server.url)
     (described,) = filter(None, (entry.get("description") for entry in server.versions.values()))
     first, *others = described.splitlines()
-    assert first.startswith("- `tracking_uri` (required): MLflow server that gets the metrics and the model")
+    assert first.startswith("- `tracking_uri` (required): MLflow server for the metrics and the model")
     assert len(others) == len(get_parameters(compiled_pipeline("compress"))) - 1
     assert not [line for line in others if "(required)" in line] and len(described) < 4000
 

@@ -355,8 +355,8 @@ def test_own_splits_are_used_and_what_they_hold_is_no_training_text(
     output = capsys.readouterr().out
     assert "corpus: 4 files, own splits train, validation, test; left out: README.md (companion)\n" in output
     assert (
-        "documents: 80 train, 10 validation, 10 test; 2 duplicates and 0 empty ones dropped; 2 of train and 1 of "
-        in output
+        "documents: 80 train, 10 validation, 10 test; 2 duplicates and 0 empty documents dropped; 2 of train and "
+        "1 of validation dropped, because held-out text has them" in output
     )
 
     _, pooled, _ = prepared(tmp_path / "corpus", "pooled", own_splits=False)
