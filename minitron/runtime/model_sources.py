@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minitron.config.addresses import SAMPLES
 from minitron.config.fields import format_address
 from minitron.config.stages import StageConfig
 from minitron.engines import samples
@@ -181,17 +182,18 @@ def _choose_source(address: str, config: StageConfig) -> tuple[Callable[[str], s
 
 def _resolve_once(address: str, find: Callable[[str], str], config: StageConfig) -> str:
     """Return the fixed address behind a movable one; within one pipeline run the first answer is kept."""
+    if not config.pipeline_run_id or address in SAMPLES:  # nobody to agree with, or nothing that moves
+        return find(address)
     note = _models_directory(config) / "resolved" / f"{_hash_text(f'{config.pipeline_run_id} {address}')}.json"
-    if config.pipeline_run_id and bucket.is_bucket(config.workspace):
+    if bucket.is_bucket(config.workspace):
         workspace = format_address(config.workspace or "")
         name = f"resolved/{note.name}"
         content = bucket.get_or_create_json(workspace, name, lambda: {"address": address, "identity": find(address)})
         return content["identity"]
-    if config.pipeline_run_id and note.is_file():
+    if note.is_file():
         return json.loads(note.read_text())["identity"]
     identity = find(address)
-    if config.pipeline_run_id:
-        write_atomically(note, {"address": address, "identity": identity})
+    write_atomically(note, {"address": address, "identity": identity})
     return identity
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,21 @@ def main() -> None:
 def import_models(job: dict[str, Any], work: Path) -> None:
     """Convert Hugging Face directories to NeMo checkpoints, and mark each as complete."""
     from nemo.collections import llm
+    from nemo.lightning.io import ModelConnector
 
     from minitron.engines.checkpoints import mark_complete
 
     for name, source in job["models"].items():
         shutil.rmtree(work / name, ignore_errors=True)
-        # the importer reads the real sizes from config.json; this only selects the importer
-        llm.import_ckpt(
-            llm.LlamaModel(llm.LlamaConfig(num_layers=1, num_attention_heads=1, hidden_size=1)),
-            f"hf://{source}",
-            work / name,
-        )
+        with tempfile.TemporaryDirectory() as directory:
+            # NeMo copies the tokenizer through /tmp/nemo_tokenizer, where two imports on one machine would mix theirs
+            ModelConnector.save_hf_tokenizer_assets.__defaults__ = (f"{directory}/nemo_tokenizer",)
+            # the importer reads the real sizes from config.json; this only selects the importer
+            llm.import_ckpt(
+                llm.LlamaModel(llm.LlamaConfig(num_layers=1, num_attention_heads=1, hidden_size=1)),
+                f"hf://{source}",
+                work / name,
+            )
         mark_complete(work / name)
 
 
