@@ -49,7 +49,7 @@ def import_models(job: dict[str, Any], work: Path) -> None:
     for name, source in job["models"].items():
         shutil.rmtree(work / name, ignore_errors=True)
         with tempfile.TemporaryDirectory() as directory:
-            # NeMo copies the tokenizer through /tmp/nemo_tokenizer, where two imports on one machine would mix theirs
+            # by default NeMo copies every tokenizer through one directory, where two imports would mix theirs
             ModelConnector.save_hf_tokenizer_assets.__defaults__ = (f"{directory}/nemo_tokenizer",)
             # the importer reads the real sizes from config.json; this only selects the importer
             llm.import_ckpt(

@@ -22,7 +22,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from minitron.errors import ConfigError, RunError
-from minitron.models.pruning.least_squares import Moments, choose_channels, choose_heads, expand_groups, fit_columns
+from minitron.models.pruning.least_squares import (
+    SplitMoments,
+    choose_channels,
+    choose_heads,
+    expand_groups,
+    fit_columns,
+)
 from minitron.models.pruning.surgery import Plan, Shape, cut_model, get_head_dim
 
 HELD_OUT = 8
@@ -214,7 +220,7 @@ class _CompensatedCut:
     ) -> dict[str, Any]:
         """Choose the heads, and fit o_proj to the teacher's state after the attention."""
         self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, stored, old, batches)
-        sums = _Sums()
+        sums = SplitMoments()
         for batch in batches:
             batch.heads = _read_heads(new, batch.student, call)
             batch.middle = batch.teacher + old.self_attn.o_proj(_read_heads(old, batch.teacher, call))
@@ -227,7 +233,7 @@ class _CompensatedCut:
 
     def _fit_mlp(self, place: int, new: Any, stored: Any, batches: list[_Batch]) -> dict[str, Any]:
         """Choose the channels, and fit down_proj to the teacher's state after the layer."""
-        sums = _Sums()
+        sums = SplitMoments()
         for batch in batches:
             sums.add_change(
                 batch.held_out, _read_channels(new, batch.student), batch.student, batch.teacher, self._hidden
@@ -236,7 +242,7 @@ class _CompensatedCut:
         self._kept["intermediate"].append(channels.tolist())
         return _fit_output(new.mlp.down_proj, stored.mlp.down_proj, channels, sums)
 
-    def _choose_heads(self, place: int, o_proj: Linear, size: int, sums: "_Sums") -> tuple[Tensor, Tensor]:
+    def _choose_heads(self, place: int, o_proj: Linear, size: int, sums: "SplitMoments") -> tuple[Tensor, Tensor]:
         """Return the query heads and the key-value groups to keep; every kept group keeps equally many heads."""
         config, shape = self._teacher.config, self._shape
         if not self._choose:
@@ -251,7 +257,7 @@ class _CompensatedCut:
         heads, left = expand_groups(groups, per_group), shape.num_attention_heads // shape.num_key_value_heads
         return choose_heads(*problem, heads, size, heads // per_group, left, all_columns), groups
 
-    def _choose_channels(self, place: int, down_proj: Linear, sums: "_Sums") -> Tensor:
+    def _choose_channels(self, place: int, down_proj: Linear, sums: "SplitMoments") -> Tensor:
         """Return the MLP channels to keep."""
         total, left = down_proj.in_features, self._shape.intermediate_size
         if not self._choose or left == total:
@@ -280,7 +286,7 @@ class _CompensatedCut:
 
     def _fit_map(self, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
         """Return the map [teacher's H, student's H] from the student's states to the teacher's, in float64."""
-        sums = _Sums()
+        sums = SplitMoments()
         for held_out, student, teacher in pairs:
             sums.add(held_out, student, teacher)
         present = torch.eye(self._teacher.config.hidden_size, dtype=torch.float64, device=self._device)[:, self._hidden]
@@ -288,37 +294,7 @@ class _CompensatedCut:
         return fit_columns(present, columns, *sums.get(with_bias=False)).weight
 
 
-class _Sums:
-    """The moments of the tokens that are fitted and of those that are held out; the last input column is the bias's."""
-
-    def __init__(self) -> None:
-        self._parts: dict[bool, Moments] = {}
-
-    def add(self, held_out: bool, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch [B, S, C] and [B, S, O]; `weights` [B, S, 1] multiply both sides."""
-        weights = torch.ones_like(targets[..., :1]) if weights is None else weights
-        inputs = (torch.cat([inputs, torch.ones_like(weights)], dim=-1) * weights).flatten(0, 1)
-        targets = (targets * weights).flatten(0, 1)
-        if held_out not in self._parts:
-            self._parts[held_out] = Moments(inputs.shape[1], targets.shape[1], inputs.device)
-        self._parts[held_out].add(inputs, targets)
-
-    def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
-        """Add what has to be added to the student's state `before` to come to the teacher's state `after`.
-
-        What follows sees states through a norm: the error of a token counts in units of its own root mean square, so
-        that the few tokens of enormous states do not drown the others.
-        """
-        weights = after.square().mean(dim=-1, keepdim=True).rsqrt()
-        self.add(held_out, inputs, after[..., hidden] - before, weights)
-
-    def get(self, with_bias: bool) -> tuple[Moments, Moments]:
-        """Return the moments of the fitted and of the held-out tokens."""
-        fitted, held_out = (self._parts[held_out] for held_out in (False, True))
-        return (fitted, held_out) if with_bias else (fitted.without_last(), held_out.without_last())
-
-
-def _fit_output(module: Linear, stored: Linear, columns: Tensor, sums: _Sums) -> dict[str, Any]:
+def _fit_output(module: Linear, stored: Linear, columns: Tensor, sums: SplitMoments) -> dict[str, Any]:
     """Fit the columns of a matrix that writes to the stream, and its bias; return the ridge and relative errors."""
     if has_bias := module.bias is not None:
         columns = torch.cat([columns, columns.new_tensor([module.in_features])])

@@ -3,7 +3,7 @@
 The normal equations are summed batch by batch, so that no activations are kept, and solved in float64. The ridge draws
 towards the present weights, not towards zero: what the tokens do not show stays as it is.
 
-N = tokens, C = input channels, O = output channels, K = kept input channels.
+B = batch, S = sequence, N = tokens, C = input channels, O = output channels, K = kept input channels.
 """
 
 import copy
@@ -57,8 +57,8 @@ class Moments:
         rest = self._squares + (weight_CO * (self.gram_CC @ weight_CO - 2 * self.cross_CO)).sum()
         return max(float(rest), 0.0) / (self.tokens * len(weight_OC))
 
-    def factorise(self, ridge: float, columns: Tensor) -> tuple[Tensor | None, float]:
-        """Return the Cholesky factor of the regularised Gram matrix of some columns, and the ridge in its unit.
+    def factorize(self, ridge: float, columns: Tensor) -> tuple[Tensor | None, float]:
+        """Return the Cholesky factor of the regularized Gram matrix of some columns, and the ridge in its unit.
 
         The factor is None if the matrix is so badly conditioned that it has none.
 
@@ -72,6 +72,37 @@ class Moments:
         gram.diagonal().add_(regular)
         factor, failed = torch.linalg.cholesky_ex(gram)
         return (None if failed else factor), regular
+
+
+class SplitMoments:
+    """The moments of the tokens that are fitted and of those that are held out; the last input column is the bias's."""
+
+    def __init__(self) -> None:
+        """Begin without tokens."""
+        self._parts: dict[bool, Moments] = {}
+
+    def add(self, held_out: bool, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch [B, S, C] and [B, S, O]; `weights` [B, S, 1] multiply both sides."""
+        weights = torch.ones_like(targets[..., :1]) if weights is None else weights
+        inputs = (torch.cat([inputs, torch.ones_like(weights)], dim=-1) * weights).flatten(0, 1)
+        targets = (targets * weights).flatten(0, 1)
+        if held_out not in self._parts:
+            self._parts[held_out] = Moments(inputs.shape[1], targets.shape[1], inputs.device)
+        self._parts[held_out].add(inputs, targets)
+
+    def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
+        """Add what has to be added to the student's state `before` to come to the teacher's state `after`.
+
+        What follows sees states through a norm: the error of a token counts in units of its own root mean square, so
+        that the few tokens of enormous states do not drown the others.
+        """
+        weights = after.square().mean(dim=-1, keepdim=True).rsqrt()
+        self.add(held_out, inputs, after[..., hidden] - before, weights)
+
+    def get(self, with_bias: bool) -> tuple[Moments, Moments]:
+        """Return the moments of the fitted and of the held-out tokens."""
+        fitted, held_out = (self._parts[held_out] for held_out in (False, True))
+        return (fitted, held_out) if with_bias else (fitted.without_last(), held_out.without_last())
 
 
 @dataclass(frozen=True)
@@ -94,7 +125,7 @@ class Fit:
 def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: Moments) -> Fit:
     """Fit some columns W of a matrix; choose the ridge by the error on held-out tokens.
 
-    Minimises ‖Y − X Wᵀ‖² + r ‖W − P‖² over the tokens of `fitted`, where P are the present weights. The plain cut is a
+    Minimizes ‖Y − X Wᵀ‖² + r ‖W − P‖² over the tokens of `fitted`, where P are the present weights. The plain cut is a
     candidate, too, so that on the held-out tokens no fit is worse than it.
 
     Args:
@@ -112,7 +143,7 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
     best = Fit(weight, None, plain_error, plain_error)
     solved = False
     for ridge in RIDGES:
-        factor, regular = fitted.factorise(ridge, columns)
+        factor, regular = fitted.factorize(ridge, columns)
         if factor is None:
             continue
         solved, weight = True, torch.zeros_like(present_OC)
@@ -128,7 +159,7 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
 def choose_channels(present_OC: Tensor, fitted: Moments, channels: int, left: int) -> Tensor:
     """Choose by Optimal Brain Surgeon which of the first columns to keep; return their indices, ascending.
 
-    Dropping the columns g and refitting the others costs tr(W_g [(R⁻¹)_gg]⁻¹ W_gᵀ), where R is the regularised Gram
+    Dropping the columns g and refitting the others costs tr(W_g [(R⁻¹)_gg]⁻¹ W_gᵀ), where R is the regularized Gram
     matrix of the inputs and W the refitted matrix (Hassibi and Stork, NIPS 1992; SparseGPT, arXiv 2301.00774, section
     3). They go one by one, in rounds; after each round R⁻¹ and W are computed anew.
 
@@ -151,7 +182,7 @@ def choose_channels(present_OC: Tensor, fitted: Moments, channels: int, left: in
 def choose_heads(
     present_OC: Tensor, fitted: Moments, heads: Tensor, size: int, owners: Tensor, left: int, channels: int
 ) -> Tensor:
-    """Choose as `choose_channels` among groups of neighbouring columns; they go one by one, and all is computed anew.
+    """Choose as `choose_channels` among groups of neighboring columns; they go one by one, and all is computed anew.
 
     Args:
         present_OC: the matrix, as there.
@@ -174,7 +205,7 @@ def choose_heads(
 
 
 def expand_groups(groups: Tensor, size: int) -> Tensor:
-    """Return the columns of groups of `size` neighbours."""
+    """Return the columns of groups of `size` neighbors."""
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
 
 
@@ -201,7 +232,7 @@ class _Refitted(NamedTuple):
 def _refit(present_OC: Tensor, fitted: Moments, kept: Tensor, channels: int) -> _Refitted:
     """Refit the kept columns and the bias, which is no part of what is returned."""
     columns = torch.cat([kept, torch.arange(channels, present_OC.shape[1], device=kept.device)])
-    factor, regular = fitted.factorise(CHOICE_RIDGE, columns)
+    factor, regular = fitted.factorize(CHOICE_RIDGE, columns)
     if factor is None:
         raise _complain_of_condition(fitted)
     inverse = torch.cholesky_inverse(factor)
