@@ -239,11 +239,18 @@ class PruneSettings(EngineSettings):
         description="Training sequences that importance is measured on. Method compensated fits on them, too, and "
         "holds their states in memory: 16 bytes per token and hidden channel.",
     )
+    importance: Annotated[Location | None, INPUT, EXECUTION] = Field(
+        None,
+        description="Scores of the same teacher and calibration that an earlier prune wrote, so that they are not "
+        "measured again: its directory, or its importance.safetensors. Scores in the workspace are found without this "
+        "setting. Engine hf reads them.",
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _compensate_with_hf(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**values, "engine": "hf"} if values.get("method") == "compensated" else values
+    def _prune_with_hf(cls, values: dict[str, Any]) -> dict[str, Any]:
+        needs_hf = values.get("method") == "compensated" or values.get("importance")
+        return {**values, "engine": "hf"} if needs_hf else values
 
     def find_faults(self) -> Iterator[Fault]:
         """Find what contradicts itself without a teacher; engines/plan_checks.py compares with one."""

@@ -34,6 +34,7 @@ from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights, can_compile, linear_loss
 from minitron.models.pruning.compensation import check_calibration, cut_with_compensation
 from minitron.models.pruning.importance import Importance, measure_importance
+from minitron.models.pruning.scores import find_or_measure_importance
 from minitron.models.pruning.surgery import Cut, Shape, choose_plan, cut_model
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
@@ -153,11 +154,14 @@ def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) 
     if shape == teacher:
         return None, 0
     calibration = _open_calibration(config)
-    # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
-    model = load_model(config.teacher, get_compute_dtype())
-    model.to(get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    importance = measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
-    return importance, _count_calibration(config, calibration)
+
+    def measure() -> Importance:
+        # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
+        model = load_model(config.teacher, get_compute_dtype())
+        model.to(get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
+        return measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
+
+    return find_or_measure_importance(config, measure), _count_calibration(config, calibration)
 
 
 def _open_calibration(config: PruneConfig) -> PackedDataset:

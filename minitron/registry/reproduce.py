@@ -24,8 +24,9 @@ PIPELINE = "compress"
 ALIAS = "reproduced"
 """Alias of the new version; the alias that `promote` looks for does not move."""
 
-_WHERE = {"output", "workspace", "caching", "expected_sha256"}
-"""Settings that the preset leaves out: the user chooses where results are stored and what is expected."""
+_WHERE = {"output", "workspace", "caching", "expected_sha256", "importance"}
+"""Settings that the preset leaves out: the user chooses where results are stored and what is expected, and scores that
+another run left behind only saved time."""
 
 
 _HELD = {"prepare": ("corpus", "teacher"), "finetune": ("teacher", "dataset")}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from safetensors.numpy import load_file
 
 from minitron import __version__
 from minitron.config.metrics import (
@@ -29,7 +30,7 @@ from minitron.config.stages import EvaluateConfig
 from minitron.errors import without_password
 from minitron.registry import gates, lineage
 from minitron.report import TEMPLATES, figures, tables
-from minitron.storage.layout import PRUNING, REPORT
+from minitron.storage.layout import IMPORTANCE, PRUNING, REPORT
 
 _SIZES = {
     "num_hidden_layers": "Layers",
@@ -109,8 +110,13 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
 
 
 def _read_pruning(pruned: Path) -> dict[str, Any] | None:
-    path = pruned / PRUNING
-    return json.loads(path.read_text()) if path.is_file() else None
+    """Return the content of pruning.json, with the scores; None if there is none."""
+    if not (pruned / PRUNING).is_file():
+        return None
+    scores = None
+    if (pruned / IMPORTANCE).is_file():
+        scores = {axis: values.tolist() for axis, values in load_file(pruned / IMPORTANCE).items()}
+    return {"scores": scores} | json.loads((pruned / PRUNING).read_text())  # until 0.5 it had the scores itself
 
 
 def _build_headline(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from minitron.registry.lineage import read_all_lineages
 from minitron.storage import bucket
 from minitron.storage.files import delete_path
 from minitron.storage.hashing import NOTES
-from minitron.storage.layout import FAILURE, MEASUREMENTS, read_json_object, read_record
+from minitron.storage.layout import FAILURE, MEASUREMENTS, SCORES, read_json_object, read_record
 from minitron.storage.staging import KEY, InUse, is_locked, lock_output
 from minitron.tracking.client import connect, fail_fast, one_line_errors, search_running_runs
 from minitron.tracking.stage_run import KEY_TAG
@@ -127,6 +127,8 @@ def list_items(root: str | Path) -> Iterator[Item]:
     yield from _list_models(directory / "models")
     for path in _list_folder(directory / MEASUREMENTS):
         yield _make_item(path, "measurements of evaluate", delete=partial(_delete_plain, path))
+    for path in sorted(directory.glob(f"{SCORES}/*")):
+        yield _make_item(path, "scores of prune", delete=partial(_delete_plain, path))
     for path in sorted(directory.glob("unsent/*/*")):
         yield _make_item(path, "messages for MLflow", stays="not sent yet; the next stage sends them")
     for path in (*sorted(directory.glob("models/resolved/*.json")), directory / FAILURE):
@@ -226,9 +228,11 @@ def _list_bucket(workspace: str) -> Iterator[Item]:
             run=record.get("pipeline_run_id"),
             delete=partial(bucket_results.delete_stored, stored),
         )
+    small = {r"resolved/\w+\.json": "note of a pipeline run", rf"{SCORES}/\w+\.safetensors": "scores of prune"}
     for name, blob in sorted(objects.items()):
-        if re.fullmatch(r"resolved/\w+\.json", name):
-            yield Item(
-                f"{workspace}/{name}", "note of a pipeline run", blob.size, blob.updated.timestamp(),
-                delete=partial(bucket.delete_object, blob),
-            )  # fmt: skip
+        for pattern, kind in small.items():
+            if re.fullmatch(pattern, name):
+                yield Item(
+                    f"{workspace}/{name}", kind, blob.size, blob.updated.timestamp(),
+                    delete=partial(bucket.delete_object, blob),
+                )  # fmt: skip

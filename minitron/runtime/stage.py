@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron import METHOD_VERSION
+from minitron.config.fields import EXECUTION
 from minitron.config.metrics import find_not_finite
-from minitron.config.parse import list_decisive_settings
+from minitron.config.parse import find_marked_fields, list_decisive_settings
 from minitron.config.stages import STAGES, StageConfig
 from minitron.engines import gpus
 from minitron.errors import RunError
@@ -127,7 +128,8 @@ def _compute_key(stage: str, config: StageConfig, stage_inputs: dict[str, inputs
     """Return the key of a result: a hash of everything that affects it, and of nothing else."""
     values = config.model_dump(mode="json")
     settings = {name: values[name] for name in list_decisive_settings(type(config), values)}
-    hashes = {name: entry.sha256 for name, entry in stage_inputs.items()}
+    no_effect = find_marked_fields(type(config), EXECUTION)
+    hashes = {name: entry.sha256 for name, entry in stage_inputs.items() if name not in no_effect}
     parts = [stage, METHOD_VERSION, settings, hashes]
     if values.get("engine") == "nemo":
         parts.append(list_nemo_releases())

@@ -2,7 +2,8 @@
 
     python -m minitron.prune --config FILE
 
-Writes a model directory and, in it, `pruning.json`: sizes before and after, calibration, scores, kept indices, fits.
+Writes a model directory and, in it, `pruning.json`: sizes before and after, calibration, kept indices, fits; and
+`scores/importance.safetensors`, the scores by which they were chosen.
 """
 
 import json
@@ -17,10 +18,11 @@ from minitron.engines import get_engine
 from minitron.engines.plan_checks import find_size_faults
 from minitron.models.checkpoint import count_config_parameters
 from minitron.models.checks import check_finite, check_model, check_sequence_length, read_config
+from minitron.models.pruning.scores import check_given_importance, make_key, save_importance
 from minitron.models.pruning.surgery import Cut, Shape
 from minitron.runtime import stage
 from minitron.runtime.entry import main
-from minitron.storage.layout import PRUNING
+from minitron.storage.layout import IMPORTANCE, PRUNING
 from minitron.tracking.stage_run import Tracker
 
 
@@ -28,10 +30,11 @@ def run(config: PruneConfig) -> dict[str, Any]:
     """Prune the teacher, or return the record of an existing student.
 
     Raises:
-        ConfigError: a target does not fit the teacher, or the dataset was made with another tokenizer.
-        RunError: the teacher's weights cannot be read, or they or its activations are not finite.
+        ConfigError: a target does not fit the teacher, the dataset was made with another tokenizer, or given scores
+            are of another teacher or calibration.
+        RunError: the teacher's weights or given scores cannot be read, or they or its activations are not finite.
     """
-    return stage.run(config, work)
+    return stage.run(config, work, check_given_importance)
 
 
 def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, Any]:
@@ -47,6 +50,8 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     cut = get_engine(config.engine).prune(config, shape, layers, directory)
     pruning = _describe_pruning(config, teacher_config, read_config(directory), cut)
     _write_lines(directory / PRUNING, pruning)
+    if cut.importance:
+        save_importance(cut.importance, make_key(config), directory / IMPORTANCE)
     return {"metrics": _summarize_pruning(pruning)}
 
 
@@ -66,13 +71,9 @@ def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut)
     """Return the content of pruning.json.
 
     Layers are counted from 0, but from 1 in dropped_layers, as in NeMo. Engine nemo keeps the same channels and heads,
-    the most important first. The scores are Minitron's with every method; method compensated ranks only layers and
-    hidden channels by them.
+    the most important first.
     """
     kept = set(cut.plan.layers)
-    scores = None
-    if cut.importance:
-        scores = {axis: _round_values(values.tolist()) for axis, values in vars(cut.importance).items()}
     return {
         "teacher": asdict(Shape.from_config(teacher)) | {"parameters": count_config_parameters(teacher)},
         "student": asdict(Shape.from_config(student)) | {"parameters": count_config_parameters(student)},
@@ -80,7 +81,6 @@ def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut)
         "calibration": {"sequences": cut.sequences, "tokens": cut.sequences * config.sequence_length},
         "dropped_layers": [layer + 1 for layer in range(teacher.num_hidden_layers) if layer not in kept],
         "kept": asdict(cut.plan),
-        "scores": scores,
         "fits": cut.fits,
     }
 
@@ -93,11 +93,6 @@ def _summarize_pruning(pruning: dict[str, Any]) -> dict[str, float]:
         "parameters_ratio": round(after / before, 4),
         "calibration_tokens": pruning["calibration"]["tokens"],
     }
-
-
-def _round_values(values: Any) -> Any:
-    """Round the numbers of nested lists to five digits, because a large model has half a million scores."""
-    return [_round_values(value) for value in values] if isinstance(values, list) else float(f"{values:.5g}")
 
 
 def _write_lines(path: Path, content: dict[str, Any]) -> None:

@@ -16,7 +16,14 @@ MANIFEST = "manifest.json"
 """From prepare: the corpus, the tokenizer and the counts of a dataset."""
 
 PRUNING = "pruning.json"
-"""From prune: sizes before and after, the method, the calibration, the scores, the indices that were kept, the fits."""
+"""From prune: sizes before and after, the method, the calibration, the indices that were kept, the fits."""
+
+IMPORTANCE = "scores/importance.safetensors"
+"""From prune: the scores of the teacher's layers, channels and heads, and the key of what they were measured on. They
+lie in a folder, because some tools load every .safetensors file beside a config.json as weights."""
+
+SCORES = "scores"
+"""Directory of the workspace: prune's scores, by a hash of all that affects them (the student's sizes do not)."""
 
 EVALUATION = "evaluation.json"
 """From evaluate: the measurements of all models, and the judged gates."""
@@ -79,8 +86,9 @@ OTHER_MODEL_FILES = ("original/*", "consolidated*")
 
 def is_model_file(name: str) -> bool:
     """Say whether a file, by its path in a model directory, belongs to the Hugging Face model."""
+    left_out = (*OTHER_MODEL_FILES, IMPORTANCE)  # scores are of the model that it was cut from
     return any(fnmatch(name, pattern) for pattern in MODEL_FILES) and not any(
-        fnmatch(name, pattern) for pattern in OTHER_MODEL_FILES
+        fnmatch(name, pattern) for pattern in left_out
     )
 
 

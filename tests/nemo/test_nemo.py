@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron.config.parse import parse
@@ -30,6 +31,7 @@ from minitron.engines.nemo.progress import Progress
 from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.stages import finetune
+from minitron.storage.layout import IMPORTANCE
 from tests.nemo.nemo_support import (
     DISTILLATION,
     TRAINING,
@@ -40,8 +42,6 @@ from tests.nemo.nemo_support import (
     run_prune,
     weights,
 )
-
-SCORES = ("layers", "hidden", "intermediate", "heads", "key_value")
 
 
 def test_both_engines_read_the_same_tokens_and_labels(teacher: Path, dataset: Path) -> None:
@@ -85,9 +85,8 @@ def test_pruning_keeps_what_engine_hf_keeps(pruned: dict[str, Path]) -> None:
     assert actual["kept"] == expected["kept"]
     assert actual["dropped_layers"] == expected["dropped_layers"]
     assert actual["student"] == expected["student"] and actual["calibration"] == expected["calibration"]
-    for axis in SCORES:
-        actual_scores, expected_scores = (torch.tensor(account["scores"][axis]) for account in (actual, expected))
-        torch.testing.assert_close(actual_scores, expected_scores, rtol=1e-4, atol=0)
+    scores = {engine: load_file(pruned[engine] / IMPORTANCE) for engine in ("hf", "nemo")}
+    torch.testing.assert_close(scores["nemo"], scores["hf"], rtol=1e-4, atol=0)
 
 
 def test_the_two_students_are_one_function(pruned: dict[str, Path]) -> None:
@@ -105,7 +104,8 @@ def test_layers_dropped_by_hand_leave_the_others_as_they_are(
         engine: run_prune(tmp_path / engine, dataset, wide, engine=engine, drop_layers=[2, 3])
         for engine in ("hf", "nemo")
     }
-    assert accounts["nemo"]["kept"]["layers"] == [0, 3] and accounts["nemo"]["scores"] is None
+    assert accounts["nemo"]["kept"]["layers"] == [0, 3]
+    assert not (tmp_path / "nemo" / IMPORTANCE).exists()
     assert accounts["nemo"] == accounts["hf"]
     expected, actual = weights(tmp_path / "hf"), weights(tmp_path / "nemo")
     assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from minitron.config import metrics
 from minitron.config.metrics import SPEED
@@ -18,6 +19,7 @@ from minitron.registry import gates
 from minitron.report import charts
 from minitron.report.page import write_report
 from minitron.stages import prune
+from minitron.storage.layout import IMPORTANCE
 from tests.constants import SEQUENCE, STEPS
 from tests.report.evaluations import EVALUATION, change_evaluation, judge_evaluation, make_gated_evaluation
 
@@ -272,12 +274,12 @@ def test_long_curves_are_averaged() -> None:
 
 
 def test_importance_marks_what_was_kept(page: Page, compressed: EvaluateConfig) -> None:
-    account = json.loads((compressed.pruned / "pruning.json").read_text())
-    [dropped] = account["dropped_layers"]
-    for number, score in enumerate(account["scores"]["layers"], start=1):
+    [dropped] = json.loads((compressed.pruned / "pruning.json").read_text())["dropped_layers"]
+    scores = load_file(compressed.pruned / IMPORTANCE)
+    for number, score in enumerate(scores["layers"].tolist(), start=1):
         state = "dropped" if number == dropped else "kept"
         assert f"Layer {number}: {score:.4g}, {state}" in page.titles
-    hidden = sorted(account["scores"]["hidden"], reverse=True)
+    hidden = sorted(scores["hidden"].tolist(), reverse=True)
     assert f"48 channels kept: {hidden[0]:.4g} to {hidden[47]:.4g}" in page.titles
     assert f"16 channels cut: {hidden[48]:.4g} to {hidden[63]:.4g}" in page.titles
     assert sum("96 of 128 channels kept" in title for title in page.titles) == 3
@@ -378,14 +380,16 @@ def test_a_large_model_and_a_long_training_stay_small(
 ) -> None:
     generator = np.random.default_rng(0)
     layers, sizes = 32, {"intermediate": (14336, 9216), "heads": (32, 32), "key_value": (8, 8)}
-    scores = {"layers": generator.random(layers).tolist(), "hidden": generator.random(4096).tolist()}
+    scores = {"layers": generator.random(layers), "hidden": generator.random(4096)}
     kept: dict[str, Any] = {"layers": list(range(layers)), "hidden": list(range(3072))}
     for axis, (before, after) in sizes.items():
-        scores[axis] = generator.random((layers, before)).tolist()
+        scores[axis] = generator.random((layers, before))
         kept[axis] = [list(range(after))] * layers
     account = json.loads((compressed.pruned / "pruning.json").read_text())
-    account |= {"scores": scores, "kept": kept, "dropped_layers": []}
+    account |= {"kept": kept, "dropped_layers": []}
     (bare.pruned / "pruning.json").write_text(json.dumps(account))
+    (bare.pruned / IMPORTANCE).parent.mkdir()
+    save_file(scores, bare.pruned / IMPORTANCE)
     record = read_record(compressed.student)
     row = record["history"][1]
     record["history"] = [{"step": 0, "validation_loss": 9.0}, *({**row, "step": step} for step in range(1, 20_001))]

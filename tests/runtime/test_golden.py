@@ -32,7 +32,7 @@ def test_the_key_of_a_stage_is_what_it_was(name: str, monkeypatch: pytest.Monkey
     ("name", "change"),
     [
         ("finetune", {"micro_batch_size": 1, "gradient_checkpointing": True, "checkpoint_interval": 7}),
-        ("prune", {"micro_batch_size": 1}),
+        ("prune", {"micro_batch_size": 1, "importance": "/pruned"}),
         ("distill", {"micro_batch_size": 2, "gradient_checkpointing": True, "checkpoint_interval": 7}),
         ("evaluate", {"micro_batch_size": 1, "unsafe_tasks": ["tiny_continuation"]}),
         ("register", {"workspace": "/elsewhere", "experiment": "another"}),

@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,13 +28,24 @@ from transformers import (
 
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
+from minitron.engines import hf
 from minitron.errors import ConfigError, RunError
-from minitron.models.checkpoint import count_model_parameters, load_model, save_model
+from minitron.models.checkpoint import (
+    copy_model,
+    count_model_parameters,
+    load_model,
+    save_derived_model,
+    save_model,
+)
+from minitron.models.checks import read_headers
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
+from minitron.runtime import cleanup
 from minitron.stages import prune
 from minitron.storage.hashing import content_hash
+from minitron.storage.layout import IMPORTANCE
 from tests.servers import forks
+from tests.servers.gcs import World
 
 SEQUENCE = 32
 ARCHITECTURES = {
@@ -326,8 +339,9 @@ def test_pruning_json_says_what_was_kept_and_why(settings: dict, teacher: Path, 
     for place, layer in enumerate(found["kept"]["layers"]):
         best = importance.intermediate[layer].topk(96).indices.tolist()
         assert found["kept"]["intermediate"][place] == sorted(best)
-    for axis, scores in vars(importance).items():
-        torch.testing.assert_close(torch.tensor(found["scores"][axis]), scores, rtol=1e-4, atol=0)
+    scores = load_file(settings["output"] / IMPORTANCE)
+    assert scores.keys() == vars(importance).keys()
+    assert all(torch.equal(scores[axis], values) for axis, values in vars(importance).items())
     assert found["calibration"] == {"sequences": 8, "tokens": 8 * SEQUENCE}
     assert found["teacher"] == {
         "hidden_size": 64,
@@ -363,14 +377,14 @@ def test_a_cut_keeps_the_stored_dtype_and_is_ranked_in_fp32_on_a_cpu(
     assert {weight.dtype for weight in load_file(settings["output"] / "model.safetensors").values()} == {torch.bfloat16}
     calibration = PackedDataset(dataset / "train", SEQUENCE, 1234)
     expected = measure_importance(load_model(settings["teacher"], torch.float32), calibration, 8, 4).hidden
-    found = torch.tensor(json.loads((settings["output"] / "pruning.json").read_text())["scores"]["hidden"])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert torch.equal(load_file(settings["output"] / IMPORTANCE)["hidden"], expected)
 
 
 def test_layers_dropped_by_hand_need_no_calibration(settings: dict, teacher: Path) -> None:
     prune.run(PruneConfig(**settings, drop_layers=[4, 2, 2]))
     found = json.loads((settings["output"] / "pruning.json").read_text())
-    assert (found["dropped_layers"], found["kept"]["layers"], found["scores"]) == ([2, 4], [0, 2], None)
+    assert (found["dropped_layers"], found["kept"]["layers"]) == ([2, 4], [0, 2])
+    assert not (settings["output"] / IMPORTANCE).exists()
     expected, student = load_model(teacher), load_model(settings["output"])
     for new, old in ((0, 0), (1, 2)):
         weights = student.model.layers[new].state_dict()
@@ -432,8 +446,112 @@ def test_a_compensated_cut_is_refitted_recorded_and_a_plain_model(settings: dict
 def test_layers_that_are_dropped_by_hand_are_compensated_without_importance(settings: dict) -> None:
     record = prune.run(PruneConfig(**settings, drop_layers=[2, 3], method="compensated"))
     found = json.loads((settings["output"] / "pruning.json").read_text())
-    assert (found["scores"], [fit["layer"] for fit in found["fits"]]) == (None, [0, 3])
+    assert [fit["layer"] for fit in found["fits"]] == [0, 3]
+    assert not (settings["output"] / IMPORTANCE).exists()
     assert record["metrics"]["calibration_tokens"] == 8 * SEQUENCE
+
+
+# ---- scores
+
+
+@pytest.fixture
+def measured(settings: dict, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of sequences that were run forward for scores, in this test."""
+    passes: list[int] = []
+
+    def measure_and_count(*arguments: Any) -> Importance:
+        passes.append(arguments[2])
+        return measure_importance(*arguments)
+
+    monkeypatch.setattr(hf, "measure_importance", measure_and_count)
+    return passes
+
+
+def test_a_second_cut_of_a_workspace_measures_nothing(settings: dict, measured: list[int], tmp_path: Path) -> None:
+    lone = prune.run(PruneConfig(**settings, hidden_size=48, num_hidden_layers=3))
+    expected = load_file(settings["output"] / "model.safetensors")
+    workspace = settings | {"workspace": tmp_path / "ws", "output": tmp_path / "other"}
+    prune.run(PruneConfig(**workspace, intermediate_size=64))
+    assert measured == [8, 8]
+    record = prune.run(PruneConfig(**workspace, hidden_size=48, num_hidden_layers=3))
+    assert measured == [8, 8] and record["output_sha256"] == lone["output_sha256"]
+    found = load_file(tmp_path / "other" / "model.safetensors")
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    for change in ({"seed": 1}, {"calibration_sequences": 7}, {"sequence_length": 16}):
+        prune.run(PruneConfig(**workspace | change, intermediate_size=64))
+    assert measured == [8, 8, 8, 7, 8], "another calibration has other scores"
+    prune.run(PruneConfig(**workspace, intermediate_size=64, caching=False))
+    assert len(measured) == 6, "without caching everything is made anew"
+
+
+def test_a_cut_that_failed_has_left_its_scores(
+    settings: dict, measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = PruneConfig(**settings, workspace=tmp_path / "ws", intermediate_size=64)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hf, "choose_plan", Mock(side_effect=KeyboardInterrupt))
+        prune.run(config)
+    prune.run(config)
+    assert measured == [8]
+    (scores,) = (tmp_path / "ws" / "scores").iterdir()
+    scores.write_bytes(scores.read_bytes()[:-100])
+    prune.run(config.model_copy(update={"intermediate_size": 72}))
+    assert measured == [8, 8] and f"warning: prune: {scores}: scores cannot be read" in capsys.readouterr().err
+    prune.run(config.model_copy(update={"intermediate_size": 80}))
+    assert measured == [8, 8]
+
+
+def test_a_second_cut_finds_the_scores_in_a_bucket(
+    settings: dict, measured: list[int], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PruneConfig(**settings, workspace="gs://bucket/ws", intermediate_size=64)
+    prune.run(config)
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "another machine"))
+    prune.run(config.model_copy(update={"intermediate_size": 72}))
+    (name,) = [item.address for item in cleanup.list_items("gs://bucket/ws") if item.kind == "scores of prune"]
+    prune.run(PruneConfig(**settings | {"output": tmp_path / "third"}, importance=name, intermediate_size=80))
+    assert measured == [8]
+    (item,) = [item for item in cleanup.list_items(tmp_path / "another machine") if item.kind == "scores of prune"]
+    assert Path(name).name == Path(item.address).name and cleanup.delete_item(item)
+    assert not Path(item.address).exists()
+
+
+def test_scores_are_given_by_hand_and_must_be_of_the_same_calibration(
+    settings: dict, measured: list[int], teacher: Path, tmp_path: Path
+) -> None:
+    first, again = settings["output"], settings | {"output": tmp_path / "again", "intermediate_size": 64}
+    prune.run(PruneConfig(**settings, hidden_size=48))
+    key = prune.run(PruneConfig(**again))["key"]
+    assert measured == [8, 8]
+    for number, address in enumerate((first, first / IMPORTANCE)):
+        record = prune.run(PruneConfig(**again | {"output": tmp_path / str(number), "importance": address}))
+        assert record["key"] == key and record["inputs"]["importance"]["address"] == str(address)
+    assert measured == [8, 8]
+    other = write_teacher(make_model("llama"), tmp_path / "teacher", teacher)
+    again |= {"output": tmp_path / "none" / "pruned", "importance": first}
+    for change, difference in (
+        ({"teacher": other}, f"is of teacher {content_hash(teacher)[:12]} instead of {content_hash(other)[:12]}; giv"),
+        ({"calibration_sequences": 16, "seed": 3}, "is of calibration_sequences 8 instead of 16, seed 1234 instead "),
+        ({"importance": teacher}, "has no scores/importance.safetensors; give a directory that prune wrote"),
+        ({"importance": teacher / "model.safetensors"}, "not a file of scores that prune wrote; give the scores of th"),
+    ):
+        with pytest.raises(ConfigError, match=f"prune.importance: .*{difference}"):
+            prune.run(PruneConfig(**again | change))
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((first / IMPORTANCE).read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"damaged.safetensors: scores cannot be read \(.*\); give another file, or del"):
+        prune.run(PruneConfig(**again | {"importance": damaged}))
+    assert measured == [8, 8] and not (tmp_path / "none").exists()
+
+
+def test_scores_are_no_weights_and_stay_with_the_student(settings: dict, teacher: Path, tmp_path: Path) -> None:
+    prune.run(PruneConfig(**settings, intermediate_size=64))
+    assert read_headers(settings["output"]).keys() == read_headers(teacher).keys()
+    copy_model(settings["output"], tmp_path / "copy")
+    save_derived_model(load_model(settings["output"]), tmp_path / "trained", settings["output"])
+    for model in ("copy", "trained"):
+        assert not (tmp_path / model / IMPORTANCE).exists()
+        assert not any(AutoModelForCausalLM.from_pretrained(tmp_path / model, output_loading_info=True)[1].values())
 
 
 # ---- bad input
