@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron.data.packed import PackedDataset
 from minitron.models.losses import LossWeights, linear_loss
-from minitron.models.pruning.compensation import cut_with_compensation
+from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
 from minitron.models.pruning.importance import measure_importance
 from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
 
@@ -145,7 +145,8 @@ def cut(teacher: Any, student: str, sequences: Tensor, arguments: argparse.Names
     plan = choose_plan(importance, shape)
     if student.endswith("minitron"):
         return cut_model(teacher, plan)
-    return cut_with_compensation(teacher, plan, shape, sequences, 4, device, choose=student != "width_refit").student
+    choose = () if student == "width_refit" else CHOSEN
+    return cut_with_compensation(teacher, plan, shape, sequences, 4, device, choose).student
 
 
 class _Sequences(PackedDataset):

@@ -12,7 +12,7 @@ from minitron.fast_imports import many_imports
 
 if TYPE_CHECKING:  # register's image has no torch
     from minitron.models.losses import LossWeights
-    from minitron.models.pruning.surgery import Cut, Shape
+    from minitron.models.pruning.surgery import Cut, Given, Shape
     from minitron.tracking.stage_run import Tracker
 
 
@@ -47,13 +47,13 @@ class Engine(Protocol):
             RunError: the training failed.
         """
 
-    def prune(self, config: PruneConfig, shape: "Shape", layers: list[int] | None, directory: Path) -> "Cut":
+    def prune(self, config: PruneConfig, shape: "Shape", given: "Given", directory: Path) -> "Cut":
         """Cut the student out of `config.teacher` and write it to `directory`, a Hugging Face model directory.
 
         Args:
             config: the stage's settings; its inputs are local directories.
             shape: the student's sizes.
-            layers: the layers to keep, counted from 0; None: those with the highest block influence.
+            given: what to keep, of the axes that the engine does not choose.
             directory: the stage's work in progress.
 
         Returns:

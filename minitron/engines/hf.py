@@ -6,7 +6,6 @@ training resumes from its last complete checkpoint.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights, can_compile, linear_loss
-from minitron.models.pruning.compensation import check_calibration, cut_with_compensation
+from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_with_compensation
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.scores import find_or_measure_importance
-from minitron.models.pruning.surgery import Cut, Shape, choose_plan, cut_model
+from minitron.models.pruning.surgery import Cut, Given, Shape, choose_plan, cut_model, is_chosen_by_scores
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
@@ -122,7 +121,7 @@ def train(
     return {"metrics": metrics, "history": history}
 
 
-def prune(config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path) -> Cut:
+def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> Cut:
     """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`.
 
     With method compensated what remains is refitted on the same sequences.
@@ -133,25 +132,26 @@ def prune(config: PruneConfig, shape: Shape, layers: list[int] | None, directory
     if is_compensated:
         calibration = _open_calibration(config)
         check_calibration(_count_calibration(config, calibration), config.sequence_length, teacher_config)
-    importance, sequences = _measure_importance(config, teacher_config, shape)
-    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
+    importance, sequences = _measure_importance(config, teacher_config, shape, given)
+    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, given)
     teacher = load_model(config.teacher)
     if not is_compensated:
         save_derived_model(cut_model(teacher, plan), directory, config.teacher)
         return Cut(plan, importance, sequences, [])
     sequences = _count_calibration(config, calibration)
     input_ids = torch.stack([calibration[index]["input_ids"] for index in range(sequences)])
-    found = cut_with_compensation(teacher, plan, shape, input_ids, config.micro_batch_size, get_device())
+    found = cut_with_compensation(
+        teacher, plan, shape, input_ids, config.micro_batch_size, get_device(), CHOSEN - given.keys()
+    )
     save_derived_model(found.student, directory, config.teacher)
     return Cut(found.plan, importance, sequences, found.fits)
 
 
-def _measure_importance(config: PruneConfig, teacher_config: Any, shape: Shape) -> tuple[Importance | None, int]:
+def _measure_importance(
+    config: PruneConfig, teacher_config: Any, shape: Shape, given: Given
+) -> tuple[Importance | None, int]:
     """Return the scores and the number of sequences they were read on; None and 0 if no axis is chosen by scores."""
-    teacher = Shape.from_config(teacher_config)
-    if config.drop_layers:
-        teacher = replace(teacher, num_hidden_layers=shape.num_hidden_layers)
-    if shape == teacher:
+    if not is_chosen_by_scores(shape, Shape.from_config(teacher_config), given):
         return None, 0
     calibration = _open_calibration(config)
 

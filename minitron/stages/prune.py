@@ -44,10 +44,11 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)
     shape = compute_target_shape(config, teacher_config)
-    layers = None  # chosen by their scores
+    given: dict[str, Any] = {}
     if config.drop_layers:
-        layers = [layer for layer in range(teacher_config.num_hidden_layers) if layer + 1 not in config.drop_layers]
-    cut = get_engine(config.engine).prune(config, shape, layers, directory)
+        layers = range(teacher_config.num_hidden_layers)
+        given["layers"] = [layer for layer in layers if layer + 1 not in config.drop_layers]
+    cut = get_engine(config.engine).prune(config, shape, given, directory)
     pruning = _describe_pruning(config, teacher_config, read_config(directory), cut)
     _write_lines(directory / PRUNING, pruning)
     if cut.importance:

@@ -1,6 +1,7 @@
 """Compensated cuts on tiny models of every supported architecture: fits, choices, exactness, bad calibration."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minitron.errors import ConfigError, RunError
-from minitron.models.pruning.compensation import Compensated, check_calibration, cut_with_compensation
+from minitron.models.pruning.compensation import CHOSEN, Compensated, check_calibration, cut_with_compensation
 from minitron.models.pruning.least_squares import Moments, choose_channels, fit_columns
 from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
 from tests.stages.test_prune import ARCHITECTURES, CUTS, make_model, random_importance, shape, token_ids
@@ -17,7 +18,9 @@ from tests.stages.test_prune import ARCHITECTURES, CUTS, make_model, random_impo
 CPU = torch.device("cpu")
 
 
-def compensate(model: PreTrainedModel, cuts: dict[str, int], choose: bool = True, sequences: int = 24) -> Compensated:
+def compensate(
+    model: PreTrainedModel, cuts: dict[str, int], choose: Collection[str] = CHOSEN, sequences: int = 24
+) -> Compensated:
     sizes = replace(Shape.from_config(model.config), **cuts)
     plan = choose_plan(random_importance(), sizes)
     return cut_with_compensation(model, plan, sizes, token_ids(sequences), 5, CPU, choose)
@@ -87,10 +90,10 @@ def test_the_student_has_the_dtype_of_its_teacher(dtype: torch.dtype) -> None:
 
 def test_layers_before_the_first_gap_stay_what_they_are_and_the_one_before_it_takes_over() -> None:
     model = make_model("llama")
-    plan = choose_plan(random_importance(), shape(num_hidden_layers=2), layers=[0, 2])
+    plan = choose_plan(random_importance(), shape(num_hidden_layers=2), {"layers": [0, 2]})
     found = cut_with_compensation(model, plan, shape(num_hidden_layers=2), token_ids(24), 5, CPU)
     assert [fit["layer"] for fit in found.fits] == [0, 2]
-    plan = choose_plan(random_importance(), shape(num_hidden_layers=3), layers=[0, 1, 3])
+    plan = choose_plan(random_importance(), shape(num_hidden_layers=3), {"layers": [0, 1, 3]})
     found = cut_with_compensation(model, plan, shape(num_hidden_layers=3), token_ids(24), 5, CPU)
     assert [fit["layer"] for fit in found.fits] == [1, 3]
     weights, expected = (either.model.layers[0].state_dict() for either in (found.student, model))
@@ -99,7 +102,7 @@ def test_layers_before_the_first_gap_stay_what_they_are_and_the_one_before_it_ta
 
 def test_the_choice_may_be_minitrons() -> None:
     plan = choose_plan(random_importance(), shape(**CUTS["all"]))
-    found = compensate(make_model("qwen3"), CUTS["all"], choose=False)
+    found = compensate(make_model("qwen3"), CUTS["all"], choose=())
     assert found.plan == plan
 
 

@@ -271,7 +271,7 @@ def test_the_best_are_kept_in_their_order_and_heads_are_ranked_within_their_grou
 
 
 def test_attention_windows_go_with_their_layers() -> None:
-    student = cut_model(make_model("qwen2"), choose_plan(random_importance(), FULL, layers=[1, 3]))
+    student = cut_model(make_model("qwen2"), choose_plan(random_importance(), FULL, {"layers": [1, 3]}))
     assert student.config.layer_types == ["full_attention", "sliding_attention"]
     assert student.config.max_window_layers == 1
 

@@ -35,7 +35,7 @@ from minitron.models.checkpoint import copy_model, finish_derived_model, finish_
 from minitron.models.checks import check_architecture, read_config
 from minitron.models.losses import LossWeights
 from minitron.models.pruning.importance import Importance
-from minitron.models.pruning.surgery import Cut, Shape, choose_plan
+from minitron.models.pruning.surgery import Cut, Given, Shape, choose_plan
 from minitron.models.scoring import validate_teacher
 from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
@@ -119,10 +119,11 @@ def _read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint, metr
     return {"metrics": metrics, "history": history, "gpus": count_workers(config)} | peaks
 
 
-def prune(config: PruneConfig, shape: Shape, layers: list[int] | None, directory: Path) -> Cut:
+def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> Cut:
     """Prune the teacher by Model-Optimizer and write the student: see `engines.Engine.prune`.
 
-    Model-Optimizer keeps the same channels and heads as engine hf, the most important first.
+    Model-Optimizer keeps the same channels and heads as engine hf, the most important first. Of what may be given, it
+    takes only `config.drop_layers`.
 
     Raises:
         ConfigError: NeMo is not installed, or Model-Optimizer cannot cut to a size.
@@ -134,7 +135,7 @@ def prune(config: PruneConfig, shape: Shape, layers: list[int] | None, directory
     sizes = _list_sizes(shape, Shape.from_config(teacher_config))
     check_sizes(config, sizes)
     importance = _prune_to(config, sizes, teacher_config, directory)
-    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, layers)
+    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, given)
     return Cut(plan, importance, 0 if importance is None else split_calibration(config)[0], [])
 
 

@@ -10,7 +10,7 @@ B = batch, S = sequence, H = hidden size of a model, C = input channels, O = out
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -33,6 +33,9 @@ from minitron.models.pruning.surgery import Plan, Shape, cut_model, get_head_dim
 
 HELD_OUT = 8
 """One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
+
+CHOSEN = {"intermediate", "heads", "key_value"}
+"""The axes that are chosen by Optimal Brain Surgeon, unless they are given."""
 
 Call = dict[str, Any]
 """The keyword arguments of a layer's call: its mask and positions."""
@@ -89,7 +92,7 @@ def cut_with_compensation(
     input_ids: Tensor,
     micro_batch_size: int,
     device: torch.device,
-    choose: bool = True,
+    choose: Collection[str] = CHOSEN,
 ) -> Compensated:
     """Build the student of a plan, with its matrices refitted; the computation is in float32, the solving in float64.
 
@@ -97,12 +100,12 @@ def cut_with_compensation(
 
     Args:
         teacher: the model to cut, on the CPU; it is not changed and shares no memory with the student.
-        plan: what to keep: layers, hidden channels; and, unless `choose`, MLP channels and heads.
+        plan: what to keep: layers, hidden channels, and every other axis that `choose` leaves out.
         shape: the student's sizes.
         input_ids: calibration sequences, int64 [sequences, S]; the last ones are held out.
         micro_batch_size: sequences that are computed at once.
         device: where to compute.
-        choose: choose MLP channels and heads by Optimal Brain Surgeon; False: keep the plan's.
+        choose: axes to choose by Optimal Brain Surgeon; with heads that are not chosen, groups are not, either.
 
     Returns:
         The student in the teacher's dtype; the plan with what was chosen; per kept layer the ridges and the errors.
@@ -130,7 +133,9 @@ def cut_with_compensation(
 class _CompensatedCut:
     """The student while it is made: whole layers, in which what is dropped has columns of zeros until the end."""
 
-    def __init__(self, teacher: PreTrainedModel, plan: Plan, shape: Shape, device: torch.device, choose: bool) -> None:
+    def __init__(
+        self, teacher: PreTrainedModel, plan: Plan, shape: Shape, device: torch.device, choose: Collection[str]
+    ) -> None:
         self._teacher, self._plan, self._shape, self._device, self._choose = teacher, plan, shape, device, choose
         config, layers = teacher.config, len(plan.layers)
         self._kept: dict[str, Any] = {"intermediate": [], "heads": [], "key_value": []}
@@ -245,22 +250,23 @@ class _CompensatedCut:
     def _choose_heads(self, place: int, o_proj: Linear, size: int, sums: "SplitMoments") -> tuple[Tensor, Tensor]:
         """Return the query heads and the key-value groups to keep; every kept group keeps equally many heads."""
         config, shape = self._teacher.config, self._shape
-        if not self._choose:
-            kept = (self._plan.heads[place], self._plan.key_value[place])
-            return torch.tensor(kept[0], device=self._device), torch.tensor(kept[1], device=self._device)
+        groups = torch.tensor(self._plan.key_value[place], device=self._device)
+        if "heads" not in self._choose:
+            return torch.tensor(self._plan.heads[place], device=self._device), groups
         problem = (_read_matrix(o_proj), sums.get(with_bias=o_proj.bias is not None)[0])
         per_group, all_columns = config.num_attention_heads // config.num_key_value_heads, o_proj.in_features
-        groups = torch.arange(config.num_key_value_heads, device=self._device)
-        one_owner = torch.zeros_like(groups)
-        left, size_of_group = shape.num_key_value_heads, per_group * size
-        groups = choose_heads(*problem, groups, size_of_group, one_owner, left, all_columns)
+        if "key_value" in self._choose:
+            groups = torch.arange(config.num_key_value_heads, device=self._device)
+            one_owner = torch.zeros_like(groups)
+            left, size_of_group = shape.num_key_value_heads, per_group * size
+            groups = choose_heads(*problem, groups, size_of_group, one_owner, left, all_columns)
         heads, left = expand_groups(groups, per_group), shape.num_attention_heads // shape.num_key_value_heads
         return choose_heads(*problem, heads, size, heads // per_group, left, all_columns), groups
 
     def _choose_channels(self, place: int, down_proj: Linear, sums: "SplitMoments") -> Tensor:
         """Return the MLP channels to keep."""
         total, left = down_proj.in_features, self._shape.intermediate_size
-        if not self._choose or left == total:
+        if "intermediate" not in self._choose or left == total:
             return torch.tensor(self._plan.intermediate[place], device=self._device)
         fitted = sums.get(with_bias=down_proj.bias is not None)[0]
         return choose_channels(_read_matrix(down_proj), fitted, total, left)

@@ -6,7 +6,7 @@ H = hidden, I = intermediate, A = query heads, G = key-value groups, D = head_di
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -70,6 +70,19 @@ class Plan:
     key_value: list[list[int]]
 
 
+Given = Mapping[str, Any]
+"""What the user wants to keep, by the name of an axis in `Plan` and in its form; other axes are chosen."""
+
+SIZES = dict(
+    layers="num_hidden_layers",
+    hidden="hidden_size",
+    intermediate="intermediate_size",
+    heads="num_attention_heads",
+    key_value="num_key_value_heads",
+)
+"""The size in config.json of each axis of a `Plan`."""
+
+
 class Cut(NamedTuple):
     """What an engine cut, and by what.
 
@@ -86,28 +99,35 @@ class Cut(NamedTuple):
     fits: list[dict[str, Any]]
 
 
-def choose_plan(importance: Importance, shape: Shape, layers: list[int] | None = None) -> Plan:
+def choose_plan(importance: Importance, shape: Shape, given: Given | None = None) -> Plan:
     """Choose the best of every axis. Query heads are ranked within their group, so that each group keeps equally many.
 
     Args:
         importance: the teacher's scores.
         shape: the student's sizes; its query heads per group are at most the teacher's.
-        layers: the layers to keep, counted from 0; None: those of the highest block influence.
+        given: axes that are not chosen by scores.
     """
-    if layers is None:
-        layers = _select_best(importance.layers, shape.num_hidden_layers)
-    groups = [_select_best(importance.key_value[layer], shape.num_key_value_heads) for layer in layers]
+    given = given or {}
+    layers = given.get("layers") or _select_best(importance.layers, shape.num_hidden_layers)
+    groups = given.get("key_value") or [
+        _select_best(importance.key_value[layer], shape.num_key_value_heads) for layer in layers
+    ]
     per_group = shape.num_attention_heads // shape.num_key_value_heads
     by_group = importance.heads.unflatten(1, (importance.key_value.shape[1], -1))
     return Plan(
         layers=layers,
-        hidden=_select_best(importance.hidden, shape.hidden_size),
-        intermediate=[_select_best(importance.intermediate[layer], shape.intermediate_size) for layer in layers],
-        heads=[
-            _select_best_heads(by_group[layer], kept, per_group) for layer, kept in zip(layers, groups, strict=True)
-        ],
+        hidden=given.get("hidden") or _select_best(importance.hidden, shape.hidden_size),
+        intermediate=given.get("intermediate")
+        or [_select_best(importance.intermediate[layer], shape.intermediate_size) for layer in layers],
+        heads=given.get("heads")
+        or [_select_best_heads(by_group[layer], kept, per_group) for layer, kept in zip(layers, groups, strict=True)],
         key_value=groups,
     )
+
+
+def is_chosen_by_scores(shape: Shape, teacher: Shape, given: Given) -> bool:
+    """Say whether scores decide a cut: on an axis that is not given, less is kept than the teacher has."""
+    return any(getattr(shape, size) < getattr(teacher, size) for axis, size in SIZES.items() if axis not in given)
 
 
 def _select_best(scores: Tensor, count: int) -> list[int]:
