@@ -27,6 +27,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from minitron.data.packed import PackedDataset
+from minitron.models.checkpoint import load_model
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
 from minitron.models.pruning.importance import measure_importance
+from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
 
 SEQUENCE, EVALUATION, CALIBRATION, BATCH = 512, 16, 32, 2
@@ -101,7 +104,7 @@ def measure_student(arguments: argparse.Namespace, student: str, steps: int) -> 
         )
         sequences = pool[order[: CALIBRATION + BATCH * steps]]
         started = time.perf_counter()
-        pruned = cut(teacher, student, sequences, arguments)
+        pruned = cut(LayerReader(arguments.model), student, sequences, arguments)
         found["seconds_cut"].append(round(time.perf_counter() - started, 1))
         found["before"].append(measure_loss(pruned, evaluation, arguments.device))
         found["parameters"] = sum(parameter.numel() for parameter in pruned.parameters())
@@ -132,21 +135,25 @@ def read_sequences(path: Path, count: int) -> tuple[Tensor, Tensor]:
     return sequences[:EVALUATION], sequences[EVALUATION:]
 
 
-def cut(teacher: Any, student: str, sequences: Tensor, arguments: argparse.Namespace) -> Any:
+def cut(teacher: LayerReader, student: str, sequences: Tensor, arguments: argparse.Namespace) -> Any:
     """Return a student; what is fitted is fitted on all sequences, what is chosen by importance on the calibration."""
     device = torch.device(arguments.device)
-    importance = measure_importance(teacher.to(device), _Sequences(sequences[:CALIBRATION]), CALIBRATION, 4)
-    teacher.to("cpu")
+    calibration = _Sequences(sequences[:CALIBRATION])
+    importance = measure_importance(teacher, calibration, CALIBRATION, 4, torch.float32, device)
     size = {
         "width": {"intermediate_size": arguments.intermediate_size},
         "depth": {"num_hidden_layers": arguments.layers},
     }
     shape = replace(Shape.from_config(teacher.config), **size[student.partition("_")[0]])
     plan = choose_plan(importance, shape)
-    if student.endswith("minitron"):
-        return cut_model(teacher, plan)
-    choose = () if student == "width_refit" else CHOSEN
-    return cut_with_compensation(teacher, plan, shape, sequences, 4, device, choose).student
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        if student.endswith("minitron"):
+            cut_model(teacher, plan, directory)
+        else:
+            choose = () if student == "width_refit" else CHOSEN
+            cut_with_compensation(teacher, plan, shape, sequences, 4, device, directory, choose)
+        return load_model(directory, torch.float32)
 
 
 class _Sequences(PackedDataset):

@@ -33,6 +33,7 @@ from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights, can_compile, linear_loss
 from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_with_compensation
 from minitron.models.pruning.importance import Importance, measure_importance
+from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.scores import find_or_measure_importance
 from minitron.models.pruning.surgery import Cut, Given, Shape, choose_plan, cut_model, is_chosen_by_scores
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
@@ -127,39 +128,35 @@ def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> C
     With method compensated what remains is refitted on the same sequences.
     """
     _say_that_one_gpu_works()
-    teacher_config = read_config(config.teacher)
-    is_compensated = config.method == "compensated" and shape != Shape.from_config(teacher_config)
+    teacher = LayerReader(config.teacher)
+    is_compensated = config.method == "compensated" and shape != Shape.from_config(teacher.config)
     if is_compensated:
         calibration = _open_calibration(config)
-        check_calibration(_count_calibration(config, calibration), config.sequence_length, teacher_config)
-    importance, sequences = _measure_importance(config, teacher_config, shape, given)
-    plan = choose_plan(importance or Importance.zeros(teacher_config), shape, given)
-    teacher = load_model(config.teacher)
+        check_calibration(_count_calibration(config, calibration), config.sequence_length, teacher.config)
+    importance, sequences = _measure_importance(config, teacher, shape, given)
+    plan = choose_plan(importance or Importance.zeros(teacher.config), shape, given)
     if not is_compensated:
-        save_derived_model(cut_model(teacher, plan), directory, config.teacher)
+        cut_model(teacher, plan, directory)
         return Cut(plan, importance, sequences, [])
     sequences = _count_calibration(config, calibration)
     input_ids = torch.stack([calibration[index]["input_ids"] for index in range(sequences)])
-    found = cut_with_compensation(
-        teacher, plan, shape, input_ids, config.micro_batch_size, get_device(), CHOSEN - given.keys()
-    )
-    save_derived_model(found.student, directory, config.teacher)
+    where, choose = (get_device(), directory), CHOSEN - given.keys()
+    found = cut_with_compensation(teacher, plan, shape, input_ids, config.micro_batch_size, *where, choose)
     return Cut(found.plan, importance, sequences, found.fits)
 
 
 def _measure_importance(
-    config: PruneConfig, teacher_config: Any, shape: Shape, given: Given
+    config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given
 ) -> tuple[Importance | None, int]:
     """Return the scores and the number of sequences they were read on; None and 0 if no axis is chosen by scores."""
-    if not is_chosen_by_scores(shape, Shape.from_config(teacher_config), given):
+    if not is_chosen_by_scores(shape, Shape.from_config(teacher.config), given):
         return None, 0
     calibration = _open_calibration(config)
 
     def measure() -> Importance:
-        # a copy in the dtype of the computation: the student is cut from the stored weights, to the last bit
-        model = load_model(config.teacher, get_compute_dtype())
-        model.to(get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
-        return measure_importance(model, calibration, config.calibration_sequences, config.micro_batch_size)
+        # in the dtype of the computation; the student is cut from the stored weights, to the last bit
+        where, size = (get_compute_dtype(), get_device()), config.micro_batch_size
+        return measure_importance(teacher, calibration, config.calibration_sequences, size, *where)
 
     return find_or_measure_importance(config, measure), _count_calibration(config, calibration)
 

@@ -17,7 +17,8 @@ from minitron.engines.nemo import engine as nemo
 from minitron.engines.nemo.progress import Progress
 from minitron.errors import ConfigError
 from minitron.models.checks import check_architecture, read_config
-from minitron.models.pruning.importance import measure_importance
+from minitron.models.pruning.importance import _Sums, measure_importance
+from minitron.models.pruning.layers import LayerReader
 from minitron.stages import finetune, prune
 from minitron.tracking.stage_run import Tracker
 
@@ -120,22 +121,19 @@ def test_a_cut_that_model_optimizer_cannot_make_is_refused(
 
 
 def test_model_optimizers_sums_become_the_scores_of_engine_hf(teacher: Path, dataset: Path, tmp_path: Path) -> None:
-    from minitron.models.checkpoint import load_model
-    from minitron.models.pruning.importance import _Sums
-
-    model = load_model(teacher)
-    expected = measure_importance(model, PackedDataset(dataset / "train", 32, 1), 4, 2)
-    sums = _Sums(model)
+    layers, cpu = LayerReader(teacher), torch.device("cpu")
+    expected = measure_importance(layers, PackedDataset(dataset / "train", 32, 1), 4, 2, torch.float32, cpu)
+    sums = _Sums(layers.config, cpu)
     sums._influence, sums._norms = torch.rand(4) + 0.1, torch.rand(4, 2, 64)
     sums._intermediate, sums._attention = torch.rand(4, 128), torch.rand(4, 64)
     activations: dict[str, Any] = {"": dict(enumerate(sums._norms.flatten(0, 1)))}
     for layer in range(4):
         activations[f"decoder.layers.{layer}.mlp"] = sums._intermediate[layer]
         activations[f"decoder.layers.{layer}.self_attention"] = sums._attention[layer]
-    layers = {layer + 1: float(score) for layer, score in enumerate(sums._influence)}
-    torch.save({"activations": [activations], "layers": layers}, tmp_path / "scores.pt")
+    influence = {layer + 1: float(score) for layer, score in enumerate(sums._influence)}
+    torch.save({"activations": [activations], "layers": influence}, tmp_path / "scores.pt")
     importance = nemo._read_importance(tmp_path / "scores.pt", read_config(teacher), 4)
-    for axis, scores in vars(sums.to_importance(model.config, 4)).items():
+    for axis, scores in vars(sums.to_importance(layers.config, 4)).items():
         torch.testing.assert_close(getattr(importance, axis), scores)
         assert scores.shape == getattr(expected, axis).shape
 

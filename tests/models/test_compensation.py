@@ -1,29 +1,57 @@
 """Compensated cuts on tiny models of every supported architecture: fits, choices, exactness, bad calibration."""
 
-import copy
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from minitron.errors import ConfigError, RunError
-from minitron.models.pruning.compensation import CHOSEN, Compensated, check_calibration, cut_with_compensation
+from minitron.models.checkpoint import load_model
+from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_with_compensation
 from minitron.models.pruning.least_squares import Moments, choose_channels, fit_columns
-from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
-from tests.stages.test_prune import ARCHITECTURES, CUTS, make_model, random_importance, shape, token_ids
+from minitron.models.pruning.surgery import Given, Plan, Shape, choose_plan
+from tests.stages.test_prune import (
+    ARCHITECTURES,
+    CUTS,
+    cut,
+    make_model,
+    open_layers,
+    random_importance,
+    shape,
+    token_ids,
+)
 
 CPU = torch.device("cpu")
 
 
+class Made(NamedTuple):
+    """A student, loaded, and what the cut says of it."""
+
+    student: PreTrainedModel
+    plan: Plan
+    fits: list[dict[str, Any]]
+
+
 def compensate(
-    model: PreTrainedModel, cuts: dict[str, int], choose: Collection[str] = CHOSEN, sequences: int = 24
-) -> Compensated:
+    model: PreTrainedModel,
+    cuts: dict[str, int],
+    directory: Path,
+    choose: Collection[str] = CHOSEN,
+    sequences: int = 24,
+    micro_batch_size: int = 5,
+    given: Given | None = None,
+) -> Made:
+    """Cut a model in a new directory."""
     sizes = replace(Shape.from_config(model.config), **cuts)
-    plan = choose_plan(random_importance(), sizes)
-    return cut_with_compensation(model, plan, sizes, token_ids(sequences), 5, CPU, choose)
+    plan, teacher = choose_plan(random_importance(), sizes, given), open_layers(model, directory / "teacher")
+    (student := directory / "student").mkdir()
+    found = cut_with_compensation(teacher, plan, sizes, token_ids(sequences), micro_batch_size, CPU, student, choose)
+    return Made(load_model(student), found.plan, found.fits)
 
 
 @torch.no_grad()
@@ -34,29 +62,29 @@ def measure_loss_of_state(student: PreTrainedModel, teacher: PreTrainedModel, hi
     return float((student.model(ids).last_hidden_state - states).norm() / states.norm())
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("axis", CUTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_fit_is_worse_than_the_plain_cut_on_held_out_tokens(architecture: str, cut: str) -> None:
-    model = make_model(architecture, tied=cut == "layers")
-    before = copy.deepcopy(model.state_dict())
-    found = compensate(model, CUTS[cut])
-    assert Shape.from_config(found.student.config) == shape(**CUTS[cut])
+def test_no_fit_is_worse_than_the_plain_cut_on_held_out_tokens(architecture: str, axis: str, tmp_path: Path) -> None:
+    found = compensate(make_model(architecture, tied=axis == "layers"), CUTS[axis], tmp_path)
+    assert Shape.from_config(found.student.config) == shape(**CUTS[axis])
     for fit in found.fits:
         for name in ("o_proj", "down_proj"):
             assert fit[name]["error"] <= fit[name]["plain_error"], (fit["layer"], name)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     for heads, groups in zip(found.plan.heads, found.plan.key_value, strict=True):
         per_group = len(heads) // len(groups)
         assert [head // 4 for head in heads] == [group for group in groups for _ in range(per_group)]
 
 
-@pytest.mark.parametrize("cut", ["hidden", "intermediate", "heads", "layers"])
+@pytest.mark.parametrize("axis", ["hidden", "intermediate", "heads", "layers"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_compensated_student_is_closer_to_its_teacher_than_the_plain_cut(architecture: str, cut: str) -> None:
+def test_a_compensated_student_is_closer_to_its_teacher_than_the_plain_cut(
+    architecture: str, axis: str, tmp_path: Path
+) -> None:
     model = make_model(architecture)
-    plan = choose_plan(random_importance(), shape(**CUTS[cut]))
-    plain = measure_loss_of_state(cut_model(model, plan), model, plan.hidden)
-    assert measure_loss_of_state(compensate(model, CUTS[cut]).student, model, plan.hidden) < plain
+    plan = choose_plan(random_importance(), shape(**CUTS[axis]))
+    plain = measure_loss_of_state(cut(model, plan, tmp_path / "plain"), model, plan.hidden)
+    found = compensate(model, CUTS[axis], tmp_path / "compensated")
+    assert measure_loss_of_state(found.student, model, plan.hidden) < plain
 
 
 def double_channels(model: PreTrainedModel) -> None:
@@ -72,47 +100,45 @@ def double_channels(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_others_can_replace_is_cut_without_loss(architecture: str) -> None:
+def test_what_others_can_replace_is_cut_without_loss(architecture: str, tmp_path: Path) -> None:
     """Minitron's cut of the same model loses most of it: the copies carry half of each output."""
     model = make_model(architecture)
     double_channels(model)
-    found = compensate(model, {"intermediate_size": 40, "num_attention_heads": 8}, sequences=48)
+    found = compensate(model, {"intermediate_size": 40, "num_attention_heads": 8}, tmp_path, sequences=48)
     with torch.no_grad():
         expected, logits = (either(token_ids(3)).logits for either in (model, found.student))
     assert (logits - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_student_has_the_dtype_of_its_teacher(dtype: torch.dtype) -> None:
-    found = compensate(make_model("qwen2").to(dtype), CUTS["all"])
+def test_the_student_has_the_dtype_of_its_teacher(dtype: torch.dtype, tmp_path: Path) -> None:
+    found = compensate(make_model("qwen2").to(dtype), CUTS["all"], tmp_path)
     assert {weight.dtype for weight in found.student.parameters()} == {dtype}
 
 
-def test_layers_before_the_first_gap_stay_what_they_are_and_the_one_before_it_takes_over() -> None:
+def test_layers_before_the_first_gap_stay_what_they_are_and_the_one_before_it_takes_over(tmp_path: Path) -> None:
     model = make_model("llama")
-    plan = choose_plan(random_importance(), shape(num_hidden_layers=2), {"layers": [0, 2]})
-    found = cut_with_compensation(model, plan, shape(num_hidden_layers=2), token_ids(24), 5, CPU)
+    found = compensate(model, {"num_hidden_layers": 2}, tmp_path / "two", given={"layers": [0, 2]})
     assert [fit["layer"] for fit in found.fits] == [0, 2]
-    plan = choose_plan(random_importance(), shape(num_hidden_layers=3), {"layers": [0, 1, 3]})
-    found = cut_with_compensation(model, plan, shape(num_hidden_layers=3), token_ids(24), 5, CPU)
+    found = compensate(model, {"num_hidden_layers": 3}, tmp_path / "three", given={"layers": [0, 1, 3]})
     assert [fit["layer"] for fit in found.fits] == [1, 3]
     weights, expected = (either.model.layers[0].state_dict() for either in (found.student, model))
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
-def test_the_choice_may_be_minitrons() -> None:
-    plan = choose_plan(random_importance(), shape(**CUTS["all"]))
-    found = compensate(make_model("qwen3"), CUTS["all"], choose=())
-    assert found.plan == plan
+def test_the_choice_may_be_minitrons(tmp_path: Path) -> None:
+    found = compensate(make_model("qwen3"), CUTS["all"], tmp_path, choose=())
+    assert found.plan == choose_plan(random_importance(), shape(**CUTS["all"]))
 
 
-def test_the_size_of_the_micro_batches_changes_nothing_but_rounding() -> None:
-    model, sizes = make_model("qwen3"), shape(intermediate_size=40)
-    plan = choose_plan(random_importance(), sizes)
-    found = [cut_with_compensation(model, plan, sizes, token_ids(24), size, CPU) for size in (1, 24)]
-    assert found[0].plan == found[1].plan
-    for one, other in zip(*(compensated.student.parameters() for compensated in found), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+def test_the_size_of_the_micro_batches_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    one, other = (
+        compensate(model, {"intermediate_size": 40}, tmp_path / str(size), micro_batch_size=size) for size in (1, 24)
+    )
+    assert one.plan == other.plan
+    for weight, expected in zip(one.student.parameters(), other.student.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
 
 
 # ---- the fit
@@ -170,11 +196,11 @@ def test_too_few_tokens_are_refused_with_how_many_are_needed() -> None:
         check_calibration(1, 8192, config)
 
 
-def test_activations_that_are_not_numbers_are_refused_with_their_layer() -> None:
+def test_activations_that_are_not_numbers_are_refused_with_their_layer(tmp_path: Path) -> None:
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[7] = 3e38
     with pytest.raises(RunError, match=r"compensated cut of layer 2: activations are not finite"):
-        compensate(model, CUTS["intermediate"])
+        compensate(model, CUTS["intermediate"], tmp_path)
 
 
 def test_equations_that_have_no_solution_are_refused() -> None:
@@ -186,11 +212,11 @@ def test_equations_that_have_no_solution_are_refused() -> None:
         choose_channels(present, moments, 3, 2)
 
 
-def test_a_layer_that_no_token_reaches_keeps_its_weights() -> None:
+def test_a_layer_that_no_token_reaches_keeps_its_weights(tmp_path: Path) -> None:
     model = make_model("llama")
     for parameter in model.model.layers[2].mlp.gate_proj.parameters():
         parameter.data.zero_()
-    found = compensate(model, CUTS["intermediate"])
+    found = compensate(model, CUTS["intermediate"], tmp_path)
     kept = found.plan.intermediate[2]
     expected = model.model.layers[2].mlp.down_proj.weight[:, kept]
     torch.testing.assert_close(found.student.model.layers[2].mlp.down_proj.weight, expected)

@@ -6,22 +6,23 @@ state after the layer. Before dropped layers that is the state after the last of
 matrix, and the student has no new parameters (as in ReplaceMe, arXiv 2505.02819). Channels and heads are chosen by
 Optimal Brain Surgeon. If channels of the stream are dropped, the matrices that read it are fitted, too.
 
-B = batch, S = sequence, H = hidden size of a model, C = input channels, O = output channels, N = tokens.
+B = batch, S = sequence, H = hidden size of a model, C = input channels, O = output channels, V = vocabulary.
 """
 
-import copy
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Linear
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from minitron.errors import ConfigError, RunError
+from minitron.models.checks import EMBEDDING, HEAD
+from minitron.models.pruning.layers import NORM, Call, LayerReader, ShardWriter, get_head_dim, name_weight
 from minitron.models.pruning.least_squares import (
     SplitMoments,
     choose_channels,
@@ -29,7 +30,7 @@ from minitron.models.pruning.least_squares import (
     expand_groups,
     fit_columns,
 )
-from minitron.models.pruning.surgery import Plan, Shape, cut_model, get_head_dim
+from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, make_student_config
 
 HELD_OUT = 8
 """One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
@@ -37,14 +38,16 @@ HELD_OUT = 8
 CHOSEN = {"intermediate", "heads", "key_value"}
 """The axes that are chosen by Optimal Brain Surgeon, unless they are given."""
 
-Call = dict[str, Any]
-"""The keyword arguments of a layer's call: its mask and positions."""
+HEAD_ROWS = 8192
+"""Rows of the output head that are refitted at once."""
+
+Dtypes = dict[str, torch.dtype]
+"""The stored dtypes of a layer's weights, by the names in it."""
 
 
 class Compensated(NamedTuple):
-    """A student, what of the teacher it keeps, and how well each of its layers was fitted."""
+    """What of the teacher a student keeps, and how well each of its layers was fitted."""
 
-    student: PreTrainedModel
     plan: Plan
     fits: list[dict[str, Any]]
 
@@ -86,34 +89,36 @@ def check_calibration(sequences: int, sequence_length: int, config: Any) -> None
 
 @torch.no_grad()
 def cut_with_compensation(
-    teacher: PreTrainedModel,
+    teacher: LayerReader,
     plan: Plan,
     shape: Shape,
     input_ids: Tensor,
     micro_batch_size: int,
     device: torch.device,
+    directory: Path,
     choose: Collection[str] = CHOSEN,
 ) -> Compensated:
-    """Build the student of a plan, with its matrices refitted; the computation is in float32, the solving in float64.
+    """Write the student of a plan, with its matrices refitted; the computation is in float32, the solving in float64.
 
-    One layer of each model is on the device at a time, beside the states of all calibration tokens.
+    One layer of each model is in memory at a time, beside the states of all calibration tokens.
 
     Args:
-        teacher: the model to cut, on the CPU; it is not changed and shares no memory with the student.
+        teacher: the model to cut; it is read from its files.
         plan: what to keep: layers, hidden channels, and every other axis that `choose` leaves out.
         shape: the student's sizes.
         input_ids: calibration sequences, int64 [sequences, S]; the last ones are held out.
         micro_batch_size: sequences that are computed at once.
         device: where to compute.
+        directory: receives the student, in the teacher's dtypes; it is empty.
         choose: axes to choose by Optimal Brain Surgeon; with heads that are not chosen, groups are not, either.
 
     Returns:
-        The student in the teacher's dtype; the plan with what was chosen; per kept layer the ridges and the errors.
+        The plan with what was chosen; per refitted layer the ridges and the errors.
 
     Raises:
         RunError: activations are not finite, or a fit is too badly conditioned.
     """
-    cut = _CompensatedCut(teacher, plan, shape, device, choose)
+    cut = _CompensatedCut(teacher, plan, shape, device, directory, choose)
     batches = list(cut.embed(input_ids, micro_batch_size))
     ends = [*(layer - 1 for layer in plan.layers[1:]), teacher.config.num_hidden_layers - 1]
     for dropped in range(plan.layers[0]):  # no layer before them could make up for them
@@ -121,46 +126,47 @@ def cut_with_compensation(
     for place, (layer, end) in enumerate(tqdm(list(zip(plan.layers, ends, strict=True)), desc="compensated cut")):
         try:
             if cut.is_whole_up_to(place) and layer == end:
-                cut.keep_layer(layer, batches)
+                cut.keep_layer(place, layer, batches)
             else:
                 cut.fit_layer(place, layer, end, batches)
         except RunError as error:
             raise RunError(f"compensated cut of layer {layer + 1}: {error}") from error
-    cut.fit_head(batches)
-    return cut.finish()
+    return cut.finish(batches)
 
 
 class _CompensatedCut:
-    """The student while it is made: whole layers, in which what is dropped has columns of zeros until the end."""
+    """The student while it is made: in the present layer, what is dropped has columns of zeros."""
 
     def __init__(
-        self, teacher: PreTrainedModel, plan: Plan, shape: Shape, device: torch.device, choose: Collection[str]
+        self,
+        teacher: LayerReader,
+        plan: Plan,
+        shape: Shape,
+        device: torch.device,
+        directory: Path,
+        choose: Collection[str],
     ) -> None:
         self._teacher, self._plan, self._shape, self._device, self._choose = teacher, plan, shape, device, choose
-        config, layers = teacher.config, len(plan.layers)
         self._kept: dict[str, Any] = {"intermediate": [], "heads": [], "key_value": []}
-        totals = (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads)
-        whole: dict[str, Any] = {
-            axis: [list(range(total))] * layers for axis, total in zip(self._kept, totals, strict=True)
-        }
-        self._student = cut_model(teacher, replace(plan, **whole))
         self._hidden = torch.tensor(plan.hidden, device=device)
-        self._cuts_hidden = len(plan.hidden) < config.hidden_size
+        self._cuts_hidden = len(plan.hidden) < teacher.config.hidden_size
         self._calls: list[Call] = []
         self._fits: list[dict[str, Any]] = []
+        self._writer = ShardWriter(directory)
+        self._writer.add(self._cut_stream([(EMBEDDING, teacher.read_tensor(EMBEDDING))]))
 
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
         """Yield the calibration batch by batch, as both models see it before their first layer."""
-        self._calls = _record_calls(self._teacher, input_ids[:1])
+        self._calls = self._teacher.record_calls(input_ids.shape[1], torch.float32, self._device)
         fitted = len(input_ids) - _count_held_out(len(input_ids))
         for held_out, part in ((False, input_ids[:fitted]), (True, input_ids[fitted:])):
             for ids in part.split(micro_batch_size):
-                state = self._teacher.model.embed_tokens(ids.cpu()).to(self._device, torch.float32)
+                state = self._teacher.read_embeddings(ids, torch.float32, self._device)
                 yield _Batch(held_out, state, state[..., self._hidden], state, state)
 
     def run_teacher(self, layer: int, batches: list[_Batch]) -> None:
         """Run a layer of the teacher that the student has not."""
-        module, call = self._load(layer)
+        module, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
         for batch in batches:
             middle = batch.teacher + module.self_attn.o_proj(_read_heads(module, batch.teacher, call))
             batch.teacher = _run_mlp(module, middle)
@@ -170,7 +176,7 @@ class _CompensatedCut:
         whole = replace(Shape.from_config(self._teacher.config), num_hidden_layers=self._shape.num_hidden_layers)
         return self._shape == whole and self._plan.layers[: place + 1] == list(range(place + 1))
 
-    def keep_layer(self, layer: int, batches: list[_Batch]) -> None:
+    def keep_layer(self, place: int, layer: int, batches: list[_Batch]) -> None:
         """Go on with a layer that is the teacher's, on the teacher's states."""
         self.run_teacher(layer, batches)
         for batch in batches:
@@ -179,52 +185,62 @@ class _CompensatedCut:
         self._kept["intermediate"].append(list(range(config.intermediate_size)))
         self._kept["heads"].append(list(range(config.num_attention_heads)))
         self._kept["key_value"].append(list(range(config.num_key_value_heads)))
+        self._write_layer(place, self._teacher.read_layer(layer))
 
     def fit_layer(self, place: int, layer: int, end: int, batches: list[_Batch]) -> None:
         """Fit the student's layer at a place, the teacher's `layer`, to the teacher's states up to that after `end`."""
-        old, call = self._load(layer)
-        stored = self._student.model.layers[place]
-        new = copy.deepcopy(stored).to(self._device, torch.float32)
-        fit = {"layer": layer, "o_proj": self._fit_attention(place, new, stored, old, call, batches)}
+        old, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
+        new = self._teacher.make_layer(layer, dict(self._cut_stream(old.state_dict().items())))
+        dtypes = {name: self._teacher.get_dtype(name_weight(layer, name)) for name in new.state_dict()}
+        fit = {"layer": layer, "o_proj": self._fit_attention(place, new, dtypes, old, call, batches)}
         for batch in batches:
             batch.student = batch.student + new.self_attn.o_proj(batch.heads)
-        self._fit_readers("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), new, stored, old, batches)
+        self._fit_readers("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), new, dtypes, old, batches)
         for batch in batches:
             batch.teacher = _run_mlp(old, batch.middle)
+        del old
         for dropped in range(layer + 1, end + 1):
             self.run_teacher(dropped, batches)
-        fit["down_proj"] = self._fit_mlp(place, new, stored, batches)
+        fit["down_proj"] = self._fit_mlp(place, new, dtypes, batches)
         for batch in batches:
             batch.student = _run_mlp(new, batch.student)
         self._fits.append(fit)
+        self._write_layer(place, {name: weight.to(dtypes[name]) for name, weight in new.state_dict().items()})
 
-    def fit_head(self, batches: list[_Batch]) -> None:
-        """Fit the output head if channels of the stream were dropped; a tied one belongs to the embedding."""
-        if not self._cuts_hidden or self._teacher.config.tie_word_embeddings:
-            return
-        new, old = (
-            copy.deepcopy(model.model.norm).to(self._device).float() for model in (self._student, self._teacher)
-        )
-        pairs = ((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
-        head = self._teacher.lm_head.weight.to(self._device, torch.float64) @ self._fit_map(pairs)
-        self._student.lm_head.weight.copy_(head)
-
-    def finish(self) -> Compensated:
-        """Cut the columns of zeros out of the student."""
+    def finish(self, batches: list[_Batch]) -> Compensated:
+        """Write what comes after the layers."""
+        self._writer.add(self._cut_stream([(NORM, self._teacher.read_tensor(NORM))]))
+        if not self._teacher.config.tie_word_embeddings:
+            head = self._teacher.read_tensor(HEAD)
+            self._writer.add([(HEAD, self._fit_head(head, batches) if self._cuts_hidden else head)])
         kept = replace(self._plan, **self._kept)
-        own = replace(kept, layers=list(range(len(kept.layers))), hidden=list(range(len(kept.hidden))))
-        return Compensated(cut_model(self._student, own), kept, self._fits)
+        self._writer.finish(make_student_config(self._teacher.config, kept), self._teacher.directory)
+        return Compensated(kept, self._fits)
 
-    def _load(self, layer: int) -> tuple[Any, Call]:
-        """Return a layer of the teacher, and the arguments of its call, on the device in float32."""
-        module = copy.deepcopy(self._teacher.model.layers[layer]).to(self._device, torch.float32)
-        return module, _move(self._calls[layer], self._device)
+    def _fit_head(self, head: Tensor, batches: list[_Batch]) -> Tensor:
+        """Return the output head [V, student's H], fitted to the teacher's; a tied one belongs to the embedding."""
+        old = self._teacher.load_norm(self._device)
+        ((_, weight),) = self._cut_stream([(NORM, old.weight)])
+        new = self._teacher.load_norm(self._device)
+        new.weight.data = weight
+        fitted = self._fit_map((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
+        rows = head.split(HEAD_ROWS)
+        return torch.cat([(part.to(self._device, torch.float64) @ fitted).to(head.dtype).cpu() for part in rows])
+
+    def _cut_stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Cut channels of the stream alone."""
+        return cut_weights(weights, {"hidden": self._plan.hidden}, get_head_dim(self._teacher.config))
+
+    def _write_layer(self, place: int, weights: dict[str, Tensor]) -> None:
+        """Cut the columns of zeros out of a finished layer, and write it."""
+        plan = replace(self._plan, **self._kept)
+        self._writer.add(cut_layer(weights, plan, place, get_head_dim(self._teacher.config)))
 
     def _fit_attention(
-        self, place: int, new: Any, stored: Any, old: Any, call: Call, batches: list[_Batch]
+        self, place: int, new: Any, dtypes: Dtypes, old: Any, call: Call, batches: list[_Batch]
     ) -> dict[str, Any]:
         """Choose the heads, and fit o_proj to the teacher's state after the attention."""
-        self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, stored, old, batches)
+        self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, dtypes, old, batches)
         sums = SplitMoments()
         for batch in batches:
             batch.heads = _read_heads(new, batch.student, call)
@@ -234,9 +250,9 @@ class _CompensatedCut:
         heads, groups = self._choose_heads(place, o_proj, size, sums)
         self._kept["heads"].append(heads.tolist())
         self._kept["key_value"].append(groups.tolist())
-        return _fit_output(o_proj, stored.self_attn.o_proj, expand_groups(heads, size), sums)
+        return _fit_output("self_attn.o_proj", new, dtypes, expand_groups(heads, size), sums)
 
-    def _fit_mlp(self, place: int, new: Any, stored: Any, batches: list[_Batch]) -> dict[str, Any]:
+    def _fit_mlp(self, place: int, new: Any, dtypes: Dtypes, batches: list[_Batch]) -> dict[str, Any]:
         """Choose the channels, and fit down_proj to the teacher's state after the layer."""
         sums = SplitMoments()
         for batch in batches:
@@ -245,7 +261,7 @@ class _CompensatedCut:
             )
         channels = self._choose_channels(place, new.mlp.down_proj, sums)
         self._kept["intermediate"].append(channels.tolist())
-        return _fit_output(new.mlp.down_proj, stored.mlp.down_proj, channels, sums)
+        return _fit_output("mlp.down_proj", new, dtypes, channels, sums)
 
     def _choose_heads(self, place: int, o_proj: Linear, size: int, sums: "SplitMoments") -> tuple[Tensor, Tensor]:
         """Return the query heads and the key-value groups to keep; every kept group keeps equally many heads."""
@@ -272,7 +288,7 @@ class _CompensatedCut:
         return choose_channels(_read_matrix(down_proj), fitted, total, left)
 
     def _fit_readers(
-        self, norm: str, part: str, readers: tuple[str, ...], new: Any, stored: Any, old: Any, batches: list[_Batch]
+        self, norm: str, part: str, readers: tuple[str, ...], new: Any, dtypes: Dtypes, old: Any, batches: list[_Batch]
     ) -> None:
         """Fit the matrices that read the stream through a norm if channels of the stream were dropped.
 
@@ -286,9 +302,8 @@ class _CompensatedCut:
             for state in [batch.middle if part == "mlp" else batch.teacher]
         )
         fitted = self._fit_map(pairs)
-        for reader in readers:
-            source, target, kept = (getattr(getattr(layer, part), reader) for layer in (old, new, stored))
-            _store(source.weight.double() @ fitted, target.weight, kept.weight)
+        for name in (f"{part}.{reader}.weight" for reader in readers):
+            _store(old.get_parameter(name).double() @ fitted, name, new, dtypes)
 
     def _fit_map(self, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
         """Return the map [teacher's H, student's H] from the student's states to the teacher's, in float64."""
@@ -300,14 +315,15 @@ class _CompensatedCut:
         return fit_columns(present, columns, *sums.get(with_bias=False)).weight
 
 
-def _fit_output(module: Linear, stored: Linear, columns: Tensor, sums: SplitMoments) -> dict[str, Any]:
+def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, sums: SplitMoments) -> dict[str, Any]:
     """Fit the columns of a matrix that writes to the stream, and its bias; return the ridge and relative errors."""
+    module = new.get_submodule(name)
     if has_bias := module.bias is not None:
         columns = torch.cat([columns, columns.new_tensor([module.in_features])])
     fit = fit_columns(_read_matrix(module), columns, *sums.get(has_bias))
-    _store(fit.weight[:, : module.in_features], module.weight, stored.weight)
+    _store(fit.weight[:, : module.in_features], f"{name}.weight", new, dtypes)
     if has_bias:
-        _store(fit.weight[:, -1], module.bias, stored.bias)
+        _store(fit.weight[:, -1], f"{name}.bias", new, dtypes)
     return {"ridge": fit.ridge, "error": round(fit.error**0.5, 4), "plain_error": round(fit.plain_error**0.5, 4)}
 
 
@@ -317,10 +333,12 @@ def _read_matrix(module: Linear) -> Tensor:
     return weight if module.bias is None else torch.cat([weight, module.bias.double()[:, None]], dim=1)
 
 
-def _store(values: Tensor, computing: Tensor, stored: Tensor) -> None:
-    """Store a matrix in the student's dtype, and let the computation go on with what was stored."""
-    stored.copy_(values)
-    computing.copy_(stored)
+def _store(values: Tensor, name: str, layer: Any, dtypes: Dtypes) -> None:
+    """Give a layer new weights, with the precision that they are stored in: the computation goes on with that.
+
+    Weights that the layer shares with the teacher's stay what they are.
+    """
+    layer.get_parameter(name).data = values.to(dtypes[name]).float()
 
 
 def _read_heads(layer: Any, state: Tensor, call: Call) -> Tensor:
@@ -341,43 +359,6 @@ def _read_channels(layer: Any, middle: Tensor) -> Tensor:
 def _run_mlp(layer: Any, middle: Tensor) -> Tensor:
     """Return the state after a layer, of the state after its attention."""
     return middle + layer.mlp.down_proj(_read_channels(layer, middle))
-
-
-def _record_calls(model: PreTrainedModel, input_ids: Tensor) -> list[Call]:
-    """Return the arguments that a model calls its layers with; no layer is computed.
-
-    Sequences have no padding and the same length, so that the arguments are the same for all of them.
-    """
-    calls: list[Call] = []
-
-    def make_recorder() -> Any:
-        def record(hidden_states: Tensor, **call: Any) -> Tensor:
-            calls.append(call)
-            return hidden_states
-
-        return record
-
-    for layer in model.model.layers:
-        layer.forward = make_recorder()
-    try:
-        model.model(input_ids=input_ids.cpu(), use_cache=False)
-    finally:
-        for layer in model.model.layers:
-            del layer.forward
-    return calls
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """Bring the tensors of a call to the device, those of floats in float32."""
-    match value:
-        case Tensor():
-            return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
-        case tuple():
-            return tuple(_move(entry, device) for entry in value)
-        case dict():
-            return {name: _move(entry, device) for name, entry in value.items()}
-        case _:
-            return value
 
 
 def _count_held_out(sequences: int) -> int:

@@ -7,20 +7,24 @@ B = batch, S = sequence, C = channels, L = layers, H = hidden, I = intermediate,
 G = key-value groups, D = head_dim.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from minitron.data.packed import PackedDataset
 from minitron.errors import RunError
+from minitron.models.pruning.layers import LayerReader, get_head_dim
+
+STATES_ON_CPU = 10**9
+"""Bytes of states in memory. At 8 billion parameters that is hours of computing per pass over the shards."""
+
+SHARE_OF_GPU = 0.5
+"""Share of a GPU's free memory for states; the rest is for two layers and their activations."""
 
 
 @dataclass(frozen=True)
@@ -94,51 +98,68 @@ class Importance:
 
 @torch.no_grad()
 def measure_importance(
-    model: PreTrainedModel, dataset: PackedDataset, sequences: int, micro_batch_size: int
+    teacher: LayerReader,
+    dataset: PackedDataset,
+    sequences: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Importance:
-    """Measure the importance of every axis in one forward pass; logits are never computed.
+    """Measure the importance of every axis in one forward pass, layer by layer; logits are never computed.
+
+    Memory has one layer and the states of as many sequences as fit; each group of sequences reads all layers once.
 
     Args:
-        model: the teacher, on the device to compute on; it is put in eval mode.
+        teacher: the model; it is read from its files.
         dataset: packed calibration sequences.
         sequences: number of sequences to read, from the first; all of them if there are fewer.
-        micro_batch_size: sequences per batch; the scores do not depend on it.
+        micro_batch_size: sequences that are computed at once; the scores do not depend on it.
+        dtype: dtype of weights and states.
+        device: where to compute.
 
     Raises:
         RunError: an activation is infinite or not a number.
     """
-    model.eval()
-    sums = _Sums(model)
-    with ExitStack() as hooks:
-        for index, layer in enumerate(model.model.layers):
-            for handle in sums.add_hooks(index, layer):
-                hooks.callback(handle.remove)
-        for input_ids in _iterate_batches(dataset, sequences, micro_batch_size):
-            model.model(input_ids=input_ids.to(model.device), use_cache=False)
-    return sums.to_importance(model.config, min(sequences, len(dataset))).check_finite()
+    config, count, length = teacher.config, min(sequences, len(dataset)), len(dataset[0]["input_ids"])
+    sums, calls = _Sums(config, device), teacher.record_calls(length, dtype, device)
+    size = _count_fitting(length * config.hidden_size * dtype.itemsize, micro_batch_size, device)
+    with tqdm(total=count * length, desc="importance", unit="tok", unit_scale=True) as bar:
+        for start in range(0, count, size):
+            group = [dataset[index]["input_ids"] for index in range(start, min(start + size, count))]
+            batches = torch.stack(group).split(micro_batch_size)
+            states = [teacher.read_embeddings(input_ids, dtype, device) for input_ids in batches]
+            for index, layer in enumerate(teacher.load_layers(dtype, device)):
+                sums.add_hooks(index, layer)
+                for place, state in enumerate(states):
+                    states[place] = layer(state, **calls[index])
+                    bar.update(state[..., 0].numel() / len(calls))
+    return sums.to_importance(config, count).check_finite()
+
+
+def _count_fitting(sequence_bytes: int, micro_batch_size: int, device: torch.device) -> int:
+    """Return how many sequences are kept as states at once, whole micro-batches of them."""
+    room = STATES_ON_CPU if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_GPU)
+    return max(room // (sequence_bytes * micro_batch_size), 1) * micro_batch_size
 
 
 class _Sums:
-    """The sums that hooks collect over the batches, in fp32 on the model's device."""
+    """The sums that hooks collect over the batches, in fp32 on the device."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        config, layers = model.config, model.model.layers
-        channels = layers[0].self_attn.o_proj.in_features
-        with torch.device(model.device):
-            self._influence = torch.zeros(len(layers))
-            self._norms = torch.zeros(len(layers), 2, config.hidden_size)
-            self._intermediate = torch.zeros(len(layers), config.intermediate_size)
-            self._attention = torch.zeros(len(layers), channels)
+    def __init__(self, config: Any, device: torch.device) -> None:
+        layers = config.num_hidden_layers
+        with device:
+            self._influence = torch.zeros(layers)
+            self._norms = torch.zeros(layers, 2, config.hidden_size)
+            self._intermediate = torch.zeros(layers, config.intermediate_size)
+            self._attention = torch.zeros(layers, config.num_attention_heads * get_head_dim(config))
 
-    def add_hooks(self, index: int, layer: Any) -> list[Any]:
-        """Hook one layer and return the hooks' handles."""
-        return [
-            layer.register_forward_hook(_add_influence(self._influence[index])),
-            layer.input_layernorm.register_forward_hook(_add_output(self._norms[index, 0])),
-            layer.post_attention_layernorm.register_forward_hook(_add_output(self._norms[index, 1])),
-            layer.mlp.down_proj.register_forward_pre_hook(_add_input(self._intermediate[index])),
-            layer.self_attn.o_proj.register_forward_pre_hook(_add_input(self._attention[index])),
-        ]
+    def add_hooks(self, index: int, layer: Any) -> None:
+        """Hook one layer."""
+        layer.register_forward_hook(_add_influence(self._influence[index]))
+        layer.input_layernorm.register_forward_hook(_add_output(self._norms[index, 0]))
+        layer.post_attention_layernorm.register_forward_hook(_add_output(self._norms[index, 1]))
+        layer.mlp.down_proj.register_forward_pre_hook(_add_input(self._intermediate[index]))
+        layer.self_attn.o_proj.register_forward_pre_hook(_add_input(self._attention[index]))
 
     def to_importance(self, config: Any, sequences: int) -> Importance:
         """Turn the sums over the sequences into scores."""
@@ -171,13 +192,3 @@ def _add_influence(total: Tensor) -> Callable[..., None]:
         total.add_((1 - cosine_similarity(arguments[0].float(), output.float(), dim=2)).mean(dim=1).sum())
 
     return hook
-
-
-def _iterate_batches(dataset: PackedDataset, sequences: int, micro_batch_size: int) -> Iterator[Tensor]:
-    """Yield token ids [B, S] in order, under a progress bar in tokens."""
-    count = min(sequences, len(dataset))
-    total = count * len(dataset[0]["input_ids"])
-    with tqdm(total=total, desc="importance", unit="tok", unit_scale=True) as bar:
-        for batch in DataLoader(Subset(dataset, range(count)), batch_size=micro_batch_size):
-            yield batch["input_ids"]
-            bar.update(batch["input_ids"].numel())

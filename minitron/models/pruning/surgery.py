@@ -1,4 +1,4 @@
-"""Surgery: choose what to keep by importance, and build the smaller model from the rows and columns kept.
+"""Surgery: choose what to keep by importance, and write the smaller model from the rows and columns kept.
 
 Used by `python -m minitron.prune --config FILE`.
 
@@ -6,15 +6,17 @@ H = hidden, I = intermediate, A = query heads, G = key-value groups, D = head_di
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.importance import Importance
+from minitron.models.pruning.layers import NORM, LayerReader, ShardWriter, get_head_dim, name_weight
 
 DIMENSIONS = {
     "embed_tokens": (None, "hidden"),
@@ -156,53 +158,52 @@ def make_student_config(config: Any, plan: Plan) -> Any:
     return student
 
 
-def get_head_dim(config: Any) -> int:
-    """Return the channels per attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 @torch.no_grad()
-def cut_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Build the student that a plan describes, in eval mode, with the teacher's dtype and device.
+def cut_model(teacher: LayerReader, plan: Plan, directory: Path) -> None:
+    """Write the student that a plan describes to an empty directory, layer by layer, in the teacher's dtypes.
 
-    The teacher is not changed and shares no memory with the student. RMSNorm weights are sliced and not rescaled, as
-    in Model-Optimizer.
+    RMSNorm weights are sliced and not rescaled, as in Model-Optimizer.
     """
-    config = make_student_config(model.config, plan)
-    with torch.device("meta"):  # the weights are assigned next: no memory for random ones
-        student = type(model)(config)
-    student.load_state_dict(dict(_cut_weights(model, plan)), strict=False, assign=True)
-    student.tie_weights()
-    student.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
-    student.generation_config = copy.deepcopy(model.generation_config)
-    return student.eval()
+    size, writer = get_head_dim(teacher.config), ShardWriter(directory)
+    hidden = {"hidden": plan.hidden}
+    writer.add(cut_weights([(EMBEDDING, teacher.read_tensor(EMBEDDING))], hidden, size))
+    for place, layer in enumerate(plan.layers):
+        writer.add(cut_layer(teacher.read_layer(layer), plan, place, size))
+    for name in (NORM, *([] if teacher.config.tie_word_embeddings else [HEAD])):
+        writer.add(cut_weights([(name, teacher.read_tensor(name))], hidden, size))
+    writer.finish(make_student_config(teacher.config, plan), teacher.directory)
 
 
-def _cut_weights(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Yield the student's parameters by name; tied ones once."""
-    positions = {layer: position for position, layer in enumerate(plan.layers)}
-    size = get_head_dim(model.config)
-    for name, weight in model.named_parameters():
-        path = name.split(".")
-        axes = DIMENSIONS[path[-2]][: weight.dim()]
-        position = None
-        if path[1] == "layers":
-            position = positions.get(int(path[2]))
-            if position is None:
-                continue
-            path[2] = str(position)
-        yield ".".join(path), _cut_weight(weight, axes, plan, position, size)
+def cut_layer(weights: dict[str, Tensor], plan: Plan, place: int, size: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the student's layer at a place, by their names in the student.
+
+    Args:
+        weights: the teacher's layer, by the names in it; its channels of the stream may have been cut already.
+        plan: what to keep.
+        place: the layer's place in the student.
+        size: channels per head.
+    """
+    kept = {axis: getattr(plan, axis)[place] for axis in ("intermediate", "heads", "key_value")}
+    named = ((name_weight(place, name), weight) for name, weight in weights.items())
+    return cut_weights(named, kept | {"hidden": plan.hidden}, size)
 
 
-def _cut_weight(weight: Tensor, axes: tuple[str | None, ...], plan: Plan, position: int | None, size: int) -> Tensor:
-    """Copy the kept rows and columns of one weight; `position` is its layer in the student, `size` head_dim."""
-    selected = weight.detach()
-    for dimension, axis in enumerate(axes):
-        if axis is not None:
-            index = torch.tensor(
-                plan.hidden if axis == "hidden" else getattr(plan, axis)[position], device=weight.device
-            )
-            if axis in ("heads", "key_value"):
-                index = (index[:, None] * size + torch.arange(size, device=weight.device)).flatten()
-            selected = selected.index_select(dimension, index)
-    return selected.clone() if selected.data_ptr() == weight.data_ptr() else selected
+def cut_weights(
+    weights: Iterable[tuple[str, Tensor]], kept: dict[str, list[int]], size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights with the rows and columns that are kept of some axes; whole ones are not copied.
+
+    Args:
+        weights: name and tensor.
+        kept: indices by axis; other axes stay whole.
+        size: channels per head.
+    """
+    for name, weight in weights:
+        for dimension, axis in enumerate(DIMENSIONS[name.split(".")[-2]][: weight.dim()]):
+            if axis in kept:
+                index = torch.tensor(kept[axis], device=weight.device)
+                if axis in ("heads", "key_value"):
+                    index = (index[:, None] * size + torch.arange(size, device=weight.device)).flatten()
+                if len(index) < weight.shape[dimension]:
+                    weight = weight.index_select(dimension, index)
+        yield name, weight
