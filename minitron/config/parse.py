@@ -1,6 +1,7 @@
 """Validate a configuration, and turn pydantic's errors into one line: key, fault, value found, remedy."""
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,12 +10,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from minitron.config.fields import EXECUTION, INPUT, Fault, Faults
-from minitron.config.settings import StageSettings
+from minitron.config.settings import Kept, PruneSettings, StageSettings
 from minitron.config.stages import STAGES, StageConfig
 from minitron.config.tasks import TASKS
 from minitron.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+Prune = TypeVar("Prune", bound=PruneSettings)
 
 
 class SectionError(ConfigError):
@@ -85,6 +87,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found {type(values).__name__}, not 'key: value' lines; correct it")
     return values
+
+
+def read_kept(file: Path | None) -> Kept | None:
+    """Read the lists of what to keep that `prune.keep` names; None if the file is not on this machine.
+
+    Raises:
+        SectionError: an axis is unknown, or an index is wrong, or lists do not match.
+        ConfigError: the file is neither JSON nor YAML.
+    """
+    if file is None or not file.exists():
+        return None
+    try:
+        values = json.loads(file.read_bytes())  # of half a million indices in a second; YAML takes minutes
+    except (OSError, ValueError):
+        values = read_yaml(file)
+    if isinstance(values, dict):
+        values = values.get("kept", values)
+    return validate_section("prune.keep", Kept, values)
+
+
+def apply_kept(prune: Prune) -> Prune:
+    """Return prune's settings with the sizes that follow from the lists in `keep`, if they are on this machine."""
+    kept = read_kept(prune.keep)
+    return prune.with_sizes_of(kept) if kept else prune
 
 
 def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from minitron.config.document import Plan
+from minitron.config.parse import apply_kept
 from minitron.config.settings import (
     ClusterConfig,
     DistillSettings,
@@ -98,7 +99,7 @@ def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Model
     teacher = count_parameters(architecture)
     sizes = {"num_key_value_heads": architecture["num_attention_heads"]} | dict(architecture)
     head = {"head_dim": architecture.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]}
-    student = count_parameters(sizes | head | prune.compute_student_sizes(sizes))
+    student = count_parameters(sizes | head | apply_kept(prune).compute_student_sizes(sizes))
     dtype = architecture.get("dtype") or architecture.get("torch_dtype")
     return Models(teacher, student, FP32 if dtype == "float32" else BF16)
 

@@ -7,7 +7,8 @@ A preset has one section per stage, and a component takes it as its parameter `s
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -211,8 +212,78 @@ class FinetuneSettings(TrainingSettings):
     enabled: bool = Field(True, description="False: skip the training and pass on the teacher unchanged.")
 
 
-PRUNED_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-"""The sizes that prune can change, under the names that they have in config.json."""
+PRUNED_AXES = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "key_value": "num_key_value_heads",
+    "layers": "num_hidden_layers",
+}
+"""The axes that prune can cut, by their names in pruning.json; and their sizes, by their names in config.json."""
+
+PRUNED_SIZES = (*PRUNED_AXES.values(),)
+"""The sizes that prune can change."""
+
+Indices = Annotated[list[NonNegativeInt], Field(min_length=1)]
+
+
+class Kept(Settings):
+    """What a student keeps of its teacher, counted from 0: the content of the file that `prune.keep` names.
+
+    Axes that are left out are chosen. pruning.json of a student has the same form under `kept`.
+    """
+
+    layers: Indices | None = Field(None, description="Layers.")
+    hidden: Indices | None = Field(None, description="Channels of the residual stream.")
+    intermediate: list[Indices] | None = Field(None, description="MLP channels, one list per kept layer.")
+    heads: list[Indices] | None = Field(None, description="Query heads, one list per kept layer.")
+    key_value: list[Indices] | None = Field(None, description="Key-value groups, one list per kept layer.")
+
+    @field_validator("*")
+    @classmethod
+    def _sort(cls, lists: list[Any] | None) -> list[Any] | None:
+        if lists and isinstance(lists[0], list):
+            return [_sort_indices(indices, f" in list {number}") for number, indices in enumerate(lists, start=1)]
+        return _sort_indices(lists, "") if lists else lists
+
+    @field_validator("intermediate", "heads", "key_value")
+    @classmethod
+    def _compare_lengths(cls, lists: list[list[int]] | None) -> list[list[int]] | None:
+        for number, indices in enumerate(lists or [], start=1):
+            if lists and len(indices) != len(lists[0]):
+                raise ValueError(
+                    f"list {number} has {len(indices)} entries, but list 1 has {len(lists[0])}; keep equally many in "
+                    "every layer"
+                )
+        return lists
+
+    def find_faults(self) -> Iterator[Fault]:
+        """Find lists that are not one per kept layer."""
+        for axis in ("intermediate", "heads", "key_value"):
+            lists = getattr(self, axis)
+            if self.layers and lists is not None and len(lists) != len(self.layers):
+                yield Fault(axis, f"{len(lists)} lists for {len(self.layers)} layers; give one per kept layer")
+
+    def compute_sizes(self) -> dict[str, int]:
+        """Return the student's sizes that follow from the lists."""
+        lists = {axis: indices for axis, indices in self if indices is not None}
+        return {
+            PRUNED_AXES[axis]: len(indices[0] if isinstance(indices[0], list) else indices)
+            for axis, indices in lists.items()
+        }
+
+
+def _sort_indices(indices: list[int], where: str) -> list[int]:
+    """Return indices in ascending order.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    ordered = sorted(indices)
+    for index, following in pairwise(ordered):
+        if index == following:
+            raise ValueError(f"{index} is listed twice{where}; remove one")
+    return ordered
 
 
 class PruneSettings(EngineSettings):
@@ -234,6 +305,12 @@ class PruneSettings(EngineSettings):
     drop_layers: list[PositiveInt] | None = Field(
         None, description="Numbers of the layers to drop, from 1, chosen by hand."
     )
+    keep: Annotated[Location | None, INPUT] = Field(
+        None,
+        description="JSON or YAML file that lists what to keep, counted from 0: any of layers, hidden, intermediate, "
+        "heads and key_value, in the form of `kept` in pruning.json, or a pruning.json itself. The sizes follow from "
+        "the lists; axes without one are chosen. Engine hf reads it.",
+    )
     calibration_sequences: PositiveInt = Field(
         1024,
         description="Training sequences that importance is measured on. Method compensated fits on them, too, and "
@@ -249,7 +326,7 @@ class PruneSettings(EngineSettings):
     @model_validator(mode="before")
     @classmethod
     def _prune_with_hf(cls, values: dict[str, Any]) -> dict[str, Any]:
-        needs_hf = values.get("method") == "compensated" or values.get("importance")
+        needs_hf = values.get("method") == "compensated" or values.get("importance") or values.get("keep")
         return {**values, "engine": "hf"} if needs_hf else values
 
     def find_faults(self) -> Iterator[Fault]:
@@ -257,6 +334,10 @@ class PruneSettings(EngineSettings):
         yield from _find_idle_gpus("prune", self.gpus, "set gpus to 1")
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             yield Fault("drop_layers", "num_hidden_layers is given, too; choose one of them")
+
+    def with_sizes_of(self, kept: Kept) -> Self:
+        """Return the settings with the sizes that follow from the lists."""
+        return self.model_copy(update=kept.compute_sizes())
 
     def compute_student_sizes(self, teacher: Mapping[str, int]) -> dict[str, int]:
         """Return the student's sizes, by their names in config.json, from the teacher's.

@@ -4,17 +4,21 @@ plan and `minitron submit` do this before you pay for a GPU. prune does it again
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from minitron.config.addresses import find_scheme_faults, list_addresses
 from minitron.config.document import Plan
 from minitron.config.fields import Fault
+from minitron.config.parse import SectionError, apply_kept, read_kept
 from minitron.config.settings import (
+    PRUNED_AXES,
     PRUNED_SIZES,
     DistillSettings,
     EvaluateSettings,
     FinetuneSettings,
+    Kept,
     PruneSettings,
     TrainingSettings,
 )
@@ -69,7 +73,7 @@ def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: st
     if faults:
         return
     teacher = read_sizes(architecture)
-    student = prune.compute_student_sizes(teacher)
+    student = apply_kept(prune).compute_student_sizes(teacher)
     for numbers in distill.intermediate_layers:
         for layer, model, sizes in zip(numbers, ("student", "teacher"), (student, teacher), strict=True):
             if layer > (most := sizes["num_hidden_layers"]):
@@ -104,6 +108,17 @@ def read_sizes(architecture: Mapping[str, Any]) -> dict[str, int]:
 def find_size_faults(prune: PruneSettings, architecture: Mapping[str, Any]) -> Iterator[Fault]:
     """Find sizes of the student that do not fit the teacher or each other."""
     teacher = read_sizes(architecture)
+    try:
+        kept = read_kept(prune.keep)
+    except ConfigError as error:
+        yield from error.faults if isinstance(error, SectionError) else [Fault("prune.keep", str(error))]
+        return
+    if kept:
+        faults = list(_find_list_faults(prune, kept, teacher))
+        yield from faults
+        if faults:
+            return
+        prune = prune.with_sizes_of(kept)
     faults = [
         Fault(f"prune.{name}", f"{size} is larger than the teacher's {most}; choose at most {most}")
         for name, most in teacher.items()
@@ -115,6 +130,61 @@ def find_size_faults(prune: PruneSettings, architecture: Mapping[str, Any]) -> I
         faults += _find_head_faults(student, teacher["num_attention_heads"] // teacher["num_key_value_heads"])
         faults += _find_width_faults(student, teacher, architecture["model_type"])
     yield from faults
+
+
+def _find_list_faults(prune: PruneSettings, kept: Kept, teacher: Mapping[str, int]) -> Iterator[Fault]:
+    """Find lists of what to keep that do not fit the teacher, the sizes that are set, or each other."""
+    if kept.layers and prune.drop_layers:
+        yield Fault("prune.drop_layers", "prune.keep lists layers, too; choose one of them")
+    faults = [*_find_size_contradictions(prune, kept), *_find_unknown_indices(kept, teacher)]
+    faults += _find_list_count_faults(prune, kept, teacher)
+    yield from faults or _find_group_faults(kept, teacher)
+
+
+def _find_size_contradictions(prune: PruneSettings, kept: Kept) -> Iterator[Fault]:
+    for name, size in kept.compute_sizes().items():
+        if (given := getattr(prune, name)) not in (None, size):
+            yield Fault(f"prune.{name}", f"{given}, but prune.keep lists {size}; leave {name} out, or correct the list")
+
+
+def _find_unknown_indices(kept: Kept, teacher: Mapping[str, int]) -> Iterator[Fault]:
+    for axis, lists in kept:
+        total = teacher[PRUNED_AXES[axis]]
+        for indices in [] if lists is None else lists if isinstance(lists[0], list) else [lists]:
+            if indices[-1] >= total:
+                yield Fault(
+                    f"prune.keep.{axis}",
+                    f"{indices[-1]} is none of the teacher's {total}; count from 0 to {total - 1}",
+                )
+                break
+
+
+def _find_list_count_faults(prune: PruneSettings, kept: Kept, teacher: Mapping[str, int]) -> Iterator[Fault]:
+    layers = prune.with_sizes_of(kept).compute_student_sizes(teacher)["num_hidden_layers"]
+    for axis in ("intermediate", "heads", "key_value"):
+        if (lists := getattr(kept, axis)) is None or kept.layers:
+            continue
+        if prune.num_hidden_layers not in (None, teacher["num_hidden_layers"]):
+            yield Fault(f"prune.keep.{axis}", "its layers are not chosen yet; list layers, too")
+        elif len(lists) != layers:
+            yield Fault(f"prune.keep.{axis}", f"{len(lists)} lists for {layers} layers; give one per kept layer")
+
+
+def _find_group_faults(kept: Kept, teacher: Mapping[str, int]) -> Iterator[Fault]:
+    """Find query heads that are not equally many in each kept key-value group; without a list, all groups are kept."""
+    groups = teacher["num_key_value_heads"]
+    per_group = teacher["num_attention_heads"] // groups
+    for number, heads in enumerate(kept.heads or [], start=1):
+        kept_groups = kept.key_value[number - 1] if kept.key_value else [*range(groups)]
+        found = Counter(head // per_group for head in heads)
+        if found.keys() != set(kept_groups) or len(set(found.values())) > 1:
+            counts = ", ".join(f"{found[group]} in group {group}" for group in sorted({*kept_groups, *found}))
+            yield Fault(
+                "prune.keep.heads",
+                f"list {number} has {counts}, of the kept groups {kept_groups}; keep equally many in each of them, and "
+                "none elsewhere",
+            )
+            return
 
 
 def _find_layer_faults(prune: PruneSettings, total: int) -> Iterator[Fault]:

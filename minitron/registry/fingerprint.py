@@ -21,6 +21,9 @@ MADE_BY = ("prepare", "finetune", "prune", "distill")
 TAG = "minitron.made_from"
 """Tag of a version in MLflow's registry: its fingerprint, as JSON."""
 
+KEPT = "keep_sha256"
+"""Entry of prune's settings in a fingerprint: the hash of the lists of what to keep, if there are any."""
+
 _DECISIVE_UNTIL_0_3 = ("micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
 
 Fingerprint = dict[str, str]
@@ -34,20 +37,23 @@ def fingerprint_records(records: dict[str, dict[str, Any]]) -> Fingerprint | Non
     prepare = records["prepare"]
     hashes = {name: entry["sha256"] for name, entry in prepare["inputs"].items()}
     configs = {stage: records[stage]["config"] for stage in MADE_BY}
+    if kept := records["prune"]["inputs"].get("keep"):
+        configs["prune"] = configs["prune"] | {KEPT: kept["sha256"]}
     versions = prepare["versions"]
     method = versions.get("method", versions["minitron"])  # records of 0.1.0 have one version for both
     return _build_fingerprint(configs, hashes["corpus"], hashes["teacher"], method)
 
 
-def fingerprint_plan(plan: Plan, corpus: str, teacher: str) -> Fingerprint:
+def fingerprint_plan(plan: Plan, corpus: str, teacher: str, kept: str | None = None) -> Fingerprint:
     """Return the fingerprint that a run of the pipeline would give its student.
 
     Args:
         plan: the settings of the run.
         corpus: hash of the corpus's content, or its snapshot.
         teacher: hash of the teacher's content.
+        kept: hash of the lists of what to keep, if `prune.keep` is set.
     """
-    return _build_fingerprint(_list_configs(plan), corpus, teacher, METHOD_VERSION)
+    return _build_fingerprint(_list_configs(plan, kept), corpus, teacher, METHOD_VERSION)
 
 
 def read_fingerprint(tags: Mapping[str, str], plan: Plan) -> Fingerprint | None:
@@ -68,8 +74,11 @@ def read_fingerprint(tags: Mapping[str, str], plan: Plan) -> Fingerprint | None:
     return content
 
 
-def _list_configs(plan: Plan) -> dict[str, dict[str, Any]]:
-    return {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
+def _list_configs(plan: Plan, kept: str | None = None) -> dict[str, dict[str, Any]]:
+    configs = {stage: plan.stages[stage].model_dump(mode="json") for stage in MADE_BY}
+    if kept:
+        configs["prune"][KEPT] = kept
+    return configs
 
 
 def _build_fingerprint(configs: dict[str, dict[str, Any]], corpus: str, teacher: str, method: str) -> Fingerprint:
@@ -79,7 +88,9 @@ def _build_fingerprint(configs: dict[str, dict[str, Any]], corpus: str, teacher:
 def _hash_settings(configs: dict[str, dict[str, Any]], also: tuple[str, ...] = ()) -> str:
     settings = {  # a record of an earlier version lacks later settings
         stage: {
-            name: config[name] for name in (*list_decisive_settings(SETTINGS[stage], config), *also) if name in config
+            name: config[name]
+            for name in (*list_decisive_settings(SETTINGS[stage], config), KEPT, *also)
+            if name in config
         }
         for stage, config in configs.items()
     }

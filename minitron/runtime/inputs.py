@@ -13,7 +13,7 @@ from minitron.errors import ConfigError
 from minitron.runtime import model_sources
 from minitron.storage import bucket, references
 from minitron.storage.cache import persistent_directory
-from minitron.storage.hashing import keep_notes, verified_hash
+from minitron.storage.hashing import content_hash, keep_notes, verified_hash
 from minitron.storage.hub import resolve_hub_dataset
 
 Config = TypeVar("Config", bound=StageConfig)
@@ -97,6 +97,9 @@ def _find_input(config: StageConfig, name: str) -> Input:
     sha256 = verified_hash(path)
     model_sources.check_unchanged(path, sha256)
     if bucket.is_bucket(address):  # its snapshot identifies the content, but is not an address
+        single = path / address.rpartition("/")[2]
+        if [*path.iterdir()] == [single] and single.is_file():  # one object: it is what the same file on a disk is
+            path, sha256 = single, content_hash(single)
         return Input(address, sha256, lambda: path, snapshot=pinned)
     return Input(address, sha256, lambda: path, pinned)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minitron.config.parse import SectionError
+from minitron.config.parse import SectionError, apply_kept, read_kept
 from minitron.config.stages import PruneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.engines import get_engine
@@ -44,10 +44,7 @@ def work(config: PruneConfig, directory: Path, tracker: Tracker) -> dict[str, An
     check_tokenizer(config.dataset, config.teacher)
     teacher_config = read_config(config.teacher)
     shape = compute_target_shape(config, teacher_config)
-    given: dict[str, Any] = {}
-    if config.drop_layers:
-        layers = range(teacher_config.num_hidden_layers)
-        given["layers"] = [layer for layer in layers if layer + 1 not in config.drop_layers]
+    given = list_given(config, shape, Shape.from_config(teacher_config))
     cut = get_engine(config.engine).prune(config, shape, given, directory)
     pruning = _describe_pruning(config, teacher_config, read_config(directory), cut)
     _write_lines(directory / PRUNING, pruning)
@@ -65,7 +62,26 @@ def compute_target_shape(config: PruneConfig, teacher_config: Any) -> Shape:
     if faults := list(find_size_faults(config, teacher_config.to_dict())):
         raise SectionError(faults)
     check_sequence_length("prune.sequence_length", config.sequence_length, teacher_config.to_dict(), config.teacher)
-    return Shape(**config.compute_student_sizes(asdict(Shape.from_config(teacher_config))))
+    return Shape(**apply_kept(config).compute_student_sizes(asdict(Shape.from_config(teacher_config))))
+
+
+def list_given(config: PruneConfig, shape: Shape, teacher: Shape) -> dict[str, Any]:
+    """Return what the settings say to keep, by axis; where lists of heads or of groups decide both, both are there."""
+    kept = read_kept(config.keep)
+    given = kept.model_dump(exclude_none=True) if kept else {}
+    if config.drop_layers:
+        layers = range(teacher.num_hidden_layers)
+        given["layers"] = [layer for layer in layers if layer + 1 not in config.drop_layers]
+    if "heads" in given:
+        given.setdefault("key_value", [list(range(teacher.num_key_value_heads))] * shape.num_hidden_layers)
+    elif "key_value" in given:
+        per_group = teacher.num_attention_heads // teacher.num_key_value_heads
+        if shape.num_attention_heads == shape.num_key_value_heads * per_group:  # nothing is left to choose
+            given["heads"] = [
+                [group * per_group + head for group in groups for head in range(per_group)]
+                for groups in given["key_value"]
+            ]
+    return given
 
 
 def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minitron.config.document import Plan, read_plan
 from minitron.config.fields import format_address
 from minitron.config.settings import EvaluateSettings
-from minitron.config.stages import PrepareConfig
+from minitron.config.stages import PrepareConfig, PruneConfig
 from minitron.config.tasks import ResolveConfig
 from minitron.registry import fingerprint, gates, lineage, promotion, training_lock
 from minitron.registry.fingerprint import Fingerprint
@@ -39,7 +39,8 @@ def run(config: ResolveConfig) -> dict[str, Any]:
         corpus=wanted.corpus, teacher=wanted.teacher, output=config.output, workspace=config.workspace,
         tracking_uri=config.tracking_uri, pipeline_run_id=config.pipeline_run_id,
     )  # fmt: skip
-    made_from = fingerprint.fingerprint_plan(plan, *_identify_inputs(prepare, plan.model_name))
+    corpus, teacher = _identify_inputs(prepare, plan.model_name)
+    made_from = fingerprint.fingerprint_plan(plan, corpus, teacher, _identify_kept(plan, prepare))
     with one_line_errors(config.tracking_uri), fail_fast():
         resolution = _check_for_changes(config, plan, made_from) | {"model_name": plan.model_name}
     print(f"resolve: {resolution['reason']}", flush=True)
@@ -62,6 +63,14 @@ def _identify_inputs(prepare: PrepareConfig, name: str) -> tuple[str, str]:
     with one_line_errors(prepare.tracking_uri), fail_fast():
         teacher = lineage.find_teacher_hash(connect(prepare.tracking_uri, create=True), name, pinned)
     return found["corpus"].sha256, teacher or pinned
+
+
+def _identify_kept(plan: Plan, prepare: PrepareConfig) -> str | None:
+    """Return the hash of the lists of what to keep; None if prune chooses everything."""
+    settings, output = plan.stages["prune"].as_settings(), prepare.output  # prune's own inputs are not there yet
+    prune = PruneConfig(**settings, output=output, teacher=output, dataset=output, workspace=prepare.workspace)
+    found = inputs.find_inputs(prune, "keep")
+    return found["keep"].sha256 if found else None
 
 
 def _check_for_changes(config: ResolveConfig, plan: Plan, made_from: Fingerprint) -> dict[str, Any]:

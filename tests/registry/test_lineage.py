@@ -97,6 +97,19 @@ def test_a_record_without_a_later_setting_has_another_fingerprint() -> None:
     assert present and earlier and present | {"settings": earlier["settings"]} == earlier != present
 
 
+def test_the_fingerprint_of_a_record_has_the_content_of_the_lists_of_what_to_keep() -> None:
+    plan = make_plan({"teacher": "teacher", "corpus": "corpus", "prune.keep": "keep.json"})
+    inputs = {name: {"sha256": name} for name in ("corpus", "teacher", "keep")}
+    records = {
+        stage: {"config": plan.stages[stage].model_dump(mode="json"), "inputs": inputs, "versions": versions}
+        for versions in [{"minitron": "0.6.0", "method": METHOD_VERSION}]
+        for stage in fingerprint.MADE_BY
+    }
+    present = fingerprint.fingerprint_records(records)
+    assert present == fingerprint.fingerprint_plan(plan, "corpus", "teacher", "keep")
+    assert present != fingerprint.fingerprint_plan(plan, "corpus", "teacher")
+
+
 def test_a_version_of_0_3_is_known_again_although_fewer_settings_count_now() -> None:
     """The digest is the one that 0.3.0 gave the preset tiny on a cluster; another setting makes another model."""
     tag = {"corpus": "c", "teacher": "t", "minitron": METHOD_VERSION}

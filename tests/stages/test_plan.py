@@ -153,6 +153,27 @@ def test_memory_is_the_sum_on_the_page(llama: str, tmp_path: Path, capsys: pytes
     assert "Warning" not in page and "warning" not in capsys.readouterr().out
 
 
+def test_lists_of_what_to_keep_are_checked_and_counted(llama: str, tmp_path: Path) -> None:
+    lists = {"layers": [*range(16)], "hidden": [*range(3072)]}
+    document = {"prune": {"keep": str(tmp_path / "keep.json"), "intermediate_size": 9216}}
+    (tmp_path / "keep.json").write_text(json.dumps(lists))
+    outputs = run_plan(tmp_path / "listed", teacher=llama, document=document)
+    assert outputs["prune"]["keep"] == str(tmp_path / "keep.json") and "hidden_size" not in outputs["prune"]
+    sizes = {"num_hidden_layers": 16, "hidden_size": 3072, "intermediate_size": 9216}
+    run_plan(tmp_path / "sized", teacher=llama, document={"prune": sizes})
+    (listed, sized) = (
+        re.findall("the student ([0-9,]+)", (tmp_path / name / "plan.html").read_text()) for name in ("listed", "sized")
+    )
+    assert listed == sized != []
+    (tmp_path / "keep.json").write_text(json.dumps({"layers": [16, 32], "hidden": [0, 4096]}))
+    with pytest.raises(ConfigError) as refused:
+        run_plan(tmp_path / "refused", teacher=llama, document=document)
+    assert str(refused.value) == (
+        "prune.keep.layers: 32 is none of the teacher's 32; count from 0 to 31; "
+        "prune.keep.hidden: 4096 is none of the teacher's 4096; count from 0 to 4095"
+    )
+
+
 def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
     llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

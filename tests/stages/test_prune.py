@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines import hf
+from minitron.engines.plan_checks import find_size_faults
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import (
     copy_model,
@@ -572,6 +574,100 @@ def test_scores_are_no_weights_and_stay_with_the_student(settings: dict, teacher
         assert not any(AutoModelForCausalLM.from_pretrained(tmp_path / model, output_loading_info=True)[1].values())
 
 
+# ---- lists of what to keep
+
+
+def write_lists(directory: Path, lists: Any) -> Path:
+    path = directory / "keep.yaml"
+    path.write_text(lists if isinstance(lists, str) else yaml.safe_dump(lists))
+    return path
+
+
+def read_kept(student: Path) -> dict[str, Any]:
+    return json.loads((student / "pruning.json").read_text())["kept"]
+
+
+LISTS = {
+    "layers": [3, 0],
+    "hidden": [*range(63, 7, -1)],
+    "intermediate": [[*range(0, 128, 2)], [*range(64)]],
+    "heads": [[1, 3], [0, 2]],
+}
+
+
+def test_what_to_keep_is_listed_and_needs_no_calibration(
+    settings: dict, measured: list[int], teacher: Path, tmp_path: Path
+) -> None:
+    record = prune.run(PruneConfig(**settings, keep=write_lists(tmp_path, LISTS), engine="nemo"))
+    plan = Plan([0, 3], [*range(8, 64)], LISTS["intermediate"], LISTS["heads"], [[0, 1], [0, 1]])
+    assert read_kept(settings["output"]) == vars(plan) and record["config"]["engine"] == "hf"
+    expected = dict(cut(load_model(teacher), plan, tmp_path).named_parameters())
+    found = load_file(settings["output"] / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    assert not measured and record["metrics"]["calibration_tokens"] == 0
+    again = PruneConfig(**settings | {"output": tmp_path / "again"}, keep=settings["output"] / "pruning.json")
+    assert prune.run(again)["key"] != record["key"], "the content of the file is part of the key"
+    assert read_kept(tmp_path / "again") == vars(plan)
+
+
+@pytest.mark.parametrize("method", ["minitron", "compensated"])
+def test_axes_that_are_not_listed_are_chosen(method: str, settings: dict, measured: list[int], tmp_path: Path) -> None:
+    settings |= {"calibration_sequences": 64, "method": method, "drop_layers": [2]}
+    lists = {"intermediate": LISTS["intermediate"] + [[*range(64, 128)]], "key_value": [[1], [0], [1]]}
+    settings["keep"] = write_lists(tmp_path, lists)
+    prune.run(PruneConfig(**settings, num_attention_heads=1))
+    kept = read_kept(settings["output"])
+    assert {axis: kept[axis] for axis in lists} == lists and kept["layers"] == [0, 2, 3]
+    assert [head // 2 for [head] in kept["heads"]] == [1, 0, 1] and measured == [64]
+    prune.run(PruneConfig(**settings | {"output": tmp_path / "whole groups"}))
+    assert read_kept(tmp_path / "whole groups")["heads"] == [[2, 3], [0, 1], [2, 3]] and measured == [64]
+
+
+@pytest.mark.parametrize(
+    ("lists", "sizes", "message"),
+    [
+        ({"layrs": [0]}, {}, r"prune.keep.layrs: unknown key; did you mean 'layers'\?"),
+        ({"layers": [0, 4]}, {}, "prune.keep.layers: 4 is none of the teacher's 4; count from 0 to 3"),
+        ({"heads": [[0, 2]] * 3 + [[0, 7]]}, {}, "prune.keep.heads: 7 is none of the teacher's 4; count from 0 to 3"),
+        ({"hidden": [0, -1]}, {}, r"prune.keep.hidden.1: Input should be greater than or equal to 0 \(found -1\)"),
+        ({"hidden": []}, {}, r"prune.keep.hidden: List should have at least 1 item after validation, not 0 \(found"),
+        ({"hidden": [True]}, {}, "prune.keep.hidden: found true .*; give a number"),
+        ({"layers": [2, 0, 2]}, {}, "prune.keep.layers: 2 is listed twice; remove one"),
+        ({"intermediate": [[0], [1], [5, 5], [1]]}, {}, "prune.keep.intermediate: 5 is listed twice in list 3"),
+        ({"intermediate": [[0, 1], [1]]}, {}, "prune.keep.intermediate: list 2 has 1 entries, but list 1 has 2; keep"),
+        ({"layers": [0], "intermediate": [[0], [1]]}, {}, "prune.keep.intermediate: 2 lists for 1 layers; give one p"),
+        ({"intermediate": [[0], [1]]}, {}, "prune.keep.intermediate: 2 lists for 4 layers; give one per kept layer"),
+        (
+            {"intermediate": [[0]] * 2},
+            {"num_hidden_layers": 2},
+            "prune.keep.intermediate: its layers are not chosen ye",
+        ),
+        (
+            {"heads": [[0, 2]] * 3 + [[0, 1]]},
+            {},
+            "prune.keep.heads: list 4 has 2 in group 0, 0 in group 1, of the kept",
+        ),
+        ({"heads": [[0]] * 4, "key_value": [[1]] * 4}, {}, r"list 1 has 1 in group 0, 0 in group 1, of .* \[1\]; keep"),
+        ({"hidden": [0, 1]}, {"hidden_size": 8}, "prune.hidden_size: 8, but prune.keep lists 2; leave hidden_size out"),
+        ({"hidden": [0, 1]}, {}, "prune.hidden_size: 2 is not a multiple of 8"),
+        ({"layers": [0]}, {"drop_layers": [2]}, "prune.drop_layers: prune.keep lists layers, too; choose one of them"),
+        ("layers: [0", {}, "keep.yaml: not YAML"),
+        ("[0]", {}, r"prune.keep: Input should be .* \(found \[0\]\)"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(
+    lists: Any, sizes: dict, message: str, settings: dict, teacher: Path, tmp_path: Path
+) -> None:
+    config = PruneConfig(**settings, **sizes, keep=write_lists(tmp_path, lists))
+    architecture = json.loads((teacher / "config.json").read_text())
+    faults = "; ".join(f"{fault.key}: {fault.text}" for fault in find_size_faults(config, architecture))
+    assert re.search(message, faults), faults
+    with pytest.raises(ConfigError, match=message):
+        prune.run(config)
+    assert not list(settings["output"].parent.iterdir())
+
+
 # ---- bad input
 
 
@@ -603,6 +699,11 @@ def test_a_compensated_cut_needs_tokens_and_is_made_by_engine_hf(settings: dict)
         (
             {"sequence_length": 256, "seed": 1, "dataset": "empty"},
             r"no manifest.json; give a directory that prepare wrote",
+        ),
+        (
+            {"method": "compensated", "intermediate_size": 64, "calibration_sequences": 4},
+            r"prune.calibration_sequences: 4 sequences of 32 tokens are too few to refit matrices of 128 columns; give "
+            r"at least 5, with a corpus that has as many, or set method to minitron",
         ),
     ],
 )

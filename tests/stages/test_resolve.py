@@ -255,6 +255,23 @@ def test_a_teacher_of_the_registry_is_known_by_its_version(ask: Ask, mlflow_file
     assert found["train"] and found["made_from"]["teacher"] == "hash", "there is no file to fetch"
 
 
+def test_other_lists_of_what_to_keep_make_another_version(
+    ask: Ask, mlflow_file: str, tmp_path: Path, world: World
+) -> None:
+    (tmp_path / "keep.json").write_text('{"layers": [0]}')
+    world.put("keep.json", b'{"layers": [0]}')
+    without, local, remote = (
+        ask({"prune": {"keep": keep}})["made_from"]
+        for keep in (None, str(tmp_path / "keep.json"), "gs://bucket/keep.json")
+    )
+    assert without["settings"] != local["settings"] == remote["settings"]
+    version(mlflow_file, tmp_path.name, local, "champion")
+    assert not ask({"prune": {"keep": "gs://bucket/keep.json"}})["train"]
+    (tmp_path / "keep.json").write_text('{"layers": [1]}')
+    found = ask({"prune": {"keep": str(tmp_path / "keep.json")}})
+    assert found["train"] and found["reason"] == "changed since the champion (version 1): settings"
+
+
 def test_a_teacher_in_a_bucket_is_known_by_its_snapshot(
     ask: Ask, mlflow_file: str, tmp_path: Path, world: World
 ) -> None:

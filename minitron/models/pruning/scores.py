@@ -82,11 +82,8 @@ def check_given_importance(config: PruneConfig) -> None:
 
 
 def read_given_importance(config: PruneConfig, location: Path) -> Importance:
-    """Read the scores in a file, in a directory that prune wrote, or in one with nothing but a file: it was fetched."""
-    path = location
-    if location.is_dir():
-        entries = list(location.iterdir())
-        path = entries[0] if len(entries) == 1 and entries[0].is_file() else location / IMPORTANCE
+    """Read the scores in a file, or in a directory that prune wrote."""
+    path = location / IMPORTANCE if location.is_dir() else location
     if not path.is_file():
         raise ConfigError(
             f"prune.importance: {location} has no {IMPORTANCE}; give a directory that prune wrote, or such a file"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minitron.config.settings import PRUNED_AXES
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.importance import Importance
 from minitron.models.pruning.layers import NORM, LayerReader, ShardWriter, get_head_dim, name_weight
@@ -75,15 +76,6 @@ class Plan:
 Given = Mapping[str, Any]
 """What the user wants to keep, by the name of an axis in `Plan` and in its form; other axes are chosen."""
 
-SIZES = dict(
-    layers="num_hidden_layers",
-    hidden="hidden_size",
-    intermediate="intermediate_size",
-    heads="num_attention_heads",
-    key_value="num_key_value_heads",
-)
-"""The size in config.json of each axis of a `Plan`."""
-
 
 class Cut(NamedTuple):
     """What an engine cut, and by what.
@@ -129,7 +121,7 @@ def choose_plan(importance: Importance, shape: Shape, given: Given | None = None
 
 def is_chosen_by_scores(shape: Shape, teacher: Shape, given: Given) -> bool:
     """Say whether scores decide a cut: on an axis that is not given, less is kept than the teacher has."""
-    return any(getattr(shape, size) < getattr(teacher, size) for axis, size in SIZES.items() if axis not in given)
+    return any(getattr(shape, size) < getattr(teacher, size) for axis, size in PRUNED_AXES.items() if axis not in given)
 
 
 def _select_best(scores: Tensor, count: int) -> list[int]:
