@@ -25,6 +25,7 @@ from minitron.config.settings import (
 from minitron.engines.nemo.checks import find_conversion_faults, find_cut_faults, find_parallel_faults
 from minitron.errors import ConfigError
 from minitron.models.checks import check_config, check_sequence_length
+from minitron.models.pruning.scores import find_importance_faults
 from minitron.models.task_names import find_task_faults
 
 HIDDEN_MULTIPLE = 8
@@ -38,6 +39,9 @@ def find_plan_faults(plan: Plan, architecture: Mapping[str, Any] | None) -> Iter
     evaluate = plan.stages["evaluate"]
     assert isinstance(evaluate, EvaluateSettings)
     yield from find_task_faults(evaluate)
+    prune = plan.stages["prune"]
+    assert isinstance(prune, PruneSettings)
+    yield from find_importance_faults(prune)
     teacher = plan.pipeline.teacher
     if architecture:
         yield from find_teacher_faults(plan, architecture, teacher)

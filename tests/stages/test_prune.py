@@ -42,6 +42,7 @@ from minitron.models.checkpoint import (
 from minitron.models.checks import read_headers
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
+from minitron.models.pruning.scores import find_importance_faults
 from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.runtime import cleanup
 from minitron.stages import prune
@@ -551,12 +552,14 @@ def test_scores_are_given_by_hand_and_must_be_of_the_same_calibration(
     again |= {"output": tmp_path / "none" / "pruned", "importance": first}
     for change, difference in (
         ({"teacher": other}, f"is of teacher {content_hash(teacher)[:12]} instead of {content_hash(other)[:12]}; giv"),
-        ({"calibration_sequences": 16, "seed": 3}, "is of calibration_sequences 8 instead of 16, seed 1234 instead "),
+        ({"calibration_sequences": 4, "seed": 3}, "is of seed 1234 instead of 3, calibration_sequences 8 instead of 4"),
         ({"importance": teacher}, "has no scores/importance.safetensors; give a directory that prune wrote"),
         ({"importance": teacher / "model.safetensors"}, "not a file of scores that prune wrote; give the scores of th"),
     ):
         with pytest.raises(ConfigError, match=f"prune.importance: .*{difference}"):
             prune.run(PruneConfig(**again | change))
+        at_plan = "".join(fault.text for fault in find_importance_faults(PruneConfig(**again | change)))
+        assert bool(re.search(difference, at_plan)) is ("teacher" not in change), "a plan knows the settings alone"
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((first / IMPORTANCE).read_bytes()[:-100])
     with pytest.raises(RunError, match=r"damaged.safetensors: scores cannot be read \(.*\); give another file, or del"):

@@ -11,26 +11,27 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from minitron import METHOD_VERSION
-from minitron.config.fields import format_address
+from minitron.config.fields import Fault, format_address
+from minitron.config.settings import PruneSettings
 from minitron.config.stages import PruneConfig
-from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models.checks import read_config
-from minitron.models.pruning.importance import Importance
 from minitron.storage import bucket
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import mark_used
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import IMPORTANCE, SCORES
+
+if TYPE_CHECKING:  # plan's image has no torch
+    from minitron.models.pruning.importance import Importance
 
 Key = dict[str, Any]
 """Everything that affects scores, by the names that messages give it."""
@@ -38,26 +39,36 @@ Key = dict[str, Any]
 _METADATA = "key"
 """Entry of the file's metadata with the key as JSON. One entry: safetensors writes several in no fixed order."""
 
+_REMEDY = "give the scores of this teacher and calibration, or leave prune.importance out"
+
 
 def make_key(config: PruneConfig) -> Key:
     """Return the key of the scores that a configuration needs; its inputs are local directories."""
+    from minitron.data.packed import PackedDataset
+
     calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-    return {
+    return _make_settings_key(config) | {
         "teacher": content_hash(config.teacher),
         "dataset": content_hash(config.dataset),
         "calibration_sequences": min(config.calibration_sequences, len(calibration)),
-        "sequence_length": config.sequence_length,
-        "seed": config.seed,
-        "engine": config.engine,
+    }
+
+
+def _make_settings_key(prune: PruneSettings) -> Key:
+    """Return the part of a key that the settings alone decide."""
+    return {
+        "sequence_length": prune.sequence_length,
+        "seed": prune.seed,
+        "engine": prune.engine,
         "method version": METHOD_VERSION,
     }
 
 
-def find_or_measure_importance(config: PruneConfig, measure: Callable[[], Importance]) -> Importance:
+def find_or_measure_importance(config: PruneConfig, measure: "Callable[[], Importance]") -> "Importance":
     """Return the scores of `config.importance`, or else of the workspace; if there are none, measure and keep them.
 
     Raises:
-        ConfigError, RunError: as for `read_importance`, or what `measure` raises.
+        ConfigError, RunError: as for `read_given_importance`, or what `measure` raises.
     """
     if config.importance is not None:
         return read_given_importance(config, config.importance)
@@ -65,7 +76,7 @@ def find_or_measure_importance(config: PruneConfig, measure: Callable[[], Import
         return measure()
     key = make_key(config)
     path = persistent_directory(config.workspace) / SCORES / f"{_hash_key(key)}.safetensors"
-    if (found := _find_importance(config, key, path)) is not None:
+    if (found := _find_importance(config, path)) is not None:
         print(f"prune: the teacher was scored before: {path}", flush=True)
         return found
     importance = measure()
@@ -75,62 +86,95 @@ def find_or_measure_importance(config: PruneConfig, measure: Callable[[], Import
     return importance
 
 
+def find_importance_faults(prune: PruneSettings) -> Iterator[Fault]:
+    """Find given scores, if they are on this machine, that are of other settings; the stage compares the rest."""
+    if prune.importance is None or not prune.importance.exists():
+        return
+    try:
+        key = read_key(_locate_scores(prune.importance))
+    except (ConfigError, RunError) as error:
+        yield Fault("prune.importance", str(error).removeprefix("prune.importance: "))
+        return
+    wanted = _make_settings_key(prune)
+    if key.get("calibration_sequences", 0) > prune.calibration_sequences:
+        wanted |= {"calibration_sequences": prune.calibration_sequences}
+    if differences := list(_describe_differences(key, wanted)):
+        yield Fault("prune.importance", f"{prune.importance} is of {', '.join(differences)}; {_REMEDY}")
+
+
 def check_given_importance(config: PruneConfig) -> None:
-    """Refuse scores that are given by hand and are of something else, or damaged; see `read_importance`."""
+    """Refuse scores that are given by hand and are of something else, or damaged."""
     if config.importance is not None:
         read_given_importance(config, config.importance)
 
 
-def read_given_importance(config: PruneConfig, location: Path) -> Importance:
-    """Read the scores in a file, or in a directory that prune wrote."""
+def read_given_importance(config: PruneConfig, location: Path) -> "Importance":
+    """Read the scores in a file, or in a directory that prune wrote.
+
+    Raises:
+        ConfigError: there are none, or they have another key; the message names every part that differs.
+        RunError: the file is damaged, or its scores do not fit the teacher.
+    """
+    path = _locate_scores(location)
+    if differences := list(_describe_differences(read_key(path), make_key(config))):
+        raise ConfigError(f"prune.importance: {path} is of {', '.join(differences)}; {_REMEDY}")
+    return _read_importance(path, config)
+
+
+def _locate_scores(location: Path) -> Path:
     path = location / IMPORTANCE if location.is_dir() else location
     if not path.is_file():
         raise ConfigError(
             f"prune.importance: {location} has no {IMPORTANCE}; give a directory that prune wrote, or such a file"
         )
-    return read_importance(path, make_key(config), config)
+    return path
 
 
-def read_importance(path: Path, key: Key, config: PruneConfig) -> Importance:
-    """Read scores.
+def read_key(path: Path) -> Key:
+    """Return the key in a file of scores.
 
     Raises:
-        ConfigError: they have another key; the message names every part that differs. Or they have no key.
-        RunError: the file is damaged, or its scores do not fit the teacher.
+        ConfigError: it has none.
+        RunError: the file is damaged.
     """
-    remedy = "give the scores of this teacher and calibration, or leave prune.importance out"
+    try:
+        with safe_open(path, "numpy") as file:
+            key = json.loads((file.metadata() or {}).get(_METADATA, "null"))
+    except ValueError:
+        key = None
+    except (SafetensorError, OSError) as error:
+        raise _complain_of_damage(path, error) from error
+    if not isinstance(key, dict):
+        raise ConfigError(f"prune.importance: {path}: not a file of scores that prune wrote; {_REMEDY}")
+    return key
+
+
+def _read_importance(path: Path, config: PruneConfig) -> "Importance":
+    from minitron.models.pruning.importance import Importance
+
+    expected = vars(Importance.zeros(read_config(config.teacher)))
     try:
         with safe_open(path, "pt") as file:
-            found = _read_key(file.metadata() or {})
-            if found is None:
-                raise ConfigError(f"prune.importance: {path}: not a file of scores that prune wrote; {remedy}")
-            if differences := list(_describe_differences(found, key)):
-                raise ConfigError(f"prune.importance: {path} is of {', '.join(differences)}; {remedy}")
-            expected = Importance.zeros(read_config(config.teacher))
-            names = [field.name for field in fields(Importance)]
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {axis: file.get_tensor(axis) for axis in expected}
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: scores cannot be read ({reason}); give another file, or delete it") from error
-    for name, scores in tensors.items():
-        if scores.shape != (shape := getattr(expected, name).shape):
-            raise RunError(
-                f"{path}: the scores of {name} have the shape {list(scores.shape)}, not {list(shape)}; the file is "
-                "damaged: give another file, or delete it"
-            )
+        raise _complain_of_damage(path, error) from error
+    for axis, scores in tensors.items():
+        if scores.shape != expected[axis].shape:
+            raise _complain_of_damage(path, f"{axis}: {list(scores.shape)}, not {list(expected[axis].shape)}")
     return Importance(**tensors).check_finite()
 
 
-def save_importance(importance: Importance, key: Key, path: Path) -> None:
+def _complain_of_damage(path: Path, reason: Any) -> RunError:
+    return RunError(f"{path}: scores cannot be read ({str(reason).splitlines()[0]}); give another file, or delete it")
+
+
+def save_importance(importance: "Importance", key: Key, path: Path) -> None:
     """Write scores and their key so that no reader sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    tensors = {axis: scores.float().numpy() for axis, scores in vars(importance).items()}
     try:
-        save_file(
-            {name: scores.float().contiguous() for name, scores in vars(importance).items()},
-            temporary,
-            {_METADATA: json.dumps(key, sort_keys=True)},
-        )
+        save_file(tensors, temporary, {_METADATA: json.dumps(key, sort_keys=True)})
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -138,7 +182,7 @@ def save_importance(importance: Importance, key: Key, path: Path) -> None:
         raise
 
 
-def _find_importance(config: PruneConfig, key: Key, path: Path) -> Importance | None:
+def _find_importance(config: PruneConfig, path: Path) -> "Importance | None":
     """Return the scores at a path in the workspace, which may be a bucket; None if they must be measured."""
     if not config.caching:
         return None
@@ -147,8 +191,8 @@ def _find_importance(config: PruneConfig, key: Key, path: Path) -> Importance | 
     if not path.is_file():
         return None
     try:
-        importance = read_importance(path, key, config)
-    except (ConfigError, RunError) as error:
+        importance = _read_importance(path, config)
+    except RunError as error:
         print(f"warning: prune: {error}; measuring again", file=sys.stderr)
         return None
     mark_used(path)
@@ -185,14 +229,6 @@ def _upload(path: Path, address: str) -> None:
 
 def _hash_key(key: Key) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_key(metadata: dict[str, str]) -> Key | None:
-    try:
-        key = json.loads(metadata.get(_METADATA, "null"))
-    except ValueError:
-        return None
-    return key if isinstance(key, dict) else None
 
 
 def _describe_differences(found: Key, key: Key) -> Iterator[str]:
