@@ -80,6 +80,7 @@ bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/hashing.py
 	$(BIN)/python benchmarks/kd_step.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/pruning_cost.py --claim importance
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/tracking.py
 

@@ -35,8 +35,17 @@ from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.scores import find_or_measure_importance
-from minitron.models.pruning.surgery import Cut, Given, Shape, choose_plan, cut_model, is_chosen_by_scores
+from minitron.models.pruning.surgery import (
+    Cut,
+    Given,
+    Shape,
+    choose_plan,
+    count_student_bytes,
+    cut_model,
+    is_chosen_by_scores,
+)
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
+from minitron.storage.files import check_free_space
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 
@@ -129,6 +138,7 @@ def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> C
     """
     _say_that_one_gpu_works()
     teacher = LayerReader(config.teacher)
+    check_free_space(directory, count_student_bytes(teacher, shape))
     is_compensated = config.method == "compensated" and shape != Shape.from_config(teacher.config)
     if is_compensated:
         calibration = _open_calibration(config)

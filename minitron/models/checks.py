@@ -168,16 +168,16 @@ def check_finite(directory: Path) -> None:
     """
     import torch
 
-    for file in list_weight_files(directory):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a mapping
-                tensor = weights.get_tensor(name)
-                if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                    count = int((~torch.isfinite(tensor)).sum())
-                    raise RunError(
-                        f"{directory}: {name} has {count} NaN or infinite values, of {tensor.numel()}; "
-                        "get the model again, or an earlier state of it"
-                    )
+    for name, header in read_headers(directory).items():
+        with safe_open(header.file, "pt") as weights:  # one tensor: what is read stays resident while the file is open
+            tensor = weights.get_tensor(name)
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise RunError(
+                f"{directory}: {name} has {count} NaN or infinite values, of {tensor.numel()}; "
+                "get the model again, or an earlier state of it"
+            )
+        del tensor  # before the next one is read
 
 
 def read_headers(directory: Path) -> dict[str, Header]:

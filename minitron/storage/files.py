@@ -112,6 +112,23 @@ def disk_errors(output: Path) -> Iterator[None]:
         raise RunError(f"{reason}{_name_kept_work(output)}") from error
 
 
+def check_free_space(directory: Path, needed: int) -> None:
+    """Refuse work whose result does not fit on the disk, before it begins.
+
+    Args:
+        directory: where the result will grow.
+        needed: its size in bytes.
+
+    Raises:
+        RunError: the disk has less free space.
+    """
+    if (free := _free_megabytes(directory)) * 2**20 < needed:
+        raise RunError(
+            f"{directory}: the result takes {needed / 2**20:.0f} MB, but the disk has {free:.0f} MB free; free some "
+            "space, then run it again"
+        )
+
+
 def _explain_disk_error(error: Exception, output: Path) -> str | None:
     """Return what failed and the remedy; None if it is not a disk error."""
     number = _find_errno(error)

@@ -141,11 +141,13 @@ def test_the_sums_of_engine_hf() -> None:
     gpu, cpu = {"engine": "hf"}, {"engine": "hf", **{f"{stage}.gpus": 0 for stage in ("finetune", "prune", "distill")}}
     assert ask_for("finetune", **gpu) == 8 + 16 + 12 * 1000
     assert ask_for("distill", **gpu) == 8 + 16 + max(2 * 1000, 12 * 100)
-    assert ask_for("prune", **gpu) == 8 + 16 + 2 * (1000 + 2 * 100)
+    assert ask_for("prune", **gpu) == 8 + 16 + 8
     assert ask_for("finetune", **cpu) == 8 + 20 * 1000
     assert ask_for("distill", **cpu) == 8 + 20 * 100 + 4 * 1000
+    assert ask_for("prune", **cpu) == 8 + 8
+    cpu["prune.method"], gpu["prune.method"] = "compensated", "compensated"
     assert ask_for("prune", **cpu) == 8 + 4 * 1000
-    assert ask_for("prune", Models(1000 * GIB, 900 * GIB, 4), **cpu) == 8 + 4 * (1000 + 2 * 900)
+    assert ask_for("prune", **gpu) == 8 + 16 + 8
 
 
 def test_the_sums_of_the_other_stages() -> None:

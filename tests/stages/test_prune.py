@@ -39,7 +39,7 @@ from minitron.models.checkpoint import (
     save_derived_model,
     save_model,
 )
-from minitron.models.checks import read_headers
+from minitron.models.checks import INDEX, read_headers
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.scores import find_importance_faults
@@ -48,6 +48,7 @@ from minitron.runtime import cleanup
 from minitron.stages import prune
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import IMPORTANCE
+from tests.models.test_checks import shard
 from tests.servers import forks
 from tests.servers.gcs import World
 
@@ -751,14 +752,62 @@ def test_another_tokenizer_is_refused(settings: dict, teacher: Path, tmp_path: P
         prune.run(PruneConfig(**settings, intermediate_size=64))
 
 
-def test_a_damaged_shard_leaves_nothing_behind(settings: dict, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00003.safetensors"])
+def test_a_damaged_shard_leaves_nothing_behind(settings: dict, teacher: Path, tmp_path: Path, file: str) -> None:
     settings["teacher"] = copy_of(teacher, tmp_path / "damaged")
-    path = settings["teacher"] / "model.safetensors"
+    if "of" in file:
+        shard(settings["teacher"], files=3)
+    path = settings["teacher"] / file
     path.write_bytes(path.read_bytes()[:-1000])
     for cuts in ({"intermediate_size": 64}, {"drop_layers": [1]}):
         with pytest.raises(RunError, match="weights cannot be read"):
             prune.run(PruneConfig(**settings, **cuts))
         assert not list(settings["output"].parent.iterdir())
+
+
+def test_a_model_of_many_shards_is_read_and_written(
+    settings: dict, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts = {"hidden_size": 48, "num_hidden_layers": 3}
+    prune.run(PruneConfig(**settings, **cuts))
+    expected = load_file(settings["output"] / "model.safetensors")
+    settings |= {"teacher": copy_of(teacher, tmp_path / "sharded"), "output": tmp_path / "work" / "sharded"}
+    shard(settings["teacher"], files=3)
+    monkeypatch.setattr("minitron.models.pruning.layers.SHARD_BYTES", 100_000)  # the embedding has 98 304
+    prune.run(PruneConfig(**settings, **cuts))
+    index = json.loads((settings["output"] / INDEX).read_text())
+    shards = sorted(path.name for path in settings["output"].glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors" and len(shards) > 3
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in expected.values())
+    assert all((settings["output"] / name).stat().st_size < 102_000 for name in shards)
+    found = load_model(settings["output"]).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+@pytest.mark.parametrize("method", ["minitron", "compensated"])
+def test_a_student_that_the_disk_cannot_hold_is_refused_before_any_work(
+    method: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = shutil.disk_usage("/")._replace(free=300_000)
+    monkeypatch.setattr("minitron.storage.files.shutil.disk_usage", lambda _: small)
+    monkeypatch.setattr(hf, "measure_importance", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(RunError, match=r"the result takes 1 MB, but the disk has 0 MB free; free some space"):
+        prune.run(PruneConfig(**settings, intermediate_size=120, method=method))
+    assert not list(settings["output"].parent.iterdir())
+
+
+def test_a_cut_that_fails_after_its_first_shards_leaves_nothing_behind(
+    settings: dict, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(teacher)
+    model.model.layers[2].mlp.up_proj.weight.data[7] = 3e38
+    settings["teacher"] = write_teacher(model, tmp_path / "nan", teacher)
+    monkeypatch.setattr("minitron.models.pruning.layers.SHARD_BYTES", 1)
+    with pytest.raises(RunError, match="compensated cut of layer 3: activations are not finite"):
+        prune.run(PruneConfig(**settings, drop_layers=[4], method="compensated"))
+    assert not list(settings["output"].parent.iterdir())
 
 
 def test_activations_that_are_not_numbers_are_refused(settings: dict, teacher: Path, tmp_path: Path) -> None:

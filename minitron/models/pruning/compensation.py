@@ -30,7 +30,7 @@ from minitron.models.pruning.least_squares import (
     expand_groups,
     fit_columns,
 )
-from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, make_student_config
+from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
 
 HELD_OUT = 8
 """One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
@@ -152,7 +152,7 @@ class _CompensatedCut:
         self._cuts_hidden = len(plan.hidden) < teacher.config.hidden_size
         self._calls: list[Call] = []
         self._fits: list[dict[str, Any]] = []
-        self._writer = ShardWriter(directory)
+        self._directory, self._writer = directory, ShardWriter(directory)
         self._writer.add(self._cut_stream([(EMBEDDING, teacher.read_tensor(EMBEDDING))]))
 
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
@@ -214,7 +214,8 @@ class _CompensatedCut:
             head = self._teacher.read_tensor(HEAD)
             self._writer.add([(HEAD, self._fit_head(head, batches) if self._cuts_hidden else head)])
         kept = replace(self._plan, **self._kept)
-        self._writer.finish(make_student_config(self._teacher.config, kept), self._teacher.directory)
+        self._writer.finish()
+        finish_student(self._directory, self._teacher, kept)
         return Compensated(kept, self._fits)
 
     def _fit_head(self, head: Tensor, batches: list[_Batch]) -> Tensor:

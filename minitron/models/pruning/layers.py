@@ -21,7 +21,6 @@ from torch.nn import Identity, Module, Parameter
 from transformers import AutoModelForCausalLM
 
 from minitron.errors import RunError
-from minitron.models.checkpoint import finish_derived_model
 from minitron.models.checks import (
     EMBEDDING,
     FLOATS,
@@ -157,8 +156,8 @@ class ShardWriter:
                 self._write_shard()
             self._waiting[name] = weight.cpu().contiguous()
 
-    def finish(self, config: Any, source: Path) -> None:
-        """Write the rest, the config, and all else as in the model `source`, which this one was made from."""
+    def finish(self) -> None:
+        """Write the rest, and the index if there are several shards."""
         self._write_shard()
         count = len(self._shards)
         names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -170,8 +169,6 @@ class ShardWriter:
             (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for number, name in enumerate(names):
             self._partial(number).rename(self._directory / name)
-        config.save_pretrained(self._directory)
-        finish_derived_model(self._directory, source)
 
     def _write_shard(self) -> None:
         save_file(self._waiting, self._partial(len(self._shards)), {"format": "pt"})

@@ -68,9 +68,10 @@ class Moments:
         if not (torch.isfinite(self.gram_CC).all() and torch.isfinite(self.cross_CO).all()):
             raise RunError("activations are not finite: the model overflows, check its validation loss")
         regular = ridge * (float(self.gram_CC.diagonal().mean()) or 1.0)
-        gram = self.gram_CC[columns][:, columns]
+        gram = self.gram_CC[columns[:, None], columns].mT  # LAPACK's order: it needs no copies to work in place
         gram.diagonal().add_(regular)
-        factor, failed = torch.linalg.cholesky_ex(gram)
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram, out=(gram, info))
         return (None if failed else factor), regular
 
 
@@ -235,7 +236,7 @@ def _refit(present_OC: Tensor, fitted: Moments, kept: Tensor, channels: int) -> 
     factor, regular = fitted.factorize(CHOICE_RIDGE, columns)
     if factor is None:
         raise _complain_of_condition(fitted)
-    inverse = torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor, out=factor).mT
     weight = inverse @ _aim(present_OC, fitted, regular, columns)
     used = len(kept)
     return _Refitted(

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from minitron.config.settings import PRUNED_AXES
+from minitron.models.checkpoint import finish_derived_model
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.importance import Importance
 from minitron.models.pruning.layers import NORM, LayerReader, ShardWriter, get_head_dim, name_weight
@@ -150,6 +152,14 @@ def make_student_config(config: Any, plan: Plan) -> Any:
     return student
 
 
+def count_student_bytes(teacher: LayerReader, shape: Shape) -> int:
+    """Return the size of a student's weights on the disk."""
+    config = make_student_config(teacher.config, choose_plan(Importance.zeros(teacher.config), shape))
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(config)
+    return sum(weight.numel() * teacher.get_dtype(name).itemsize for name, weight in student.named_parameters())
+
+
 @torch.no_grad()
 def cut_model(teacher: LayerReader, plan: Plan, directory: Path) -> None:
     """Write the student that a plan describes to an empty directory, layer by layer, in the teacher's dtypes.
@@ -163,7 +173,14 @@ def cut_model(teacher: LayerReader, plan: Plan, directory: Path) -> None:
         writer.add(cut_layer(teacher.read_layer(layer), plan, place, size))
     for name in (NORM, *([] if teacher.config.tie_word_embeddings else [HEAD])):
         writer.add(cut_weights([(name, teacher.read_tensor(name))], hidden, size))
-    writer.finish(make_student_config(teacher.config, plan), teacher.directory)
+    writer.finish()
+    finish_student(directory, teacher, plan)
+
+
+def finish_student(directory: Path, teacher: LayerReader, plan: Plan) -> None:
+    """Add the config to a student's weights, and all else as in the teacher."""
+    make_student_config(teacher.config, plan).save_pretrained(directory)
+    finish_derived_model(directory, teacher.directory)
 
 
 def cut_layer(weights: dict[str, Tensor], plan: Plan, place: int, size: int) -> Iterator[tuple[str, Tensor]]:
