@@ -118,6 +118,10 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
     return [name for name, field in model.model_fields.items() if mark in field.metadata]
 
 
+NEWER = {"method": "minitron", "layers_by": "influence"}
+"""Settings of prune that came later than its keys, and the values that change no result from before."""
+
+
 def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that affect a stage's result.
 
@@ -126,12 +130,11 @@ def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]
     Args:
         model: the stage's settings, or its configuration; its inputs count by their content, not here.
         values: the settings. A loss on intermediate layers is balanced within each micro-batch (engine nemo), so
-            with such a loss the size of a micro-batch affects the result. Method minitron is in no
-            key: prune had keys before it had methods.
+            with such a loss the size of a micro-batch affects the result. NEWER settings at their defaults are in no
+            key: prune had keys before it had them.
     """
     left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
-    if values.get("method") == "minitron":
-        left_out.add("method")
+    left_out |= {name for name, default in NEWER.items() if values.get(name) == default}
     names = [name for name in model.model_fields if name not in left_out]
     return [*names, "micro_batch_size"] if values.get("intermediate_layers") else names
 

@@ -300,7 +300,13 @@ class PruneSettings(EngineSettings):
     num_attention_heads: PositiveInt | None = Field(None, description="Query heads per layer.")
     num_key_value_heads: PositiveInt | None = Field(None, description="Key-value heads (groups) per layer.")
     num_hidden_layers: PositiveInt | None = Field(
-        None, description="Layers to keep; the layers with the lowest block influence are dropped."
+        None, description="Layers to keep; `layers_by` says which are dropped."
+    )
+    layers_by: Literal["influence", "loss"] = Field(
+        "influence",
+        description="influence: the layers with the lowest block influence are dropped, all of them by one pass. loss: "
+        "one after the other is dropped, the one without which the loss is lowest; for method compensated the seam is "
+        "refitted before. Engine hf measures it, with the whole teacher in memory (a GPU's, if there is one).",
     )
     drop_layers: list[PositiveInt] | None = Field(
         None, description="Numbers of the layers to drop, from 1, chosen by hand."
@@ -326,7 +332,8 @@ class PruneSettings(EngineSettings):
     @model_validator(mode="before")
     @classmethod
     def _prune_with_hf(cls, values: dict[str, Any]) -> dict[str, Any]:
-        needs_hf = values.get("method") == "compensated" or values.get("importance") or values.get("keep")
+        chooses = values.get("method") == "compensated" or values.get("layers_by") == "loss"
+        needs_hf = chooses or values.get("importance") or values.get("keep")
         return {**values, "engine": "hf"} if needs_hf else values
 
     def find_faults(self) -> Iterator[Fault]:

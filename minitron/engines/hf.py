@@ -31,12 +31,19 @@ from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights, can_compile, linear_loss
-from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_with_compensation
+from minitron.models.pruning.compensation import (
+    CHOSEN,
+    check_calibration,
+    cut_with_compensation,
+    split_calibration,
+)
+from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.scores import find_or_measure_importance
 from minitron.models.pruning.surgery import (
     Cut,
+    Drop,
     Given,
     Shape,
     choose_plan,
@@ -134,7 +141,7 @@ def train(
 def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> Cut:
     """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`.
 
-    With method compensated what remains is refitted on the same sequences.
+    With method compensated what remains is refitted on the same sequences. Layers by loss are chosen before all else.
     """
     _say_that_one_gpu_works()
     teacher = LayerReader(config.teacher)
@@ -143,16 +150,30 @@ def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> C
     if is_compensated:
         calibration = _open_calibration(config)
         check_calibration(_count_calibration(config, calibration), config.sequence_length, teacher.config)
+    drops = _drop_layers_by_loss(config, teacher, shape, given)
+    if drops:
+        gone = {drop.layer for drop in drops}
+        given = {**given, "layers": [layer for layer in range(teacher.config.num_hidden_layers) if layer not in gone]}
     importance, sequences = _measure_importance(config, teacher, shape, given)
-    plan = choose_plan(importance or Importance.zeros(teacher.config), shape, given)
-    if not is_compensated:
+    plan, fits = choose_plan(importance or Importance.zeros(teacher.config), shape, given), list[dict[str, Any]]()
+    if is_compensated:
+        where, choose, size = (get_device(), directory), CHOSEN - given.keys(), config.micro_batch_size
+        plan, fits = cut_with_compensation(teacher, plan, shape, _read_calibration(config), size, *where, choose)
+    else:
         cut_model(teacher, plan, directory)
-        return Cut(plan, importance, sequences, [])
-    sequences = _count_calibration(config, calibration)
-    input_ids = torch.stack([calibration[index]["input_ids"] for index in range(sequences)])
-    where, choose = (get_device(), directory), CHOSEN - given.keys()
-    found = cut_with_compensation(teacher, plan, shape, input_ids, config.micro_batch_size, *where, choose)
-    return Cut(found.plan, importance, sequences, found.fits)
+    if is_compensated or drops:
+        sequences = _count_calibration(config, _open_calibration(config))
+    return Cut(plan, importance, sequences, fits, drops)
+
+
+def _drop_layers_by_loss(config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given) -> list[Drop]:
+    """Return the layers to drop by loss, in their order; none if they are given, or go by block influence."""
+    count = teacher.config.num_hidden_layers - shape.num_hidden_layers
+    if config.layers_by != "loss" or "layers" in given or not count:
+        return []
+    parts, size = split_calibration(_read_calibration(config)), config.micro_batch_size
+    where, refit = (get_compute_dtype(), get_device()), config.method == "compensated"
+    return drop_layers_by_loss(teacher, count, *parts, size, *where, refit)
 
 
 def _measure_importance(
@@ -173,6 +194,12 @@ def _measure_importance(
 
 def _open_calibration(config: PruneConfig) -> PackedDataset:
     return PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
+
+
+def _read_calibration(config: PruneConfig) -> Tensor:
+    """Return the token ids [sequences, S]."""
+    calibration = _open_calibration(config)
+    return torch.stack([calibration[index]["input_ids"] for index in range(_count_calibration(config, calibration))])
 
 
 def _count_calibration(config: PruneConfig, calibration: PackedDataset) -> int:

@@ -99,6 +99,7 @@ def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut)
         "dropped_layers": [layer + 1 for layer in range(teacher.num_hidden_layers) if layer not in kept],
         "kept": asdict(cut.plan),
         "fits": cut.fits,
+        "drops": [drop._asdict() for drop in cut.drops],
     }
 
 

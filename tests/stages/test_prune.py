@@ -465,6 +465,19 @@ def test_a_compensated_cut_is_refitted_recorded_and_a_plain_model(settings: dict
     assert any(fit["down_proj"]["ridge"] is not None for fit in found["fits"])
 
 
+@pytest.mark.parametrize("method", ["minitron", "compensated"])
+def test_layers_go_by_loss_in_both_methods(method: str, settings: dict) -> None:
+    """An engine that cannot measure it is not asked; the order and the losses stand in pruning.json."""
+    settings |= {"engine": "nemo", "layers_by": "loss", "num_hidden_layers": 2}
+    record = prune.run(PruneConfig(**settings, method=method))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert sorted(drop["layer"] + 1 for drop in found["drops"]) == found["dropped_layers"]
+    assert len(found["kept"]["layers"]) == 2 and all(0 < drop["loss"] < 10 for drop in found["drops"])
+    assert record["metrics"]["calibration_tokens"] == 8 * SEQUENCE
+    assert not (settings["output"] / IMPORTANCE).exists(), "no scores were needed"
+    assert bool(found["fits"]) is (method == "compensated")
+
+
 def test_layers_that_are_dropped_by_hand_are_compensated_without_importance(settings: dict) -> None:
     record = prune.run(PruneConfig(**settings, drop_layers=[2, 3], method="compensated"))
     found = json.loads((settings["output"] / "pruning.json").read_text())

@@ -136,7 +136,7 @@ def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> C
     check_sizes(config, sizes)
     importance = _prune_to(config, sizes, teacher_config, directory)
     plan = choose_plan(importance or Importance.zeros(teacher_config), shape, given)
-    return Cut(plan, importance, 0 if importance is None else split_calibration(config)[0], [])
+    return Cut(plan, importance, 0 if importance is None else split_calibration(config)[0], [], [])
 
 
 def _list_sizes(shape: Shape, teacher: Shape) -> dict[str, int]:

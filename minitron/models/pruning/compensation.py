@@ -22,7 +22,16 @@ from tqdm import tqdm
 
 from minitron.errors import ConfigError, RunError
 from minitron.models.checks import EMBEDDING, HEAD
-from minitron.models.pruning.layers import NORM, Call, LayerReader, ShardWriter, get_head_dim, name_weight
+from minitron.models.pruning.layers import (
+    NORM,
+    Call,
+    LayerReader,
+    ShardWriter,
+    get_head_dim,
+    name_weight,
+    read_channels,
+    read_heads,
+)
 from minitron.models.pruning.least_squares import (
     SplitMoments,
     choose_channels,
@@ -85,6 +94,12 @@ def check_calibration(sequences: int, sequence_length: int, config: Any) -> None
             f"matrices of {columns} columns; give at least {needed}, with a corpus that has as many, or set method to "
             "minitron"
         )
+
+
+def split_calibration(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sequences that are fitted, and those that are held out."""
+    fitted = len(input_ids) - _count_held_out(len(input_ids))
+    return input_ids[:fitted], input_ids[fitted:]
 
 
 @torch.no_grad()
@@ -158,8 +173,7 @@ class _CompensatedCut:
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
         """Yield the calibration batch by batch, as both models see it before their first layer."""
         self._calls = self._teacher.record_calls(input_ids.shape[1], torch.float32, self._device)
-        fitted = len(input_ids) - _count_held_out(len(input_ids))
-        for held_out, part in ((False, input_ids[:fitted]), (True, input_ids[fitted:])):
+        for held_out, part in zip((False, True), split_calibration(input_ids), strict=True):
             for ids in part.split(micro_batch_size):
                 state = self._teacher.read_embeddings(ids, torch.float32, self._device)
                 yield _Batch(held_out, state, state[..., self._hidden], state, state)
@@ -168,7 +182,7 @@ class _CompensatedCut:
         """Run a layer of the teacher that the student has not."""
         module, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
         for batch in batches:
-            middle = batch.teacher + module.self_attn.o_proj(_read_heads(module, batch.teacher, call))
+            middle = batch.teacher + module.self_attn.o_proj(read_heads(module, batch.teacher, call))
             batch.teacher = _run_mlp(module, middle)
 
     def is_whole_up_to(self, place: int) -> bool:
@@ -244,8 +258,8 @@ class _CompensatedCut:
         self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, dtypes, old, batches)
         sums = SplitMoments()
         for batch in batches:
-            batch.heads = _read_heads(new, batch.student, call)
-            batch.middle = batch.teacher + old.self_attn.o_proj(_read_heads(old, batch.teacher, call))
+            batch.heads = read_heads(new, batch.student, call)
+            batch.middle = batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call))
             sums.add_change(batch.held_out, batch.heads, batch.student, batch.middle, self._hidden)
         o_proj, size = new.self_attn.o_proj, get_head_dim(self._teacher.config)
         heads, groups = self._choose_heads(place, o_proj, size, sums)
@@ -258,7 +272,7 @@ class _CompensatedCut:
         sums = SplitMoments()
         for batch in batches:
             sums.add_change(
-                batch.held_out, _read_channels(new, batch.student), batch.student, batch.teacher, self._hidden
+                batch.held_out, read_channels(new, batch.student), batch.student, batch.teacher, self._hidden
             )
         channels = self._choose_channels(place, new.mlp.down_proj, sums)
         self._kept["intermediate"].append(channels.tolist())
@@ -342,24 +356,9 @@ def _store(values: Tensor, name: str, layer: Any, dtypes: Dtypes) -> None:
     layer.get_parameter(name).data = values.to(dtypes[name]).float()
 
 
-def _read_heads(layer: Any, state: Tensor, call: Call) -> Tensor:
-    """Return the input of a layer's o_proj."""
-    caught: list[Tensor] = []
-    handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
-    layer.self_attn(hidden_states=layer.input_layernorm(state), **call)
-    handle.remove()
-    return caught[0]
-
-
-def _read_channels(layer: Any, middle: Tensor) -> Tensor:
-    """Return the input of a layer's down_proj, of the state after the attention."""
-    normed = layer.post_attention_layernorm(middle)
-    return layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
-
-
 def _run_mlp(layer: Any, middle: Tensor) -> Tensor:
     """Return the state after a layer, of the state after its attention."""
-    return middle + layer.mlp.down_proj(_read_channels(layer, middle))
+    return middle + layer.mlp.down_proj(read_channels(layer, middle))
 
 
 def _count_held_out(sequences: int) -> int:

@@ -181,6 +181,21 @@ class ShardWriter:
         return self._directory / f"{number:05}.partial"
 
 
+def read_heads(layer: Any, state: Tensor, call: Call) -> Tensor:
+    """Return the input of a layer's o_proj."""
+    caught: list[Tensor] = []
+    handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+    layer.self_attn(hidden_states=layer.input_layernorm(state), **call)
+    handle.remove()
+    return caught[0]
+
+
+def read_channels(layer: Any, middle: Tensor) -> Tensor:
+    """Return the input of a layer's down_proj, of the state after the attention."""
+    normed = layer.post_attention_layernorm(middle)
+    return layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+
+
 def get_head_dim(config: Any) -> int:
     """Return the channels per attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

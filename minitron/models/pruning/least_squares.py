@@ -8,7 +8,7 @@ B = batch, S = sequence, N = tokens, C = input channels, O = output channels, K 
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,13 @@ class Moments:
         part.gram_CC, part.cross_CO = self.gram_CC[:-1, :-1], self.cross_CO[:-1]
         return part
 
+    def merge(self, others: "Moments") -> None:
+        """Add the tokens of other moments."""
+        self.gram_CC += others.gram_CC
+        self.cross_CO += others.cross_CO
+        self._squares += others._squares
+        self.tokens += others.tokens
+
     def measure_error(self, weight_OC: Tensor) -> float:
         """Return the mean square, per token and output channel, that a matrix leaves of the targets."""
         weight_CO = weight_OC.T
@@ -92,18 +99,22 @@ class SplitMoments:
         self._parts[held_out].add(inputs, targets)
 
     def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
-        """Add what has to be added to the student's state `before` to come to the teacher's state `after`.
-
-        What follows sees states through a norm: the error of a token counts in units of its own root mean square, so
-        that the few tokens of enormous states do not drown the others.
-        """
-        weights = after.square().mean(dim=-1, keepdim=True).rsqrt()
+        """Add what has to be added to the student's state `before` to come to the teacher's state `after`."""
+        weights = compute_token_weights(after)
         self.add(held_out, inputs, after[..., hidden] - before, weights)
 
     def get(self, with_bias: bool) -> tuple[Moments, Moments]:
         """Return the moments of the fitted and of the held-out tokens."""
         fitted, held_out = (self._parts[held_out] for held_out in (False, True))
         return (fitted, held_out) if with_bias else (fitted.without_last(), held_out.without_last())
+
+
+def compute_token_weights(state: Tensor) -> Tensor:
+    """Return the weight [B, S, 1] of each token's error, one over the root mean square of its state [B, S, H].
+
+    What follows sees states through a norm, and the few tokens of enormous states must not drown the others.
+    """
+    return state.square().mean(dim=-1, keepdim=True).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -127,12 +138,13 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
     """Fit some columns W of a matrix; choose the ridge by the error on held-out tokens.
 
     Minimizes ‖Y − X Wᵀ‖² + r ‖W − P‖² over the tokens of `fitted`, where P are the present weights. The plain cut is a
-    candidate, too, so that on the held-out tokens no fit is worse than it.
+    candidate, too, so that on the held-out tokens no fit is worse than it. With the ridge chosen, W is fitted again,
+    on all tokens.
 
     Args:
         present_OC: the matrix, in float64.
         columns: indices [K] of the columns to keep.
-        fitted: moments of the inputs and the targets.
+        fitted: moments of the inputs and the targets; the held-out tokens are added in the end.
         held_out: the same on other tokens.
 
     Raises:
@@ -144,17 +156,29 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
     best = Fit(weight, None, plain_error, plain_error)
     solved = False
     for ridge in RIDGES:
-        factor, regular = fitted.factorize(ridge, columns)
-        if factor is None:
+        if (refitted := solve(present_OC, columns, fitted, ridge)) is None:
             continue
-        solved, weight = True, torch.zeros_like(present_OC)
-        weight[:, columns] = torch.cholesky_solve(_aim(present_OC, fitted, regular, columns), factor).T
-        if (error := held_out.measure_error(weight)) >= best.error:
+        solved = True
+        if (error := held_out.measure_error(refitted)) >= best.error:
             break  # from strong to weak: once it rises, it goes on rising
-        best = Fit(weight, ridge, error, plain_error)
+        best = Fit(refitted, ridge, error, plain_error)
     if not solved:
-        raise _complain_of_condition(fitted)
-    return best
+        raise complain_of_condition(fitted)
+    if best.ridge is None:
+        return best
+    fitted.merge(held_out)
+    refitted = solve(present_OC, columns, fitted, best.ridge)
+    return best if refitted is None else replace(best, weight=refitted)
+
+
+def solve(present_OC: Tensor, columns: Tensor, moments: Moments, ridge: float) -> Tensor | None:
+    """Return the matrix [O, C] with some columns fitted; None if the moments are too badly conditioned."""
+    factor, regular = moments.factorize(ridge, columns)
+    if factor is None:
+        return None
+    weight = torch.zeros_like(present_OC)
+    weight[:, columns] = torch.cholesky_solve(_aim(present_OC, moments, regular, columns), factor).T
+    return weight
 
 
 def choose_channels(present_OC: Tensor, fitted: Moments, channels: int, left: int) -> Tensor:
@@ -235,7 +259,7 @@ def _refit(present_OC: Tensor, fitted: Moments, kept: Tensor, channels: int) -> 
     columns = torch.cat([kept, torch.arange(channels, present_OC.shape[1], device=kept.device)])
     factor, regular = fitted.factorize(CHOICE_RIDGE, columns)
     if factor is None:
-        raise _complain_of_condition(fitted)
+        raise complain_of_condition(fitted)
     inverse = torch.cholesky_inverse(factor, out=factor).mT
     weight = inverse @ _aim(present_OC, fitted, regular, columns)
     used = len(kept)
@@ -274,7 +298,8 @@ def _aim(present_OC: Tensor, moments: Moments, regular: float, columns: Tensor) 
     return moments.cross_CO[columns] + regular * present_OC[:, columns].T
 
 
-def _complain_of_condition(moments: Moments) -> RunError:
+def complain_of_condition(moments: Moments) -> RunError:
+    """Return the error of moments whose equations cannot be solved."""
     size = len(moments.gram_CC)
     return RunError(
         f"the {size} x {size} Gram matrix of the inputs over {moments.tokens} tokens is too badly conditioned; raise "

@@ -79,6 +79,13 @@ Given = Mapping[str, Any]
 """What the user wants to keep, by the name of an axis in `Plan` and in its form; other axes are chosen."""
 
 
+class Drop(NamedTuple):
+    """A layer that went, counted from 0, and the loss without it and those before it, in nats per token."""
+
+    layer: int
+    loss: float
+
+
 class Cut(NamedTuple):
     """What an engine cut, and by what.
 
@@ -87,12 +94,14 @@ class Cut(NamedTuple):
         importance: the scores that it was chosen by; None: nothing was chosen by scores.
         sequences: calibration sequences that were read.
         fits: of a compensated cut the ridges and relative errors of each kept layer that was refitted.
+        drops: the layers that went by their loss, in their order.
     """
 
     plan: Plan
     importance: Importance | None
     sequences: int
     fits: list[dict[str, Any]]
+    drops: list[Drop]
 
 
 def choose_plan(importance: Importance, shape: Shape, given: Given | None = None) -> Plan:

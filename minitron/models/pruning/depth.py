@@ -1,0 +1,182 @@
+"""Choose the layers of a student one at a time: the next to go is the one whose absence costs the least loss.
+
+Block influence scores each layer once, in the whole model. Here a layer is measured in what is left of the model. For a
+compensated cut the seam is refitted before the measurement: `down_proj` ahead of the gap, to the teacher's state behind
+the gap.
+
+S = sequence, H = hidden size, C = input channels of down_proj, O = output channels, V = vocabulary, N = tokens.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minitron.errors import RunError
+from minitron.models.checks import EMBEDDING, HEAD
+from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.pruning.layers import LayerReader, read_channels, read_heads
+from minitron.models.pruning.least_squares import Moments, complain_of_condition, compute_token_weights, solve
+from minitron.models.pruning.surgery import Drop
+
+SEAM_RIDGE = 0.5
+"""The ridge of a seam while layers are chosen: about what held-out tokens choose in the cut itself."""
+
+FITTED, MEASURED = 5, 4096
+"""Tokens that seams are fitted on, per input channel, and tokens that losses are measured on, at most."""
+
+RETRIED = 6
+"""Layers that are measured again, at least, after each one that goes: those whose last losses were the lowest."""
+
+
+@torch.no_grad()
+def drop_layers_by_loss(
+    teacher: LayerReader,
+    count: int,
+    fitted: Tensor,
+    held_out: Tensor,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    refit: bool,
+) -> list[Drop]:
+    """Choose the layers to drop, in their order; the first layer stays. The whole teacher is on the device.
+
+    Args:
+        teacher: the model to cut.
+        count: layers to drop, fewer than there are.
+        fitted: sequences [sequences, S] that seams are fitted on; the first of them are enough.
+        held_out: sequences that the losses are measured on; the same holds for them.
+        micro_batch_size: sequences that are computed at once.
+        dtype: dtype of the computation; seams are solved in float64.
+        device: where to compute. The states of `fitted` after each layer are kept on the CPU.
+        refit: refit the seams, as the compensated cut does.
+
+    Raises:
+        RunError: activations are not finite.
+    """
+    search = _LayerSearch(teacher, fitted, held_out, micro_batch_size, dtype, device, refit)
+    return [search.drop_one() for _ in tqdm(range(count), desc="layers", unit="layer")]
+
+
+class _Split(NamedTuple):
+    """Sequences as batches of token ids, and the student's states [B, S, H] ahead of each kept layer, on the CPU."""
+
+    batches: tuple[Tensor, ...]
+    states: dict[int, list[Tensor]]
+
+
+class _Trial(NamedTuple):
+    """The student without one more layer, and the matrix ahead of the gap."""
+
+    drop: Drop
+    seam_OC: Tensor
+
+
+class _LayerSearch:
+    """The student while layers go: the teacher's layers, with the seams refitted so far."""
+
+    def __init__(
+        self,
+        teacher: LayerReader,
+        fitted: Tensor,
+        held_out: Tensor,
+        micro_batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        refit: bool,
+    ) -> None:
+        config, length = teacher.config, held_out.shape[1]
+        self._device, self._refit = device, refit
+        self._layers = list(teacher.load_layers(dtype, device))
+        self._calls = teacher.record_calls(length, dtype, device)
+        self._norm = teacher.load_norm(device)
+        self._head = teacher.read_tensor(EMBEDDING if config.tie_word_embeddings else HEAD).to(device, dtype)
+        needed = math.ceil(FITTED * config.intermediate_size / length) if refit else 0
+        self._fitted = _Split(fitted[:needed].split(micro_batch_size) if needed else (), {})
+        self._measured = _Split(held_out[: max(MEASURED // length, 1)].split(micro_batch_size), {})
+        for split in (self._fitted, self._measured):
+            split.states[0] = [teacher.read_embeddings(ids, dtype, device).cpu() for ids in split.batches]
+        self._kept = list(range(len(self._layers)))
+        self._losses: dict[int, float] = {}
+        self._run_from(0)
+        self._targets = {index - 1: states for index, states in self._fitted.states.items()}
+
+    def drop_one(self) -> Drop:
+        """Drop the layer whose absence costs the least loss, and refit its seam."""
+        trials: list[_Trial] = []
+        candidates = sorted(self._kept[1:], key=lambda layer: self._losses.get(layer, 0.0))
+        for layer in candidates:
+            # losses rise as layers go, so that the last loss is about a lower bound of the next one
+            if len(trials) >= RETRIED and min(trial.drop.loss for trial in trials) <= self._losses.get(layer, 0.0):
+                break
+            trials.append(self._try_without(layer))
+            self._losses[layer] = trials[-1].drop.loss
+        best = min(trials, key=lambda trial: trial.drop.loss)
+        place = self._kept.index(best.drop.layer)
+        self._layers[self._kept[place - 1]].mlp.down_proj.weight.data = best.seam_OC
+        del self._kept[place]
+        self._run_from(place - 1)
+        return best.drop
+
+    def _run_from(self, place: int) -> None:
+        """Compute the student's states ahead of each layer behind a place."""
+        end = len(self._layers)
+        for layer, following in pairwise([*self._kept[place:], end]):
+            for split in (self._fitted, self._measured):
+                split.states[following] = [self._run_layer(layer, state) for state in split.states[layer]]
+
+    def _try_without(self, layer: int) -> _Trial:
+        """Measure the student without a layer."""
+        place = self._kept.index(layer)
+        ahead, behind = self._kept[place - 1], self._kept[place + 1 :]
+        matrix = self._layers[ahead].mlp.down_proj.weight
+        present = seam = matrix.data
+        if self._refit:
+            seam = self._fit_seam(ahead, (behind[0] if behind else len(self._layers)) - 1).to(present.dtype)
+        matrix.data, states = seam, self._measured.states[ahead]
+        for index in [ahead, *behind]:
+            states = [self._run_layer(index, state) for state in states]
+        matrix.data = present
+        loss = self._measure_loss(states)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"without layer {layer + 1} the loss is {loss}: the model overflows, check its validation loss"
+            )
+        return _Trial(Drop(layer, loss), seam)
+
+    def _fit_seam(self, ahead: int, end: int) -> Tensor:
+        """Return the matrix [O, C] ahead of a gap, fitted to the teacher's state behind it, after the layer `end`."""
+        layer, down_proj = self._layers[ahead], self._layers[ahead].mlp.down_proj
+        moments = Moments(down_proj.in_features, down_proj.out_features, self._device)
+        for state, target in zip(self._fitted.states[ahead], self._targets[end], strict=True):
+            middle = self._run_attention(ahead, state.to(self._device))
+            target = target.to(self._device).float()
+            weight = compute_token_weights(target)
+            change = target - (middle if down_proj.bias is None else middle + down_proj.bias)
+            moments.add((read_channels(layer, middle) * weight).flatten(0, 1).float(), (change * weight).flatten(0, 1))
+        columns = torch.arange(down_proj.in_features, device=self._device)
+        seam = solve(down_proj.weight.double(), columns, moments, SEAM_RIDGE)
+        if seam is None:
+            raise complain_of_condition(moments)
+        return seam
+
+    def _run_attention(self, index: int, state: Tensor) -> Tensor:
+        layer = self._layers[index]
+        return state + layer.self_attn.o_proj(read_heads(layer, state, self._calls[index]))
+
+    def _run_layer(self, index: int, state: Tensor) -> Tensor:
+        return self._layers[index](state.to(self._device), **self._calls[index]).cpu()
+
+    def _measure_loss(self, states: list[Tensor]) -> float:
+        """Return the mean cross-entropy of the next token, in nats."""
+        loss, tokens = 0.0, 0
+        for ids, state in zip(self._measured.batches, states, strict=True):
+            hidden = self._norm(state.to(self._device)[:, :-1]).flatten(0, 1).to(self._head.dtype)
+            labels = ids[:, 1:].flatten().to(self._device)
+            loss += float(linear_loss(hidden, self._head, labels, LossWeights()).cross_entropy)
+            tokens += len(labels)
+        return loss / tokens
