@@ -81,6 +81,7 @@ bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/kd_step.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/pruning_cost.py --claim importance
+	$(BIN)/python benchmarks/pruning_cost.py --claim second_cut
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/tracking.py
 

@@ -5,6 +5,9 @@ Run it: `python benchmarks/pruning_cost.py`, with `--directory` on a disk with 2
 `importance_over_forward`: the scores of a model that is read layer by layer from its files, over the forward of the
 same model in memory, without logits, on the same tokens; they run in turn in one process, the values are medians.
 
+`second_cut_over_first`: prune in a workspace that has the scores of the same teacher, over prune in an empty workspace,
+to two widths. Every round has a new workspace; the values are medians. More calibration makes the ratio smaller.
+
 `prune_8b_width_peak_rss_gb`, `prune_8b_depth_peak_rss_gb`: a model of Llama-3.1-8B's sizes in bfloat16 is cut to the
 sizes of NVIDIA's 4B students by `python -m minitron.prune`; the value is that process's peak of resident memory, mapped
 files included. The weights are random signs, because only their sizes matter here.
@@ -20,6 +23,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +36,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from minitron.config.stages import PruneConfig
 from minitron.data.indexed import IndexedWriter
 from minitron.data.packed import PackedDataset
 from minitron.data.tokenizer import tokenizer_hash
@@ -38,6 +44,7 @@ from minitron.engines.hf import get_compute_dtype, get_device
 from minitron.models.checkpoint import count_stored_parameters
 from minitron.models.pruning.importance import measure_importance
 from minitron.models.pruning.layers import LayerReader, ShardWriter
+from minitron.stages.prune import run as run_prune
 from minitron.storage.layout import MANIFEST
 
 SIZES = {
@@ -62,6 +69,8 @@ def main() -> None:
     arguments = _parse_arguments()
     if arguments.claim in ("importance", "all"):
         print(json.dumps(measure_time(arguments)), flush=True)
+    if arguments.claim in ("second_cut", "all"):
+        print(json.dumps(measure_second_cut(arguments)), flush=True)
     if arguments.claim in ("memory", "all"):
         for claim in measure_memory(arguments):
             print(json.dumps(claim), flush=True)
@@ -69,8 +78,8 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--claim", default="all", choices=("importance", "memory", "all"))
-    parser.add_argument("--timed", default="135m", choices=SIZES, help="model whose importance is timed")
+    parser.add_argument("--claim", default="all", choices=("importance", "second_cut", "memory", "all"))
+    parser.add_argument("--timed", default="135m", choices=SIZES, help="model whose importance and cuts are timed")
     parser.add_argument("--cut", default="8b", choices=CUTS, help="model that is cut")
     parser.add_argument("--kinds", nargs="+", default=["width", "depth"], choices=("width", "depth"))
     parser.add_argument("--method", default="minitron", choices=("minitron", "compensated"))
@@ -111,6 +120,39 @@ def measure_time(arguments: argparse.Namespace) -> dict[str, Any]:
         "claim": "importance_over_forward", "value": round(scored / forward, 3), "unit": "x", "target": 1.15,
         "better": "lower", "against": "the forward of a model in memory", "runs": arguments.runs,
         "machine": _name_machine(), "model": arguments.timed, "tokens": ids.numel(), "seconds": round(scored, 3),
+    }  # fmt: skip
+
+
+def measure_second_cut(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the claim of a second cut."""
+    sizes = SIZES[arguments.timed]
+    with TemporaryDirectory(dir=arguments.directory) as name:
+        directory, rounds = Path(name), count()
+        write_model(directory / "teacher", sizes)
+        write_dataset(directory / "dataset", directory / "teacher", sizes["vocabulary"])
+
+        def cut(width: int, workspace: Path) -> None:
+            config = PruneConfig(
+                teacher=directory / "teacher", dataset=directory / "dataset", output=workspace / f"pruned-{width}",
+                workspace=workspace, intermediate_size=width, calibration_sequences=arguments.sequences,
+                sequence_length=arguments.sequence_length, micro_batch_size=arguments.micro_batch_size,
+            )  # fmt: skip
+            with redirect_stdout(sys.stderr):  # only claims are printed
+                run_prune(config)
+
+        first, second = _time(
+            [
+                lambda: cut(sizes["intermediate"] // 2, directory / f"{next(rounds)}"),
+                lambda: cut(sizes["intermediate"] // 4, max(directory.glob("[0-9]*"), key=lambda path: int(path.name))),
+            ],
+            arguments.runs,
+        )
+    return {
+        "claim": "second_cut_over_first", "value": round(second / first, 3), "unit": "x", "target": 0.5,
+        "better": "lower", "against": "the first cut of the same teacher", "runs": arguments.runs,
+        "machine": _name_machine(), "model": arguments.timed,
+        "tokens": arguments.sequences * arguments.sequence_length, "seconds": round(second, 3),
+        "seconds_of_first": round(first, 3),
     }  # fmt: skip
 
 

@@ -45,8 +45,9 @@ def test_cuts_are_compared_at_the_same_size_and_tokens(teacher: Path, tmp_path: 
 def test_pruning_is_measured_in_time_and_memory() -> None:
     """On a tiny model: that the figures are those of the right model, and that memory is what the libraries take."""
     options = ["--timed", "tiny", "--cut", "tiny", "--kinds", "width", "--sequence-length", "32", "--runs", "1"]
-    importance, memory = measure_lines("pruning_cost.py", *options)
+    importance, second, memory = measure_lines("pruning_cost.py", *options)
     assert importance["claim"] == "importance_over_forward" and importance["tokens"] == 16 * 32
+    assert second["claim"] == "second_cut_over_first" and second["seconds"] > 0
     assert memory["claim"] == "prune_tiny_width_peak_rss_gb" and 0.2 < memory["value"] < 1
     assert memory["teacher_parameters"] == 213_568 and memory["parameters"] == 141_744
 

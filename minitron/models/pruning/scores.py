@@ -28,7 +28,7 @@ from minitron.storage import bucket
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import mark_used
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import IMPORTANCE, SCORES
+from minitron.storage.layout import IMPORTANCE, SCORES, read_record
 
 if TYPE_CHECKING:  # plan's image has no torch
     from minitron.models.pruning.importance import Importance
@@ -48,10 +48,16 @@ def make_key(config: PruneConfig) -> Key:
 
     calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     return _make_settings_key(config) | {
-        "teacher": content_hash(config.teacher),
-        "dataset": content_hash(config.dataset),
+        "teacher": _identify(config.teacher),
+        "dataset": _identify(config.dataset),
         "calibration_sequences": min(config.calibration_sequences, len(calibration)),
     }
+
+
+def _identify(directory: Path) -> str:
+    """Return the hash of an input's content; of a result its record has it, and the stage has compared the two."""
+    record = read_record(directory)
+    return record["output_sha256"] if record else content_hash(directory)
 
 
 def _make_settings_key(prune: PruneSettings) -> Key:
