@@ -10,8 +10,9 @@ the learning rate is tuned for every student and length by the loss of the first
 the sequences. The loss is the mean of the next token's cross-entropy on 16 sequences that no side sees, in nats.
 
 Students: in width `width_minitron` (channels and weights by Minitron), `width_refit` (its channels, refitted),
-`width_obs` (channels by Optimal Brain Surgeon, refitted); in depth `depth_minitron` (layers by block influence) and
-`depth_seams` (its layers, the seams refitted).
+`width_obs` (channels by Optimal Brain Surgeon, refitted); in depth `depth_minitron` (layers by block influence),
+`depth_loss` (layers by loss), `depth_seams` (layers by block influence, the seams refitted) and `depth_loss_seams`
+(layers by loss with refitted seams, then all seams refitted).
 """
 
 import argparse
@@ -39,7 +40,8 @@ from transformers import AutoModelForCausalLM
 from minitron.data.packed import PackedDataset
 from minitron.models.checkpoint import load_model
 from minitron.models.losses import LossWeights, linear_loss
-from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
+from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation, split_calibration
+from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import measure_importance
 from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
@@ -47,15 +49,23 @@ from minitron.models.pruning.surgery import Shape, choose_plan, cut_model
 SEQUENCE, EVALUATION, CALIBRATION, BATCH = 512, 16, 32, 2
 """Tokens per sequence; sequences of the evaluation, of the calibration, of an optimizer step."""
 
-STUDENTS = ("width_minitron", "width_refit", "width_obs", "depth_minitron", "depth_seams")
+STUDENTS = (
+    "width_minitron",
+    "width_refit",
+    "width_obs",
+    "depth_minitron",
+    "depth_loss",
+    "depth_seams",
+    "depth_loss_seams",
+)
 RATES = (3e-5, 6e-5, 1.2e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 """Peaks of the learning rate; the search begins in the middle."""
 
 TARGETS = {
     ("width_obs", 0): 3.60,
     ("width_obs", 24): 3.43,
-    ("depth_seams", 0): 3.80,
-    ("depth_seams", 24): 3.58,
+    ("depth_loss_seams", 0): 3.80,
+    ("depth_loss_seams", 24): 3.58,
 }
 """Losses to come to on SmolLM2-135M, by student and steps of distillation."""
 
@@ -145,10 +155,17 @@ def cut(teacher: LayerReader, student: str, sequences: Tensor, arguments: argpar
         "depth": {"num_hidden_layers": arguments.layers},
     }
     shape = replace(Shape.from_config(teacher.config), **size[student.partition("_")[0]])
-    plan = choose_plan(importance, shape)
+    is_refitted, given = "minitron" not in student and student != "depth_loss", {}
+    if "loss" in student:
+        parts, count = split_calibration(sequences), teacher.config.num_hidden_layers - shape.num_hidden_layers
+        drops = drop_layers_by_loss(teacher, count, *parts, 4, torch.float32, device, is_refitted)
+        print(student, drops, file=sys.stderr, flush=True)
+        gone = {drop.layer for drop in drops}
+        given["layers"] = [layer for layer in range(teacher.config.num_hidden_layers) if layer not in gone]
+    plan = choose_plan(importance, shape, given)
     with TemporaryDirectory() as name:
         directory = Path(name)
-        if student.endswith("minitron"):
+        if not is_refitted:
             cut_model(teacher, plan, directory)
         else:
             choose = () if student == "width_refit" else CHOSEN

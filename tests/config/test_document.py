@@ -187,6 +187,7 @@ def test_presets_are_those_promised() -> None:
         "llama-3.1-minitron-4b-width",
         "nemo-tutorial-depth",
         "nemo-tutorial-width",
+        "recommended",
         "tiny",
     ]
 
