@@ -40,7 +40,7 @@ from minitron.models.pruning.compensation import (
 from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
-from minitron.models.pruning.scores import find_or_measure_importance
+from minitron.models.pruning.scores import find_or_drop_layers, find_or_measure_importance
 from minitron.models.pruning.surgery import (
     Cut,
     Drop,
@@ -173,7 +173,7 @@ def _drop_layers_by_loss(config: PruneConfig, teacher: LayerReader, shape: Shape
         return []
     parts, size = split_calibration(_read_calibration(config)), config.micro_batch_size
     where, refit = (get_compute_dtype(), get_device()), config.method == "compensated"
-    return drop_layers_by_loss(teacher, count, *parts, size, *where, refit)
+    return find_or_drop_layers(config, count, lambda: drop_layers_by_loss(teacher, count, *parts, size, *where, refit))
 
 
 def _measure_importance(

@@ -228,7 +228,7 @@ def _list_bucket(workspace: str) -> Iterator[Item]:
             run=record.get("pipeline_run_id"),
             delete=partial(bucket_results.delete_stored, stored),
         )
-    small = {r"resolved/\w+\.json": "note of a pipeline run", rf"{SCORES}/\w+\.safetensors": "scores of prune"}
+    small = {r"resolved/\w+\.json": "note of a pipeline run", rf"{SCORES}/\w+\.\w+": "scores of prune"}
     for name, blob in sorted(objects.items()):
         for pattern, kind in small.items():
             if re.fullmatch(pattern, name):

@@ -46,6 +46,7 @@ from minitron.models.pruning.scores import find_importance_faults
 from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
 from minitron.runtime import cleanup
 from minitron.stages import prune
+from minitron.storage import references
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import IMPORTANCE
 from tests.models.test_checks import shard
@@ -517,6 +518,28 @@ def test_a_second_cut_of_a_workspace_measures_nothing(settings: dict, measured: 
     assert measured == [8, 8, 8, 7, 8], "another calibration has other scores"
     prune.run(PruneConfig(**workspace, intermediate_size=64, caching=False))
     assert len(measured) == 6, "without caching everything is made anew"
+
+
+@pytest.mark.parametrize("workspace", ["ws", "gs://bucket/ws"])
+def test_layers_that_were_chosen_by_loss_are_not_chosen_again(
+    workspace: str, settings: dict, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    choose = Mock(side_effect=hf.drop_layers_by_loss)
+    monkeypatch.setattr(hf, "drop_layers_by_loss", choose)
+
+    def drop(layers: int, **change: Any) -> list[dict]:
+        output = tmp_path / f"{layers} of {len(choose.mock_calls)}"
+        values = settings | {"workspace": workspace, "output": output, "layers_by": "loss", "num_hidden_layers": layers}
+        record = prune.run(PruneConfig(**values | change))
+        found = references.follow_reference(output)
+        assert record["metrics"]["calibration_tokens"] == 8 * SEQUENCE
+        return json.loads((found / "pruning.json").read_text())["drops"]
+
+    two = drop(2)
+    assert drop(3) == two[:1] and drop(2, intermediate_size=64) == two and len(choose.mock_calls) == 1
+    assert drop(1)[:2] == two and len(choose.mock_calls) == 2
+    assert len(drop(1, method="compensated")) == 3 == len(choose.mock_calls)
 
 
 def test_a_cut_that_failed_has_left_its_scores(

@@ -26,12 +26,13 @@ from minitron.errors import ConfigError, RunError
 from minitron.models.checks import read_config
 from minitron.storage import bucket
 from minitron.storage.cache import persistent_directory
-from minitron.storage.files import mark_used
+from minitron.storage.files import mark_used, write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import IMPORTANCE, SCORES, read_record
+from minitron.storage.layout import IMPORTANCE, SCORES, read_json_object, read_record
 
 if TYPE_CHECKING:  # plan's image has no torch
     from minitron.models.pruning.importance import Importance
+    from minitron.models.pruning.surgery import Drop
 
 Key = dict[str, Any]
 """Everything that affects scores, by the names that messages give it."""
@@ -90,6 +91,34 @@ def find_or_measure_importance(config: PruneConfig, measure: "Callable[[], Impor
     if address := _remote_folder(config):
         _upload(path, address)
     return importance
+
+
+def find_or_drop_layers(config: PruneConfig, count: int, drop: "Callable[[], list[Drop]]") -> "list[Drop]":
+    """Return the first `count` layers to drop by loss, from the workspace; if it has fewer, choose and keep them.
+
+    Layers go one by one, so a larger cut begins with a smaller one. The order depends on the method, which decides
+    whether seams are refitted, but on no size.
+    """
+    from minitron.models.pruning.surgery import Drop
+
+    if config.workspace is None:
+        return drop()
+    name = f"{_hash_key(make_key(config) | {'layers by loss': config.method})}.json"
+    remote, path = _remote_folder(config), persistent_directory(config.workspace) / SCORES / name
+    content, generation = bucket.read_json(remote, name) if remote else (read_json_object(path), 0)
+    known = (content or {}).get("drops", []) if config.caching else []
+    if len(known) >= count:
+        print(f"prune: layers were chosen by loss before: {remote or path.parent}/{name}", flush=True)
+        if not remote:
+            mark_used(path)
+        return [Drop(**entry) for entry in known[:count]]
+    drops = drop()
+    kept = {"drops": [entry._asdict() for entry in drops]}
+    if remote:
+        bucket.write_json(remote, name, kept, generation)
+    else:
+        write_atomically(path, kept)
+    return drops
 
 
 def find_importance_faults(prune: PruneSettings) -> Iterator[Fault]:
