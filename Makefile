@@ -72,6 +72,7 @@ compile: setup ## rewrite the compiled pipelines beside their sources
 	$(BIN)/python -m minitron.pipelines.compress
 	$(BIN)/python -m minitron.pipelines.promote
 	$(BIN)/python -m minitron.pipelines.retrain
+	$(BIN)/python -m minitron.pipelines.search
 
 docs: setup ## rewrite the generated pages of docs/reference
 	$(BIN)/python docs/generate.py

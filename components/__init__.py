@@ -10,6 +10,8 @@ from minitron.components.plan import plan  # isort: skip
 from minitron.components.resolve import resolve  # isort: skip
 from minitron.components.promote import promote  # isort: skip
 from minitron.components.conclude import conclude  # isort: skip
+from minitron.components.select import select  # isort: skip
+from minitron.components.trial import trial  # isort: skip
 
 __all__ = [  # noqa: RUF022  (order of the flow)
     "prepare",
@@ -22,4 +24,6 @@ __all__ = [  # noqa: RUF022  (order of the flow)
     "resolve",
     "promote",
     "conclude",
+    "select",
+    "trial",
 ]

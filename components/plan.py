@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Output
 
-from minitron.components.images import TOOLS
+from minitron.config.pipelines import TOOLS
 
 
 @dsl.component(base_image=TOOLS, packages_to_install=[], install_kfp_package=False)
@@ -18,6 +18,7 @@ def plan(
     champion: str = "",
     preset: str = "",
     settings: dict = {},
+    needs_budget: bool = False,
     workspace: Optional[str] = None,
     tracking_uri: Optional[str] = None,
     experiment: str = "minitron",
@@ -33,6 +34,8 @@ def plan(
             for resource in ("cpu", "memory")
         ),
         *((f"{stage}_gpus", str) for stage in ("finetune", "prune", "distill", "evaluate")),
+        ("search", dict),
+        *((name, str) for name in ("trial_cpu", "trial_memory", "trial_gpus", "select_gpus")),
         ("gpu_tolerations", list),
         ("gpu_node_selector", dict),
     ],
@@ -49,8 +52,8 @@ def plan(
     # fmt: off
     outputs = launch(
         "plan", output=planned.path, teacher=teacher, corpus=corpus, model_name=model_name,
-        champion=champion, preset=preset, document=settings, workspace=workspace, tracking_uri=tracking_uri,
-        experiment=experiment, pipeline_run_id=pipeline_run_id,
+        champion=champion, preset=preset, document=settings, needs_budget=needs_budget, workspace=workspace,
+        tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id,
     )["outputs"]
     # fmt: on
     shutil.copyfile(f"{planned.path}/plan.html", report.path)

@@ -5,7 +5,7 @@ from typing import Optional
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
-from minitron.components.images import TRAINER
+from minitron.config.pipelines import TRAINER
 
 
 @dsl.component(base_image=TRAINER, packages_to_install=[], install_kfp_package=False)

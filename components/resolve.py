@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 from kfp import dsl
 from kfp.dsl import Artifact, Metrics, Output
 
-from minitron.components.images import TOOLS
+from minitron.config.pipelines import TOOLS
 
 
 @dsl.component(base_image=TOOLS, packages_to_install=[], install_kfp_package=False)

@@ -9,7 +9,7 @@ from typing import Optional
 from kfp import dsl
 
 from minitron.components import promote as promote_component
-from minitron.components.images import TOOLS
+from minitron.config.pipelines import TOOLS
 from minitron.pipelines.tasks import (
     PULL_SECRET,
     TOOLS_CPU,

@@ -8,7 +8,7 @@ from pathlib import Path
 from kfp import dsl
 
 from minitron.components import conclude, promote, resolve
-from minitron.components.images import TOOLS, TRAINER
+from minitron.config.pipelines import TOOLS, TRAINER
 from minitron.pipelines.compress import compress
 from minitron.pipelines.tasks import (
     PULL_SECRET,

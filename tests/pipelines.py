@@ -21,7 +21,8 @@ try:
     from minitron.pipelines.compress import COMPILED, compress
     from minitron.pipelines.promote import promote
     from minitron.pipelines.retrain import retrain
+    from minitron.pipelines.search import search
 finally:
     pipeline_task.inspect = inspect
 
-__all__ = ["COMPILED", "compress", "promote", "retrain"]
+__all__ = ["COMPILED", "compress", "promote", "retrain", "search"]

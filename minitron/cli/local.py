@@ -88,6 +88,8 @@ def adapt_to_local(specification: dict[str, Any]) -> None:
     for dag in list_dags(specification):
         for task in dag["dag"]["tasks"].values():
             task.pop("retryPolicy", None)  # for lost nodes; here the same failure would return after each wait
+            if "iteratorPolicy" in task:
+                task["iteratorPolicy"]["parallelismLimit"] = 1  # all tasks share the cores and the GPU of this machine
     for executor in specification["deploymentSpec"]["executors"].values():
         executor["container"].pop("env", None)  # cache directories in a volume of the cluster
 

@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help texts have brackets of their own: gs://bucket[/prefix]
 )
 
-Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain or promote.")]
+Pipeline = Annotated[str, typer.Argument(help="Pipeline: compress, retrain, search or promote.")]
 Presets = Annotated[
     list[str] | None,
     typer.Option("--preset", help="Shipped preset or a YAML file; repeatable, later ones win."),

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,10 @@ import typer
 from minitron.cli import demo_inputs, local, summary
 from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, example, one_line_errors
 from minitron.config.addresses import find_missing_paths
+from minitron.config.document import Plan
 from minitron.config.pipelines import (
     SETTINGS_PARAMETER,
+    STOP_PARAMETER,
     check_arguments,
     compiled_pipeline,
     get_parameters,
@@ -67,20 +70,36 @@ def _run_locally(pipeline: str, presets: list[str], settings: list[str], work_di
     arguments = check_arguments(request, parameters)
     _warn_of_ignored_address(arguments["tracking_uri"], defaults["tracking_uri"])
     _make_directory(work_dir)
+    plan, architecture = read_run_plan(arguments), None
+    if plan and not request.samples:
+        try:
+            architecture = _check_plan(plan)
+        except ConfigError:
+            with suppress(OSError):  # it has files: of an earlier run
+                work_dir.rmdir()
+            raise
     with disk_errors(work_dir):
         if request.samples:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             with demo_inputs.build_aside(request.samples, work_dir / "inputs"):
                 local.import_kfp()
         comment = None
-        if plan := read_run_plan(arguments):
+        if plan:
             from minitron.runtime.duration import DurationEstimate
-            from minitron.runtime.preflight import check_plan
 
-            architecture, _ = check_plan(plan, find_missing_paths(plan, Path("/")), ask_once=True)
-            comment = DurationEstimate(plan, architecture, work_dir / local.RESULTS).read_line
+            if request.samples:  # they exist now
+                architecture = _check_plan(plan)
+            if STOP_PARAMETER not in parameters:  # a race has no plan whose tokens could be counted
+                comment = DurationEstimate(plan, architecture, work_dir / local.RESULTS).read_line
         results = local.run_pipeline(documents, arguments, work_dir, comment)
         summary.write_summary(pipeline, results, work_dir, arguments["tracking_uri"])
+
+
+def _check_plan(plan: Plan) -> dict[str, Any] | None:
+    """Check the plan of a run; return the teacher's config.json, or None if it cannot be read yet."""
+    from minitron.runtime.preflight import check_plan
+
+    return check_plan(plan, find_missing_paths(plan, Path("/")), ask_once=True)[0]
 
 
 def _warn_of_ignored_address(used: str, default: str) -> None:

@@ -21,7 +21,10 @@ from minitron.storage.layout import (
     RECORD,
     REGISTERED,
     REPORT,
+    SEARCH,
+    SEARCH_PAGE,
     SUMMARY,
+    WINNER,
 )
 
 
@@ -42,6 +45,7 @@ def write_summary(pipeline: str, results: Path, work_dir: Path, tracking_uri: st
         summary |= summarize_compression(outputs, evaluation)
         _print_compression(console, summary, evaluation, outputs["distill"])
         pages.append(outputs["evaluate"] / REPORT)
+    pages += _collect_search(console, summary, results, work_dir)
     decisions = [*results.glob(f"promote/*/{PROMOTED}"), *results.glob(f"conclude/*/{CONCLUSION}")]
     for path in decisions:
         summary |= {name: value for name, value in _read_json(path).items() if name in ("outcome", "reason")}
@@ -53,6 +57,23 @@ def write_summary(pipeline: str, results: Path, work_dir: Path, tracking_uri: st
         shutil.copyfile(page, work_dir / REPORT)
         console.print(f"report:     {work_dir / REPORT}", soft_wrap=True)
     console.print(f"MLflow:     {_tracking_page(tracking_uri)}", soft_wrap=True)
+
+
+def _collect_search(console: Console, summary: dict[str, Any], results: Path, work_dir: Path) -> list[Path]:
+    """Copy the files of a search into the run's directory, and print its winner; return its page, if there is one."""
+    if not (pages := sorted(results.glob(f"select*/*/{SEARCH_PAGE}"))):
+        return []
+    search = _read_json(pages[-1].with_name(SEARCH))
+    summary["search"] = {name: search[name] for name in ("budget", "winner", "settings")}
+    for name in (SEARCH, SEARCH_PAGE, WINNER):
+        shutil.copyfile(pages[-1].with_name(name), work_dir / name)
+    failed = [f"{row['name']} ({row['error']})" for row in search["candidates"] if row["error"]]
+    if failed:
+        console.print(f"failed:     {'; '.join(failed)}", soft_wrap=True)
+    console.print(f"winner:     {search['winner']}, of {len(search['candidates'])} candidates", soft_wrap=True)
+    console.print(f"race:       {work_dir / SEARCH_PAGE}", soft_wrap=True)
+    console.print(f"as preset:  {work_dir / WINNER}", soft_wrap=True)
+    return pages[-1:]
 
 
 def _find_outputs(results: Path) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from minitron.config.parse import (
     validate_section,
 )
 from minitron.config.settings import (
+    BUDGETS,
     RESOURCES,
     SETTINGS,
     EngineSettings,
@@ -30,6 +31,7 @@ from minitron.config.settings import (
     PrepareSettings,
     RegisterSettings,
     Resources,
+    SearchSettings,
     SequenceSettings,
     Settings,
     StageSettings,
@@ -38,8 +40,9 @@ from minitron.config.stages import STAGES
 from minitron.config.tasks import PlanConfig
 from minitron.errors import ConfigError
 
-CLUSTER, SAMPLES = "cluster", "samples"
-"""Keys of a preset outside the stages: settings that `submit` writes into the pipeline, and inputs from packages."""
+CLUSTER, SAMPLES, SEARCH = "cluster", "samples", "search"
+"""Keys of a preset outside the stages: settings that `submit` writes into the pipeline, inputs from packages, and the
+section of the pipeline search, which the others ignore."""
 
 
 def _copy_field(model: type[Settings], name: str) -> Any:
@@ -75,11 +78,12 @@ SHARED = ("sequence_length", "seed", "engine", "caching")
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked document: its top level, and each stage's settings and resources."""
+    """A checked document: its top level, each stage's settings and resources, and the search's settings."""
 
     pipeline: PipelineSettings
     stages: dict[str, StageSettings]
     resources: dict[str, Resources]
+    search: SearchSettings
 
     @property
     def model_name(self) -> str:
@@ -87,6 +91,11 @@ class Plan:
         register = self.stages["register"]
         assert isinstance(register, RegisterSettings)
         return register.name
+
+    @property
+    def trial_gpus(self) -> int:
+        """GPUs of a task that prunes and distills a candidate."""
+        return max(self.stages["prune"].gpus, self.stages["distill"].gpus)
 
 
 def pipelines_directory() -> Path:
@@ -145,6 +154,7 @@ def make_plan(flat: Mapping[str, Any]) -> Plan:
     unknown = {key for key, _ in faults}
     document = nest_sections({key: value for key, value in flat.items() if key not in unknown})
     sections = {stage: document.pop(stage, {}) for stage in SETTINGS}
+    searched = document.pop(SEARCH, {})
 
     def validate(section: str, model: type[Model], values: dict[str, Any]) -> Model | None:
         try:
@@ -164,11 +174,12 @@ def make_plan(flat: Mapping[str, Any]) -> Plan:
         resources[stage] = validate(stage, type(default), values) or default
         own |= {name: value for name, value in shared.items() if name in SETTINGS[stage].model_fields}
         stages[stage] = validate(stage, SETTINGS[stage], own | resources[stage].model_dump(include={"gpus"}))
+    search = validate(SEARCH, SearchSettings, searched)
     if not faults:
         faults += _find_contradictions(stages)
-    if faults or pipeline is None:
+    if faults or pipeline is None or search is None:
         raise SectionError(faults)
-    return Plan(pipeline, {stage: settings for stage, settings in stages.items() if settings}, resources)
+    return Plan(pipeline, {stage: settings for stage, settings in stages.items() if settings}, resources, search)
 
 
 def _find_contradictions(stages: Mapping[str, Any]) -> Iterator[Fault]:
@@ -195,7 +206,8 @@ def read_plan(config: PlanConfig) -> Plan:
     """Read the plan of a run from the parameters of its form.
 
     Raises:
-        ConfigError: as for `make_plan`, or the preset's inputs can only be made by `minitron run`.
+        ConfigError: as for `make_plan`, or the preset's inputs can only be made by `minitron run`, or a search has no
+            budget or nothing to decide.
     """
     form = {
         "teacher": config.teacher,
@@ -210,7 +222,19 @@ def read_plan(config: PlanConfig) -> Plan:
     for key in [key for key in flat if key.startswith(f"{CLUSTER}.")]:
         print(f"warning: plan: {key} has no effect here; minitron submit and minitron schedule set it", flush=True)
         del flat[key]
-    return make_plan(flat)
+    plan = make_plan(flat)
+    if config.needs_budget and (faults := list(_find_search_faults(plan))):
+        raise SectionError(faults)
+    return plan
+
+
+def _find_search_faults(plan: Plan) -> Iterator[Fault]:
+    """Find what keeps the pipeline search from its decision: no budget, or a cut that is chosen already."""
+    if plan.search.budget is None:
+        yield Fault(SEARCH, f"no budget; give one of {', '.join(f'{SEARCH}.{name}' for name in BUDGETS)}")
+    for name in ("drop_layers", "keep"):
+        if getattr(plan.stages["prune"], name) is not None:
+            yield Fault(f"prune.{name}", "a search decides about the sizes; remove it, or run compress")
 
 
 def known_keys() -> list[str]:
@@ -219,7 +243,7 @@ def known_keys() -> list[str]:
     for stage, model in SETTINGS.items():
         names = {*model.model_fields} - {*SHARED, "gpus"} | {*type(RESOURCES[stage]).model_fields}
         keys += [f"{stage}.{name}" for name in sorted(names)]
-    return keys
+    return keys + [f"{SEARCH}.{name}" for name in SearchSettings.model_fields]
 
 
 def find_key_faults(key: str, known: list[str]) -> Iterator[Fault]:
@@ -231,7 +255,7 @@ def find_key_faults(key: str, known: list[str]) -> Iterator[Fault]:
         yield Fault(key, f"all stages share this setting; set {name}")
     elif name in known:
         yield Fault(key, f"unknown key; {name} stands at the top level: set {name}")
-    elif section in ("", *SETTINGS) and (homes := [other for other in known if other.endswith(f".{name}")]):
+    elif section in ("", *SETTINGS, SEARCH) and (homes := [other for other in known if other.endswith(f".{name}")]):
         yield Fault(key, f"unknown key; set {' or '.join(homes)}")
     else:
         yield Fault(key, f"unknown key; {suggest_name(key, known)}")
@@ -240,7 +264,7 @@ def find_key_faults(key: str, known: list[str]) -> Iterator[Fault]:
 def _flatten_sections(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the entries of a document; a section's keys become `section.key`."""
     for key, value in document.items():
-        if key in (*SETTINGS, CLUSTER):
+        if key in (*SETTINGS, SEARCH, CLUSTER):
             if not isinstance(value, dict):
                 raise ConfigError(f"{key}: found {value!r}, not a section; write {key}: {{setting: value}}")
             yield from ((f"{key}.{name}", entry) for name, entry in value.items())

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from minitron import __version__
 from minitron.config import addresses
 from minitron.config.document import (
     CLUSTER,
@@ -26,7 +27,7 @@ from minitron.config.document import (
 )
 from minitron.config.fields import Fault, read_scalar
 from minitron.config.parse import SectionError, suggest_name, validate_section
-from minitron.config.resources import Models, PodRequest, request_pod
+from minitron.config.resources import Models, PodRequest, request_pod, request_trial
 from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
 from minitron.config.stages import STAGES
 from minitron.config.tasks import PlanConfig, PromoteConfig
@@ -45,7 +46,10 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 SETTINGS_PARAMETER = "settings"
 """The parameter of a pipeline that takes a settings document."""
 
-_FLOW = ("resolve", "plan", *STAGES, "promote", "conclude")
+STOP_PARAMETER = "stop_after_race"
+"""The parameter that only the pipeline search has; its document needs a budget."""
+
+_FLOW = ("resolve", "plan", "select", "prepare", "finetune", "trial", *STAGES, "promote", "conclude")
 """All tasks of the pipelines, in the order in which they run."""
 
 REGISTRY_VARIABLE = "MINITRON_REGISTRY"
@@ -121,6 +125,13 @@ def locate_image(image: str) -> str:
     return f"{registry}/{image.rpartition('/')[2]}" if registry else image
 
 
+TRAINER = locate_image(f"minitron-pipelines/trainer:{__version__}")
+"""Built from images/trainer.Dockerfile: the NeMo image and this package. The registry is read when this is imported."""
+
+TOOLS = locate_image(f"minitron-pipelines/tools:{__version__}")
+"""Built from images/tools.Dockerfile, without torch and CUDA, for tasks that only move files and call servers."""
+
+
 def names_registry(image: str) -> bool:
     """Whether an image's name says which registry it is in; else nodes ask Docker Hub, if they have not got it."""
     first, slash, _ = image.partition("/")
@@ -176,7 +187,7 @@ def check_arguments(request: Request, parameters: Mapping[str, Any]) -> dict[str
         with _collect_faults(faults):
             settings = nest_sections(merge(request.document, arguments.get(SETTINGS_PARAMETER, {})))
             arguments[SETTINGS_PARAMETER] = settings
-            read_run_plan(arguments)
+            read_run_plan(arguments, needs_budget=STOP_PARAMETER in parameters)
     elif not faults:  # promote has no settings, only its task's parameters
         form = {name: value for name, value in arguments.items() if name in PromoteConfig.model_fields}
         validate_section("", PromoteConfig, {"output": Path()} | form)
@@ -302,6 +313,8 @@ def queue_pods(documents: list[dict[str, Any]], queue: str, arguments: Mapping[s
 
 def _find_queue_label(plan: Plan, task: str) -> str | None:
     """Return the label that names the queue of a task's GPUs; None if the task uses none."""
+    if task == "trial":
+        return QUEUE_LABEL if plan.trial_gpus else None
     settings = plan.stages.get(task)
     if settings and settings.gpus:
         return QUEUE_LABEL
@@ -321,13 +334,15 @@ def list_pod_requests(
     """
     specification, parameters = documents[0], get_parameters(documents)
     requests = []
-    for task in sorted(list_stages(specification), key=_FLOW.index):
+    for task in sorted({name_stage(name) for name in list_stages(specification)}, key=_FLOW.index):
         label = specification["components"][f"comp-{task}"]["executorLabel"]
         container = specification["deploymentSpec"]["executors"][label]["container"]
         name = re.sub(r".*pipelinechannel--(\w+)'.*", r"\1", container["image"])
         image = str(arguments.get(name, parameters[name]["defaultValue"]))
         if plan and task in plan.stages:
             requests.append(request_pod(task, image, plan, models))
+        elif plan and task == "trial":
+            requests.append(request_trial(image, plan, models))
         else:
             limits = container["resources"]
             requests.append(PodRequest(task, image, 1, 0, limits["resourceCpuLimit"], limits["resourceMemoryLimit"]))
@@ -350,12 +365,19 @@ def list_stages(specification: dict[str, Any]) -> list[str]:
     ]
 
 
-def read_run_plan(arguments: Mapping[str, Any]) -> Plan | None:
+def name_stage(task: str) -> str:
+    """Return the stage of a task; the second task of a stage is STAGE-2."""
+    return re.sub(r"-\d+$", "", task)
+
+
+def read_run_plan(arguments: Mapping[str, Any], needs_budget: bool = False) -> Plan | None:
     """Read the plan of a run from its arguments; None if the pipeline has no settings."""
     if SETTINGS_PARAMETER not in arguments:
         return None
     form = {name: value for name, value in arguments.items() if name in PlanConfig.model_fields}
-    return read_plan(PlanConfig(output=Path(), document=arguments[SETTINGS_PARAMETER], **form))
+    return read_plan(
+        PlanConfig(output=Path(), document=arguments[SETTINGS_PARAMETER], needs_budget=needs_budget, **form)
+    )
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from minitron.config.document import SHARED, PipelineSettings
+from minitron.config.document import SEARCH, SHARED, PipelineSettings
 from minitron.config.pipelines import compiled_pipeline, get_parameters
-from minitron.config.settings import RESOURCES, SETTINGS, ClusterConfig, StageSettings
+from minitron.config.settings import RESOURCES, SETTINGS, ClusterConfig, SearchSettings, StageSettings
 from minitron.config.stages import STAGES, StageConfig
 
-PIPELINES = ("compress", "retrain", "promote")
+PIPELINES = ("compress", "retrain", "promote", "search")
 
 
 class Row(NamedTuple):
@@ -32,7 +32,7 @@ def collect_sections() -> dict[str, list[Row]]:
         resources = {name: str(value) for name, value in RESOURCES[stage].model_dump().items()}
         rows[stage] = list(_make_rows(model, left_out=(*SHARED, "gpus")))
         rows[stage] += [row._replace(default=resources[row.name]) for row in _make_rows(type(RESOURCES[stage]))]
-    return rows | {"cluster": list(_make_rows(ClusterConfig))}
+    return rows | {SEARCH: list(_make_rows(SearchSettings)), "cluster": list(_make_rows(ClusterConfig))}
 
 
 def help_text() -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from minitron.config.document import Plan
 from minitron.config.parse import apply_kept
 from minitron.config.settings import (
+    PARALLEL_TRIALS,
     ClusterConfig,
     DistillSettings,
     EvaluateSettings,
@@ -201,6 +202,17 @@ def request_pod(stage: str, image: str, plan: Plan, models: Models) -> PodReques
     nodes = settings.num_nodes if isinstance(settings, TrainingSettings) else 1
     memory = resources.memory or format_request(sum_memory(settings, models))
     return PodRequest(stage, image, nodes, _count_gpus(settings), resources.cpu, memory)
+
+
+def request_trial(image: str, plan: Plan, models: Models) -> PodRequest:
+    """Return what the trial of a candidate asks for: it prunes and distills, one after the other.
+
+    As many as `PARALLEL_TRIALS` run at a time; they count as nodes.
+    """
+    prune, distill = (request_pod(stage, image, plan, models) for stage in ("prune", "distill"))
+    memory = max(prune.memory, distill.memory, key=parse_quantity)
+    count = min(PARALLEL_TRIALS, plan.search.candidates)
+    return PodRequest("trial", image, count, plan.trial_gpus, distill.cpu, memory)
 
 
 def _count_gpus(settings: StageSettings) -> int:

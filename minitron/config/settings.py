@@ -448,6 +448,47 @@ class RegisterSettings(StageSettings):
         return self
 
 
+class SearchSettings(Settings):
+    """Budget → the sizes of the best student that meets it, found by a race (pipeline search)."""
+
+    parameters: PositiveInt | None = Field(None, description="Budget: most parameters of the student.")
+    memory_gb: Positive | None = Field(
+        None, description="Budget: most GB (1e9 bytes) of the student's weights and key-value cache, in their dtype."
+    )
+    latency_ms: Positive | None = Field(
+        None, description="Budget: most milliseconds of the student's forward pass, measured where the race runs."
+    )
+    batch: PositiveInt = Field(1, description="Sequences in the key-value cache, or in the measured forward pass.")
+    context: PositiveInt = Field(4096, description="Tokens of each of these sequences.")
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of the budget that a candidate may leave unused."
+    )
+    candidates: Annotated[int, Field(ge=2, le=64)] = Field(8, description="Shapes that start in the race.")
+    calibration_sequences: PositiveInt = Field(
+        64, description="Calibration sequences of the candidates' cuts; the winner is cut anew with those of prune."
+    )
+    short_steps: PositiveInt = Field(10, description="Steps of distillation of the better half of the candidates.")
+    long_steps: PositiveInt = Field(30, description="Steps of distillation of the best quarter, again from the cut.")
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The setting that is the budget, and its value; None: there is no budget."""
+        return next(((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None), None)
+
+    def find_faults(self) -> Iterator[Fault]:
+        """Find more than one budget."""
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            yield Fault(given[1], f"{given[0]} is given, too; a search has one budget, so remove one of them")
+
+
+PARALLEL_TRIALS = 4
+"""Candidates that a cluster tries at the same time; `minitron run` tries one after the other."""
+
+BUDGETS = ("parameters", "memory_gb", "latency_ms")
+"""The settings of a search of which exactly one is given."""
+
+
 class Resources(Settings):
     """Resources of a stage's task on a cluster; in a preset they are in the stage's section."""
 

@@ -1,10 +1,10 @@
-"""The configuration of the tasks around the stages: plan, resolve, promote, conclude."""
+"""The configuration of the tasks around the stages: plan, resolve, promote, conclude; of a search select and trial."""
 
 from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from minitron.config.fields import RegisteredName
+from minitron.config.fields import Location, RegisteredName
 from minitron.config.settings import RegisterSettings
 from minitron.config.stages import StageConfig
 
@@ -18,6 +18,7 @@ class PlanConfig(StageConfig):
     corpus: str = Field("", description="Text; empty: the preset's.")
     model_name: str = Field("", description="Registered model; empty: the preset's.")
     champion: str = Field("", description="Model in production to compare with; empty: the preset's, if it names one.")
+    needs_budget: bool = Field(False, description="The pipeline searches: its document must have a budget.")
 
 
 class ResolveConfig(PlanConfig):
@@ -45,10 +46,30 @@ class ConcludeConfig(StageConfig):
     message: str | None = Field(None, description="Kubeflow's message, if the run failed.")
 
 
+class SelectConfig(StageConfig):
+    """Budget, or the results of a round → the candidates of the next round; after the last round, the winner."""
+
+    planned: Location = Field(description="Directory written by plan: teacher, and the sections search and prune.")
+    document: dict[str, Any] = Field({}, description="Settings of the run, which the winner's sizes are added to.")
+    results: list[str] = Field([], description="Results of the trials of a round, as JSON; none: no round yet.")
+    rest: list[str] = Field([], description="Results of the candidates that earlier rounds eliminated, as JSON.")
+
+
+class TrialConfig(StageConfig):
+    """Candidate → the candidate with its loss in the next round, or with its error."""
+
+    dataset: Location = Field(description="Directory written by prepare.")
+    teacher: Location = Field(description="Model to cut, and to learn from.")
+    candidate: str = Field(description="Candidate as JSON: name, sizes, and the losses of its earlier rounds.")
+    planned: Location = Field(description="Directory written by plan: the sections search, prune and distill.")
+
+
 TASKS: dict[str, type[StageConfig]] = {
     "plan": PlanConfig,
     "resolve": ResolveConfig,
     "promote": PromoteConfig,
     "conclude": ConcludeConfig,
+    "select": SelectConfig,
+    "trial": TrialConfig,
 }
-"""Tasks that make decisions. Their results depend on the registry, so they are never reused."""
+"""Tasks around the stages. They depend on the registry or on a race, so that they are never reused as a whole."""

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -107,6 +107,68 @@ def draw_curves(
     axes.grid(axis="y")
     _add_legend(figure, axes.get_legend_handles_labels()[0] if validation else [])
     return _render_svg(figure, label)
+
+
+class RacedPoint(NamedTuple):
+    """A candidate of a search in a chart: what it costs, its losses round by round, and how it is called."""
+
+    cost: float
+    losses: list[float]
+    number: int
+    name: str
+    won: bool
+
+
+@matplotlib.rc_context(_SETTINGS)
+def draw_race(
+    title: str, axis: str, points: Sequence[RacedPoint], rounds: Sequence[str], budget: float, floor: float | None
+) -> Markup:
+    """Draw the losses of candidates over their costs, one color per round, with the Pareto front of the first round.
+
+    Args:
+        title: text for screen readers.
+        axis: cost and unit.
+        points: the candidates that have a loss.
+        rounds: names of the rounds.
+        budget: the most that a candidate may cost, drawn as a line.
+        floor: the corrected teacher's loss, drawn as a line.
+    """
+    figure, axes = _create_figure(width=WIDE, height=4.2)
+    for place, (name, color) in enumerate(zip(rounds, (GRAY, BLUE, GREEN), strict=True)):
+        for point in points:
+            if len(point.losses) > place:
+                loss = point.losses[place]
+                [mark] = axes.plot(point.cost, loss, color=color, marker="o", markersize=6, linestyle="")
+                mark.set_gid(f"tip:{point.name}, {name}: {loss:.4f}")
+        if any(len(point.losses) > place for point in points):
+            axes.plot([], [], color=color, marker="o", linestyle="", label=name)
+    for point in points:
+        axes.plot([point.cost] * len(point.losses), point.losses, color=GRAY, linewidth=0.8, zorder=1)
+        text = axes.annotate(str(point.number), (point.cost, point.losses[-1]), (6, -3), textcoords="offset points")
+        text.set_fontweight("bold" if point.won else "normal")
+        if point.won:
+            label = f"winner: {point.name}"
+            axes.scatter(point.cost, point.losses[-1], 110, "none", edgecolors=INK, zorder=3, label=label, gid="winner")
+    front = _find_front([(point.cost, point.losses[0]) for point in points])
+    axes.plot(*zip(*front, strict=True), color=GRAY, linestyle=":", label="Pareto front of the cuts", gid="front")
+    axes.axvline(budget, color=PURPLE, linestyle="--", linewidth=1.2, label="budget", gid="budget")
+    if floor is not None:
+        axes.axhline(
+            floor, color=ORANGE, linestyle="--", linewidth=1.2, label=f"corrected teacher: {floor:.3f}", gid="floor"
+        )
+    axes.set(xlabel=axis, ylabel="validation loss (nats per token)")
+    axes.grid(axis="y")
+    _add_legend(figure, axes.get_legend_handles_labels()[0])
+    return _render_svg(figure, title)
+
+
+def _find_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other point beats in cost and loss, by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
 
 
 @matplotlib.rc_context(_SETTINGS)

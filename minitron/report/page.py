@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.numpy import load_file
 
 from minitron import __version__
@@ -71,10 +71,17 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
         config: names the four models and the dataset; the page shows the records in their directories.
         evaluation: the content of evaluation.json.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    (directory / REPORT).write_text(render_page("report.html.j2", _build_content(config, evaluation)), encoding="utf-8")
+
+
+def render_page(template: str, content: dict[str, Any]) -> str:
+    """Render a template with the formats of numbers and the style that the pages share."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= FORMS
-    template = environment.from_string((TEMPLATES / "report.html.j2").read_text(encoding="utf-8"))
-    (directory / REPORT).write_text(template.render(_build_content(config, evaluation)), encoding="utf-8")
+    return environment.get_template(template).render(content)
 
 
 def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, Any]:

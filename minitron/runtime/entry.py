@@ -42,7 +42,7 @@ def launch(stage: str, metrics: Any = None, settings: dict[str, Any] | None = No
         with suppress(OSError):  # the note of an earlier attempt
             failure_note_path(workspace).unlink()
     try:
-        record = _run_stage(stage, parse(stage, _join_settings(stage, settings or {}, values)))
+        record = run_stage(stage, parse(stage, _join_settings(stage, settings or {}, values)))
     except MinitronError as error:
         noted = _note_failure(workspace, make_failure_note(stage, error, values.get("pipeline_run_id")))
         if not (noted and is_guided()):  # `minitron run` prints the note
@@ -94,7 +94,7 @@ def main(stage: str) -> None:
     _exit_on_signals()
     try:
         values = read_yaml(arguments.config)
-        _run_stage(stage, parse(stage, values))
+        run_stage(stage, parse(stage, values))
     except MinitronError as error:
         if arguments.debug:
             traceback.print_exc()
@@ -102,7 +102,8 @@ def main(stage: str) -> None:
         sys.exit(error.exit_status)
 
 
-def _run_stage(stage: str, config: StageConfig) -> dict[str, Any]:
+def run_stage(stage: str, config: StageConfig) -> dict[str, Any]:
+    """Run a stage, which is imported if it has work to do; return its record."""
     if stage in LATE:
         return run(config, lambda *arguments: _import_stage(stage).work(*arguments))
     return _import_stage(stage).run(config)

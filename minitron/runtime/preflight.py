@@ -9,8 +9,10 @@ from typing import Any
 from minitron.config.document import Plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
+from minitron.config.settings import PruneSettings
 from minitron.engines.plan_checks import find_plan_faults
 from minitron.errors import MinitronError
+from minitron.runtime.candidates import find_budget_faults
 from minitron.runtime.model_sources import read_architecture
 
 
@@ -33,6 +35,11 @@ def check_plan(plan: Plan, faults: Iterable[Fault] = (), ask_once: bool = False)
         architecture = read_architecture(plan.pipeline.teacher, ask_once)
     except MinitronError as error:
         reason = str(error)
-    if found := [*faults, *find_plan_faults(plan, architecture)]:
+    found = [*faults, *find_plan_faults(plan, architecture)]
+    if architecture and not found:
+        prune = plan.stages["prune"]
+        assert isinstance(prune, PruneSettings)
+        found += find_budget_faults(plan.search, architecture, prune)
+    if found:
         raise SectionError(found)
     return architecture, reason

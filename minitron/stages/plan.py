@@ -12,9 +12,9 @@ from jinja2 import Environment, StrictUndefined
 
 from minitron.config import resources
 from minitron.config.addresses import find_missing_paths
-from minitron.config.document import SHARED, Plan, read_plan
+from minitron.config.document import SEARCH, SHARED, Plan, read_plan
 from minitron.config.fields import Fault
-from minitron.config.resources import Models, Term
+from minitron.config.resources import Models, Term, request_trial
 from minitron.config.settings import RESOURCES, PruneSettings, Settings
 from minitron.config.tasks import PlanConfig
 from minitron.errors import MinitronError
@@ -51,7 +51,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     requested = {
         stage: entry.model_copy(update={"memory": memory[stage].request}) for stage, entry in plan.resources.items()
     }
-    outputs = _build_outputs(replace(plan, resources=requested))
+    outputs = _build_outputs(replace(plan, resources=requested), models)
     with replace_directory(config.output) as directory:
         write_atomically(directory / PLAN, outputs)
         (directory / PLAN_PAGE).write_text(_render_page(plan, models, unknown, memory), encoding="utf-8")
@@ -97,12 +97,16 @@ def _request_memory(plan: Plan, stage: str, models: Models) -> Memory:
     return Memory(given or needed, needed, terms, warning)
 
 
-def _build_outputs(plan: Plan) -> dict[str, Any]:
+def _build_outputs(plan: Plan, models: Models) -> dict[str, Any]:
     """Return the outputs of the component: each stage's settings as a dict, its resources as text."""
     outputs: dict[str, Any] = {"teacher": plan.pipeline.teacher, "corpus": plan.pipeline.corpus}
     outputs |= {stage: settings.as_settings() for stage, settings in plan.stages.items()}
     for stage, entry in plan.resources.items():
         outputs |= {f"{stage}_{name}": str(value) for name, value in entry.model_dump().items()}
+    trial = request_trial("", plan, models)
+    outputs |= {"trial_cpu": trial.cpu, "trial_memory": trial.memory, "trial_gpus": str(trial.gpus)}
+    outputs["search"] = plan.search.as_settings()
+    outputs["select_gpus"] = str(min(1, trial.gpus) if plan.search.latency_ms else 0)
     where = plan.pipeline.model_dump(mode="json", include={"gpu_tolerations", "gpu_node_selector"})
     return outputs | where
 
@@ -111,6 +115,8 @@ def _render_page(plan: Plan, models: Models, unknown: str | None, memory: dict[s
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = (TEMPLATES / "plan.html.j2").read_text(encoding="utf-8")
     sections = {"all stages": _list_settings(plan.pipeline)}
+    if plan.search.budget:
+        sections[SEARCH] = _list_settings(plan.search)
     for stage, settings in plan.stages.items():
         sections[stage] = _list_settings(settings, {*SHARED, "gpus"}) + _list_settings(
             plan.resources[stage], default=RESOURCES[stage]

@@ -58,6 +58,15 @@ PROMOTED = "promoted.json"
 CONCLUSION, CONCLUSION_PAGE = "conclusion.json", "conclusion.html"
 """From conclude: the outcome and the reason for it, and the page that shows them."""
 
+SEARCH, SEARCH_PAGE = "search.json", "search.html"
+"""From select: the budget, every candidate with its losses, the winner, and the page that shows them."""
+
+WINNER = "winner.yaml"
+"""From select, after the last round: the winner's sizes, as a preset for compress."""
+
+TRIAL = "trial.json"
+"""From trial: the candidate with its losses, or its error."""
+
 FAILURE = "failure.json"
 """From a stage that failed: its error. It lies in the workspace, where conclude reads it."""
 

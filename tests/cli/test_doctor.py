@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from minitron.cli import doctor
 from minitron.cli.app import app
-from minitron.components.images import TRAINER
+from minitron.config.pipelines import TRAINER
 from tests.constants import REPOSITORY
 from tests.servers.gcs import World
 from tests.servers.http_server import Page, free_port, http_server

@@ -23,7 +23,7 @@ from minitron import __version__
 from minitron.cli import kubeflow
 from minitron.cluster import pipelines_client
 from minitron.cluster.cron import first_run_time
-from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, get_parameters
+from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, get_parameters, name_stage
 from minitron.config.settings import ClusterConfig
 from minitron.errors import ConfigError
 from tests.cluster.commands import JOB, run_ok, run_refused, schedule_ok
@@ -187,11 +187,12 @@ def test_the_settings_that_are_no_parameters_are_put_into_the_pipeline(release: 
     assert apply_cluster_config(copy.deepcopy(before), ClusterConfig(), None) == before, "the defaults are compiled"
 
 
-@pytest.mark.parametrize("pipeline", ["compress", "retrain"])
+@pytest.mark.parametrize("pipeline", ["compress", "retrain", "search"])
 def test_what_holds_gpus_waits_in_the_queue_and_nothing_else(pipeline: str) -> None:
     """A task that waits for its TrainJob holds no GPU, and would hold quota that the TrainJob needs."""
     several = ["engine=nemo", "distill.num_nodes=2", "distill.gpus=0", "prune.gpus=1", "finetune.gpus=8"]
     settings = [*several, "evaluate.gpus=0", "teacher=gs://b/t", "corpus=gs://b/c", "tracking_uri=http://m"]
+    settings += ["search.parameters=1000000"]
     documents = kubeflow._read_run(pipeline, [], [*settings, "cluster.queue=team.gpus"]).documents
     before = kubeflow._read_run(pipeline, [], settings).documents
     executors, old = (
@@ -201,11 +202,11 @@ def test_what_holds_gpus_waits_in_the_queue_and_nothing_else(pipeline: str) -> N
         name.removeprefix("exec-"): entry["podMetadata"]["labels"].items() - old[name]["podMetadata"]["labels"].items()
         for name, entry in executors.items()
     }
-    assert {task: dict(labels) for task, labels in added.items() if labels} == {
+    assert {name_stage(task): dict(labels) for task, labels in added.items() if labels} == {
         "finetune": {"kueue.x-k8s.io/queue-name": "team.gpus"},
         "prune": {"kueue.x-k8s.io/queue-name": "team.gpus"},
         "distill": {"minitron.io/train-job-queue": "team.gpus"},
-    }
+    } | ({"trial": {"kueue.x-k8s.io/queue-name": "team.gpus"}} if pipeline == "search" else {})
 
 
 def test_a_pipeline_that_computes_nothing_has_no_queue() -> None:

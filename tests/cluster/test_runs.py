@@ -73,7 +73,7 @@ def test_a_run_is_followed_to_its_end_a_line_per_stage(server: KubeflowServer) -
     assert shown.rstrip().endswith(": succeeded") and "executor" not in shown and "driver" not in shown
 
 
-@pytest.mark.parametrize("pipeline", ["compress", "retrain", "promote"])
+@pytest.mark.parametrize("pipeline", ["compress", "retrain", "promote", "search"])
 def test_no_two_stages_of_a_pipeline_run_at_a_time(pipeline: str) -> None:
     """An attempt is named after no stage: it belongs to the one that started last."""
     for dag in list_dags(compiled_pipeline(pipeline)[0]):

@@ -14,7 +14,7 @@ import docker
 import pytest
 
 from minitron import __version__
-from minitron.components.images import TOOLS, TRAINER
+from minitron.config.pipelines import TOOLS, TRAINER
 from tests.images.cluster_support import Cluster
 from tests.images.podman_support import DEBIAN, NEMO, PYTHON, build, configure, make_debian
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minitron import __version__
-from minitron.components.images import TOOLS, TRAINER
+from minitron.config.pipelines import TOOLS, TRAINER
 from tests.images.podman_support import NEMO, found_in_image, in_image, inspect, packages, pip_settings, run
 
 BOTH = pytest.mark.parametrize("image", [TRAINER, TOOLS])

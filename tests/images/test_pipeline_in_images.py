@@ -7,7 +7,7 @@ import torch
 from docker.errors import DockerException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron.components.images import TOOLS, TRAINER
+from minitron.config.pipelines import TOOLS, TRAINER
 from minitron.config.stages import STAGES
 from minitron.tracking.client import connect
 from tests.images.cluster_support import USER, Cluster

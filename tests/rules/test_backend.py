@@ -23,7 +23,7 @@ from minitron.config.settings import ClusterConfig
 
 Documents = list[dict[str, Any]]
 
-PIPELINES = ("compress", "retrain", "promote")
+PIPELINES = ("compress", "retrain", "promote", "search")
 
 NEWER_FIELDS = {
     "PipelineConfig": {
@@ -76,6 +76,8 @@ def find_kind(specification: dict[str, Any], dag: dict[str, Any], task: dict[str
             return component["outputDefinitions"]["parameters"].get(key, {}).get("parameterType", "missing")
         case {"runtimeValue": {"constant": str()}}:
             return "STRING"
+        case {"runtimeValue": {"constant": bool()}}:
+            return "BOOLEAN"
         case {"taskFinalStatus": {"producerTask": producer}} if producer == task["dependentTasks"][0]:
             return "TASK_FINAL_STATUS"
     return "missing"

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.components.images import TRAINER
-from minitron.config.pipelines import apply_cluster_config, compiled_pipeline, list_dags
-from minitron.config.settings import ClusterConfig
+from minitron.config.pipelines import TRAINER, apply_cluster_config, compiled_pipeline, list_dags
+from minitron.config.settings import PARALLEL_TRIALS, ClusterConfig
 from minitron.pipelines.tasks import write_compiled
-from tests.pipelines import COMPILED, compress, promote, retrain
+from tests.pipelines import COMPILED, compress, promote, retrain, search
 
 STAGES = ["prepare", "finetune", "prune", "distill", "evaluate", "register"]
 GPU_STAGES = ["finetune", "prune", "distill", "evaluate"]
@@ -24,7 +23,7 @@ def documents() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(COMPILED.read_text()))
 
 
-@pytest.mark.parametrize("pipeline", [compress, promote, retrain], ids=lambda pipeline: pipeline.name)
+@pytest.mark.parametrize("pipeline", [compress, promote, retrain, search], ids=lambda pipeline: pipeline.name)
 def test_the_golden_is_what_the_source_compiles_to(pipeline: Any, tmp_path: Path) -> None:
     write_compiled(pipeline, tmp_path / "compiled.yaml")
     golden = COMPILED.with_name(f"{pipeline.name}.yaml")
@@ -51,9 +50,10 @@ def test_retraining_is_compress_between_decisions_with_an_end() -> None:
         assert executor["activeDeadlineSeconds"] == "7200" and executor["podMetadata"]["labels"]["team"] == "llm"
 
 
-def test_whatever_a_task_of_retraining_names_is_handed_down_to_it() -> None:
-    """Kubeflow's compiler forgets, inside a condition, what only a resource limit names; its backend fails then."""
-    specification, platform = compiled_pipeline("retrain")
+@pytest.mark.parametrize("pipeline", ["retrain", "search"])
+def test_whatever_a_task_names_is_handed_down_to_it(pipeline: str) -> None:
+    """Kubeflow's compiler forgets, in a condition or loop, what only a resource limit names; its backend fails."""
+    specification, platform = compiled_pipeline(pipeline)
     for dag in list_dags(specification):
         given = dag["inputDefinitions"]["parameters"].keys()
         for task in dag["dag"]["tasks"].values():
@@ -62,6 +62,48 @@ def test_whatever_a_task_of_retraining_names_is_handed_down_to_it() -> None:
     known = {name for dag in list_dags(specification) for name in dag["inputDefinitions"]["parameters"]}
     named = re.findall(r"componentInputParameter: (\S+)", yaml.safe_dump(platform))
     assert named and set(named) <= known
+
+
+def test_a_search_is_three_rounds_and_compress() -> None:
+    specification, platform = compiled_pipeline("search")
+    tasks = specification["root"]["dag"]["tasks"]
+    loops = [f"for-loop-{number}" for number in (1, 2, 3)]
+    assert {*tasks} == {
+        "plan",
+        "prepare",
+        "finetune",
+        "select",
+        "select-2",
+        "select-3",
+        "select-4",
+        *loops,
+        "condition-4",
+    }
+    assert {tasks[name]["iteratorPolicy"]["parallelismLimit"] for name in loops} == {PARALLEL_TRIALS}
+    assert tasks["condition-4"]["triggerPolicy"]["condition"] == (
+        "inputs.parameter_values['pipelinechannel--stop_after_race'] == false"
+    )
+    for number, loop in enumerate(loops, 2):
+        source = {"outputParameterKey": "pipelinechannel--try-candidate", "producerTask": loop}
+        found = tasks[f"select-{number}"]["inputs"]["parameters"]["results"]["taskOutputParameter"]
+        assert found["producerTask"] == loop and found["outputParameterKey"].startswith(source["outputParameterKey"])
+    executors = specification["deploymentSpec"]["executors"]
+    for name in ("exec-trial", "exec-trial-2", "exec-trial-3"):
+        resources = executors[name]["container"]["resources"]
+        limits = (
+            resources["resourceCpuLimit"],
+            resources["resourceMemoryLimit"],
+            resources["accelerator"]["resourceCount"],
+        )
+        assert limits == tuple(
+            f"{{{{$.inputs.parameters['pipelinechannel--{key}']}}}}" for key in ("cpu", "memory", "gpus")
+        )
+        pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][name]
+        assert {"tolerations", "nodeSelector", "pvcMount", "secretAsEnv", "emptyDirMounts"} <= pod.keys()
+        assert pod["podMetadata"]["labels"]["app.kubernetes.io/component"] == "trial"
+    for component in specification["components"].values():
+        for name, task in component.get("dag", {}).get("tasks", {}).items():
+            assert name != "trial" or task["retryPolicy"]["maxRetryCount"] == 3
 
 
 def test_the_flow(documents: list[dict[str, Any]]) -> None:
@@ -133,7 +175,7 @@ def test_every_task_has_volume_credentials_labels_and_an_end(documents: list[dic
             assert settings["nodeSelector"] == {"nodeSelectorJson": planned("gpu_node_selector")}
 
 
-@pytest.mark.parametrize("pipeline", ["compress", "promote", "retrain"])
+@pytest.mark.parametrize("pipeline", ["compress", "promote", "retrain", "search"])
 def test_what_a_task_fetches_lies_in_the_volume(pipeline: str) -> None:
     executors = compiled_pipeline(pipeline)[0]["deploymentSpec"]["executors"].values()
     for executor in executors:
@@ -169,6 +211,6 @@ def test_compiling_imports_no_heavy_package() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("pipeline", "most"), [("compress", 900), ("retrain", 1400)])
+@pytest.mark.parametrize(("pipeline", "most"), [("compress", 900), ("retrain", 1400), ("search", 2450)])
 def test_the_compiled_pipeline_is_short_enough_to_read(pipeline: str, most: int) -> None:
     assert len(COMPILED.with_name(f"{pipeline}.yaml").read_text().splitlines()) < most

@@ -8,12 +8,14 @@ import pytest
 
 from minitron import components
 from minitron.config.document import make_plan
+from minitron.config.pipelines import STOP_PARAMETER
+from minitron.config.resources import Models
 from minitron.config.settings import SETTINGS
 from minitron.config.stages import STAGES
 from minitron.config.tasks import TASKS
 from minitron.stages import plan
 from tests.constants import REPOSITORY
-from tests.pipelines import compress, promote, retrain
+from tests.pipelines import compress, promote, retrain, search
 
 ARTIFACTS = {"dataset", "teacher", "pruned", "student", "evaluation"}
 REQUIRED = {"teacher": "/teacher", "corpus": "/corpus"}
@@ -49,7 +51,7 @@ def test_a_component_passes_every_value_on_under_its_own_name(stage: str) -> Non
     assert {part for part in passed if not part.startswith("output=")} == wanted
 
 
-@pytest.mark.parametrize("pipeline", [compress, retrain, promote], ids=lambda pipeline: pipeline.name)
+@pytest.mark.parametrize("pipeline", [compress, retrain, promote, search], ids=lambda pipeline: pipeline.name)
 def test_the_run_form_is_short_and_every_parameter_is_described(pipeline: Any) -> None:
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
     assert len(parameters) <= 25
@@ -64,15 +66,21 @@ def test_retrain_has_the_form_of_compress_without_the_champion_that_it_looks_up(
         assert entry.default == offered[name].default
 
 
+def test_search_has_the_form_of_compress_and_its_manual_gate() -> None:
+    offered, inputs = compress.component_spec.inputs, search.component_spec.inputs
+    assert inputs.keys() == offered.keys() | {STOP_PARAMETER}
+    assert all(entry.default == offered[name].default for name, entry in inputs.items() if name in offered)
+
+
 def test_the_plan_hands_on_what_the_component_declares() -> None:
-    outputs = plan._build_outputs(make_plan(REQUIRED))
+    outputs = plan._build_outputs(make_plan(REQUIRED), Models())
     declared = components.plan.component_spec.outputs
     assert outputs.keys() == declared.keys() - {"planned", "report"}
     kinds = {"String": str, "Dict": dict, "List": list}
     assert all(isinstance(outputs[name], kinds[declared[name].type]) for name in outputs)
 
 
-COMPILED = [compress, retrain, promote, *(getattr(components, name) for name in components.__all__)]
+COMPILED = [compress, retrain, promote, search, *(getattr(components, name) for name in components.__all__)]
 
 
 @pytest.mark.parametrize("component", COMPILED, ids=lambda component: component.name)

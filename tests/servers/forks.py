@@ -5,6 +5,7 @@ starts the flow as a user does. Libraries have read the environment during their
 `subprocess`.
 """
 
+import concurrent.futures.thread
 import multiprocessing
 import os
 import runpy
@@ -16,7 +17,10 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-STAGES = ("prepare", "finetune", "prune", "distill", "evaluate", "register", "plan", "resolve", "promote", "conclude")
+STAGES = (
+    "prepare", "finetune", "prune", "distill", "evaluate", "register", "plan", "resolve", "promote", "conclude",
+    "select", "trial",
+)  # fmt: skip
 MLFLOW = (
     "uvicorn",
     "mlflow",
@@ -120,6 +124,7 @@ def _run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -
 def _become_program(
     arguments: list[str], environment: dict[str, str], directory: Path, outputs: tuple[Path, Path], session: bool
 ) -> None:
+    concurrent.futures.thread._threads_queues.clear()  # in a loop of kfp.local a pool's thread forks, and is awaited
     if session:
         os.setsid()
     else:

@@ -39,13 +39,16 @@ from minitron.models.pruning.least_squares import (
     expand_groups,
     fit_columns,
 )
-from minitron.models.pruning.surgery import Plan, Shape, cut_columns, cut_layer, cut_weights, finish_student
+from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
 
 HELD_OUT = 8
 """One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
 
 CHOSEN = {"intermediate", "heads", "key_value"}
 """The axes that are chosen by Optimal Brain Surgeon, unless they are given."""
+
+HEAD_ROWS = 8192
+"""Rows of the output head that are refitted at once."""
 
 Dtypes = dict[str, torch.dtype]
 """The stored dtypes of a layer's weights, by the names in it."""
@@ -165,7 +168,7 @@ class _CompensatedCut:
         self._calls: list[Call] = []
         self._fits: list[dict[str, Any]] = []
         self._directory, self._writer = directory, ShardWriter(directory)
-        self._writer.add([(EMBEDDING, cut_columns(teacher, EMBEDDING, plan.hidden))])
+        self._writer.add(self._cut_stream([(EMBEDDING, teacher.read_tensor(EMBEDDING))]))
 
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
         """Yield the calibration batch by batch, as both models see it before their first layer."""
@@ -222,23 +225,22 @@ class _CompensatedCut:
         """Write what comes after the layers."""
         self._writer.add(self._cut_stream([(NORM, self._teacher.read_tensor(NORM))]))
         if not self._teacher.config.tie_word_embeddings:
-            head = self._fit_head(batches) if self._cuts_hidden else self._teacher.read_tensor(HEAD)
-            self._writer.add([(HEAD, head)])
+            head = self._teacher.read_tensor(HEAD)
+            self._writer.add([(HEAD, self._fit_head(head, batches) if self._cuts_hidden else head)])
         kept = replace(self._plan, **self._kept)
         self._writer.finish()
         finish_student(self._directory, self._teacher, kept)
         return Compensated(kept, self._fits)
 
-    def _fit_head(self, batches: list[_Batch]) -> Tensor:
+    def _fit_head(self, head: Tensor, batches: list[_Batch]) -> Tensor:
         """Return the output head [V, student's H], fitted to the teacher's; a tied one belongs to the embedding."""
         old = self._teacher.load_norm(self._device)
         ((_, weight),) = self._cut_stream([(NORM, old.weight)])
         new = self._teacher.load_norm(self._device)
         new.weight.data = weight
         fitted = self._fit_map((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
-        return self._teacher.change_rows(
-            HEAD, lambda rows: (rows.to(self._device, torch.float64) @ fitted).to(rows.dtype).cpu()
-        )
+        rows = head.split(HEAD_ROWS)
+        return torch.cat([(part.to(self._device, torch.float64) @ fitted).to(head.dtype).cpu() for part in rows])
 
     def _cut_stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Cut channels of the stream alone."""

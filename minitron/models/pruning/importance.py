@@ -128,14 +128,11 @@ def measure_importance(
             group = [dataset[index]["input_ids"] for index in range(start, min(start + size, count))]
             batches = torch.stack(group).split(micro_batch_size)
             states = [teacher.read_embeddings(input_ids, dtype, device) for input_ids in batches]
-            layers = teacher.load_layers(dtype, device)
-            for index, call in enumerate(calls):
-                layer = next(layers)
+            for index, layer in enumerate(teacher.load_layers(dtype, device)):
                 sums.add_hooks(index, layer)
                 for place, state in enumerate(states):
-                    states[place] = layer(state, **call)
+                    states[place] = layer(state, **calls[index])
                     bar.update(state[..., 0].numel() / len(calls))
-                del layer  # before the next one is read
     return sums.to_importance(config, count).check_finite()
 
 

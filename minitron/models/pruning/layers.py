@@ -8,7 +8,7 @@ B = batch, S = sequence, H = hidden size, V = vocabulary.
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,6 @@ NORM = "model.norm.weight"
 
 SHARD_BYTES = 10**9
 """A shard is written before it would be larger; a single tensor may be."""
-
-BLOCK_ROWS = 8192
-"""Rows of the embedding or the output head that are changed at once."""
 
 Call = dict[str, Any]
 """The keyword arguments of a layer's call: its mask and positions."""
@@ -84,25 +81,10 @@ class LayerReader:
             reason = str(error).splitlines()[0]
             raise RunError(f"{self.directory}: weights cannot be read ({reason}); get the model again") from error
 
-    def change_rows(self, name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a matrix with changed rows; they are read in blocks, so that the stored one is never resident."""
-        rows = self._headers[name].shape[0]
-        changed = torch.empty(0)
-        for start in range(0, rows, BLOCK_ROWS):
-            with safe_open(self._headers[name].file, "pt") as weights:
-                block = change(weights.get_slice(name)[start : start + BLOCK_ROWS])
-            changed = changed if start else block.new_empty(rows, block.shape[1])
-            changed[start : start + BLOCK_ROWS] = block
-        return changed
-
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Return the weights of a layer by their names in it, in their stored dtypes, on the CPU."""
-        return dict(self._read_layer(index))
-
-    def _read_layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of a layer one by one: a mapped file that was converted is closed at once."""
-        for name in self._decoder.layers[index].state_dict():
-            yield name, self.read_tensor(name_weight(index, name))
+        names = self._decoder.layers[index].state_dict()
+        return {name: self.read_tensor(name_weight(index, name)) for name in names}
 
     def read_embeddings(self, input_ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the rows [B, S, H] of the embedding for token ids [B, S]; the others are not read."""
@@ -110,14 +92,14 @@ class LayerReader:
 
     def load_layer(self, index: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Return a layer, ready to compute."""
-        return self.make_layer(index, {name: weight.to(device, dtype) for name, weight in self._read_layer(index)})
+        weights = {name: weight.to(device, dtype) for name, weight in self.read_layer(index).items()}
+        return self.make_layer(index, weights)
 
     def load_layers(self, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
         """Yield all layers; a GPU gets the next one while it computes the present one."""
         count = self.config.num_hidden_layers
         if device.type == "cpu":
-            for index in range(count):
-                yield self.load_layer(index, dtype, device)
+            yield from (self.load_layer(index, dtype, device) for index in range(count))
             return
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(self.load_layer, 0, dtype, device)

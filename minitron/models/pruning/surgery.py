@@ -176,12 +176,12 @@ def cut_model(teacher: LayerReader, plan: Plan, directory: Path) -> None:
     RMSNorm weights are sliced and not rescaled, as in Model-Optimizer.
     """
     size, writer = get_head_dim(teacher.config), ShardWriter(directory)
-    writer.add([(EMBEDDING, cut_columns(teacher, EMBEDDING, plan.hidden))])
+    hidden = {"hidden": plan.hidden}
+    writer.add(cut_weights([(EMBEDDING, teacher.read_tensor(EMBEDDING))], hidden, size))
     for place, layer in enumerate(plan.layers):
         writer.add(cut_layer(teacher.read_layer(layer), plan, place, size))
-    writer.add(cut_weights([(NORM, teacher.read_tensor(NORM))], {"hidden": plan.hidden}, size))
-    if not teacher.config.tie_word_embeddings:
-        writer.add([(HEAD, cut_columns(teacher, HEAD, plan.hidden))])
+    for name in (NORM, *([] if teacher.config.tie_word_embeddings else [HEAD])):
+        writer.add(cut_weights([(name, teacher.read_tensor(name))], hidden, size))
     writer.finish()
     finish_student(directory, teacher, plan)
 
@@ -190,14 +190,6 @@ def finish_student(directory: Path, teacher: LayerReader, plan: Plan) -> None:
     """Add the config to a student's weights, and all else as in the teacher."""
     make_student_config(teacher.config, plan).save_pretrained(directory)
     finish_derived_model(directory, teacher.directory)
-
-
-def cut_columns(teacher: LayerReader, name: str, hidden: list[int]) -> Tensor:
-    """Return the embedding or the output head with the channels of the stream that are kept."""
-    if len(hidden) == teacher.config.hidden_size:
-        return teacher.read_tensor(name)
-    columns = torch.tensor(hidden)
-    return teacher.change_rows(name, lambda rows: rows.index_select(1, columns))
 
 
 def cut_layer(weights: dict[str, Tensor], plan: Plan, place: int, size: int) -> Iterator[tuple[str, Tensor]]:
