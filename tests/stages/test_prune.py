@@ -597,6 +597,11 @@ def test_scores_are_given_by_hand_and_must_be_of_the_same_calibration(
             prune.run(PruneConfig(**again | change))
         at_plan = "".join(fault.text for fault in find_importance_faults(PruneConfig(**again | change)))
         assert bool(re.search(difference, at_plan)) is ("teacher" not in change), "a plan knows the settings alone"
+    record = json.loads((first / "stage.json").read_text())
+    references.write_reference(tmp_path / "refers", references.make_reference(first, record), record)
+    again |= {"importance": tmp_path / "refers"}
+    assert not list(find_importance_faults(PruneConfig(**again))), "the stage follows it"
+    assert prune.run(PruneConfig(**again | {"output": tmp_path / "referred"}))["key"] == key
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((first / IMPORTANCE).read_bytes()[:-100])
     with pytest.raises(RunError, match=r"damaged.safetensors: scores cannot be read \(.*\); give another file, or del"):

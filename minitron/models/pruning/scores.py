@@ -28,7 +28,7 @@ from minitron.storage import bucket
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import mark_used, write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import IMPORTANCE, SCORES, read_json_object, read_record
+from minitron.storage.layout import IMPORTANCE, REFERENCE, SCORES, read_json_object, read_record
 
 if TYPE_CHECKING:  # plan's image has no torch
     from minitron.models.pruning.importance import Importance
@@ -123,7 +123,7 @@ def find_or_drop_layers(config: PruneConfig, count: int, drop: "Callable[[], lis
 
 def find_importance_faults(prune: PruneSettings) -> Iterator[Fault]:
     """Find given scores, if they are on this machine, that are of other settings; the stage compares the rest."""
-    if prune.importance is None or not prune.importance.exists():
+    if prune.importance is None or not prune.importance.exists() or (prune.importance / REFERENCE).exists():
         return
     try:
         key = read_key(_locate_scores(prune.importance))
