@@ -83,6 +83,7 @@ bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/pruning_cost.py --claim importance
 	$(BIN)/python benchmarks/pruning_cost.py --claim second_cut
+	$(BIN)/python benchmarks/search_tiny.py
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/tracking.py
 

@@ -32,7 +32,7 @@ def write_search_page(directory: Path, content: dict[str, Any]) -> None:
     name, budget = next((name, value) for name, value in content["budget"].items() if name in _UNITS)
     axis, unit, form = _UNITS[name]
     rows = [{"number": number} | row for number, row in enumerate(sort_candidates(content["candidates"]), 1)]
-    rounds = ["after the cut", *(f"after {steps} steps" for steps in content["steps"][1:])]
+    rounds = ["of the cut", *(f"at {steps} steps" for steps in content["steps"][1:])]
     points = [
         charts.RacedPoint(row["cost"] / unit, row["losses"], row["number"], row["name"], row["state"] == "won")
         for row in rows
@@ -46,6 +46,7 @@ def write_search_page(directory: Path, content: dict[str, Any]) -> None:
     page = {
         **content,
         "name": name,
+        "cost_label": "Latency" if name == "latency_ms" else "Parameters",
         "budget_text": form.format(budget),
         "form": form.format,
         "rows": rows,
