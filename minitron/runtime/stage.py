@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minitron import METHOD_VERSION
+from minitron import COMPENSATION_VERSION, METHOD_VERSION
 from minitron.config.fields import EXECUTION
 from minitron.config.metrics import find_not_finite
 from minitron.config.parse import find_marked_fields, list_decisive_settings
@@ -133,4 +133,6 @@ def _compute_key(stage: str, config: StageConfig, stage_inputs: dict[str, inputs
     parts = [stage, METHOD_VERSION, settings, hashes]
     if values.get("engine") == "nemo":
         parts.append(list_nemo_releases())
+    if values.get("method") == "compensated":
+        parts.append(COMPENSATION_VERSION)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -78,7 +78,8 @@ class _WithoutTypes(ast.NodeTransformer):
 def list_rooms(names: set[str]) -> set[str]:
     """Return what of minitron/ is imported: rooms, and modules beside them."""
     parts = [name.split(".") for name in names]
-    return {part[1] for part in parts if part[0] == "minitron" and len(part) > 1} - {"__version__", "METHOD_VERSION"}
+    constants = {"__version__", "METHOD_VERSION", "COMPENSATION_VERSION"}
+    return {part[1] for part in parts if part[0] == "minitron" and len(part) > 1} - constants
 
 
 def list_packages(path: Path) -> set[str]:

@@ -58,6 +58,14 @@ class Moments:
         self._squares += others._squares
         self.tokens += others.tokens
 
+    def blend(self, present_OC: Tensor, share: float) -> None:
+        """Move the targets towards what the present matrix gives: `share` of them is left, 1 - `share` is X Pᵀ."""
+        present_CO = present_OC.T
+        output_CO = self.gram_CC @ present_CO
+        mixed, own = (present_CO * self.cross_CO).sum(), (present_CO * output_CO).sum()
+        self._squares.mul_(share**2).add_(2 * share * (1 - share) * mixed + (1 - share) ** 2 * own)
+        self.cross_CO.mul_(share).add_(output_CO, alpha=1 - share)
+
     def measure_error(self, weight_OC: Tensor) -> float:
         """Return the mean square, per token and output channel, that a matrix leaves of the targets."""
         weight_CO = weight_OC.T
@@ -102,6 +110,11 @@ class SplitMoments:
         """Add what has to be added to the student's state `before` to come to the teacher's state `after`."""
         weights = compute_token_weights(after)
         self.add(held_out, inputs, after[..., hidden] - before, weights)
+
+    def blend(self, present_OC: Tensor, share: float) -> None:
+        """Move the targets towards what the present matrix gives, which has a column for the bias if it has one."""
+        for part in self.get(with_bias=present_OC.shape[1] == len(self._parts[False].gram_CC)):
+            part.blend(present_OC, share)
 
     def get(self, with_bias: bool) -> tuple[Moments, Moments]:
         """Return the moments of the fitted and of the held-out tokens."""
