@@ -275,9 +275,18 @@ def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> li
     if settings.engine == "nemo":
         scoring = Term("the teacher while it is scored", (BF16 if gpus else FP32) * models.teacher)
         return [_list_conversion(models), [scoring]]
-    if settings.method == "compensated" and not gpus:
-        return [[Term("the sums of a layer's fits, and both models' states; at most a teacher", FP32 * models.teacher)]]
-    return [[Term("a layer, a shard, and states of the calibration", LAYER)]]
+    is_compensated, dtype = settings.method == "compensated", BF16 if gpus else FP32
+    cutting = [Term("a layer, a shard, and states of the calibration", LAYER)]
+    if is_compensated and not gpus:
+        cutting = [
+            Term("the sums of a layer's fits, and both models' states; at most a teacher", FP32 * models.teacher)
+        ]
+    choosing: list[Term] = []
+    if settings.layers_by == "loss" and not gpus:
+        choosing.append(Term("the teacher while layers are chosen, fp32", FP32 * models.teacher))
+    if settings.layers_by == "loss" and is_compensated:  # 5 tokens per MLP channel, and a layer has 3 matrices of these
+        choosing.append(Term("states of two models after every layer", 10 * dtype * models.teacher // 3))
+    return [cutting, choosing]
 
 
 def _list_conversion(models: Models) -> list[Term]:

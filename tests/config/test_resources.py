@@ -148,6 +148,9 @@ def test_the_sums_of_engine_hf() -> None:
     cpu["prune.method"], gpu["prune.method"] = "compensated", "compensated"
     assert ask_for("prune", **cpu) == 8 + 4 * 1000
     assert ask_for("prune", **gpu) == 8 + 16 + 8
+    cpu["prune.layers_by"], gpu["prune.layers_by"] = "loss", "loss"
+    assert ask_for("prune", Models(900 * GIB, 100 * GIB), **cpu) == 8 + 4 * 900 + 40 * 300
+    assert ask_for("prune", Models(900 * GIB, 100 * GIB), **gpu) == 8 + 16 + 20 * 300
 
 
 def test_the_sums_of_the_other_stages() -> None:

@@ -40,8 +40,11 @@ class Moments:
         """Add tokens; the products of a batch are float64 on a CPU, float32 on a GPU: few of them are fast at more."""
         if inputs_NC.device.type == "cpu":
             inputs_NC, targets_NO = inputs_NC.double(), targets_NO.double()
-        self.gram_CC += inputs_NC.T @ inputs_NC
-        self.cross_CO += inputs_NC.T @ targets_NO
+            self.gram_CC.addmm_(inputs_NC.T, inputs_NC)  # without a second matrix of this size
+            self.cross_CO.addmm_(inputs_NC.T, targets_NO)
+        else:
+            self.gram_CC += inputs_NC.T @ inputs_NC
+            self.cross_CO += inputs_NC.T @ targets_NO
         self._squares += targets_NO.square().sum()
         self.tokens += len(inputs_NC)
 
@@ -80,9 +83,10 @@ class Moments:
         Raises:
             RunError: an input or a target is not finite.
         """
-        if not (torch.isfinite(self.gram_CC).all() and torch.isfinite(self.cross_CO).all()):
+        diagonal = self.gram_CC.diagonal()  # an input that is not finite is seen here
+        if not (torch.isfinite(diagonal).all() and torch.isfinite(self.cross_CO).all()):
             raise RunError("activations are not finite: the model overflows, check its validation loss")
-        regular = ridge * (float(self.gram_CC.diagonal().mean()) or 1.0)
+        regular = ridge * (float(diagonal.mean()) or 1.0)
         gram = self.gram_CC[columns[:, None], columns].mT  # LAPACK's order: it needs no copies to work in place
         gram.diagonal().add_(regular)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
