@@ -18,9 +18,9 @@ from minitron.storage.files import write_atomically
 class Measurements:
     """The parts of one set of measurements, in a directory that is created with the first part."""
 
-    def __init__(self, directory: Path) -> None:
-        """Set the directory; its name identifies everything that affects the measurements."""
-        self._directory = directory
+    def __init__(self, directory: Path, stage: str = "evaluate") -> None:
+        """Set the directory, whose name identifies everything that affects the measurements, and the stage's name."""
+        self._directory, self._stage = directory, stage
 
     def read(self, part: str) -> dict[str, Any] | None:
         """Return a part; None if it is missing."""
@@ -36,7 +36,7 @@ class Measurements:
             if find_not_finite(content) is None:
                 write_atomically(self._path(part), content)
         else:
-            print(f"evaluate: {part} was measured before: {self._path(part)}", flush=True)
+            print(f"{self._stage}: {part} was measured before: {self._path(part)}", flush=True)
         return content
 
     def delete(self) -> None:

@@ -20,6 +20,9 @@ LEAST = 1 / 4
 """Smallest share of the teacher's layers and widths."""
 
 _STEPS = (256, 128, 64, 32, 16, 8)
+_FINEST = 16
+"""Widths of an axis, if multiples of 8 leave as many: enough to come near a budget."""
+
 _MOST_MEASURED = 4
 """Widths of an axis that latency is measured for."""
 
@@ -153,10 +156,10 @@ def _list_shapes(architecture: Mapping[str, Any], prune: PruneSettings, few: boo
 def _list_widths(size: int, least: int, few: bool, divisor: int = 1) -> list[int]:
     """Return the teacher's width and smaller multiples of a step, ascending.
 
-    The step is a multiple of `least` and `divisor`: as large as leaves eight widths, and not beyond 256.
+    The step is a multiple of `least` and `divisor`: as large as leaves `_FINEST` widths, and not beyond 256.
     """
     steps = [math.lcm(step, divisor) for step in _STEPS if step >= least]
-    step = next((step for step in steps if size // step >= 8), steps[-1])
+    step = next((step for step in steps if size // step >= _FINEST), steps[-1])
     widths = [*range(math.ceil(LEAST * size / step) * step, size, step), size]
     return widths[-1 :: -math.ceil(len(widths) / _MOST_MEASURED)][::-1] if few else widths
 

@@ -88,7 +88,7 @@ def _measure_loss(config: DistillConfig, model: Path, dataset_sha256: str, model
     """Return a model's loss on the sequences that distill validates on; it is kept in the workspace."""
     parts = [dataset_sha256, model_sha256, config.sequence_length, config.validation_sequences, config.seed]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    measured = Measurements(persistent_directory(config.workspace) / MEASUREMENTS / name)
+    measured = Measurements(persistent_directory(config.workspace) / MEASUREMENTS / name, "trial")
     if not config.caching:
         measured.delete()
 

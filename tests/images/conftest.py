@@ -30,7 +30,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def images(directory: Path) -> None:
-    """Build the images under their names in components/images.py."""
+    """Build the images under their names in minitron/config/pipelines.py."""
     version = ("--build-arg", f"VERSION={__version__}")
     make_debian(directory)
     build(directory, "tests/images/base.Dockerfile", PYTHON, DEBIAN, "--target", "python")
