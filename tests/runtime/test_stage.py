@@ -474,7 +474,7 @@ def test_the_note_of_an_earlier_attempt_is_taken_away(
 @pytest.mark.parametrize("name", stage.LATE)
 def test_a_stage_that_is_imported_late_runs_as_its_module_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"minitron.stages.{name}")
-    monkeypatch.setattr(stage, "run", lambda *arguments: arguments)
+    monkeypatch.setattr(stage, "run", lambda *arguments: arguments[:2])  # a stage may check its inputs, too
     assert module.run("config") == ("config", module.work)
 
 
