@@ -31,7 +31,8 @@ def test_cuts_are_compared_at_the_same_size_and_tokens(teacher: Path, tmp_path: 
     options = ["--seeds", "1", "--steps", "2", "--intermediate-size", "64", "--layers", "3", "--rates", "1e-4"]
     claims = measure_lines("pruning_quality.py", str(teacher), str(tmp_path / "tokens.npy"), *options)
     by_name = {claim["claim"]: claim for claim in claims}
-    students = ("width_minitron", "width_refit", "width_obs", "depth_minitron", "depth_seams")
+    students = {"width_minitron", "width_refit", "width_obs"}
+    students |= {"depth_minitron", "depth_loss", "depth_seams", "depth_loss_seams"}
     assert by_name.keys() == {f"{name}_loss_{moment}_2k_tokens" for name in students for moment in ("before", "after")}
     for kind in ("width", "depth"):
         same = [claim for name, claim in by_name.items() if name.startswith(kind)]
