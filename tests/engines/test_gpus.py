@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES, PrepareConfig, TrainingConfig
-from minitron.engines import gpus, hf
+from minitron.engines import gpus
+from minitron.engines.hf import device, training
 from minitron.errors import ConfigError, RunError
 from minitron.runtime import stage
 
@@ -42,10 +43,10 @@ def test_engine_hf_trains_the_same_on_a_machine_with_two_gpus(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     plain = TrainingArguments(str(tmp_path), per_device_train_batch_size=4)
     assert (plain.n_gpu, plain.train_batch_size) == (2, 8), "Trainer no longer does what this test stands for"
-    arguments = hf._make_arguments(config, tmp_path, validate_first=True)
+    arguments = training._make_arguments(config, tmp_path, validate_first=True)
     assert (arguments.n_gpu, arguments.train_batch_size, arguments.device.type) == (1, 4, "cuda")
     assert arguments.gradient_accumulation_steps == 32
-    hf._say_that_one_gpu_works()
+    device.say_that_one_gpu_works()
     assert capsys.readouterr().out == "engine hf: uses one of 2 visible GPUs; engine nemo trains on all of them\n"
 
 

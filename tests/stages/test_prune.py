@@ -29,7 +29,7 @@ from transformers import (
 
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
-from minitron.engines import hf
+from minitron.engines.hf import pruning
 from minitron.engines.plan_checks import find_size_faults
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import (
@@ -499,7 +499,7 @@ def measured(settings: dict, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         passes.append(arguments[2])
         return measure_importance(*arguments)
 
-    monkeypatch.setattr(hf, "measure_importance", measure_and_count)
+    monkeypatch.setattr(pruning, "measure_importance", measure_and_count)
     return passes
 
 
@@ -525,8 +525,8 @@ def test_layers_that_were_chosen_by_loss_are_not_chosen_again(
     workspace: str, settings: dict, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    choose = Mock(side_effect=hf.drop_layers_by_loss)
-    monkeypatch.setattr(hf, "drop_layers_by_loss", choose)
+    choose = Mock(side_effect=pruning.drop_layers_by_loss)
+    monkeypatch.setattr(pruning, "drop_layers_by_loss", choose)
 
     def drop(layers: int, **change: Any) -> list[dict]:
         output = tmp_path / f"{layers} of {len(choose.mock_calls)}"
@@ -547,7 +547,7 @@ def test_a_cut_that_failed_has_left_its_scores(
 ) -> None:
     config = PruneConfig(**settings, workspace=tmp_path / "ws", intermediate_size=64)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hf, "choose_plan", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(pruning, "choose_plan", Mock(side_effect=KeyboardInterrupt))
         prune.run(config)
     prune.run(config)
     assert measured == [8]
@@ -833,7 +833,7 @@ def test_a_student_that_the_disk_cannot_hold_is_refused_before_any_work(
 ) -> None:
     small = shutil.disk_usage("/")._replace(free=300_000)
     monkeypatch.setattr("minitron.storage.files.shutil.disk_usage", lambda _: small)
-    monkeypatch.setattr(hf, "measure_importance", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(pruning, "measure_importance", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(RunError, match=r"the result takes 1 MB, but the disk has 0 MB free; free some space"):
         prune.run(PruneConfig(**settings, intermediate_size=120, method=method))
     assert not list(settings["output"].parent.iterdir())

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
-from minitron.engines import hf
 from minitron.engines.checkpoints import MARKER
+from minitron.engines.hf import training
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score_models
@@ -122,14 +122,14 @@ def test_a_training_that_diverges_ends_and_keeps_its_last_good_state(
     job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step, the value, the last good state and the remedy are named; another setting does not lose the state."""
-    compute_loss = hf._LinearLossTrainer.compute_loss
+    compute_loss = training._LinearLossTrainer.compute_loss
 
     def compute_nan_after_step_4(trainer: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         loss = compute_loss(trainer, *arguments, **named)
         return loss * float("nan") if trainer.state.global_step == 4 else loss
 
     with monkeypatch.context() as patch, pytest.raises(RunError) as caught:
-        patch.setattr(hf._LinearLossTrainer, "compute_loss", compute_nan_after_step_4)
+        patch.setattr(training._LinearLossTrainer, "compute_loss", compute_nan_after_step_4)
         distill.run(DistillConfig(**job))
     kept = tmp_path / "student.last-good"
     assert str(caught.value).startswith("the training diverged at step 5: loss is nan; the last good state, step 3 (")

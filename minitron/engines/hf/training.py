@@ -23,36 +23,22 @@ from transformers import (
     set_seed,
 )
 
-from minitron.config.stages import PruneConfig, TrainingConfig
-from minitron.data.packed import PackedDataset, open_training_data
+from minitron.config.stages import TrainingConfig
+from minitron.data.packed import open_training_data
 from minitron.engines.checkpoints import BEST, CHECKPOINT, Checkpoint, find_resume_point, publish_checkpoint
 from minitron.engines.divergence import Diverged, check_step, check_untrained, name_last_good
+from minitron.engines.hf.device import (
+    autocast_on_gpu,
+    compile_layers,
+    get_compute_dtype,
+    get_device,
+    say_that_one_gpu_works,
+)
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
-from minitron.models.losses import LossWeights, can_compile, linear_loss
-from minitron.models.pruning.compensation import (
-    CHOSEN,
-    check_calibration,
-    cut_with_compensation,
-    split_calibration,
-)
-from minitron.models.pruning.depth import drop_layers_by_loss
-from minitron.models.pruning.importance import Importance, measure_importance
-from minitron.models.pruning.layers import LayerReader
-from minitron.models.pruning.scores import find_or_drop_layers, find_or_measure_importance
-from minitron.models.pruning.surgery import (
-    Cut,
-    Drop,
-    Given,
-    Shape,
-    choose_plan,
-    count_student_bytes,
-    cut_model,
-    is_chosen_by_scores,
-)
+from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
-from minitron.storage.files import check_free_space
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 
@@ -61,36 +47,6 @@ TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
 
 LOGGED = ("loss", *TERMS, "learning_rate", "grad_norm", "validation_loss", "validation_perplexity")
 """The keys of the Trainer's logs that go into the history; the others are bookkeeping."""
-
-
-def get_device() -> torch.device:
-    """Return the GPU, or the CPU if there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def get_compute_dtype() -> torch.dtype:
-    """Return bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower)."""
-    return torch.bfloat16 if get_device().type == "cuda" else torch.float32
-
-
-def _say_that_one_gpu_works() -> None:
-    if (visible := torch.cuda.device_count()) > 1:
-        print(f"engine hf: uses one of {visible} visible GPUs; engine nemo trains on all of them", flush=True)
-
-
-def autocast_on_gpu() -> torch.autocast:
-    """Return the context of mixed precision: bf16 on a GPU, nothing on a CPU."""
-    return torch.autocast(get_device().type, get_compute_dtype(), enabled=get_device().type == "cuda")
-
-
-def compile_layers(model: Any) -> None:
-    """Fuse what lies between a layer's matrix products (norms, rotary embedding, activation) on a GPU.
-
-    The layers share their code: it is compiled once, in seconds, and not once per layer.
-    """
-    if get_device().type == "cuda" and can_compile():
-        for layer in model.model.layers:
-            layer.compile()
 
 
 def train(
@@ -103,7 +59,7 @@ def train(
 ) -> dict[str, Any]:
     """Train the model in `initial`; write its best state by validation loss: see `engines.Engine.train`."""
     set_seed(config.seed)
-    _say_that_one_gpu_works()
+    say_that_one_gpu_works()
     teacher_model: Any = None
     if teacher is not None:
         teacher_model = load_model(teacher, get_compute_dtype()).requires_grad_(False)
@@ -136,74 +92,6 @@ def train(
     }
     best.write(trainer.model, config.max_steps, directory)
     return {"metrics": metrics, "history": history}
-
-
-def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> Cut:
-    """Cut the student out, by importance read in one forward pass: see `engines.Engine.prune`.
-
-    With method compensated what remains is refitted on the same sequences. Layers by loss are chosen before all else.
-    """
-    _say_that_one_gpu_works()
-    teacher = LayerReader(config.teacher)
-    check_free_space(directory, count_student_bytes(teacher, shape))
-    is_compensated = config.method == "compensated" and shape != Shape.from_config(teacher.config)
-    if is_compensated:
-        calibration = _open_calibration(config)
-        check_calibration(_count_calibration(config, calibration), config.sequence_length, teacher.config)
-    drops = _drop_layers_by_loss(config, teacher, shape, given)
-    if drops:
-        gone = {drop.layer for drop in drops}
-        given = {**given, "layers": [layer for layer in range(teacher.config.num_hidden_layers) if layer not in gone]}
-    importance, sequences = _measure_importance(config, teacher, shape, given)
-    plan, fits = choose_plan(importance or Importance.zeros(teacher.config), shape, given), list[dict[str, Any]]()
-    if is_compensated:
-        where, choose, size = (get_device(), directory), CHOSEN - given.keys(), config.micro_batch_size
-        plan, fits = cut_with_compensation(teacher, plan, shape, _read_calibration(config), size, *where, choose)
-    else:
-        cut_model(teacher, plan, directory)
-    if is_compensated or drops:
-        sequences = _count_calibration(config, _open_calibration(config))
-    return Cut(plan, importance, sequences, fits, drops)
-
-
-def _drop_layers_by_loss(config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given) -> list[Drop]:
-    """Return the layers to drop by loss, in their order; none if they are given, or go by block influence."""
-    count = teacher.config.num_hidden_layers - shape.num_hidden_layers
-    if config.layers_by != "loss" or "layers" in given or not count:
-        return []
-    parts, size = split_calibration(_read_calibration(config)), config.micro_batch_size
-    where, refit = (get_compute_dtype(), get_device()), config.method == "compensated"
-    return find_or_drop_layers(config, count, lambda: drop_layers_by_loss(teacher, count, *parts, size, *where, refit))
-
-
-def _measure_importance(
-    config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given
-) -> tuple[Importance | None, int]:
-    """Return the scores and the number of sequences they were read on; None and 0 if no axis is chosen by scores."""
-    if not is_chosen_by_scores(shape, Shape.from_config(teacher.config), given):
-        return None, 0
-    calibration = _open_calibration(config)
-
-    def measure() -> Importance:
-        # in the dtype of the computation; the student is cut from the stored weights, to the last bit
-        where, size = (get_compute_dtype(), get_device()), config.micro_batch_size
-        return measure_importance(teacher, calibration, config.calibration_sequences, size, *where)
-
-    return find_or_measure_importance(config, measure), _count_calibration(config, calibration)
-
-
-def _open_calibration(config: PruneConfig) -> PackedDataset:
-    return PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
-
-
-def _read_calibration(config: PruneConfig) -> Tensor:
-    """Return the token ids [sequences, S]."""
-    calibration = _open_calibration(config)
-    return torch.stack([calibration[index]["input_ids"] for index in range(_count_calibration(config, calibration))])
-
-
-def _count_calibration(config: PruneConfig, calibration: PackedDataset) -> int:
-    return min(config.calibration_sequences, len(calibration))
 
 
 class BestModel:

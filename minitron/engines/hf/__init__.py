@@ -1,0 +1,7 @@
+"""The transformers engine, from a laptop to one GPU: `train` and `prune`."""
+
+from minitron.engines.hf.device import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
+from minitron.engines.hf.pruning import prune
+from minitron.engines.hf.training import train
+
+__all__ = ["autocast_on_gpu", "compile_layers", "get_compute_dtype", "get_device", "prune", "train"]

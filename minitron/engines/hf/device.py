@@ -1,0 +1,38 @@
+"""Where the transformers engine computes, and in which precision."""
+
+from typing import Any
+
+import torch
+
+from minitron.models.losses import can_compile
+
+
+def get_device() -> torch.device:
+    """Return the GPU, or the CPU if there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def get_compute_dtype() -> torch.dtype:
+    """Return bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower)."""
+    return torch.bfloat16 if get_device().type == "cuda" else torch.float32
+
+
+def say_that_one_gpu_works() -> None:
+    """Say that this engine leaves the other visible GPUs idle."""
+    if (visible := torch.cuda.device_count()) > 1:
+        print(f"engine hf: uses one of {visible} visible GPUs; engine nemo trains on all of them", flush=True)
+
+
+def autocast_on_gpu() -> torch.autocast:
+    """Return the context of mixed precision: bf16 on a GPU, nothing on a CPU."""
+    return torch.autocast(get_device().type, get_compute_dtype(), enabled=get_device().type == "cuda")
+
+
+def compile_layers(model: Any) -> None:
+    """Fuse what lies between a layer's matrix products (norms, rotary embedding, activation) on a GPU.
+
+    The layers share their code: it is compiled once, in seconds, and not once per layer.
+    """
+    if get_device().type == "cuda" and can_compile():
+        for layer in model.model.layers:
+            layer.compile()
