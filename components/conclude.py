@@ -19,7 +19,7 @@ def conclude(
     workspace: Optional[str] = None,
     experiment: str = "minitron",
 ):
-    """Record how a run ended, whatever happened in it. Settings: minitron.config.tasks.ConcludeConfig."""
+    """Record how a run ended, whatever happened in it. Settings: minitron.config.stages.ConcludeConfig."""
     import shutil
 
     from minitron.runtime.entry import launch

@@ -20,7 +20,7 @@ def promote(
     experiment: str = "minitron",
     pipeline_run_id: Optional[str] = None,
 ):
-    """Promote a version to champion, if it meets its gates. Settings: minitron.config.tasks.PromoteConfig."""
+    """Promote a version to champion, if it meets its gates. Settings: minitron.config.stages.PromoteConfig."""
     from minitron.runtime.entry import launch
 
     # fmt: off

@@ -24,7 +24,7 @@ def select(
     """Select the candidates of a search's next round, and show all of them.
 
     `Output` is the list of candidates: kfp.local finds an output to loop over by this name only. Settings:
-    minitron.config.settings.SearchSettings.
+    minitron.config.shapes.SearchSettings.
     """
     import shutil
     from collections import namedtuple

@@ -23,7 +23,7 @@ def trial(
 ) -> str:
     """Try a candidate of a search; return it with its loss or its error, as JSON.
 
-    Settings: minitron.config.settings.SearchSettings.
+    Settings: minitron.config.shapes.SearchSettings.
     """
     from minitron.runtime.entry import launch
 

@@ -14,7 +14,7 @@ from kfp.dsl import Artifact, Dataset, Input, Model
 
 from minitron.components import finetune, plan, prepare, select, trial
 from minitron.config.pipelines import TOOLS, TRAINER
-from minitron.config.settings import PARALLEL_TRIALS
+from minitron.config.shapes import PARALLEL_TRIALS
 from minitron.pipelines.compress import compress
 from minitron.pipelines.tasks import (
     PULL_SECRET,

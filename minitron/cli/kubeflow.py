@@ -41,7 +41,8 @@ from minitron.config.pipelines import (
 )
 from minitron.config.reference import help_text
 from minitron.config.resources import UNKNOWN, Models, PodRequest, count_models
-from minitron.config.settings import ClusterConfig, PruneSettings
+from minitron.config.settings import ClusterConfig
+from minitron.config.shapes import PruneSettings
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 

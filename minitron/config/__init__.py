@@ -10,9 +10,9 @@ from minitron.config.settings import (
     EvaluateSettings,
     FinetuneSettings,
     PrepareSettings,
-    PruneSettings,
     RegisterSettings,
 )
+from minitron.config.shapes import PruneSettings
 
 __all__ = [  # noqa: RUF022  (order of the flow)
     "PrepareSettings",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from minitron.config.document import Plan
 from minitron.config.fields import HUB_DATASET, INPUT, Fault, format_address
 from minitron.config.parse import find_marked_fields
-from minitron.config.settings import SETTINGS
+from minitron.config.stages import SETTINGS
 
 _MODELS = {
     "file": "a path",

@@ -23,21 +23,18 @@ from minitron.config.parse import (
     validate_section,
 )
 from minitron.config.settings import (
-    BUDGETS,
     RESOURCES,
-    SETTINGS,
     EngineSettings,
     EvaluateSettings,
     PrepareSettings,
     RegisterSettings,
     Resources,
-    SearchSettings,
     SequenceSettings,
     Settings,
     StageSettings,
 )
-from minitron.config.stages import STAGES
-from minitron.config.tasks import PlanConfig
+from minitron.config.shapes import BUDGETS, SearchSettings
+from minitron.config.stages import SETTINGS, STAGES, PlanConfig
 from minitron.errors import ConfigError
 
 CLUSTER, SAMPLES, SEARCH = "cluster", "samples", "search"

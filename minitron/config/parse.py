@@ -10,9 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from minitron.config.fields import EXECUTION, INPUT, Fault, Faults
-from minitron.config.settings import Kept, PruneSettings, StageSettings
-from minitron.config.stages import STAGES, StageConfig
-from minitron.config.tasks import TASKS
+from minitron.config.settings import StageSettings
+from minitron.config.shapes import Kept, PruneSettings
+from minitron.config.stages import STAGES, TASKS, StageConfig
 from minitron.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -29,8 +29,7 @@ from minitron.config.fields import Fault, read_scalar
 from minitron.config.parse import SectionError, suggest_name, validate_section
 from minitron.config.resources import Models, PodRequest, request_pod, request_trial
 from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
-from minitron.config.stages import STAGES
-from minitron.config.tasks import PlanConfig, PromoteConfig
+from minitron.config.stages import STAGES, PlanConfig, PromoteConfig
 from minitron.errors import ConfigError
 
 _KINDS: dict[str, TypeAdapter[Any]] = {

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from minitron.config.document import SEARCH, SHARED, PipelineSettings
 from minitron.config.pipelines import compiled_pipeline, get_parameters
-from minitron.config.settings import RESOURCES, SETTINGS, ClusterConfig, SearchSettings, StageSettings
-from minitron.config.stages import STAGES, StageConfig
+from minitron.config.settings import RESOURCES, ClusterConfig, StageSettings
+from minitron.config.shapes import SearchSettings
+from minitron.config.stages import SETTINGS, STAGES, StageConfig
 
 PIPELINES = ("compress", "retrain", "promote", "search")
 

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 from minitron.config.document import Plan
 from minitron.config.parse import apply_kept
 from minitron.config.settings import (
-    PARALLEL_TRIALS,
     ClusterConfig,
     DistillSettings,
     EvaluateSettings,
     FinetuneSettings,
     PrepareSettings,
-    PruneSettings,
     StageSettings,
     TrainingSettings,
 )
+from minitron.config.shapes import PARALLEL_TRIALS, PruneSettings
 from minitron.errors import ConfigError
 
 GIB = 2**30

@@ -12,16 +12,8 @@ from minitron.config.addresses import find_scheme_faults, list_addresses
 from minitron.config.document import Plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError, apply_kept, read_kept
-from minitron.config.settings import (
-    PRUNED_AXES,
-    PRUNED_SIZES,
-    DistillSettings,
-    EvaluateSettings,
-    FinetuneSettings,
-    Kept,
-    PruneSettings,
-    TrainingSettings,
-)
+from minitron.config.settings import DistillSettings, EvaluateSettings, FinetuneSettings, TrainingSettings
+from minitron.config.shapes import PRUNED_AXES, PRUNED_SIZES, Kept, PruneSettings
 from minitron.engines.nemo.checks import find_conversion_faults, find_cut_faults, find_parallel_faults
 from minitron.errors import ConfigError
 from minitron.models.checks import check_config, check_sequence_length

@@ -12,7 +12,7 @@ from typing import Any
 from minitron import METHOD_VERSION
 from minitron.config.document import Plan
 from minitron.config.parse import list_decisive_settings
-from minitron.config.settings import SETTINGS
+from minitron.config.stages import SETTINGS
 from minitron.registry.versions import get_tag
 
 MADE_BY = ("prepare", "finetune", "prune", "distill")

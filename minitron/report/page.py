@@ -11,13 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.numpy import load_file
 
 from minitron import __version__
 from minitron.config.metrics import (
     DASH,
-    FORMS,
     MODELS,
     contains,
     format_count,
@@ -29,7 +27,7 @@ from minitron.config.metrics import (
 from minitron.config.stages import EvaluateConfig
 from minitron.errors import without_password
 from minitron.registry import gates, lineage
-from minitron.report import TEMPLATES, figures, tables
+from minitron.report import figures, render_page, tables
 from minitron.storage.layout import IMPORTANCE, PRUNING, REPORT
 
 _SIZES = {
@@ -72,16 +70,6 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
         evaluation: the content of evaluation.json.
     """
     (directory / REPORT).write_text(render_page("report.html.j2", _build_content(config, evaluation)), encoding="utf-8")
-
-
-def render_page(template: str, content: dict[str, Any]) -> str:
-    """Render a template with the formats of numbers and the style that the pages share."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= FORMS
-    return environment.get_template(template).render(content)
 
 
 def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import yaml
 
 from minitron import __version__
 from minitron.config.metrics import format_loss
-from minitron.report import charts
-from minitron.report.page import render_page
+from minitron.report import charts, render_page
 from minitron.storage.layout import SEARCH_PAGE
 
 _UNITS = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
 from minitron.config.resources import count_models, count_parameters
-from minitron.config.settings import PRUNED_SIZES, PruneSettings, SearchSettings
+from minitron.config.shapes import PRUNED_SIZES, PruneSettings, SearchSettings
 from minitron.engines.nemo.checks import WIDTH_MULTIPLE
 from minitron.engines.plan_checks import find_size_faults, read_sizes
 

@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 
 from minitron.config.document import Plan
 from minitron.config.resources import Models, count_models
-from minitron.config.settings import (
-    DistillSettings,
-    EvaluateSettings,
-    FinetuneSettings,
-    PruneSettings,
-    TrainingSettings,
-)
+from minitron.config.settings import DistillSettings, EvaluateSettings, FinetuneSettings, TrainingSettings
+from minitron.config.shapes import PruneSettings
 from minitron.config.stages import STAGES
 from minitron.storage.layout import MANIFEST
 

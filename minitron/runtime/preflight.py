@@ -9,7 +9,7 @@ from typing import Any
 from minitron.config.document import Plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
-from minitron.config.settings import PruneSettings
+from minitron.config.shapes import PruneSettings
 from minitron.engines.plan_checks import find_plan_faults
 from minitron.errors import MinitronError
 from minitron.runtime.candidates import find_budget_faults

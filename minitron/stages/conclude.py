@@ -3,20 +3,17 @@
 It writes conclusion.html, which Kubeflow shows, and the outcome in MLflow. Then another run may train the same model.
 """
 
-import sys
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from minitron.config.tasks import ConcludeConfig
+from minitron.config.stages import ConcludeConfig
 from minitron.errors import MinitronError, without_password
-from minitron.report import TEMPLATES
+from minitron.report import render_page
 from minitron.runtime.record import read_failure_note
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import CONCLUSION, CONCLUSION_PAGE
 from minitron.storage.staging import replace_directory
 from minitron.tracking import pipeline_run as runs
-from minitron.tracking.client import connect, error_reason, fail_fast, one_line_errors
+from minitron.tracking.client import connect, fail_fast, one_line_errors
 
 
 def run(config: ConcludeConfig) -> dict[str, Any]:
@@ -37,10 +34,10 @@ def run(config: ConcludeConfig) -> dict[str, Any]:
     print(f"conclude: {conclusion['outcome']}: {conclusion['reason']}", flush=True)
     with replace_directory(config.output) as directory:
         write_atomically(directory / CONCLUSION, conclusion)
-        (directory / CONCLUSION_PAGE).write_text(_render_page(conclusion), encoding="utf-8")
+        (directory / CONCLUSION_PAGE).write_text(render_page("conclusion.html.j2", conclusion), encoding="utf-8")
     if failure:
         raise failure  # Kubeflow tries again, and the next attempt writes the outcome
-    _log_page(config, conclusion["run_id"])
+    runs.log_pages("conclude", config, CONCLUSION_PAGE)
     return {"metrics": {"failed": int(conclusion["outcome"] == "failed")}} | conclusion
 
 
@@ -68,22 +65,3 @@ def _read_failure_note(config: ConcludeConfig) -> str | None:
     """Return the message that a failed task left in the workspace; some tasks have no run in MLflow."""
     note = read_failure_note(config.workspace)
     return f"{note['stage']}: {note['message']}" if note.get("pipeline_run_id") == config.pipeline_run_id else None
-
-
-def _log_page(config: ConcludeConfig, run_id: str) -> None:
-    """Log the page to MLflow; an error is only a warning, because Kubeflow also shows the page."""
-    try:
-        with fail_fast():
-            connect(config.tracking_uri, create=True).log_artifact(run_id, str(config.output / CONCLUSION_PAGE))
-    except Exception as error:
-        print(
-            f"warning: conclude: {CONCLUSION_PAGE} is not in MLflow: {error_reason(error)}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _render_page(conclusion: dict[str, Any]) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = (TEMPLATES / "conclusion.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(conclusion)

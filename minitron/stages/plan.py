@@ -8,17 +8,16 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
-
 from minitron.config import resources
 from minitron.config.addresses import find_missing_paths
 from minitron.config.document import SEARCH, SHARED, Plan, read_plan
 from minitron.config.fields import Fault
 from minitron.config.resources import Models, Term, request_trial
-from minitron.config.settings import RESOURCES, PruneSettings, Settings
-from minitron.config.tasks import PlanConfig
+from minitron.config.settings import RESOURCES, Settings
+from minitron.config.shapes import PruneSettings
+from minitron.config.stages import PlanConfig
 from minitron.errors import MinitronError
-from minitron.report import TEMPLATES
+from minitron.report import render_page
 from minitron.runtime.preflight import check_plan
 from minitron.storage.bucket import is_bucket
 from minitron.storage.files import write_atomically
@@ -112,8 +111,6 @@ def _build_outputs(plan: Plan, models: Models) -> dict[str, Any]:
 
 
 def _render_page(plan: Plan, models: Models, unknown: str | None, memory: dict[str, Memory]) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = (TEMPLATES / "plan.html.j2").read_text(encoding="utf-8")
     sections = {"all stages": _list_settings(plan.pipeline)}
     if plan.search.budget:
         sections[SEARCH] = _list_settings(plan.search)
@@ -121,19 +118,20 @@ def _render_page(plan: Plan, models: Models, unknown: str | None, memory: dict[s
         sections[stage] = _list_settings(settings, {*SHARED, "gpus"}) + _list_settings(
             plan.resources[stage], default=RESOURCES[stage]
         )
-    return environment.from_string(template).render(
-        model_name=plan.model_name,
-        sections=sections,
-        models=models,
-        unknown=unknown,
-        memory=memory,
-        writing={
+    content = {
+        "model_name": plan.model_name,
+        "sections": sections,
+        "models": models,
+        "unknown": unknown,
+        "memory": memory,
+        "writing": {
             stage: written
             for stage, settings in plan.stages.items()
             if (written := resources.list_writing(settings, models))
         },
-        gib=resources.GIB,
-    )
+        "gib": resources.GIB,
+    }
+    return render_page("plan.html.j2", content)
 
 
 def _list_settings(

@@ -6,7 +6,7 @@ champion has changed since.
 
 from typing import Any
 
-from minitron.config.tasks import PromoteConfig
+from minitron.config.stages import PromoteConfig
 from minitron.registry.promotion import GatesFailed, NotJudged, Promotion, find_version, promote
 from minitron.registry.versions import GATE_OUTCOME_TAG
 from minitron.storage.files import write_atomically

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minitron.config.document import Plan, read_plan
 from minitron.config.fields import format_address
 from minitron.config.settings import EvaluateSettings
-from minitron.config.stages import PrepareConfig, PruneConfig
-from minitron.config.tasks import ResolveConfig
+from minitron.config.stages import PrepareConfig, PruneConfig, ResolveConfig
 from minitron.registry import fingerprint, gates, lineage, promotion, training_lock
 from minitron.registry.fingerprint import Fingerprint
 from minitron.registry.promotion_log import CHAMPION, PROMOTED_TAG

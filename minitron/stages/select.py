@@ -10,7 +10,6 @@ them. Each time is the least of five passes, because what else the machine does 
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import yaml
 
 from minitron.config.resources import count_parameters
-from minitron.config.settings import PruneSettings, SearchSettings
-from minitron.config.tasks import SelectConfig
+from minitron.config.shapes import PruneSettings, SearchSettings
+from minitron.config.stages import SelectConfig
 from minitron.engines.plan_checks import read_sizes
 from minitron.errors import RunError
 from minitron.report.search import write_search_page
@@ -28,8 +27,7 @@ from minitron.runtime.model_sources import read_architecture
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import PLAN, SEARCH, SEARCH_PAGE, WINNER, read_json_object
 from minitron.storage.staging import replace_directory
-from minitron.tracking.client import connect, error_reason, fail_fast
-from minitron.tracking.pipeline_run import join_pipeline_run
+from minitron.tracking.pipeline_run import log_pages
 
 ROUNDS = 3
 """A round for the cut, one for the short distillation and one for the long: as many as pipelines/search.py has."""
@@ -63,7 +61,7 @@ def run(config: SelectConfig) -> dict[str, Any]:
         write_search_page(directory, content)
         if winner:
             (directory / WINNER).write_text(yaml.safe_dump(content["settings"], sort_keys=False))
-    _log_page(config)
+    log_pages("select", config, SEARCH, SEARCH_PAGE)
     state = f"{winner['name']} wins" if winner else f"{len(racing)} candidates: {', '.join(c['name'] for c in racing)}"
     print(f"select: {state}", flush=True)
     settings = {}
@@ -161,17 +159,3 @@ def _time_forward(student: Mapping[str, Any], search: SearchSettings) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return 1000 * min(seconds[1:])
-
-
-def _log_page(config: SelectConfig) -> None:
-    """Log the page to MLflow; an error is only a warning, because Kubeflow also shows the page."""
-    if config.tracking_uri is None:
-        return
-    try:
-        with fail_fast():
-            client = connect(config.tracking_uri, create=True)
-            if run := join_pipeline_run(client, config):
-                for name in (SEARCH, SEARCH_PAGE):
-                    client.log_artifact(run.info.run_id, str(config.output / name))
-    except Exception as error:
-        print(f"warning: select: {SEARCH_PAGE} is not in MLflow: {error_reason(error)}", file=sys.stderr, flush=True)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.parse import parse
-from minitron.config.settings import SearchSettings
-from minitron.config.stages import DistillConfig
-from minitron.config.tasks import TrialConfig
+from minitron.config.shapes import SearchSettings
+from minitron.config.stages import DistillConfig, TrialConfig
 from minitron.errors import MinitronError
 from minitron.fast_imports import many_imports
 from minitron.models.measurements import Measurements

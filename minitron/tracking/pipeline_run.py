@@ -2,12 +2,20 @@
 
 import json
 import os
+import sys
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from minitron.config.stages import StageConfig
-from minitron.tracking.client import annotate_run, find_or_create_experiment, search_runs
+from minitron.tracking.client import (
+    annotate_run,
+    connect,
+    error_reason,
+    fail_fast,
+    find_or_create_experiment,
+    search_runs,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +37,7 @@ __all__ = [
     "find_reason",
     "join_pipeline_run",
     "list_stage_runs",
+    "log_pages",
     "record_outcome",
 ]
 
@@ -96,6 +105,20 @@ def join_pipeline_run(client: "MlflowClient", config: StageConfig, model: str | 
     if model and MODEL_TAG not in run.data.tags:
         client.set_tag(run.info.run_id, MODEL_TAG, model)
     return run
+
+
+def log_pages(task: str, config: StageConfig, *names: str) -> None:
+    """Log files of a task's output to the run; an error is only a warning, because Kubeflow also shows the page."""
+    if config.tracking_uri is None:
+        return
+    try:
+        with fail_fast():
+            client = connect(config.tracking_uri, create=True)
+            if run := join_pipeline_run(client, config):
+                for name in names:
+                    client.log_artifact(run.info.run_id, str(config.output / name))
+    except Exception as error:
+        print(f"warning: {task}: {names[-1]} is not in MLflow: {error_reason(error)}", file=sys.stderr, flush=True)
 
 
 def _create_run(client: "MlflowClient", experiment_id: str, pipeline_run_id: str, model: str | None) -> "Run":

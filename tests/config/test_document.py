@@ -9,8 +9,7 @@ import yaml
 from minitron.config.document import make_plan, merge, pipelines_directory, read_preset
 from minitron.config.parse import parse
 from minitron.config.pipelines import check_arguments, compiled_pipeline, get_parameters, read_request
-from minitron.config.stages import STAGES
-from minitron.config.tasks import TASKS
+from minitron.config.stages import STAGES, TASKS
 from minitron.errors import ConfigError
 
 INPUTS = {"teacher": "/teacher", "corpus": "/corpus"}

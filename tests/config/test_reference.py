@@ -8,8 +8,7 @@ import pytest
 
 from docs.generate import make_pages
 from minitron import config
-from minitron.config.settings import SETTINGS
-from minitron.config.stages import STAGES
+from minitron.config.stages import SETTINGS, STAGES
 from minitron.runtime import entry
 from tests.constants import REPOSITORY
 

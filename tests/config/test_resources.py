@@ -21,7 +21,8 @@ from minitron.config.resources import (
     sum_memory,
     total,
 )
-from minitron.config.settings import PruneSettings, StageSettings
+from minitron.config.settings import StageSettings
+from minitron.config.shapes import PruneSettings
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import count_config_parameters
 from tests.constants import LLAMA_3_1_8B, REPOSITORY

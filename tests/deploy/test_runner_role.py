@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from minitron.config.resources import GIB, Models, sum_memory, total
-from minitron.config.settings import RESOURCES, SETTINGS, GpuResources
+from minitron.config.settings import RESOURCES, GpuResources
+from minitron.config.stages import SETTINGS
 from tests.constants import REPOSITORY
 from tests.servers.deploy_guide import follow_guide
 

@@ -23,7 +23,7 @@ HASHES = {
 WITHOUT_TORCH = """
 import sys
 from pathlib import Path
-from minitron.config.tasks import PlanConfig
+from minitron.config.stages import PlanConfig
 from minitron.engines.samples import make_sample
 from minitron.stages import plan, resolve
 for name in ("corpus", "tasks"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.document import read_preset
-from minitron.config.tasks import PlanConfig
+from minitron.config.stages import PlanConfig
 from minitron.stages import plan
 from tests.faults import injector
 from tests.servers import forks

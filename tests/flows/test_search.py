@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.config.settings import PRUNED_SIZES
+from minitron.config.shapes import PRUNED_SIZES
 from tests.flows.test_flow import asked, forked
 
 RUN = "minitron run search --preset tiny --set search.candidates=3 --work-dir runs/search"

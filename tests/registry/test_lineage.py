@@ -17,8 +17,7 @@ from minitron.cli import lineage_tree
 from minitron.cli.app import app
 from minitron.config.document import SAMPLES, make_plan, merge, read_preset
 from minitron.config.parse import parse
-from minitron.config.settings import SETTINGS
-from minitron.config.stages import STAGES, EvaluateConfig, StageConfig
+from minitron.config.stages import SETTINGS, STAGES, EvaluateConfig, StageConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import fingerprint, lineage, reproduce
 from minitron.stages import evaluate, register

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from minitron.cli.app import app
 from minitron.cli.lineage_tree import make_tree
 from minitron.config.parse import parse
-from minitron.config.tasks import PromoteConfig
+from minitron.config.stages import PromoteConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import promotion_log
 from minitron.registry.promotion import GatesFailed, NoQualityGate, NotJudged, promote, rollback

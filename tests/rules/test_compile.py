@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from minitron.config.pipelines import TRAINER, apply_cluster_config, compiled_pipeline, list_dags
-from minitron.config.settings import PARALLEL_TRIALS, ClusterConfig
+from minitron.config.settings import ClusterConfig
+from minitron.config.shapes import PARALLEL_TRIALS
 from minitron.pipelines.tasks import write_compiled
 from tests.pipelines import COMPILED, compress, promote, retrain, search
 

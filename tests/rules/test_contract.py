@@ -10,9 +10,7 @@ from minitron import components
 from minitron.config.document import make_plan
 from minitron.config.pipelines import STOP_PARAMETER
 from minitron.config.resources import Models
-from minitron.config.settings import SETTINGS
-from minitron.config.stages import STAGES
-from minitron.config.tasks import TASKS
+from minitron.config.stages import SETTINGS, STAGES, TASKS
 from minitron.stages import plan
 from tests.constants import REPOSITORY
 from tests.pipelines import compress, promote, retrain, search

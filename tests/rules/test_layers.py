@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.config.stages import STAGES
-from minitron.config.tasks import TASKS
+from minitron.config.stages import STAGES, TASKS
 from tests.constants import REPOSITORY
 
 MAY_IMPORT: dict[str, set[str]] = {  # errors and fast_imports: everybody

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.config.parse import SectionError
 from minitron.config.resources import count_parameters
-from minitron.config.settings import PRUNED_SIZES, PruneSettings, SearchSettings
+from minitron.config.shapes import PRUNED_SIZES, PruneSettings, SearchSettings
 from minitron.engines import samples
 from minitron.engines.plan_checks import find_size_faults, read_sizes
 from minitron.runtime.candidates import count_memory_gb, describe_student, propose_candidates

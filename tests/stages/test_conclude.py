@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minitron.config.parse import parse
-from minitron.config.tasks import ConcludeConfig
+from minitron.config.stages import ConcludeConfig
 from minitron.errors import ConfigError
 from minitron.runtime import entry, record
 from minitron.stages import conclude

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from minitron.config.metrics import format_moment
-from minitron.config.tasks import PlanConfig
+from minitron.config.stages import PlanConfig
 from minitron.errors import ConfigError
 from minitron.stages import plan
 from minitron.tracking.client import connect
@@ -285,7 +285,7 @@ import json, pathlib
 from typer.testing import CliRunner
 from minitron.stages import plan
 from minitron.cli.app import app
-from minitron.config.stages import DistillConfig; from minitron.config.tasks import PlanConfig
+from minitron.config.stages import DistillConfig; from minitron.config.stages import PlanConfig
 from minitron.config.reference import reference_page
 from minitron.pipelines.compress import compress
 from minitron.pipelines.tasks import write_compiled

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minitron.config.parse import parse
-from minitron.config.tasks import ResolveConfig
+from minitron.config.stages import ResolveConfig
 from minitron.errors import ConfigError, RunError
 from minitron.registry import fingerprint, training_lock
 from minitron.registry.promotion import promote, rollback

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from minitron.config.settings import SearchSettings
-from minitron.config.tasks import SelectConfig
+from minitron.config.shapes import SearchSettings
+from minitron.config.stages import SelectConfig
 from minitron.errors import RunError
 from minitron.runtime.candidates import describe_student
 from minitron.stages import select

@@ -7,7 +7,8 @@ from typing import Any
 
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
-from minitron.config.settings import PruneSettings, TrainingSettings
+from minitron.config.settings import TrainingSettings
+from minitron.config.shapes import PruneSettings
 from minitron.config.stages import TrainingConfig
 from minitron.errors import ConfigError
 from minitron.storage.bucket import is_bucket

@@ -58,7 +58,11 @@ def drop_layers_by_loss(
     Raises:
         RunError: activations are not finite.
     """
-    search = _LayerSearch(teacher, fitted, held_out, micro_batch_size, dtype, device, refit)
+    length = held_out.shape[1]
+    needed = math.ceil(FITTED * teacher.config.intermediate_size / length)
+    fit_batches = fitted[:needed].split(micro_batch_size) if refit else ()
+    loss_batches = held_out[: max(MEASURED // length, 1)].split(micro_batch_size)
+    search = _LayerSearch(teacher, _Split(fit_batches, {}), _Split(loss_batches, {}), dtype, device)
     return [search.drop_one() for _ in tqdm(range(count), desc="layers", unit="layer")]
 
 
@@ -77,28 +81,18 @@ class _Trial(NamedTuple):
 
 
 class _LayerSearch:
-    """The student while layers go: the teacher's layers, with the seams refitted so far."""
+    """The student while layers go: the teacher's layers, with the seams refitted so far, if there is text to fit."""
 
     def __init__(
-        self,
-        teacher: LayerReader,
-        fitted: Tensor,
-        held_out: Tensor,
-        micro_batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        refit: bool,
+        self, teacher: LayerReader, fitted: _Split, measured: _Split, dtype: torch.dtype, device: torch.device
     ) -> None:
-        config, length = teacher.config, held_out.shape[1]
-        self._device, self._refit = device, refit
+        self._device, self._fitted, self._measured = device, fitted, measured
         self._layers = list(teacher.load_layers(dtype, device))
-        self._calls = teacher.record_calls(length, dtype, device)
+        self._calls = teacher.record_calls(measured.batches[0].shape[1], dtype, device)
         self._norm = teacher.load_norm(device)
-        self._head = teacher.read_tensor(EMBEDDING if config.tie_word_embeddings else HEAD).to(device, dtype)
-        needed = math.ceil(FITTED * config.intermediate_size / length) if refit else 0
-        self._fitted = _Split(fitted[:needed].split(micro_batch_size) if needed else (), {})
-        self._measured = _Split(held_out[: max(MEASURED // length, 1)].split(micro_batch_size), {})
-        for split in (self._fitted, self._measured):
+        head = EMBEDDING if teacher.config.tie_word_embeddings else HEAD
+        self._head = teacher.read_tensor(head).to(device, dtype)
+        for split in (fitted, measured):
             split.states[0] = [teacher.read_embeddings(ids, dtype, device).cpu() for ids in split.batches]
         self._kept = list(range(len(self._layers)))
         self._losses: dict[int, float] = {}
@@ -135,7 +129,7 @@ class _LayerSearch:
         ahead, behind = self._kept[place - 1], self._kept[place + 1 :]
         matrix = self._layers[ahead].mlp.down_proj.weight
         present = seam = matrix.data
-        if self._refit:
+        if self._fitted.batches:
             seam = self._fit_seam(ahead, (behind[0] if behind else len(self._layers)) - 1).to(present.dtype)
         matrix.data, states = seam, self._measured.states[ahead]
         for index in [ahead, *behind]:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from minitron import METHOD_VERSION
 from minitron.config.fields import Fault, format_address
-from minitron.config.settings import PruneSettings
+from minitron.config.shapes import PruneSettings
 from minitron.config.stages import PruneConfig
 from minitron.errors import ConfigError, RunError
 from minitron.models.checks import read_config

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minitron.config.settings import PRUNED_AXES
+from minitron.config.shapes import PRUNED_AXES
 from minitron.models.checkpoint import finish_derived_model
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.importance import Importance
