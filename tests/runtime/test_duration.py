@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +16,15 @@ ARCHITECTURE = {
 }  # fmt: skip
 
 
-def estimate(directory: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
-    """Return what is said of lines that come ten seconds apart."""
+def estimate(directory: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, **prune: Any) -> list[str]:
+    """Return what is said of lines that come ten seconds apart, with these settings of prune."""
     dataset = directory / "compress-1" / "prepare" / "dataset"
     dataset.mkdir(parents=True, exist_ok=True)
     tokens = {"train": 1_000_000, "validation": 30_000, "test": 30_000}
     (dataset / "manifest.json").write_text(json.dumps({"tokens": tokens}))
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    document = merge({"teacher": "/t", "corpus": "/c"}, read_preset("demo"))
+    document = merge({"teacher": "/t", "corpus": "/c"}, read_preset("demo"), {"prune": prune})
     del document[SAMPLES]
     watch = DurationEstimate(make_plan(document), ARCHITECTURE, directory)
     return [text for line in lines if (text := watch.read_line(line))]
@@ -59,3 +60,12 @@ def test_stages_that_are_over_take_no_time(minutes: int, tmp_path: Path, monkeyp
     lines = ["finetune: result 1 is already in w", "distill: MLflow run 2", "teacher validation: 9% [00:01, 300tok/s]"]
     assert read_minutes(estimate(tmp_path, monkeypatch, *lines)) < minutes
     assert estimate(tmp_path, monkeypatch, "distill: MLflow run 2", "loss: 3.1") == []
+
+
+def test_layers_that_are_chosen_by_loss_take_time(
+    minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["finetune: MLflow run 2", "validation:  75%|███▊ | 3.07k/4.10k [00:10<00:03, 300tok/s]"]
+    by_loss = read_minutes(estimate(tmp_path, monkeypatch, *lines, layers_by="loss"))
+    tried = 30 + 12 * 13
+    assert by_loss - minutes == pytest.approx(tried * 1024 * 0.75 / 300 / 60, abs=1.5)
