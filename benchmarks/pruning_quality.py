@@ -158,9 +158,9 @@ def cut(teacher: LayerReader, student: str, sequences: Tensor, arguments: argpar
     is_refitted, given = "minitron" not in student and student != "depth_loss", {}
     if "loss" in student:
         parts, count = split_calibration(sequences), teacher.config.num_hidden_layers - shape.num_hidden_layers
-        drops = drop_layers_by_loss(teacher, count, *parts, 4, torch.float32, device, is_refitted)
-        print(student, drops, file=sys.stderr, flush=True)
-        gone = {drop.layer for drop in drops}
+        *_, order = drop_layers_by_loss(teacher, count, *parts, 4, torch.float32, device, is_refitted)
+        print(student, order.drops, file=sys.stderr, flush=True)
+        gone = {drop.layer for drop in order.drops}
         given["layers"] = [layer for layer in range(teacher.config.num_hidden_layers) if layer not in gone]
     plan = choose_plan(importance, shape, given)
     with TemporaryDirectory() as name:

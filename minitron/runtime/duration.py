@@ -115,8 +115,8 @@ def count_work(plan: Plan, models: Models, tokens: Mapping[str, int], layers: in
             case PruneSettings():
                 read = min(settings.calibration_sequences * length, tokens["train"])
                 refit = _REFITTING if settings.method == "compensated" else 0
-                read = read * (1 + refit) + _count_layer_search(settings, read, layers)
-                work[stage] = StageWork(read, {"importance": 1.0})
+                total = read * (1 + refit) + _count_layer_search(settings, read, layers)
+                work[stage] = StageWork(total, {"importance": 1.0})
             case DistillSettings():
                 work[stage] = _count_training(settings, length, tokens["validation"], student, 1.0)
             case EvaluateSettings():

@@ -21,7 +21,8 @@ FITTED, MEASURED = token_ids(20), token_ids(23)[20:]
 
 def drop(model: PreTrainedModel, count: int, directory: Path, refit: bool, micro_batch_size: int = 6) -> list[Drop]:
     teacher, where = open_layers(model, directory), (torch.float32, torch.device("cpu"))
-    return drop_layers_by_loss(teacher, count, FITTED, MEASURED, micro_batch_size, *where, refit)
+    *_, order = drop_layers_by_loss(teacher, count, FITTED, MEASURED, micro_batch_size, *where, refit)
+    return order.drops
 
 
 @torch.no_grad()
@@ -92,6 +93,11 @@ def test_each_layer_is_measured_in_what_the_ones_before_it_left(
     again = drop(model, 3, tmp_path / "parts", refit, micro_batch_size=3)
     assert [each.layer for each in again] == [each.layer for each in drops]
     assert [each.loss for each in again] == pytest.approx([each.loss for each in drops], abs=1e-4)
+    teacher, where = open_layers(model, tmp_path / "begun"), (torch.float32, torch.device("cpu"))
+    for size in (1, 2):
+        *_, begun = drop_layers_by_loss(teacher, size, FITTED, MEASURED, 20, *where, refit)
+        *_, order = drop_layers_by_loss(teacher, 3, FITTED, MEASURED, 20, *where, refit, begun)
+        assert order.drops == drops, "an order that goes on is the same to the last bit"
     if not refit:
         student = model
         for place, each in enumerate(drops):

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -40,10 +41,11 @@ from minitron.models.checkpoint import (
     save_model,
 )
 from minitron.models.checks import INDEX, read_headers
+from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.scores import find_importance_faults
-from minitron.models.pruning.surgery import Plan, Shape, choose_plan, cut_model
+from minitron.models.pruning.surgery import Drop, LayerOrder, Plan, Shape, choose_plan, cut_model
 from minitron.runtime import cleanup
 from minitron.stages import prune
 from minitron.storage import references
@@ -538,8 +540,29 @@ def test_layers_that_were_chosen_by_loss_are_not_chosen_again(
 
     two = drop(2)
     assert drop(3) == two[:1] and drop(2, intermediate_size=64) == two and len(choose.mock_calls) == 1
-    assert drop(1)[:2] == two and len(choose.mock_calls) == 2
+    assert drop(1)[:2] == two and choose.mock_calls[-1].args[-1].drops == [Drop(**each) for each in two]
     assert len(drop(1, method="compensated")) == 3 == len(choose.mock_calls)
+
+
+def test_a_choice_of_layers_that_was_killed_goes_on(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop_one(*arguments: Any) -> Iterator[LayerOrder]:
+        yield next(drop_layers_by_loss(*arguments))
+        raise KeyboardInterrupt
+
+    values = {"workspace": tmp_path / "ws", "layers_by": "loss", "num_hidden_layers": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pruning, "drop_layers_by_loss", drop_one)
+        prune.run(PruneConfig(**settings | values))
+    (path,) = (tmp_path / "ws" / "scores").glob("*.json")
+    (first,) = json.loads(path.read_text())["drops"]
+    choose = Mock(side_effect=drop_layers_by_loss)
+    monkeypatch.setattr(pruning, "drop_layers_by_loss", choose)
+    prune.run(PruneConfig(**settings | values))
+    assert choose.mock_calls[0].args[-1].drops == [Drop(**first)]
+    found = json.loads((settings["output"] / "pruning.json").read_text())["drops"]
+    assert found == json.loads(path.read_text())["drops"] and found[0] == first and len(found) == 2
 
 
 def test_a_cut_that_failed_has_left_its_scores(

@@ -1,5 +1,6 @@
 """Pruning with the transformers engine: layer by layer from the teacher's files, on a CPU or one GPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minitron.models.pruning.surgery import (
     Cut,
     Drop,
     Given,
+    LayerOrder,
     Shape,
     choose_plan,
     count_student_bytes,
@@ -67,7 +69,11 @@ def _drop_layers_by_loss(config: PruneConfig, teacher: LayerReader, shape: Shape
         return []
     parts, size = split_calibration(_read_calibration(config)), config.micro_batch_size
     where, refit = (get_compute_dtype(), get_device()), config.method == "compensated"
-    return find_or_drop_layers(config, count, lambda: drop_layers_by_loss(teacher, count, *parts, size, *where, refit))
+
+    def drop(begun: LayerOrder) -> Iterator[LayerOrder]:
+        return drop_layers_by_loss(teacher, count, *parts, size, *where, refit, begun)
+
+    return find_or_drop_layers(config, count, drop)
 
 
 def _measure_importance(

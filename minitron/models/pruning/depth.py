@@ -8,6 +8,7 @@ S = sequence, H = hidden size, C = input channels of down_proj, O = output chann
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.pruning.layers import LayerReader, read_channels, read_heads
 from minitron.models.pruning.least_squares import Moments, complain_of_condition, compute_token_weights, solve
-from minitron.models.pruning.surgery import Drop
+from minitron.models.pruning.surgery import Drop, LayerOrder
 
 SEAM_RIDGE = 0.5
 """The ridge of a seam while layers are chosen: about what held-out tokens choose in the cut itself."""
@@ -42,8 +43,11 @@ def drop_layers_by_loss(
     dtype: torch.dtype,
     device: torch.device,
     refit: bool,
-) -> list[Drop]:
-    """Choose the layers to drop, in their order; the first layer stays. The whole teacher is on the device.
+    begun: LayerOrder | None = None,
+) -> Iterator[LayerOrder]:
+    """Choose the layers to drop, and yield their order after each; the first layer stays.
+
+    The whole teacher is on the device.
 
     Args:
         teacher: the model to cut.
@@ -54,6 +58,7 @@ def drop_layers_by_loss(
         dtype: dtype of the computation; seams are solved in float64.
         device: where to compute. The states of `fitted` after each layer are kept on the CPU.
         refit: refit the seams, as the compensated cut does.
+        begun: an order that was yielded before; the result is what it would be without.
 
     Raises:
         RunError: activations are not finite.
@@ -63,7 +68,12 @@ def drop_layers_by_loss(
     fit_batches = fitted[:needed].split(micro_batch_size) if refit else ()
     loss_batches = held_out[: max(MEASURED // length, 1)].split(micro_batch_size)
     search = _LayerSearch(teacher, _Split(fit_batches, {}), _Split(loss_batches, {}), dtype, device)
-    return [search.drop_one() for _ in tqdm(range(count), desc="layers", unit="layer")]
+    if begun:
+        search.repeat(begun)
+    done = len(search.order.drops)
+    for _ in tqdm(range(done, count), desc="layers", unit="layer", initial=done, total=count):
+        search.drop_one()
+        yield search.order
 
 
 class _Split(NamedTuple):
@@ -95,26 +105,35 @@ class _LayerSearch:
         for split in (fitted, measured):
             split.states[0] = [teacher.read_embeddings(ids, dtype, device).cpu() for ids in split.batches]
         self._kept = list(range(len(self._layers)))
-        self._losses: dict[int, float] = {}
+        self.order = LayerOrder([], {})
         self._run_from(0)
         self._targets = {index - 1: states for index, states in self._fitted.states.items()}
 
-    def drop_one(self) -> Drop:
+    def repeat(self, begun: LayerOrder) -> None:
+        """Drop the layers of an order that was found before."""
+        for drop in begun.drops:
+            self._drop(_Trial(drop, self._fit_seam_without(drop.layer)))
+        self.order.losses.update(begun.losses)
+
+    def drop_one(self) -> None:
         """Drop the layer whose absence costs the least loss, and refit its seam."""
-        trials: list[_Trial] = []
-        candidates = sorted(self._kept[1:], key=lambda layer: self._losses.get(layer, 0.0))
+        trials, losses = list[_Trial](), self.order.losses
+        candidates = sorted(self._kept[1:], key=lambda layer: losses.get(layer, 0.0))
         for layer in candidates:
             # losses rise as layers go, so that the last loss is about a lower bound of the next one
-            if len(trials) >= RETRIED and min(trial.drop.loss for trial in trials) <= self._losses.get(layer, 0.0):
+            if len(trials) >= RETRIED and min(trial.drop.loss for trial in trials) <= losses.get(layer, 0.0):
                 break
             trials.append(self._try_without(layer))
-            self._losses[layer] = trials[-1].drop.loss
-        best = min(trials, key=lambda trial: trial.drop.loss)
-        place = self._kept.index(best.drop.layer)
-        self._layers[self._kept[place - 1]].mlp.down_proj.weight.data = best.seam_OC
+            losses[layer] = trials[-1].drop.loss
+        self._drop(min(trials, key=lambda trial: trial.drop.loss))
+
+    def _drop(self, trial: _Trial) -> None:
+        place = self._kept.index(trial.drop.layer)
+        self._layers[self._kept[place - 1]].mlp.down_proj.weight.data = trial.seam_OC
         del self._kept[place]
         self._run_from(place - 1)
-        return best.drop
+        self.order.drops.append(trial.drop)
+        self.order.losses.pop(trial.drop.layer, None)
 
     def _run_from(self, place: int) -> None:
         """Compute the student's states ahead of each layer behind a place."""
@@ -128,9 +147,7 @@ class _LayerSearch:
         place = self._kept.index(layer)
         ahead, behind = self._kept[place - 1], self._kept[place + 1 :]
         matrix = self._layers[ahead].mlp.down_proj.weight
-        present = seam = matrix.data
-        if self._fitted.batches:
-            seam = self._fit_seam(ahead, (behind[0] if behind else len(self._layers)) - 1).to(present.dtype)
+        present, seam = matrix.data, self._fit_seam_without(layer)
         matrix.data, states = seam, self._measured.states[ahead]
         for index in [ahead, *behind]:
             states = [self._run_layer(index, state) for state in states]
@@ -142,11 +159,15 @@ class _LayerSearch:
             )
         return _Trial(Drop(layer, loss), seam)
 
-    def _fit_seam(self, ahead: int, end: int) -> Tensor:
-        """Return the matrix [O, C] ahead of a gap, fitted to the teacher's state behind it, after the layer `end`."""
+    def _fit_seam_without(self, dropped: int) -> Tensor:
+        """Return the matrix [O, C] ahead of the gap that a layer leaves, fitted to the teacher's state behind it."""
+        place = self._kept.index(dropped)
+        ahead, following = self._kept[place - 1], [*self._kept, len(self._layers)][place + 1]
         layer, down_proj = self._layers[ahead], self._layers[ahead].mlp.down_proj
+        if not self._fitted.batches:
+            return down_proj.weight.data
         moments = Moments(down_proj.in_features, down_proj.out_features, self._device)
-        for state, target in zip(self._fitted.states[ahead], self._targets[end], strict=True):
+        for state, target in zip(self._fitted.states[ahead], self._targets[following - 1], strict=True):
             middle = self._run_attention(ahead, state.to(self._device))
             target = target.to(self._device).float()
             weight = compute_token_weights(target)
@@ -156,7 +177,7 @@ class _LayerSearch:
         seam = solve(down_proj.weight.double(), columns, moments, SEAM_RIDGE)
         if seam is None:
             raise complain_of_condition(moments)
-        return seam
+        return seam.to(down_proj.weight.dtype)
 
     def _run_attention(self, index: int, state: Tensor) -> Tensor:
         layer = self._layers[index]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from minitron.storage.layout import IMPORTANCE, REFERENCE, SCORES, read_json_obj
 
 if TYPE_CHECKING:  # plan's image has no torch
     from minitron.models.pruning.importance import Importance
-    from minitron.models.pruning.surgery import Drop
+    from minitron.models.pruning.surgery import Drop, LayerOrder
 
 Key = dict[str, Any]
 """Everything that affects scores, by the names that messages give it."""
@@ -93,32 +93,54 @@ def find_or_measure_importance(config: PruneConfig, measure: "Callable[[], Impor
     return importance
 
 
-def find_or_drop_layers(config: PruneConfig, count: int, drop: "Callable[[], list[Drop]]") -> "list[Drop]":
-    """Return the first `count` layers to drop by loss, from the workspace; if it has fewer, choose and keep them.
+def find_or_drop_layers(
+    config: PruneConfig, count: int, drop: "Callable[[LayerOrder], Iterable[LayerOrder]]"
+) -> "list[Drop]":
+    """Return the first `count` layers to drop by loss; those that the workspace has not yet are chosen, and kept there.
 
-    Layers go one by one, so a larger cut begins with a smaller one. The order depends on the method, which decides
-    whether seams are refitted, but on no size.
+    Layers go one by one, so a larger cut goes on where a smaller one ended, and so does one that was killed. The order
+    depends on the method, which decides whether seams are refitted, but on no size.
     """
-    from minitron.models.pruning.surgery import Drop
+    from minitron.models.pruning.surgery import LayerOrder
 
-    if config.workspace is None:
-        return drop()
-    name = f"{_hash_key(make_key(config) | {'layers by loss': config.method})}.json"
-    remote, path = _remote_folder(config), persistent_directory(config.workspace) / SCORES / name
-    content, generation = bucket.read_json(remote, name) if remote else (read_json_object(path), 0)
-    known = (content or {}).get("drops", []) if config.caching else []
-    if len(known) >= count:
-        print(f"prune: layers were chosen by loss before: {remote or path.parent}/{name}", flush=True)
-        if not remote:
-            mark_used(path)
-        return [Drop(**entry) for entry in known[:count]]
-    drops = drop()
-    kept = {"drops": [entry._asdict() for entry in drops]}
-    if remote:
-        bucket.write_json(remote, name, kept, generation)
+    name = _hash_key(make_key(config) | {"layers by loss": config.method}) + ".json" if config.workspace else ""
+    order = _read_order(config, name)[0] if name and config.caching else LayerOrder([], {})
+    if len(order.drops) >= count:
+        print(f"prune: layers were chosen by loss before: {name}", flush=True)
+        return order.drops[:count]
+    for longer in drop(order):
+        order = longer
+        if name:
+            _keep_order(config, name, order)
+    return order.drops
+
+
+def _read_order(config: PruneConfig, name: str) -> "tuple[LayerOrder, int]":
+    """Return the order in the workspace, empty if there is none, and its generation in a bucket."""
+    from minitron.models.pruning.surgery import Drop, LayerOrder
+
+    if remote := _remote_folder(config):
+        content, generation = bucket.read_json(remote, name)
     else:
-        write_atomically(path, kept)
-    return drops
+        path = persistent_directory(config.workspace) / SCORES / name
+        content, generation = read_json_object(path), 0
+        if content:
+            mark_used(path)
+    found = {"drops": [], "losses": {}} | (content or {})
+    losses = {int(layer): loss for layer, loss in found["losses"].items()}
+    return LayerOrder([Drop(**entry) for entry in found["drops"]], losses), generation
+
+
+def _keep_order(config: PruneConfig, name: str, order: "LayerOrder") -> None:
+    """Keep an order in the workspace, unless it has a longer one."""
+    present, generation = _read_order(config, name)
+    if len(present.drops) >= len(order.drops):
+        return
+    content = {"drops": [drop._asdict() for drop in order.drops], "losses": order.losses}
+    if remote := _remote_folder(config):
+        bucket.write_json(remote, name, content, generation)
+    else:
+        write_atomically(persistent_directory(config.workspace) / SCORES / name, content)
 
 
 def find_importance_faults(prune: PruneSettings) -> Iterator[Fault]:

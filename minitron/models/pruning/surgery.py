@@ -86,6 +86,13 @@ class Drop(NamedTuple):
     loss: float
 
 
+class LayerOrder(NamedTuple):
+    """The layers that went so far, and of those that are left the last loss without each, by layer."""
+
+    drops: list[Drop]
+    losses: dict[int, float]
+
+
 class Cut(NamedTuple):
     """What an engine cut, and by what.
 
