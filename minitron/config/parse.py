@@ -118,8 +118,8 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
     return [name for name, field in model.model_fields.items() if mark in field.metadata]
 
 
-NEWER = {"method": "minitron", "layers_by": "influence"}
-"""Settings of prune that came later than its keys, and the values that change no result from before."""
+NEWER = {"method": "minitron", "layers_by": "influence", "divergence_beta": 0.0}
+"""Settings of prune and distill that came later than their keys, and the values that change no result from before."""
 
 
 def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]) -> list[str]:
@@ -131,7 +131,7 @@ def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]
         model: the stage's settings, or its configuration; its inputs count by their content, not here.
         values: the settings. A loss on intermediate layers is balanced within each micro-batch (engine nemo), so
             with such a loss the size of a micro-batch affects the result. NEWER settings at their defaults are in no
-            key: prune had keys before it had them.
+            key: their stages had keys before them.
     """
     left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
     left_out |= {name for name, default in NEWER.items() if values.get(name) == default}

@@ -214,8 +214,15 @@ class FinetuneSettings(TrainingSettings):
 class DistillSettings(TrainingSettings):
     """Teacher and pruned student → trained student (forward KL on logits)."""
 
-    temperature: Positive = Field(1.0, description="Softens both distributions; the KL is scaled by its square.")
-    kl_weight: NonNegative = Field(1.0, description="Weight of the forward KL divergence.")
+    temperature: Positive = Field(
+        1.0, description="Softens both distributions; the divergence is scaled by its square."
+    )
+    divergence_beta: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Divergence from the teacher: 0 is the forward KL, 1 the reverse KL, and a number between them the "
+        "generalized Jensen-Shannon divergence of that beta, as in GKD; 0.5 is the symmetric one.",
+    )
+    kl_weight: NonNegative = Field(1.0, description="Weight of the divergence from the teacher.")
     cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
     intermediate_layers: list[tuple[PositiveInt, PositiveInt]] = Field(
         [], description="Pairs of student and teacher layers, from 1, whose outputs are matched (engine nemo)."
@@ -228,6 +235,11 @@ class DistillSettings(TrainingSettings):
             yield Fault("kl_weight", "it is 0, and so is cross_entropy_weight; raise one of them")
         if self.engine == "hf" and self.intermediate_layers:
             yield Fault("intermediate_layers", "they need engine nemo; use it, or leave them out")
+        if self.engine == "nemo" and self.divergence_beta:
+            yield Fault(
+                "divergence_beta",
+                f"{self.divergence_beta}, but engine nemo has only the forward KL; use engine hf, or set it to 0",
+            )
 
 
 class EvaluateSettings(SequenceSettings):

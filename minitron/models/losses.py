@@ -7,6 +7,7 @@ N = packed tokens, C = tokens of a chunk, H = hidden size, V = vocabulary; the t
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,26 +15,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -100
+"""The label of a token that counts in no loss; torch's own, too."""
+
 CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""
 
 
 class LossWeights(NamedTuple):
-    """The weights in kl · T² · KL(teacher‖student) + cross_entropy · CE(labels, student), and the temperature T."""
+    """The weights in kl · T² · D(teacher, student) + cross_entropy · CE(labels, student), and what D is.
 
-    kl: float = 0.0
-    cross_entropy: float = 1.0
+    D compares the distributions at temperature T: the forward KL(teacher‖student) at divergence_beta 0, the reverse
+    KL(student‖teacher) at 1, and between them the generalized Jensen-Shannon divergence of that beta (Agarwal et al.,
+    arXiv 2306.13649, equation 1), which is symmetric at 0.5.
+    """
+
+    kl: float | Tensor = 0.0
+    cross_entropy: float | Tensor = 1.0
     temperature: float = 1.0
+    divergence_beta: float = 0.0
 
 
 class LossTerms(NamedTuple):
-    """Sums over N tokens, in nats; only `loss` carries a gradient."""
+    """Sums over the tokens that count, in nats, and the number of these tokens; only `loss` carries a gradient.
+
+    `kl` is the forward KL at temperature 1, whatever the loss is, so that trainings can be compared.
+    """
 
     loss: Tensor
     kl: Tensor
     cross_entropy: Tensor
     teacher_cross_entropy: Tensor
     agreements: Tensor
+    tokens: Tensor
 
 
 def linear_loss(
@@ -46,21 +60,23 @@ def linear_loss(
 ) -> LossTerms:
     """Compute the loss of the logits `hidden @ head.T` against the labels and the teacher's logits.
 
-    The gradient of T² · KL(softmax(t/T)‖softmax(s/T)) with respect to the logits s is T · (softmax(s/T) - softmax(t/T))
-    (Hinton et al., arXiv 1503.02531, section 2.1); that of the cross-entropy is softmax(s) - one_hot(label).
+    The gradient of the cross-entropy with respect to the logits is softmax(s) - one_hot(label); `_compute_divergence`
+    has that of the divergence.
 
     Args:
         hidden: last hidden states of the student, [N, H].
         head: output embedding of the student, [V, H].
-        labels: next tokens, int64 [N].
-        weights: the weights of the loss's terms, and the temperature.
+        labels: next tokens, int64 [N]; tokens with the label IGNORED count in no term.
+        weights: the weights of the loss's terms, the temperature and the divergence.
         teacher_hidden: last hidden states of the teacher, [N, H']; None: no teacher terms.
         teacher_head: output embedding of the teacher, [V, H'].
 
     Returns:
-        The weighted loss and its terms, each summed over the N tokens; the KL term is at temperature T, without T².
+        The weighted loss and its terms.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    # rows of zeros give the head no gradient, and get none, whatever that of their logits is
+    hidden = hidden.masked_fill((labels == IGNORED)[:, None], 0)
     return LossTerms(*_LinearLoss.apply(hidden, head, labels, weights, teacher_hidden, teacher_head, wants_gradient))
 
 
@@ -77,19 +93,20 @@ class _LinearLoss(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, ...]:
         w_head = head.to(hidden.dtype)  # under mixed precision the head is kept in fp32
-        sums = torch.zeros(5, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(6, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         grad_head = torch.zeros_like(head) if wants_gradient and head.requires_grad else None
         step = CHUNK_TOKENS.get(hidden.device.type, 128)
         fuses = wants_gradient and hidden.is_cuda and can_compile()  # a short evaluation is not worth the compilation
         compute_chunk_loss = _compile_chunk_loss() if fuses else _compute_chunk_loss
+        factors = _as_tensors(weights, hidden.device) if fuses else weights
         for start in range(0, len(hidden), step):
             chunk = slice(start, start + step)
             teacher_CV = None
             if teacher_hidden is not None and teacher_head is not None:
                 teacher_CV = teacher_hidden[chunk] @ teacher_head.T
             terms, grad_CV = compute_chunk_loss(
-                hidden[chunk] @ w_head.T, labels[chunk], teacher_CV, weights, wants_gradient
+                hidden[chunk] @ w_head.T, labels[chunk], teacher_CV, factors, wants_gradient
             )
             del teacher_CV
             sums += terms
@@ -98,7 +115,8 @@ class _LinearLoss(torch.autograd.Function):
                 torch.mm(grad_CV, w_head, out=grad_hidden[chunk])
                 _accumulate_head_gradient(grad_head, grad_CV, hidden[chunk])
         ctx.save_for_backward(grad_hidden, grad_head)
-        loss, *others = sums.unbind()
+        divergence, *others = sums.unbind()
+        loss = weights.kl * weights.temperature**2 * divergence + weights.cross_entropy * others[1]
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -144,39 +162,90 @@ def _compile_chunk_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(_compute_chunk_loss)
 
 
+def _as_tensors(weights: LossWeights, device: torch.device) -> LossWeights:
+    """Return the weights that are not 0 as tensors: a compiler would compile again for every number of a schedule."""
+    kl, cross_entropy = (
+        torch.full((), float(weight), device=device) if weight else weight
+        for weight in (weights.kl, weights.cross_entropy)
+    )
+    return weights._replace(kl=kl, cross_entropy=cross_entropy)
+
+
+def _counts(weight: float | Tensor) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
 def _compute_chunk_loss(
     logits_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None, weights: LossWeights, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the five sums of a chunk and the loss's gradient with respect to its logits; buffers are reused."""
+    """Return the six sums of a chunk, the divergence first, and the loss's gradient with respect to its logits.
+
+    One log_softmax per model gives all of them if the temperature is 1. Buffers are reused.
+    """
+    labels_C1, temperature = labels_C.clamp(min=0)[:, None], weights.temperature
     logits_CV = logits_CV.float()
-    teacher_CV = None if teacher_CV is None else teacher_CV.float()
-    cross_entropy = F.cross_entropy(logits_CV, labels_C, reduction="sum")
-    zero = cross_entropy.new_zeros(())
-    kl = teacher_cross_entropy = agreements = zero
-    grad_CV = None
+    log_q_CV = F.log_softmax(logits_CV, -1)
+    cross_entropy_C = -log_q_CV.gather(-1, labels_C1)[:, 0]
+    divergence_C = kl_C = teacher_cross_entropy_C = agreements_C = torch.zeros_like(cross_entropy_C)
+    grad_CV = q_CV = None
     if teacher_CV is not None:
-        agreements = (logits_CV.argmax(-1) == teacher_CV.argmax(-1)).sum().float()
-        teacher_cross_entropy = F.cross_entropy(teacher_CV, labels_C, reduction="sum")
-        kl, grad_CV = _compute_forward_kl(
-            logits_CV, teacher_CV, weights.temperature, wants_gradient and weights.kl != 0
-        )
-    if grad_CV is not None:
-        grad_CV *= weights.kl * weights.temperature
-    if wants_gradient and weights.cross_entropy:
-        probabilities_CV = torch.softmax(logits_CV, -1)
-        probabilities_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
-        probabilities_CV *= weights.cross_entropy
-        grad_CV = probabilities_CV if grad_CV is None else grad_CV.add_(probabilities_CV)
-    loss = weights.kl * weights.temperature**2 * kl + weights.cross_entropy * cross_entropy
-    return torch.stack([loss, kl, cross_entropy, teacher_cross_entropy, agreements]), grad_CV
+        teacher_CV = teacher_CV.float()
+        agreements_C = (logits_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
+        log_p_CV = F.log_softmax(teacher_CV, -1)
+        teacher_cross_entropy_C = -log_p_CV.gather(-1, labels_C1)[:, 0]
+        if weights.divergence_beta or temperature != 1:
+            kl_C = _dot_rows(log_p_CV.exp(), log_p_CV - log_q_CV)
+        if temperature != 1:
+            log_p_CV, log_q_CV = F.log_softmax(teacher_CV / temperature, -1), F.log_softmax(logits_CV / temperature, -1)
+        wants_divergence = wants_gradient and _counts(weights.kl)
+        divergence_C, q_CV, grad_CV = _compute_divergence(log_p_CV, log_q_CV, weights.divergence_beta, wants_divergence)
+        if not weights.divergence_beta and temperature == 1:
+            kl_C = divergence_C
+        _scale(grad_CV, weights.kl * temperature)
+    if wants_gradient and _counts(weights.cross_entropy):
+        if q_CV is None or temperature != 1:
+            q_CV = torch.softmax(logits_CV, -1)
+        q_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C1[:, 0]] -= 1
+        _scale(q_CV, weights.cross_entropy)
+        grad_CV = q_CV if grad_CV is None else grad_CV.add_(q_CV)
+    counts_C = (labels_C != IGNORED).float()
+    terms = [divergence_C, kl_C, cross_entropy_C, teacher_cross_entropy_C, agreements_C, torch.ones_like(counts_C)]
+    return torch.stack(terms) @ counts_C, grad_CV
 
 
-def _compute_forward_kl(
-    logits_CV: Tensor, teacher_CV: Tensor, temperature: float, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the sum of KL(p‖q) over the chunk and q - p, for p, q = softmax of teacher's, student's logits / T."""
-    log_q_CV = F.log_softmax(logits_CV / temperature, -1)
-    log_p_CV = F.log_softmax(teacher_CV / temperature, -1)
+def _compute_divergence(
+    log_p_CV: Tensor, log_q_CV: Tensor, beta: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return D(p, q) of every token, q, and D's gradient with respect to the logits whose softmax is q.
+
+    The gradient is q - p for KL(p‖q) (Hinton et al., arXiv 1503.02531, section 2.1). For the others, with
+    m = beta · p + (1 - beta) · q, it is (1 - beta) · q · (log(q / m) - KL(q‖m)); for KL(q‖p), m is p and the factor 1.
+    Logits divided by T have 1 / T of it, and T² · D has T times it. Both arguments are overwritten.
+    """
     p_CV = log_p_CV.exp()
-    kl = p_CV.flatten() @ log_p_CV.sub_(log_q_CV).flatten()
-    return kl, log_q_CV.exp_().sub_(p_CV) if wants_gradient else None
+    if beta == 0:
+        divergence_C = _dot_rows(p_CV, log_p_CV.sub_(log_q_CV))
+        q_CV = log_q_CV.exp_() if wants_gradient else None
+        return divergence_C, q_CV, None if q_CV is None else torch.sub(q_CV, p_CV, out=log_p_CV)
+    factor, log_m_CV = 1.0, log_p_CV
+    if beta < 1:
+        factor = 1 - beta
+        log_m_CV = torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log(factor))
+    q_CV, ratio_CV = log_q_CV.exp(), log_q_CV.sub_(log_m_CV)
+    reverse_C = _dot_rows(q_CV, ratio_CV)
+    divergence_C = factor * reverse_C
+    if beta < 1:
+        divergence_C = divergence_C + beta * _dot_rows(p_CV, log_p_CV.sub_(log_m_CV))
+    grad_CV = ratio_CV.sub_(reverse_C[:, None]).mul_(q_CV).mul_(factor) if wants_gradient else None
+    return divergence_C, q_CV, grad_CV
+
+
+def _scale(values_CV: Tensor | None, factor: float | Tensor) -> None:
+    """Scale in place; a factor of 1 costs nothing."""
+    if values_CV is not None and (isinstance(factor, Tensor) or factor != 1):
+        values_CV *= factor
+
+
+def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
+    """Return the dot products of the rows, [C]; a compiler fuses the sum, else a matrix product reads each once."""
+    return (a_CV * b_CV).sum(-1) if torch.compiler.is_compiling() else torch.einsum("cv,cv->c", a_CV, b_CV)

@@ -1,4 +1,4 @@
-"""Distill the teacher into the pruned student: forward KL between their next-token distributions.
+"""Distill the teacher into the pruned student: a divergence between their next-token distributions.
 
 Run it: `python -m minitron.distill --config distill.yaml`.
 """
@@ -36,7 +36,7 @@ def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, 
         check_sequence_length("distill.sequence_length", config.sequence_length, check_architecture(model), model)
         check_finite(model)
         check_tokenizer(config.dataset, model)
-    weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature)
+    weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature, config.divergence_beta)
     return engines.get_engine(config.engine).train(config, config.student, weights, directory, tracker, config.teacher)
 
 

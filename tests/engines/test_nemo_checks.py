@@ -67,6 +67,7 @@ def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> Non
         ({"engine": "hf", "tensor_parallel_size": 2}, "multiply to 2, but engine hf runs in one process"),
         ({"engine": "nemo", "sequence_parallel": True}, "sequence_parallel: needs a tensor_parallel_size above 1"),
         ({"engine": "hf", "intermediate_layers": [[1, 2]]}, "intermediate_layers: they need engine nemo"),
+        ({"engine": "nemo", "divergence_beta": 0.5}, "divergence_beta: 0.5, but engine nemo has only the forward KL"),
     ],
 )  # fmt: skip
 def test_settings_of_the_other_engine_are_refused(values: dict[str, Any], message: str) -> None:

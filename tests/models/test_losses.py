@@ -6,11 +6,18 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from minitron.models import losses
-from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.losses import IGNORED, LossTerms, LossWeights, linear_loss
 
 N, H, TEACHER_H, V = 300, 24, 40, 97  # N is no multiple of the chunk
+
+WEIGHTS = [
+    LossWeights(1, 0), LossWeights(1, 0, 2.5), LossWeights(0.7, 0.3), LossWeights(0.7, 0.3, 0.5), LossWeights(0, 1),
+    LossWeights(1, 0, 1, 1), LossWeights(0.7, 0.3, 2, 1), LossWeights(1, 0, 1, 0.5), LossWeights(0.7, 0.3, 0.5, 0.1),
+]  # fmt: skip
+"""The divergence is the forward KL, the reverse KL and Jensen-Shannon, alone and mixed, at several temperatures."""
 
 
 def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -23,65 +30,111 @@ def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return hidden, head, labels, teacher_hidden, teacher_head
 
 
-def plain_loss(
-    tensors: tuple[torch.Tensor, ...], weights: LossWeights
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ignore_some(labels: torch.Tensor) -> torch.Tensor:
+    """Ignore a whole chunk, and some tokens of the others."""
+    return labels.masked_fill((torch.arange(N) < 130) | (torch.arange(N) % 3 == 0), IGNORED)
+
+
+def plain_loss(tensors: tuple[torch.Tensor, ...], weights: LossWeights) -> LossTerms:
+    """Compute the terms from the whole logits of the tokens that count, with torch's own functions."""
     hidden, head, labels, teacher_hidden, teacher_head = tensors
-    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
-    log_q = F.log_softmax(student / weights.temperature, -1)
-    p = F.softmax(teacher / weights.temperature, -1)
-    kl = F.kl_div(log_q, p, reduction="sum")
+    counts = labels != IGNORED
+    student, teacher = (hidden @ head.T)[counts], (teacher_hidden @ teacher_head.T)[counts]
+    labels = labels[counts]
+    q, p = F.softmax(student / weights.temperature, -1), F.softmax(teacher / weights.temperature, -1)
+    beta, m = weights.divergence_beta, weights.divergence_beta * p + (1 - weights.divergence_beta) * q
+    if beta in (0, 1):
+        divergence = F.kl_div(q.log(), p, reduction="sum") if beta == 0 else F.kl_div(p.log(), q, reduction="sum")
+    else:
+        divergence = beta * F.kl_div(m.log(), p, reduction="sum") + (1 - beta) * F.kl_div(m.log(), q, reduction="sum")
     cross_entropy = F.cross_entropy(student, labels, reduction="sum")
-    return weights.kl * weights.temperature**2 * kl + weights.cross_entropy * cross_entropy, kl, cross_entropy
+    return LossTerms(
+        weights.kl * weights.temperature**2 * divergence + weights.cross_entropy * cross_entropy,
+        F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="sum"),
+        cross_entropy,
+        F.cross_entropy(teacher, labels, reduction="sum"),
+        (student.argmax(-1) == teacher.argmax(-1)).sum(),
+        counts.sum(),
+    )
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [LossWeights(1, 0), LossWeights(1, 0, 2.5), LossWeights(0.7, 0.3), LossWeights(0.7, 0.3, 0.5), LossWeights(0, 1)],
-    ids=str,
-)
-def test_values_and_gradients_equal_plain_pytorch(weights: LossWeights) -> None:
-    expected_inputs, inputs = tensors(torch.float64), tensors(torch.float32)
-    expected, kl, cross_entropy = plain_loss(expected_inputs, weights)
-    (3 * expected).backward()
-    terms = linear_loss(*inputs[:3], weights, *inputs[3:])
-    (3 * terms.loss).backward()
-    torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(terms.kl.double(), kl, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(terms.cross_entropy.double(), cross_entropy, rtol=1e-5, atol=1e-4)
-    for actual, wanted in zip(inputs[:2], expected_inputs[:2], strict=True):
-        torch.testing.assert_close(actual.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("chunk", [7, 128, 1000])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_values_and_gradients_equal_plain_pytorch(
+    weights: LossWeights, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is the embedding, too: its gradient comes from both."""
+    monkeypatch.setitem(losses.CHUNK_TOKENS, "cpu", chunk)
+    terms, gradients = {}, {}
+    for dtype, compute in ((torch.float32, lambda *args: linear_loss(*args[:3], weights, *args[3:])), (
+        torch.float64, lambda *args: plain_loss(args, weights)
+    )):  # fmt: skip
+        hidden, head, labels, *teacher = tensors(dtype)
+        inputs = hidden + head[labels].tanh()
+        terms[dtype] = compute(inputs, head, ignore_some(labels), *teacher)
+        (3 * terms[dtype].loss).backward()
+        gradients[dtype] = (hidden.grad, head.grad)
+    for actual, expected in zip(terms[torch.float32], terms[torch.float64], strict=True):
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-4)
+    for actual, expected in zip(gradients[torch.float32], gradients[torch.float64], strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("weights", [LossWeights(1, 0), LossWeights(0.7, 0.3, 0.5)], ids=str)
+def test_labels_that_are_all_ignored_give_no_loss_and_no_gradient() -> None:
+    hidden, head, labels, *teacher = tensors(torch.float32)
+    terms = linear_loss(hidden, head, torch.full_like(labels, IGNORED), LossWeights(1, 1), *teacher)
+    terms.loss.backward()
+    assert not any(terms) and not hidden.grad.any() and not head.grad.any()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_a_chunk_is_one_graph_for_the_compiler(weights: LossWeights) -> None:
     """A break in the graph would write the logits out between the kernels."""
     hidden, head, labels, teacher_hidden, teacher_head = tensors(torch.float32)
-    chunk = ((hidden @ head.T).detach(), labels, teacher_hidden @ teacher_head.T, weights, True)
+    logits, teacher_logits = (hidden @ head.T).detach(), teacher_hidden @ teacher_head.T
+    chunk = (logits, ignore_some(labels), teacher_logits, weights, True)
+    torch.compiler.reset()
     compiled = torch.compile(losses._compute_chunk_loss, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(compiled(*chunk), losses._compute_chunk_loss(*chunk), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_schedule_of_the_weights_is_compiled_once() -> None:
+    hidden, head, labels, teacher_hidden, teacher_head = tensors(torch.float32)
+    logits, teacher_logits = (hidden @ head.T).detach(), teacher_hidden @ teacher_head.T
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(losses._compute_chunk_loss, backend=counter, fullgraph=True)
+    for share in (0.1, 0.2, 0.3):
+        weights = LossWeights(1 - share, share)
+        actual = compiled(logits, labels, teacher_logits, losses._as_tensors(weights, logits.device), True)
+        for value, wanted in zip(
+            actual, losses._compute_chunk_loss(logits, labels, teacher_logits, weights, True), strict=True
+        ):
+            torch.testing.assert_close(value, wanted)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels that torch.compile makes are not tested")
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
 def test_compiled_kernels_equal_plain_pytorch(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tolerance: float, weights: LossWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bf16 the head is kept in fp32, as mixed precision does; the reference reads the rounded hidden states.
 
     The products round logits of size 5 to bf16, by up to 0.4 %: without kernels, too, the gradients differ by 0.7 %.
     """
     monkeypatch.setitem(losses.CHUNK_TOKENS, "cuda", 128)  # three chunks, the last one shorter
-    weights = LossWeights(0.7, 0.3, 2.0)
     hidden, head, labels, teacher_hidden, teacher_head = (tensor.detach().cuda() for tensor in tensors(torch.float32))
+    labels = ignore_some(labels.cpu()).cuda()
     half = [tensor.to(dtype) for tensor in (hidden, teacher_hidden, teacher_head)]
     inputs = (half[0].requires_grad_(), head.requires_grad_(), labels, half[1], half[2])
     expected_inputs = tuple(
         tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs
     )
-    expected, *_ = plain_loss(expected_inputs, weights)
+    expected = plain_loss(expected_inputs, weights).loss
     expected.backward()
     assert losses.can_compile()
     terms = linear_loss(*inputs[:3], weights, *inputs[3:])
@@ -90,14 +143,6 @@ def test_compiled_kernels_equal_plain_pytorch(
         (terms.loss, expected), (inputs[0].grad, expected_inputs[0].grad), (head.grad, expected_inputs[1].grad)
     ):  # fmt: skip
         assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
-
-
-def test_teacher_terms() -> None:
-    hidden, head, labels, teacher_hidden, teacher_head = tensors(torch.float32)
-    terms = linear_loss(hidden, head, labels, LossWeights(1, 0), teacher_hidden, teacher_head)
-    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
-    torch.testing.assert_close(terms.teacher_cross_entropy, F.cross_entropy(teacher, labels, reduction="sum"))
-    assert terms.agreements == (student.argmax(-1) == teacher.argmax(-1)).sum()
 
 
 def test_without_a_teacher_it_is_the_cross_entropy() -> None:

@@ -48,6 +48,11 @@ def test_the_micro_batches_decide_where_a_loss_is_balanced_in_each() -> None:
     assert compute_key("distill", engine="nemo") == compute_key("distill", engine="nemo", micro_batch_size=1)
 
 
+def test_another_divergence_has_another_key() -> None:
+    assert compute_key("distill", divergence_beta=0.5) != compute_key("distill")
+    assert compute_key("distill", divergence_beta=0.0) == compute_key("distill")
+
+
 def test_another_method_of_pruning_has_another_key() -> None:
     assert compute_key("prune", method="compensated") != compute_key("prune") == compute_key("prune", method="minitron")
 

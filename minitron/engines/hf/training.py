@@ -196,7 +196,7 @@ class _LinearLossTrainer(Trainer):
                     get_output_head(self._teacher),
                 )
         terms = linear_loss(hidden, get_output_head(student), labels, self._weights, teacher_hidden, teacher_head)
-        self._sums += torch.stack(list(terms[1:])).detach()
+        self._sums += torch.stack(list(terms[1:-1])).detach()
         self._tokens += labels.numel()
         return terms.loss / num_items_in_batch
 
