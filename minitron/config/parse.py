@@ -118,7 +118,13 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
     return [name for name, field in model.model_fields.items() if mark in field.metadata]
 
 
-NEWER = {"method": "minitron", "layers_by": "influence", "divergence_beta": 0.0}
+NEWER = {
+    "method": "minitron",
+    "layers_by": "influence",
+    "divergence_beta": 0.0,
+    "teacher_cache": None,
+    "teacher_cache_size": 50,
+}
 """Settings of prune and distill that came later than their keys, and the values that change no result from before."""
 
 

@@ -7,7 +7,7 @@ A preset has one section per stage, and a component takes it as its parameter `s
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -228,6 +228,17 @@ class DistillSettings(TrainingSettings):
         [], description="Pairs of student and teacher layers, from 1, whose outputs are matched (engine nemo)."
     )
 
+    teacher_cache: Literal["sampled", "top_k"] | None = Field(
+        None,
+        description="Keep a part of the teacher's distribution of every training token in the workspace, computed once "
+        "for all students, and train without the teacher in memory. sampled: tokens drawn from it, whose mean "
+        "gradient is the exact one. top_k: the most probable tokens; the student learns that all others are "
+        "impossible. None: the teacher runs in every step.",
+    )
+    teacher_cache_size: Annotated[int, Field(ge=1, le=255)] = Field(
+        50, description="Draws per token, or most probable tokens that are kept."
+    )
+
     def find_faults(self) -> Iterator[Fault]:
         """Find also a loss without terms, and terms that the engine does not support."""
         yield from super().find_faults()
@@ -235,6 +246,10 @@ class DistillSettings(TrainingSettings):
             yield Fault("kl_weight", "it is 0, and so is cross_entropy_weight; raise one of them")
         if self.engine == "hf" and self.intermediate_layers:
             yield Fault("intermediate_layers", "they need engine nemo; use it, or leave them out")
+        if self.teacher_cache:
+            for name, needed in {"engine": "hf", "temperature": 1.0, "divergence_beta": 0.0}.items():
+                if (found := getattr(self, name)) != needed:
+                    yield Fault("teacher_cache", f"it needs {name} {needed}, not {found}; set that, or leave it out")
         if self.engine == "nemo" and self.divergence_beta:
             yield Fault(
                 "divergence_beta",

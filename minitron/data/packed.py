@@ -81,11 +81,20 @@ class TrainingSequences(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return the sequence at a position of the training, as an item of PackedDataset."""
+        return self._dataset[self.find_item(index)]
+
+    def find_item(self, index: int) -> int:
+        """Return the position in PackedDataset of the sequence at a position of the training."""
         epoch, position = divmod(index, len(self._dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._seed + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._dataset), generator=generator)
-        return self._dataset[int(self._order[position])]
+        return int(self._order[position])
+
+    @property
+    def distinct(self) -> int:
+        """Number of different sequences; the first epoch has each of them once."""
+        return min(self._count, len(self._dataset))
 
 
 def open_training_data(config: TrainingConfig) -> tuple[TrainingSequences, PackedDataset]:

@@ -36,6 +36,24 @@ class LossWeights(NamedTuple):
     divergence_beta: float = 0.0
 
 
+class TeacherTargets(NamedTuple):
+    """A part of the teacher's distributions at temperature 1, K possible tokens each: see engines/hf/teacher_cache.py.
+
+    Attributes:
+        ids: the tokens, int64 [N, K]; without weight where there are fewer.
+        weights: their shares [N, K], whose sum is 1.
+        entropy: that of the distributions [N], in nats.
+        log_probability: the teacher's, of the labels [N].
+        top1: the most probable tokens, int64 [N].
+    """
+
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+    log_probability: Tensor
+    top1: Tensor
+
+
 class LossTerms(NamedTuple):
     """Sums over the tokens that count, in nats, and the number of these tokens; only `loss` carries a gradient.
 
@@ -57,6 +75,7 @@ def linear_loss(
     weights: LossWeights,
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
+    targets: TeacherTargets | None = None,
 ) -> LossTerms:
     """Compute the loss of the logits `hidden @ head.T` against the labels and the teacher's logits.
 
@@ -70,6 +89,8 @@ def linear_loss(
         weights: the weights of the loss's terms, the temperature and the divergence.
         teacher_hidden: last hidden states of the teacher, [N, H']; None: no teacher terms.
         teacher_head: output embedding of the teacher, [V, H'].
+        targets: what is known of the teacher's distributions, instead of its states; for the forward KL at temperature
+            1. If the targets are drawn, so are the KL and the gradient; their means are the exact ones.
 
     Returns:
         The weighted loss and its terms.
@@ -77,7 +98,8 @@ def linear_loss(
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     # rows of zeros give the head no gradient, and get none, whatever that of their logits is
     hidden = hidden.masked_fill((labels == IGNORED)[:, None], 0)
-    return LossTerms(*_LinearLoss.apply(hidden, head, labels, weights, teacher_hidden, teacher_head, wants_gradient))
+    teacher = (teacher_hidden, teacher_head, targets)
+    return LossTerms(*_LinearLoss.apply(hidden, head, labels, weights, *teacher, wants_gradient))
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -90,6 +112,7 @@ class _LinearLoss(torch.autograd.Function):
         weights: LossWeights,
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
+        targets: TeacherTargets | None,
         wants_gradient: bool,
     ) -> tuple[Tensor, ...]:
         w_head = head.to(hidden.dtype)  # under mixed precision the head is kept in fp32
@@ -98,17 +121,19 @@ class _LinearLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if wants_gradient and head.requires_grad else None
         step = CHUNK_TOKENS.get(hidden.device.type, 128)
         fuses = wants_gradient and hidden.is_cuda and can_compile()  # a short evaluation is not worth the compilation
-        compute_chunk_loss = _compile_chunk_loss() if fuses else _compute_chunk_loss
-        factors = _as_tensors(weights, hidden.device) if fuses else weights
+        compute_chunk_loss = _compute_chunk_loss if targets is None else _compute_drawn_chunk_loss
+        factors = weights
+        if fuses:
+            compute_chunk_loss, factors = _compile(compute_chunk_loss), _as_tensors(weights, hidden.device)
         for start in range(0, len(hidden), step):
             chunk = slice(start, start + step)
-            teacher_CV = None
+            teacher: Any = None if targets is None else TeacherTargets(*(part[chunk] for part in targets))
             if teacher_hidden is not None and teacher_head is not None:
-                teacher_CV = teacher_hidden[chunk] @ teacher_head.T
+                teacher = teacher_hidden[chunk] @ teacher_head.T
             terms, grad_CV = compute_chunk_loss(
-                hidden[chunk] @ w_head.T, labels[chunk], teacher_CV, factors, wants_gradient
+                hidden[chunk] @ w_head.T, labels[chunk], teacher, factors, wants_gradient
             )
-            del teacher_CV
+            del teacher
             sums += terms
             if grad_hidden is not None and grad_CV is not None:
                 grad_CV = grad_CV.to(hidden.dtype)
@@ -127,7 +152,7 @@ class _LinearLoss(torch.autograd.Function):
         return (
             grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_head is None else grad_head.mul_(scale),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -157,9 +182,9 @@ def can_compile() -> bool:
 
 
 @functools.cache
-def _compile_chunk_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return `_compute_chunk_loss` as fused kernels, which read and write the logits a few times instead of forty."""
-    return torch.compile(_compute_chunk_loss)
+def _compile(compute_chunk_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a chunk's loss as fused kernels, which read and write the logits a few times instead of forty."""
+    return torch.compile(compute_chunk_loss)
 
 
 def _as_tensors(weights: LossWeights, device: torch.device) -> LossWeights:
@@ -210,6 +235,28 @@ def _compute_chunk_loss(
         grad_CV = q_CV if grad_CV is None else grad_CV.add_(q_CV)
     counts_C = (labels_C != IGNORED).float()
     terms = [divergence_C, kl_C, cross_entropy_C, teacher_cross_entropy_C, agreements_C, torch.ones_like(counts_C)]
+    return torch.stack(terms) @ counts_C, grad_CV
+
+
+def _compute_drawn_chunk_loss(
+    logits_CV: Tensor, labels_C: Tensor, targets: TeacherTargets, weights: LossWeights, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `_compute_chunk_loss` does, with the teacher's distributions as they are known.
+
+    The gradient of -Σ w log q is q - w: a row of q, from which K numbers are subtracted.
+    """
+    labels_C1 = labels_C.clamp(min=0)[:, None]
+    log_q_CV = F.log_softmax(logits_CV.float(), -1)
+    cross_entropy_C = -log_q_CV.gather(1, labels_C1)[:, 0]
+    kl_C = -(log_q_CV.gather(1, targets.ids) * targets.weights).sum(-1) - targets.entropy
+    agreements_C = (log_q_CV.argmax(-1) == targets.top1).float()
+    counts_C = (labels_C != IGNORED).float()
+    terms = [kl_C, kl_C, cross_entropy_C, -targets.log_probability, agreements_C, torch.ones_like(counts_C)]
+    grad_CV = None
+    if wants_gradient:
+        grad_CV = log_q_CV.exp_().mul_(weights.kl + weights.cross_entropy)
+        grad_CV.scatter_add_(1, targets.ids, targets.weights * -weights.kl)
+        grad_CV.scatter_add_(1, labels_C1, torch.zeros_like(cross_entropy_C)[:, None] - weights.cross_entropy)
     return torch.stack(terms) @ counts_C, grad_CV
 
 

@@ -18,7 +18,7 @@ from minitron.registry.lineage import read_all_lineages
 from minitron.storage import bucket
 from minitron.storage.files import delete_path
 from minitron.storage.hashing import NOTES
-from minitron.storage.layout import FAILURE, MEASUREMENTS, SCORES, read_json_object, read_record
+from minitron.storage.layout import FAILURE, MEASUREMENTS, SCORES, TEACHER_CACHE, read_json_object, read_record
 from minitron.storage.staging import KEY, InUse, is_locked, lock_output
 from minitron.tracking.client import connect, fail_fast, one_line_errors, search_running_runs
 from minitron.tracking.stage_run import KEY_TAG
@@ -127,6 +127,11 @@ def list_items(root: str | Path) -> Iterator[Item]:
     yield from _list_models(directory / "models")
     for path in _list_folder(directory / MEASUREMENTS):
         yield _make_item(path, "measurements of evaluate", delete=partial(_delete_plain, path))
+    for path in _list_folder(directory / TEACHER_CACHE):
+        if path.suffix == ".partial":
+            yield _make_partial(path)
+        else:
+            yield _make_item(path, "a teacher's distributions", delete=partial(_delete_locked, path))
     for path in sorted(directory.glob(f"{SCORES}/*")):
         yield _make_item(path, "scores of prune", delete=partial(_delete_plain, path))
     for path in sorted(directory.glob("unsent/*/*")):

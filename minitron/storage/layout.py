@@ -25,6 +25,9 @@ lie in a folder, because some tools load every .safetensors file beside a config
 SCORES = "scores"
 """Directory of the workspace: prune's scores, by a hash of all that affects them (the student's sizes do not)."""
 
+TEACHER_CACHE = "teacher-cache"
+"""Directory of the workspace: what teachers say about the tokens of trainings, by a hash of all that affects it."""
+
 EVALUATION = "evaluation.json"
 """From evaluate: the measurements of all models, and the judged gates."""
 

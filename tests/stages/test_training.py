@@ -6,6 +6,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.checkpoints import MARKER
-from minitron.engines.hf import training
+from minitron.engines.hf import teacher_cache, training
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score_models
@@ -202,6 +203,28 @@ def test_distill_closes_the_gap_and_logs_the_terms_apart(job: dict[str, Any], co
         assert row["cross_entropy"] > 0 and row["teacher_loss"] > 0 and 0 <= row["top1_agreement"] <= 1
     assert steps[-1]["kl"] < steps[0]["kl"] and steps[-1]["top1_agreement"] > steps[0]["top1_agreement"]
     assert AutoModelForCausalLM.from_pretrained(job["output"]).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("form", ["sampled", "top_k"])
+def test_a_student_learns_from_the_cache_as_from_the_teacher(
+    job: dict[str, Any],
+    form: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = job | {"max_steps": 40, "validation_interval": 20, "workspace": tmp_path / "ws"}
+    online = distill.run(DistillConfig(**long))["metrics"]
+    cached = {"teacher_cache": form, "teacher_cache_size": 50}
+    record = distill.run(DistillConfig(**long | cached | {"output": tmp_path / "cached"}))
+    metrics = record["metrics"]
+    assert metrics["teacher_validation_loss"] == pytest.approx(online["teacher_validation_loss"], abs=1e-6)
+    if form == "sampled":
+        assert metrics["validation_loss"] == pytest.approx(online["validation_loss"], rel=0.01)
+    steps = [row for row in record["history"] if "kl" in row]
+    assert all(row["teacher_loss"] > 0 and 0 <= row["top1_agreement"] <= 1 for row in steps)
+    assert steps[-1]["kl"] < steps[0]["kl"]
+    monkeypatch.setattr(teacher_cache, "load_model", Mock(side_effect=AssertionError("the teacher is not needed")))
+    distill.run(DistillConfig(**long | cached | {"output": tmp_path / "again", "learning_rate": 1e-3}))
 
 
 def test_the_first_step_is_the_forward_kl_of_its_batch(job: dict[str, Any]) -> None:

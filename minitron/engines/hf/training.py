@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from minitron.config.stages import TrainingConfig
+from minitron.config.stages import DistillConfig, TrainingConfig
 from minitron.data.packed import open_training_data
 from minitron.engines.checkpoints import BEST, CHECKPOINT, Checkpoint, find_resume_point, publish_checkpoint
 from minitron.engines.divergence import Diverged, check_step, check_untrained, name_last_good
@@ -34,10 +34,11 @@ from minitron.engines.hf.device import (
     get_device,
     say_that_one_gpu_works,
 )
+from minitron.engines.hf.teacher_cache import cache_teacher, load_teacher
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.models.checks import read_config
-from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.losses import LossWeights, TeacherTargets, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head, score_models, validate_teacher
 from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
@@ -61,17 +62,20 @@ def train(
     set_seed(config.seed)
     say_that_one_gpu_works()
     teacher_model: Any = None
-    if teacher is not None:
-        teacher_model = load_model(teacher, get_compute_dtype()).requires_grad_(False)
-        compile_layers(teacher_model)
-    metrics = {} if teacher_model is None else validate_teacher(config, teacher_model.to(get_device()))
+    train_set: Any = open_training_data(config)[0]
+    metrics: dict[str, float] = {}
+    if isinstance(config, DistillConfig) and config.teacher_cache:
+        train_set, metrics = cache_teacher(config, train_set)
+    elif teacher is not None:
+        teacher_model = load_teacher(teacher)
+        metrics = validate_teacher(config, teacher_model)
     if teacher is not None:
         check_untrained(teacher, metrics["teacher_validation_loss"])
     checkpoints = checkpoints_path(directory)
     last = find_resume_point(checkpoints)
     best = BestModel(checkpoints, initial, last.best if last else None)
     trainer = _LinearLossTrainer(
-        config, load_model(initial, torch.float32), weights, teacher_model, checkpoints, last is None
+        config, load_model(initial, torch.float32), weights, teacher_model, train_set, checkpoints, last is None
     )
     report = _Report(config, tracker, best, trainer.read_seconds)
     trainer.add_callback(report)
@@ -143,6 +147,7 @@ class _LinearLossTrainer(Trainer):
         model: PreTrainedModel,
         weights: LossWeights,
         teacher: PreTrainedModel | None,
+        train_set: Dataset,
         checkpoints: Path,
         validate_first: bool,
     ) -> None:
@@ -153,13 +158,14 @@ class _LinearLossTrainer(Trainer):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         compile_layers(model)
-        train_set, validation_set = open_training_data(config)
+        _, validation_set = open_training_data(config)
         arguments = _make_arguments(config, checkpoints, validate_first)
         super().__init__(model, arguments, train_dataset=train_set, eval_dataset=validation_set)
         self._validation_set = validation_set
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._config, self._teacher, self._weights = config, teacher, weights
+        self._has_teacher = isinstance(config, DistillConfig)
         self._sums, self._tokens = torch.zeros(len(TERMS), device=self.args.device), 0
         self._started = time.perf_counter()
 
@@ -188,14 +194,17 @@ class _LinearLossTrainer(Trainer):
         student, labels = self.accelerator.unwrap_model(model), inputs["labels"].flatten()
         with autocast_on_gpu():
             hidden = compute_hidden_states(student, inputs["input_ids"]).to(get_compute_dtype())
-        teacher_hidden = teacher_head = None
+        teacher_hidden = teacher_head = targets = None
         if self._teacher is not None:
             with torch.no_grad():
                 teacher_hidden, teacher_head = (
                     compute_hidden_states(self._teacher, inputs["input_ids"]),
                     get_output_head(self._teacher),
                 )
-        terms = linear_loss(hidden, get_output_head(student), labels, self._weights, teacher_hidden, teacher_head)
+        elif "ids" in inputs:
+            targets = TeacherTargets(*(inputs[name].flatten(0, 1) for name in TeacherTargets._fields))
+        teacher = (teacher_hidden, teacher_head, targets)
+        terms = linear_loss(hidden, get_output_head(student), labels, self._weights, *teacher)
         self._sums += torch.stack(list(terms[1:-1])).detach()
         self._tokens += labels.numel()
         return terms.loss / num_items_in_batch
@@ -204,7 +213,7 @@ class _LinearLossTrainer(Trainer):
         """Log the numbers and the means of the loss terms since the last log."""
         if "loss" in logs and self._tokens:
             means = dict(zip(TERMS, (self._sums / self._tokens).tolist(), strict=True))
-            logs |= means if self._teacher is not None else {"cross_entropy": means["cross_entropy"]}
+            logs |= means if self._has_teacher else {"cross_entropy": means["cross_entropy"]}
             self._sums.zero_()
             self._tokens = 0
         super().log(logs, *arguments, **keywords)
