@@ -38,7 +38,7 @@ def test_the_mean_of_the_draws_is_the_distribution() -> None:
     log_p, shifts = log_probabilities(), 500
     total = torch.zeros(30, VOCABULARY, dtype=torch.float64)
     for shift in range(shifts):
-        *drawn, entropy = teacher_cache._sample_tokens(log_p, torch.full((30,), (shift + 0.5) / shifts), DRAWS)
+        *drawn, entropy = teacher_cache.sample_tokens(log_p, torch.full((30,), (shift + 0.5) / shifts), DRAWS)
         numbers = spread(*drawn)
         assert (numbers.sum(-1) == DRAWS).all() and (numbers - DRAWS * log_p.double().exp()).abs().max() < 1
         total += numbers
@@ -48,7 +48,7 @@ def test_the_mean_of_the_draws_is_the_distribution() -> None:
 
 def test_top_k_keeps_the_most_probable_tokens() -> None:
     log_p = log_probabilities()
-    *kept, _ = teacher_cache._keep_most_probable(log_p, log_p, 3)
+    *kept, _ = teacher_cache.keep_most_probable(log_p, log_p, 3)
     dense = spread(*kept)
     assert ((dense > 0).sum(-1) == 3).all()
     torch.testing.assert_close(dense.sum(-1).float(), log_p.exp().topk(3).values.sum(-1))
@@ -159,7 +159,7 @@ def test_drawn_gradients_have_the_exact_mean() -> None:
 
     sums, shifts = [torch.zeros(())] * 5, 200
     for shift in range(shifts):
-        ids, numbers, lengths, entropy = teacher_cache._sample_tokens(
+        ids, numbers, lengths, entropy = teacher_cache.sample_tokens(
             log_p, torch.full((30,), (shift + 0.5) / shifts), DRAWS
         )
         is_used = torch.arange(DRAWS) < lengths[:, None]

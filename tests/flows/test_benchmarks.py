@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minitron.config.stages import EvaluateConfig
 from tests.constants import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -51,6 +52,18 @@ def test_pruning_is_measured_in_time_and_memory() -> None:
     assert second["claim"] == "second_cut_over_first" and second["seconds"] > 0
     assert memory["claim"] == "prune_tiny_width_peak_rss_gb" and 0.2 < memory["value"] < 1
     assert memory["teacher_parameters"] == 213_568 and memory["parameters"] == 141_744
+
+
+def test_a_cached_teacher_is_compared_with_the_teacher(compressed: EvaluateConfig) -> None:
+    """On the tiny model: the loss, whose target is that of the models that people compress."""
+    claims = {claim["claim"]: claim for claim in measure_lines("teacher_cache.py", str(compressed.student))}
+    loss = claims["teacher_cache_loss_over_online"]
+    assert abs(loss["value"] - 1) < loss["target"] - 1 and loss["by_side"]["drawing"] == loss["by_side"]["drawn"]
+    assert 100 < claims["teacher_cache_bytes_per_token"]["value"] < 300, (
+        "a nearly flat distribution: 50 tokens of 3 bytes"
+    )
+    error = claims["teacher_cache_gradient_error"]["by_side"]
+    assert error["systematic"] < error["independent"] and len(claims) == 6
 
 
 def test_prepare_is_measured_against_the_bare_tokenizer() -> None:

@@ -263,7 +263,7 @@ def _describe_batch(
 def _describe_chunk(logits_CV: Tensor, labels_C: Tensor, shifts_C: Tensor, config: DistillConfig) -> Arrays:
     log_p_CV = torch.log_softmax(logits_CV.float(), -1)
     is_sampled = config.teacher_cache == "sampled"
-    describe = _sample_tokens if is_sampled else _keep_most_probable
+    describe = sample_tokens if is_sampled else keep_most_probable
     ids, weights, lengths, entropy = describe(log_p_CV, shifts_C, config.teacher_cache_size)
     id_type = np.uint16 if log_p_CV.shape[1] <= 1 << 16 else np.int32
     return {
@@ -276,7 +276,7 @@ def _describe_chunk(logits_CV: Tensor, labels_C: Tensor, shifts_C: Tensor, confi
     }
 
 
-def _sample_tokens(log_p_CV: Tensor, shifts_C: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sample_tokens(log_p_CV: Tensor, shifts_C: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw tokens systematically; return the different ones, their numbers, how many they are, and the entropies."""
     p_CV = log_p_CV.double().exp_()
     entropy = -(p_CV * log_p_CV).sum(-1).float()
@@ -291,7 +291,7 @@ def _sample_tokens(log_p_CV: Tensor, shifts_C: Tensor, draws: int) -> tuple[Tens
     return drawn[is_first], numbers, is_first.sum(-1), entropy
 
 
-def _keep_most_probable(log_p_CV: Tensor, _: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def keep_most_probable(log_p_CV: Tensor, _: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the most probable tokens, their probabilities, how many they are, and the entropies among them."""
     log_p_CK, ids_CK = log_p_CV.topk(min(kept, log_p_CV.shape[1]))
     log_w_CK = torch.log_softmax(log_p_CK, -1)
