@@ -2,21 +2,30 @@
 
 Run it: `python benchmarks/kd_step.py` (`make bench`), on a GPU `python benchmarks/kd_step.py --gpu`.
 
-`kd_loss_over_gemm`: the fused loss, forward and backward, over its four matrix products. `kd_step_over_floor`: teacher
-forward, student forward and backward, over the same two models without a loss, plus those four products.
-`kd_step_mfu` (on a GPU): the floating-point operations of the step's matrix products over what the GPU could do in its
-time; nothing that is computed twice counts twice. The optimizer's step is in none of them. The models are random. What
-is compared runs in turn in one process; the values are medians.
+`kd_loss_over_gemm`: the fused loss, forward and backward, over its four matrix products; `kd_loss_mixed_over_gemm`:
+with a cross-entropy beside the KL. `kd_loss_over_checkpointed`: over the same chunks, recomputed in the backward pass
+by torch.utils.checkpoint. `kd_loss_memory_over_naive_N` (on a CPU): growth of the process's peak memory over that of
+the KL of whole logits of N tokens, each in a process of its own. `kd_step_over_floor`: teacher forward, student forward
+and backward, over the same two models without a loss, plus those four products. `kd_step_mfu` (on a GPU): the
+floating-point operations of the step's matrix products over what the GPU could do in its time; nothing that is computed
+twice counts twice. The optimizer's step is in none of them. The models are random. What is compared runs in turn in one
+process; the values are medians.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from minitron.engines.hf import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
@@ -42,21 +51,72 @@ PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A1
 
 WEIGHTS = LossWeights(kl=1.0, cross_entropy=0.0)
 
+MIXED = LossWeights(kl=0.7, cross_entropy=0.3)
+
+MEMORY_TARGETS = {1024: 0.3, 4096: 0.1}
+"""By number of tokens."""
+
 
 def main() -> None:
     """Print the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="refuse to measure on a CPU")
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument(
+        "--grow", nargs=2, metavar=("LOSS", "TOKENS"), help="print MB that a loss adds to the peak memory"
+    )
     arguments = parser.parse_args()
+    if arguments.grow:
+        print(measure_growth(arguments.grow[0], int(arguments.grow[1])))
+        return
     device = get_device()
     if arguments.gpu and device.type != "cuda":
         parser.error("--gpu: torch sees no GPU")
     torch.manual_seed(0)
     bench = _Bench(SIZES[device.type], device)
-    for claim in [*bench.measure_loss(arguments.runs), *bench.measure_step(arguments.runs)]:
+    claims = [*bench.measure_loss(arguments.runs), *bench.measure_step(arguments.runs)]
+    if device.type == "cpu":
+        claims += [bench.measure_memory(tokens, target) for tokens, target in MEMORY_TARGETS.items()]
+    for claim in claims:
         machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(json.dumps(claim | {"runs": arguments.runs, "machine": machine}), flush=True)
+
+
+def compute_naive_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Return the KL of whole logits, as most trainers compute it."""
+    student, teacher = ((a @ b.T).float().log_softmax(-1) for a, b in ((hidden, head), (teacher_hidden, teacher_head)))
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def compute_checkpointed_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Return the KL in chunks whose logits are computed again in the backward pass."""
+    sums = [
+        checkpoint(compute_naive_kl, *parts, use_reentrant=False)
+        for chunk, teacher_chunk in zip(hidden.split(128), teacher_hidden.split(128), strict=True)
+        for parts in [(chunk, head.to(chunk.dtype), teacher_chunk, teacher_head)]
+    ]
+    return torch.stack(sums).sum()
+
+
+def measure_growth(loss: str, tokens: int) -> float:
+    """Return the MB by which a loss, forward and backward, raises this process's peak memory: `fused` or `naive`."""
+    sizes = SIZES["cpu"]
+    (width, *_), (teacher_width, *_) = sizes["student"], sizes["teacher"]
+    hidden, head = torch.randn(tokens, width), torch.randn(sizes["vocabulary"], width).requires_grad_()
+    teacher_hidden, teacher_head = torch.randn(tokens, teacher_width), torch.randn(sizes["vocabulary"], teacher_width)
+    labels = torch.zeros(tokens, dtype=torch.long)
+
+    def run(count: int) -> None:
+        head.grad, part = None, hidden[:count].detach().requires_grad_()
+        if loss == "naive":
+            compute_naive_kl(part, head, teacher_hidden[:count], teacher_head).backward()
+        else:
+            linear_loss(part, head, labels[:count], WEIGHTS, teacher_hidden[:count], teacher_head).loss.backward()
+
+    run(8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(tokens)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 class _Bench:
@@ -77,17 +137,35 @@ class _Bench:
         )
 
     def measure_loss(self, runs: int) -> list[dict[str, Any]]:
-        """Return the claim of the loss."""
+        """Return the claims of the loss."""
         hidden, head = self._hidden.requires_grad_(), get_output_head(self._student)
+        teacher = self._teacher_hidden, get_output_head(self._teacher)
 
-        def compute_loss() -> None:
+        def compute_loss(weights: LossWeights) -> None:
             hidden.grad = head.grad = None
-            linear_loss(
-                hidden, head, self._labels, WEIGHTS, self._teacher_hidden, get_output_head(self._teacher)
-            ).loss.backward()
+            linear_loss(hidden, head, self._labels, weights, *teacher).loss.backward()
 
-        loss, products = self._time([compute_loss, self._multiply], runs)
-        return [self._claim("kd_loss_over_gemm", loss / products, "x", 1.1, "lower", "its four matrix products")]
+        def checkpoint_loss() -> None:
+            hidden.grad = head.grad = None
+            compute_checkpointed_kl(hidden, head, *teacher).backward()
+
+        losses: list[Callable[[], None]] = [lambda: compute_loss(WEIGHTS), lambda: compute_loss(MIXED), checkpoint_loss]
+        loss, mixed, checkpointed, products = self._time([*losses, self._multiply], runs)
+        return [
+            self._claim("kd_loss_over_gemm", loss / products, "x", 1.1, "lower", "its four matrix products"),
+            self._claim("kd_loss_mixed_over_gemm", mixed / products, "x", 1.15, "lower", "the same products"),
+            self._claim("kd_loss_over_checkpointed", loss / checkpointed, "x", 0.67, "lower", "torch.utils.checkpoint"),
+        ]
+
+    def measure_memory(self, tokens: int, target: float) -> dict[str, Any]:
+        """Return the claim of the loss's memory; both sides run in processes of their own, whose peaks are theirs."""
+        fused, naive = (
+            float(subprocess.check_output([sys.executable, __file__, "--grow", loss, str(tokens)], text=True))
+            for loss in ("fused", "naive")
+        )
+        name = f"kd_loss_memory_over_naive_{tokens}"
+        claim = self._claim(name, fused / naive, "x", target, "lower", "the KL of whole logits")
+        return claim | {"mb": round(fused, 1), "naive_mb": round(naive, 1)}
 
     def measure_step(self, runs: int) -> list[dict[str, Any]]:
         """Return the claims of the whole step."""

@@ -7,7 +7,6 @@ N = packed tokens, C = tokens of a chunk, H = hidden size, V = vocabulary; the t
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -218,10 +217,11 @@ def _compute_chunk_loss(
         agreements_C = (logits_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
         log_p_CV = F.log_softmax(teacher_CV, -1)
         teacher_cross_entropy_C = -log_p_CV.gather(-1, labels_C1)[:, 0]
-        if weights.divergence_beta or temperature != 1:
-            kl_C = _dot_rows(log_p_CV.exp(), log_p_CV - log_q_CV)
         if temperature != 1:
-            log_p_CV, log_q_CV = F.log_softmax(teacher_CV / temperature, -1), F.log_softmax(logits_CV / temperature, -1)
+            kl_C, *_ = _compute_divergence(log_p_CV, log_q_CV, 0.0, wants_gradient=False)
+            log_p_CV, log_q_CV = (F.log_softmax(values / temperature, -1) for values in (teacher_CV, logits_CV))
+        elif weights.divergence_beta:
+            kl_C = _dot_rows(log_p_CV.exp(), log_p_CV - log_q_CV)
         wants_divergence = wants_gradient and _counts(weights.kl)
         divergence_C, q_CV, grad_CV = _compute_divergence(log_p_CV, log_q_CV, weights.divergence_beta, wants_divergence)
         if not weights.divergence_beta and temperature == 1:
@@ -269,21 +269,23 @@ def _compute_divergence(
     m = beta · p + (1 - beta) · q, it is (1 - beta) · q · (log(q / m) - KL(q‖m)); for KL(q‖p), m is p and the factor 1.
     Logits divided by T have 1 / T of it, and T² · D has T times it. Both arguments are overwritten.
     """
-    p_CV = log_p_CV.exp()
     if beta == 0:
+        p_CV = log_p_CV.exp()
         divergence_C = _dot_rows(p_CV, log_p_CV.sub_(log_q_CV))
         q_CV = log_q_CV.exp_() if wants_gradient else None
         return divergence_C, q_CV, None if q_CV is None else torch.sub(q_CV, p_CV, out=log_p_CV)
-    factor, log_m_CV = 1.0, log_p_CV
+    q_CV, log_m_CV = log_q_CV.exp(), log_p_CV
     if beta < 1:
-        factor = 1 - beta
-        log_m_CV = torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log(factor))
-    q_CV, ratio_CV = log_q_CV.exp(), log_q_CV.sub_(log_m_CV)
+        p_CV = log_p_CV.exp()
+        log_m_CV = torch.lerp(q_CV, p_CV, beta).clamp_(min=torch.finfo(p_CV.dtype).tiny).log_()
+    ratio_CV = log_q_CV.sub_(log_m_CV)
     reverse_C = _dot_rows(q_CV, ratio_CV)
+    factor = 1.0 if beta == 1 else 1 - beta
     divergence_C = factor * reverse_C
     if beta < 1:
         divergence_C = divergence_C + beta * _dot_rows(p_CV, log_p_CV.sub_(log_m_CV))
-    grad_CV = ratio_CV.sub_(reverse_C[:, None]).mul_(q_CV).mul_(factor) if wants_gradient else None
+    grad_CV = ratio_CV.sub_(reverse_C[:, None]).mul_(q_CV) if wants_gradient else None
+    _scale(grad_CV, factor)
     return divergence_C, q_CV, grad_CV
 
 

@@ -80,6 +80,15 @@ def test_values_and_gradients_equal_plain_pytorch(
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_distributions_without_a_common_word_have_finite_gradients(weights: LossWeights) -> None:
+    """Probabilities that are 0 in float32, of a student that is sure of what the teacher excludes."""
+    logits, labels = torch.full((2, V), -200.0), torch.tensor([0, 1])
+    logits[:, 0] = 200.0
+    terms, gradient = losses._compute_chunk_loss(logits, labels, logits.flip(-1), weights, True)
+    assert terms.isfinite().all() and gradient is not None and gradient.isfinite().all()
+
+
 def test_labels_that_are_all_ignored_give_no_loss_and_no_gradient() -> None:
     hidden, head, labels, *teacher = tensors(torch.float32)
     terms = linear_loss(hidden, head, torch.full_like(labels, IGNORED), LossWeights(1, 1), *teacher)
