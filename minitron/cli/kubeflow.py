@@ -40,9 +40,8 @@ from minitron.config.pipelines import (
     read_run_plan,
 )
 from minitron.config.reference import help_text
-from minitron.config.resources import UNKNOWN, Models, PodRequest, count_models
+from minitron.config.resources import UNKNOWN, Models, PodRequest
 from minitron.config.settings import ClusterConfig
-from minitron.config.shapes import PruneSettings
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
 
@@ -235,13 +234,10 @@ def _read_run(pipeline: str, presets: list[str], settings: list[str]) -> _Run:
     plan, models, unknown = read_run_plan(arguments), Models(), None
     faults = list(find_cluster_faults(plan, arguments, parameters))
     if plan:
-        from minitron.runtime.preflight import check_plan
+        from minitron.runtime.preflight import check_plan, count_plan_models
 
         architecture, unknown = check_plan(plan, faults, ask_once=True)
-        if architecture:
-            prune = plan.stages["prune"]
-            assert isinstance(prune, PruneSettings)
-            models = count_models(architecture, prune)
+        models = count_plan_models(plan, architecture)
     elif faults:
         raise SectionError(faults)
     if request.cluster.queue:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from minitron.errors import MinitronError
 
 COMMANDS = (
-    "run", "doctor", "submit", "schedule", "unschedule", "runs",
+    "run", "plan", "doctor", "submit", "schedule", "unschedule", "runs",
     "lineage", "reproduce", "serve-manifest", "promote", "rollback", "gc",
 )  # fmt: skip
 """All commands in the order of their first use."""

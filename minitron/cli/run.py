@@ -1,5 +1,6 @@
-"""The command `minitron run`: a compiled pipeline on this machine."""
+"""The commands `minitron plan`, which says what a run needs, and `minitron run`: a pipeline on this machine."""
 
+import json
 import os
 import shlex
 import sys
@@ -10,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from minitron.cli import demo_inputs, local, summary
+from minitron.cli import demo_inputs, local, summary, tables
 from minitron.cli.options import Debug, Pipeline, Presets, Settings, app, example, one_line_errors
 from minitron.config.addresses import find_missing_paths
 from minitron.config.document import Plan
+from minitron.config.parse import SectionError
 from minitron.config.pipelines import (
     SETTINGS_PARAMETER,
     STOP_PARAMETER,
@@ -24,6 +26,8 @@ from minitron.config.pipelines import (
     read_run_plan,
 )
 from minitron.config.reference import help_text
+from minitron.config.resources.estimate import describe_estimate, estimate_run, find_memory_faults, recommend
+from minitron.config.resources.gpus import CPU, DEFAULT_GPU, find_gpu, find_labeled_gpu
 from minitron.config.settings import RESOURCES, GpuResources
 from minitron.errors import ConfigError, without_password
 from minitron.storage.files import disk_errors
@@ -50,6 +54,57 @@ def run(
         if end.exit_code != ConfigError.exit_status:
             _print_command()
         raise
+
+
+@app.command(epilog=example("minitron plan --preset llama-3.1-minitron-4b-width --gpu h100-80gb"))
+def plan(
+    presets: Presets = None,
+    settings: Settings = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Kind of GPU, such as a100-80gb, or cpu; none: the node selector's, or h100-80gb."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run needs (memory, disk, hours) and which settings fit best; nothing starts.
+
+    It fails if a stage does not fit, and says what would.
+    """
+    with one_line_errors(debug):
+        _plan(presets or [], settings or [], gpu, as_json)
+
+
+def _plan(presets: list[str], settings: list[str], kind: str | None, as_json: bool) -> None:
+    from minitron.runtime.preflight import check_plan, count_plan_models
+
+    gpu = find_gpu(kind) if kind else None
+    if kind == CPU:
+        stages = [stage for stage, entry in RESOURCES.items() if isinstance(entry, GpuResources)]
+        settings = [*settings, *(f"{stage}.gpus=0" for stage in stages), "finetune.num_nodes=1", "distill.num_nodes=1"]
+    parameters = get_parameters(compiled_pipeline("compress"))
+    defaults = {"tracking_uri": "sqlite:///mlflow.db", "corpus": "corpus"}  # nothing is read or written
+    request = read_request(presets, settings, parameters, defaults)
+    if request.samples:
+        request = request.with_defaults({"teacher": request.samples}, parameters)
+    run_plan = read_run_plan(check_arguments(request, parameters))
+    assert run_plan
+    if not gpu and kind != CPU:
+        gpu = find_labeled_gpu(run_plan.pipeline.gpu_node_selector) or DEFAULT_GPU
+    architecture, unknown = demo_inputs.TEACHERS.get(run_plan.pipeline.teacher), ""
+    if not architecture:
+        architecture, unknown = check_plan(run_plan, ask_once=True)
+    models = count_plan_models(run_plan, architecture)
+    estimates, advice = estimate_run(run_plan, models, gpu), recommend(run_plan, models, gpu) if gpu else None
+    faults = list(find_memory_faults(run_plan, models, gpu)) if gpu else []
+    if as_json:
+        print(json.dumps(describe_estimate(models, gpu, estimates, advice, faults), indent=2))
+    else:
+        tables.print_plan(models, gpu, estimates, advice)
+    if unknown:
+        print(f"warning: sizes are those of Llama-3.1-8B, until the teacher can be read: {unknown}", file=sys.stderr)
+    if faults:
+        raise SectionError(faults)
 
 
 def _print_command() -> None:

@@ -1,13 +1,19 @@
 """The tables that the commands print."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from minitron.config.metrics import format_count
+from minitron.config.resources import Models
+from minitron.config.resources.estimate import Advice, StageEstimate
+from minitron.config.resources.gpus import Gpu
 from minitron.registry.gates import render_gate
 from minitron.report import tables
+from minitron.report.plan import PLAN_COLUMNS, format_gb, list_plan_notes, list_plan_rows
 
 
 def print_table(columns: list[str], rows: list[list[Any]]) -> None:
@@ -71,3 +77,27 @@ def stages_table(stages: dict[str, Any]) -> Table:
     table.add_row("seconds", *(f"{entry['seconds']:.0f}" for entry in stages.values()))
     table.add_row("peak memory, MB", *(f"{entry['peak_rss_mb']:.0f}" for entry in stages.values()))
     return table
+
+
+def print_plan(models: Models, gpu: Gpu | None, estimates: Mapping[str, StageEstimate], advice: Advice | None) -> None:
+    """Print what every stage needs, what its GPUs hold, where the figures come from, and the recommended settings."""
+    device = "no GPU"
+    if gpu:
+        device = f"{gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.peak / 1e12:.0f} TFLOP/s (data sheet: {gpu.sheet}, bf16)"
+    print(f"teacher {format_count(models.teacher)}, student {format_count(models.student)} parameters; {device}\n")
+    print_table(["stage", *PLAN_COLUMNS], list_plan_rows(estimates))
+    if peaks := [[stage, phase] for stage, entry in estimates.items() for phase in entry.phases]:
+        print()
+        rows = [[stage, phase.name, format_gb(phase.total), _join_terms(phase.terms)] for stage, phase in peaks]
+        print_table(["stage", "while", "on a GPU", "which is, in GB"], rows)
+    print()
+    for note in list_plan_notes(estimates):
+        print(note)
+    if advice:
+        hours = f"{advice.seconds / 3600:.2f} hours of training"
+        print(f"recommended, as a preset: at most {format_gb(advice.peak)} on a GPU, {hours}\n")
+        print(advice.as_preset(), end="")
+
+
+def _join_terms(terms: list[Any]) -> str:
+    return " + ".join(f"{term.size / 1e9:.1f} {term.meaning}" for term in terms)

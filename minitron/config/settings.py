@@ -328,7 +328,12 @@ class RegisterSettings(StageSettings):
 class Resources(Settings):
     """Resources of a stage's task on a cluster; in a preset they are in the stage's section."""
 
-    cpu: str = Field("8", coerce_numbers_to_str=True, pattern=r"^\d+(\.\d+)?m?$", description="CPU cores of the task.")
+    cpu: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        pattern=r"^\d+(\.\d+)?m?$",
+        description="CPU cores of the task; none: 8 per GPU, at least 8, and 2 for register.",
+    )
     memory: str | None = Field(
         None,
         coerce_numbers_to_str=True,
@@ -411,6 +416,6 @@ class ClusterConfig(Settings):
 RESOURCES: dict[str, Resources] = {
     "prepare": Resources(),
     **dict.fromkeys(("finetune", "prune", "distill", "evaluate"), GpuResources()),
-    "register": Resources(cpu="2"),
+    "register": Resources(),
 }
 """Default resources of every stage's task; only stages that use GPUs get one."""

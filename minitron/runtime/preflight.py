@@ -9,8 +9,9 @@ from typing import Any
 from minitron.config.document import Plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
+from minitron.config.resources import ASSUMED, Models, count_models
 from minitron.config.shapes import PruneSettings
-from minitron.engines.plan_checks import find_plan_faults
+from minitron.engines.plan_checks import find_plan_faults, find_size_faults
 from minitron.errors import MinitronError
 from minitron.runtime.candidates import find_budget_faults
 from minitron.runtime.model_sources import read_architecture
@@ -43,3 +44,15 @@ def check_plan(plan: Plan, faults: Iterable[Fault] = (), ask_once: bool = False)
     if found:
         raise SectionError(found)
     return architecture, reason
+
+
+def count_plan_models(plan: Plan, architecture: dict[str, Any] | None) -> Models:
+    """Count a run's models; if the teacher's config.json cannot be read yet, as if it was Llama-3.1-8B.
+
+    A cut that does not fit that model is left out: then the student counts as large as the teacher.
+    """
+    prune = plan.stages["prune"]
+    assert isinstance(prune, PruneSettings)
+    if architecture:
+        return count_models(architecture, prune)
+    return Models() if list(find_size_faults(prune, ASSUMED)) else count_models(ASSUMED, prune)

@@ -1,7 +1,7 @@
 """Check the settings of a run, and give each stage its section: the first task of a pipeline, without a GPU.
 
-It writes plan.html, which Kubeflow shows: the sum of the host memory that every task asks for, and the settings of
-every stage, with changed settings marked.
+It writes plan.html, which Kubeflow shows: what every stage needs (GPU memory, host memory, disk, hours), recommended
+settings, and the settings of every stage, with changed settings marked.
 """
 
 from collections.abc import Collection
@@ -12,13 +12,16 @@ from minitron.config import resources
 from minitron.config.addresses import find_missing_paths
 from minitron.config.document import SEARCH, SHARED, Plan, read_plan
 from minitron.config.fields import Fault
-from minitron.config.resources import Models, Term, request_trial
+from minitron.config.parse import SectionError
+from minitron.config.resources import Models, Term, request_cpu, request_trial
+from minitron.config.resources.estimate import estimate_run, find_memory_faults, recommend
+from minitron.config.resources.gpus import DEFAULT_GPU, Gpu, find_labeled_gpu
 from minitron.config.settings import RESOURCES, Settings
-from minitron.config.shapes import PruneSettings
 from minitron.config.stages import PlanConfig
 from minitron.errors import MinitronError
 from minitron.report import render_page
-from minitron.runtime.preflight import check_plan
+from minitron.report.plan import PLAN_COLUMNS, list_plan_notes, list_plan_rows
+from minitron.runtime.preflight import check_plan, count_plan_models
 from minitron.storage.bucket import is_bucket
 from minitron.storage.files import write_atomically
 from minitron.storage.layout import PLAN, PLAN_PAGE
@@ -40,15 +43,19 @@ def run(config: PlanConfig) -> dict[str, Any]:
     """Write `plan.json` and `plan.html` to `config.output`; return the outputs of the task as `outputs`.
 
     Raises:
-        ConfigError: a setting is unknown, missing or wrong, or does not fit the teacher.
+        ConfigError: a setting is unknown, missing or wrong, or does not fit the teacher or the GPUs.
     """
     plan = read_plan(config)
     models, unknown = _count_parameters(plan, config)
     memory = {stage: _request_memory(plan, stage, models) for stage in plan.stages}
     for warning in filter(None, (unknown, *(entry.warning for entry in memory.values()))):
         print(f"warning: plan: {warning}", flush=True)
+    _check_gpu_memory(plan, models, is_known=not unknown)
     requested = {
-        stage: entry.model_copy(update={"memory": memory[stage].request}) for stage, entry in plan.resources.items()
+        stage: entry.model_copy(
+            update={"memory": memory[stage].request, "cpu": entry.cpu or request_cpu(stage, plan.stages[stage])}
+        )
+        for stage, entry in plan.resources.items()
     }
     outputs = _build_outputs(replace(plan, resources=requested), models)
     with replace_directory(config.output) as directory:
@@ -76,14 +83,33 @@ def _count_parameters(plan: Plan, config: PlanConfig) -> tuple[Models, str | Non
     if config.tracking_uri == "":
         faults.append(Fault("tracking_uri", "empty, but this pipeline registers its model; give an MLflow server"))
     architecture, reason = check_plan(plan, faults)
-    prune = plan.stages["prune"]
-    assert isinstance(prune, PruneSettings)
+    models = count_plan_models(plan, architecture)
     if architecture:
-        return resources.count_models(architecture, prune), None
-    return Models(), (
+        return models, None
+    return models, (
         f"the teacher's size is not known yet ({reason}), so the memory is for {resources.UNKNOWN:,} parameters; "
         "set STAGE.memory if the teacher has more"
     )
+
+
+def _find_gpu(plan: Plan) -> tuple[Gpu, bool]:
+    """Return the GPUs that the plan is made for, and whether the node selector names them."""
+    gpu = find_labeled_gpu(plan.pipeline.gpu_node_selector)
+    return gpu or DEFAULT_GPU, gpu is not None
+
+
+def _check_gpu_memory(plan: Plan, models: Models, is_known: bool) -> None:
+    """Refuse stages that the GPUs cannot hold; only warn if the GPUs, or the sizes of the models, are assumed.
+
+    Raises:
+        SectionError: a stage needs more memory than a GPU of the node selector has.
+    """
+    gpu, is_labeled = _find_gpu(plan)
+    faults = list(find_memory_faults(plan, models, gpu))
+    if faults and is_labeled and is_known:
+        raise SectionError(faults)
+    for fault in faults:
+        print(f"warning: plan: {fault.key}: {fault.text}", flush=True)
 
 
 def _request_memory(plan: Plan, stage: str, models: Models) -> Memory:
@@ -111,6 +137,8 @@ def _build_outputs(plan: Plan, models: Models) -> dict[str, Any]:
 
 
 def _render_page(plan: Plan, models: Models, unknown: str | None, memory: dict[str, Memory]) -> str:
+    gpu, is_labeled = _find_gpu(plan)
+    estimates = estimate_run(plan, models, gpu)
     sections = {"all stages": _list_settings(plan.pipeline)}
     if plan.search.budget:
         sections[SEARCH] = _list_settings(plan.search)
@@ -124,6 +152,14 @@ def _render_page(plan: Plan, models: Models, unknown: str | None, memory: dict[s
         "models": models,
         "unknown": unknown,
         "memory": memory,
+        "gpu": gpu,
+        "is_labeled": is_labeled,
+        "estimates": estimates,
+        "columns": PLAN_COLUMNS,
+        "rows": list_plan_rows(estimates),
+        "notes": list_plan_notes(estimates),
+        "faults": dict(find_memory_faults(plan, models, gpu)),
+        "advice": recommend(plan, models, gpu),
         "writing": {
             stage: written
             for stage, settings in plan.stages.items()

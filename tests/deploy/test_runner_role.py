@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from minitron.config.resources import GIB, Models, sum_memory, total
+from minitron.config.resources import GIB, Models, request_cpu, sum_memory, total
 from minitron.config.settings import RESOURCES, GpuResources
 from minitron.config.stages import SETTINGS
 from tests.constants import REPOSITORY
@@ -57,7 +57,7 @@ def test_the_nodes_without_gpus_take_the_tasks_without_gpus() -> None:
     assert match
     for stage in ("prepare", "register"):
         assert not isinstance(RESOURCES[stage], GpuResources)
-        assert int(match[1]) > int(RESOURCES[stage].cpu)
+        assert int(match[1]) > int(request_cpu(stage, SETTINGS[stage]()))
         assert int(match[1]) * 4 * 0.85 > total(sum_memory(SETTINGS[stage](), Models())) / GIB
 
 

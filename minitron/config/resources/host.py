@@ -6,11 +6,11 @@ every stage whose `memory` is not set, and shows it on its page; docs/how-to/dep
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minitron.config.document import Plan
-from minitron.config.parse import apply_kept
+from minitron.config.resources.device import count_trained, find_peak, list_training_phases
+from minitron.config.resources.sizes import ADAM, BF16, FP32, GIB, Models, Term, total
 from minitron.config.settings import (
     ClusterConfig,
     DistillSettings,
@@ -21,9 +21,6 @@ from minitron.config.settings import (
     TrainingSettings,
 )
 from minitron.config.shapes import PARALLEL_TRIALS, PruneSettings
-from minitron.errors import ConfigError
-
-GIB = 2**30
 
 BASE = 8 * GIB
 """Per process: Python, its libraries, CUDA's host side, batches, buffers of NCCL and the writers."""
@@ -34,77 +31,14 @@ DIGESTS = 8 * GIB
 LAYER = 8 * GIB
 """For prune: 8 billion parameters were measured to take 2.4 GB; layer, embedding and shard of 70 billion take 7 GB."""
 
-BF16, FP32 = 2, 4
-
-ADAM = 3 * FP32
-"""An optimizer's state: the master weight and both moments."""
-
-UNKNOWN = 8_030_261_248
-"""Parameters of Llama-3.1-8B, assumed for a teacher whose config.json cannot be read."""
-
 _UNITS = {"": 1} | {unit: 1000**power for power, unit in enumerate("kMGTP", 1)}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGTP", 1)}
 
-_WITH_BIAS = ("qwen2",)
-_WITH_NORMS = ("qwen3",)
-_FAMILIES = ("llama", "mistral", *_WITH_BIAS, *_WITH_NORMS)
+CPU_PER_GPU = 8
+"""Cores beside each GPU: a process, the threads that write and read its files, and the start of its kernels."""
 
-
-class Models(NamedTuple):
-    """Parameters of a run's models, and the bytes that a stored weight takes."""
-
-    teacher: int = UNKNOWN
-    student: int = UNKNOWN
-    weight: int = BF16
-
-
-class Term(NamedTuple):
-    """An entry of a sum: its meaning, and its bytes."""
-
-    meaning: str
-    size: int
-
-
-def count_parameters(architecture: Mapping[str, Any]) -> int:
-    """Count the parameters of the model that a config.json describes; tied embeddings count once.
-
-    Raises:
-        ConfigError: the model is of another family, or a size is missing.
-    """
-    if (family := architecture.get("model_type")) not in _FAMILIES:
-        raise ConfigError(f"model_type {family} is not one of {', '.join(_FAMILIES)}")
-    try:
-        hidden, intermediate, heads, layers, vocabulary = (
-            architecture[name]
-            for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-        )
-    except KeyError as error:
-        raise ConfigError(f"config.json has no {error.args[0]}") from None
-    groups = architecture.get("num_key_value_heads") or heads
-    head = architecture.get("head_dim") or hidden // heads
-    layer = 2 * (heads + groups) * head * hidden + 3 * hidden * intermediate + 2 * hidden
-    if family in _WITH_BIAS or architecture.get("attention_bias"):
-        layer += (heads + 2 * groups) * head + (0 if family in _WITH_BIAS else hidden)
-    if architecture.get("mlp_bias"):
-        layer += 2 * intermediate + hidden
-    if family in _WITH_NORMS:
-        layer += 2 * head
-    embeddings = vocabulary * hidden * (1 if architecture.get("tie_word_embeddings") else 2)
-    return embeddings + layers * layer + hidden
-
-
-def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Models:
-    """Count the parameters of a teacher and of the student that prune makes from it.
-
-    Raises:
-        ConfigError: as for `count_parameters`.
-    """
-    teacher = count_parameters(architecture)
-    sizes = {"num_key_value_heads": architecture["num_attention_heads"]} | dict(architecture)
-    head = {"head_dim": architecture.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]}
-    student = count_parameters(sizes | head | apply_kept(prune).compute_student_sizes(sizes))
-    dtype = architecture.get("dtype") or architecture.get("torch_dtype")
-    return Models(teacher, student, FP32 if dtype == "float32" else BF16)
+CPU = {"prepare": 8, "register": 2}
+"""Cores of a task without GPUs: tokenizing uses them all, registering none."""
 
 
 def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
@@ -135,14 +69,14 @@ def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
     return terms + max(phases, key=total, default=[])
 
 
-def total(terms: list[Term]) -> int:
-    """Return the bytes of a sum."""
-    return sum(term.size for term in terms)
-
-
 def format_request(terms: list[Term]) -> str:
     """Return the memory to ask for, in whole Gi."""
     return f"{math.ceil(total(terms) / GIB)}Gi"
+
+
+def request_cpu(stage: str, settings: StageSettings) -> str:
+    """Return the CPU cores to ask for."""
+    return str(max(CPU.get(stage, CPU_PER_GPU), CPU_PER_GPU * _count_gpus(settings)))
 
 
 def parse_quantity(text: str) -> int:
@@ -175,7 +109,7 @@ def list_writing(settings: StageSettings, models: Models) -> list[Writing]:
             weight, state = FP32, 2 * FP32
         case _:
             return []
-    trained = _count_trained(settings, models)
+    trained, _ = count_trained(settings, models)
     checkpoints = (settings.max_steps - 1) // settings.checkpoint_interval
     best = math.ceil(settings.max_steps / settings.validation_interval)
     return [
@@ -196,11 +130,12 @@ class PodRequest(NamedTuple):
 
 
 def request_pod(stage: str, image: str, plan: Plan, models: Models) -> PodRequest:
-    """Return what a stage's task asks for; memory that is not set is the sum."""
+    """Return what a stage's task asks for; what is not set is computed."""
     settings, resources = plan.stages[stage], plan.resources[stage]
     nodes = settings.num_nodes if isinstance(settings, TrainingSettings) else 1
     memory = resources.memory or format_request(sum_memory(settings, models))
-    return PodRequest(stage, image, nodes, _count_gpus(settings), resources.cpu, memory)
+    cpu = resources.cpu or request_cpu(stage, settings)
+    return PodRequest(stage, image, nodes, _count_gpus(settings), cpu, memory)
 
 
 def request_trial(image: str, plan: Plan, models: Models) -> PodRequest:
@@ -222,12 +157,14 @@ def _count_gpus(settings: StageSettings) -> int:
 
 
 def _count_workers(settings: StageSettings, gpus: int) -> int:
-    """Count the processes that a stage starts; engine nemo starts one per GPU."""
+    """Count the processes that a stage starts: one per GPU, but engine hf trains on one GPU in its own process."""
     match settings:
         case FinetuneSettings(enabled=False):
             return 0
         case TrainingSettings(engine="nemo"):
             return gpus or settings.model_parallel_size
+        case TrainingSettings() if gpus > 1 or settings.num_nodes > 1:
+            return gpus
         case PruneSettings(engine="nemo"):
             return 1
         case _:
@@ -243,7 +180,7 @@ def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> 
     parts and, later, the weights in pinned memory, whose sizes PyTorch rounds up to powers of two, take at most as much
     again. On a CPU the peaks were 35 to 37 bytes per parameter.
     """
-    trained = _count_trained(settings, models)
+    trained, _ = count_trained(settings, models)
     workers = gpus or settings.model_parallel_size
     copies = workers / (settings.tensor_parallel_size * settings.pipeline_parallel_size)
     written = trained // settings.num_nodes
@@ -258,16 +195,18 @@ def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> 
 
 
 def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
-    """Return the memory of engine hf: on a GPU while it loads, on a CPU the whole training."""
-    trained = _count_trained(settings, models)
+    """Return the memory of engine hf: on a GPU while it loads and saves, on a CPU the whole training."""
+    trained, sizes = count_trained(settings, models)
+    best = Term("the best state, fp32", FP32 * trained)
+    if not gpus:
+        return [find_peak(list_training_phases(settings, models)).terms, [best]]
     teacher = models.teacher if isinstance(settings, DistillSettings) else 0
-    if gpus:
-        return [
-            [Term("the teacher on its way to the GPU, bf16", BF16 * teacher)],
-            [Term("weights and Adam's moments of a checkpoint, fp32", ADAM * trained)],
-        ]
-    training = Term("weights, gradients and Adam's moments, fp32", (FP32 + ADAM) * trained)
-    return [[training, Term("the best state, read at the end, fp32", FP32 * trained), Term("teacher", FP32 * teacher)]]
+    on_its_way = Term("the teacher on its way to the GPU, bf16", BF16 * teacher)
+    if gpus > 1 or settings.num_nodes > 1:  # every process reads layer by layer
+        largest = max(sizes.layer_weights, models.teacher_sizes.head_weights, sizes.head_weights)
+        on_its_way = Term("a layer or the embedding, on its way to every GPU", FP32 * gpus * largest)
+    staging = Term("weights and Adam's moments of a checkpoint, fp32", ADAM * trained // settings.num_nodes)
+    return [[on_its_way], [staging], [best]]
 
 
 def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> list[list[Term]]:
@@ -291,7 +230,3 @@ def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> li
 def _list_conversion(models: Models) -> list[Term]:
     """Return the memory of a conversion: Hugging Face's model, NeMo's model, and the buffer for reading or writing."""
     return [Term("the teacher while it is converted, three times", 3 * models.weight * models.teacher)]
-
-
-def _count_trained(settings: TrainingSettings, models: Models) -> int:
-    return models.teacher if isinstance(settings, FinetuneSettings) else models.student

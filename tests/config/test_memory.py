@@ -1,0 +1,151 @@
+"""Memory of a training: the sums are those of a real training on a CPU, and of the steps measured on an H100."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron.config.resources import Models, Sizes, count_models, find_peak, list_gpu_phases, list_training_phases
+from minitron.config.resources.device import CHUNK, CUDA
+from minitron.config.settings import DistillSettings
+from minitron.config.shapes import PruneSettings
+from minitron.data.indexed import IndexedWriter
+from minitron.models.losses import CHUNK_TOKENS
+from tests.constants import LLAMA_3_1_8B, REPOSITORY
+
+TOLERANCE = 0.15
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536,
+    "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+"""35 million parameters: large enough beside what the libraries take, small enough for seconds."""
+
+SETTINGS: dict[str, Any] = {
+    "sequence_length": 256, "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "warmup_steps": 0,
+    "validation_sequences": 1, "validation_interval": 2, "checkpoint_interval": 2,
+}  # fmt: skip
+
+TRAIN = """
+import gc, json, sys
+from pathlib import Path
+import torch
+from minitron.config.stages import DistillConfig
+from minitron.engines.hf import train
+from minitron.models.losses import LossWeights
+
+def read(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+class Tracker:
+    def log(self, *numbers): pass
+
+directory, settings, peaks = Path(sys.argv[1]), json.loads(sys.argv[2]), []
+torch.nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()
+for recompute in (True, False):
+    config = DistillConfig(
+        output=directory / "out", dataset=directory / "dataset", teacher=directory / "model",
+        student=directory / "model", gradient_checkpointing=recompute, **settings
+    )
+    (work := directory / f"work-{recompute}").mkdir()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = read("VmRSS")
+    train(config, directory / "model", LossWeights(1.0, 0.0), work / "model", Tracker(), directory / "model")
+    peaks.append(read("VmHWM") - before)
+print(json.dumps(peaks))
+"""
+"""Trains with and without recomputation, and prints by how many bytes each raised the peak of resident memory."""
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, int]:
+    """The bytes that a distillation takes, with and without recomputation, in a process of its own.
+
+    The process gives every freed block back, as the C library does with blocks above 32 MB, which large models have.
+    """
+    directory = tmp_path_factory.mktemp("memory")
+    sizes = {name: value for name, value in MODEL.items() if name != "model_type"}
+    config = AutoConfig.for_model("llama", **sizes, architectures=["LlamaForCausalLM"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "model")
+    (directory / "dataset").mkdir()
+    for split in ("train", "validation"):
+        writer = IndexedWriter(directory / "dataset" / split, config.vocab_size)
+        writer.add_documents([[*range(1000)]] * 5)
+        writer.close()
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TRAIN, str(directory), json.dumps(SETTINGS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    recomputing, plain = json.loads(done.stdout.splitlines()[-1])
+    return {True: recomputing, False: plain}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_on_a_cpu_takes_the_memory_of_the_plan(peaks: dict[bool, int], recompute: bool) -> None:
+    """It guards every term: a weight, a moment, a gradient, an activation or a logit that is counted wrong."""
+    settings = DistillSettings(gradient_checkpointing=recompute, **SETTINGS)
+    phase = find_peak(list_training_phases(settings, count_models(MODEL, PruneSettings())))
+    print(phase, peaks[recompute] / 1e6)
+    assert phase.total == pytest.approx(peaks[recompute], rel=TOLERANCE)
+
+
+def test_recomputation_takes_less_by_what_the_plan_says(peaks: dict[bool, int]) -> None:
+    models = count_models(MODEL, PruneSettings())
+    settings = [DistillSettings(gradient_checkpointing=recompute, **SETTINGS) for recompute in (False, True)]
+    plain, recomputing = (find_peak(list_training_phases(entry, models)).total for entry in settings)
+    assert plain - recomputing == pytest.approx(peaks[False] - peaks[True], rel=0.3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_sums_are_the_peaks_of_the_guide_to_engine_hf(recompute: bool) -> None:
+    """The step of benchmarks/kd_step.py on an H100: half of the layers, no optimizer, no context of CUDA."""
+    name = r"compiled, `gradient_checkpointing`" if recompute else "compiled"
+    page = (REPOSITORY / "docs/explanation/engines.md").read_text()
+    (measured,) = re.findall(rf"^\| {name} \| .* \| (\d+) GiB \|$", page, re.MULTILINE)
+    architecture = LLAMA_3_1_8B | {"num_hidden_layers": 16}
+    models = count_models(architecture, PruneSettings(hidden_size=3072, intermediate_size=9216))
+    settings = DistillSettings(
+        gpus=1, sequence_length=2048, global_batch_size=4, micro_batch_size=4, gradient_checkpointing=recompute
+    )
+    moments = 2 * 4 * models.student
+    peak = find_peak(list_gpu_phases(settings, models)).total - CUDA - moments
+    assert peak / 2**30 == pytest.approx(int(measured), rel=TOLERANCE)
+
+
+def test_a_chunk_is_that_of_the_loss() -> None:
+    assert {"cpu": CHUNK[False], "cuda": CHUNK[True]} == CHUNK_TOKENS
+
+
+def test_several_gpus_divide_weights_gradients_moments_and_teacher() -> None:
+    models = Models(8 * 10**9, 4 * 10**9, 2, Sizes(), Sizes())
+    one = DistillSettings(gpus=1, micro_batch_size=1, gradient_checkpointing=True)
+    eight = one.model_copy(update={"gpus": 8})
+    (alone, divided) = (
+        {term.meaning: term.size for term in find_peak(list_gpu_phases(settings, models)).terms}
+        for settings in (one, eight)
+    )
+    for meaning in ("weights, fp32", "Adam's moments, fp32", "teacher, bf16", "gradients, fp32"):
+        assert divided[meaning] * 8 == alone[meaning]
+    assert sum(divided.values()) < sum(alone.values()) / 2
+
+
+def test_parallel_workers_of_engine_nemo_divide_what_they_share() -> None:
+    eight = {"engine": "nemo", "gpus": 8, "micro_batch_size": 1}
+    plain, split, both = (
+        {
+            term.meaning: term.size
+            for term in find_peak(list_gpu_phases(DistillSettings(**eight, **sizes), Models())).terms
+        }
+        for sizes in ({}, {"tensor_parallel_size": 8}, {"tensor_parallel_size": 8, "sequence_parallel": True})
+    )
+    for meaning in ("weights, bf16", "gradients, fp32", "teacher, bf16", "logits of the micro-batch"):
+        assert split[meaning] * 8 == plain[meaning]
+    assert "master weights and Adam's moments, fp32" in plain and plain != split
+    assert both["activations"] * 8 == plain["activations"] and both["activations"] < split["activations"]
