@@ -59,7 +59,8 @@ def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: st
         check_sequence_length("sequence_length", plan.pipeline.sequence_length, dict(architecture), address)
     except ConfigError as error:
         yield Fault("sequence_length", str(error).removeprefix("sequence_length: "))
-    if missing := [name for name in PRUNED_SIZES if name != "num_key_value_heads" and name not in architecture]:
+    needed = [*PRUNED_SIZES, "vocab_size"]
+    if missing := [name for name in needed if name != "num_key_value_heads" and name not in architecture]:
         yield Fault("teacher", f"{address}: config.json has no {', '.join(missing)}; correct it")
         return
     prune, distill = plan.stages["prune"], plan.stages["distill"]

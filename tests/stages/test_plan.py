@@ -185,6 +185,29 @@ def test_your_own_memory_wins_and_one_below_the_sum_is_warned_of(
     assert (tmp_path / "out" / "plan.html").read_text().count(f"Warning: {warning}.") == 1
 
 
+def test_what_the_gpus_of_the_node_selector_cannot_hold_is_refused(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compensated = {"prune": {"method": "compensated"}, "gpu_node_selector": {"gpu": "unknown"}}
+    run_plan(tmp_path / "warned", preset="llama-3.1-minitron-4b-width", teacher=llama, document=compensated)
+    warning = "prune.gpus: 1 x h100-80gb, but each would hold 555 GB"
+    assert f"warning: plan: {warning}" in capsys.readouterr().out
+    page = (tmp_path / "warned" / "plan.html").read_text()
+    assert f"Warning: {warning}" in page and "Assumed, since no node selector names the GPU: h100-80gb" in page
+    compensated["gpu_node_selector"] = {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
+    with pytest.raises(ConfigError, match=r"prune.gpus: 1 x h200-141gb, .*; it fits with prune.calibration_sequences="):
+        run_plan(tmp_path / "refused", preset="llama-3.1-minitron-4b-width", teacher=llama, document=compensated)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_page_shows_what_the_stages_need_and_the_task_gets_it(llama: str, tmp_path: Path) -> None:
+    outputs = run_plan(tmp_path / "out", preset="llama-3.1-minitron-4b-width", teacher=llama)
+    assert (outputs["distill_cpu"], outputs["evaluate_cpu"], outputs["register_cpu"]) == ("64", "8", "2")
+    page = (tmp_path / "out" / "plan.html").read_text()
+    assert '<th scope="row">distill</th><td>nemo</td><td>8</td>' in page and "GPU-hours" in page
+    assert "master weights and Adam&#39;s moments, fp32" in page and "<pre>engine: " in page
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [

@@ -28,8 +28,8 @@ _KEPT = 2
 _BUSY = 16384
 """Tokens of a micro-batch that keep a GPU busy: a larger one would only take memory."""
 
-_SPARE = 0.95
-"""Share of a GPU's memory that recommended settings use."""
+_USED = {"hf": 0.95, "nemo": 0.85}
+"""Share of a GPU's memory that recommended settings use, at most; the sums of engine nemo are not measured."""
 
 _MOST_GPUS = 64
 
@@ -210,7 +210,7 @@ def _fit(settings: Any, models: Models, gpu: Gpu, engine: str, gpus: int) -> Tra
                 changed = settings.model_copy(update=where | split | batch)
                 if list(changed.find_faults()):
                     continue
-                if find_peak(list_gpu_phases(changed, models)).total <= _SPARE * gpu.memory:
+                if find_peak(list_gpu_phases(changed, models)).total <= _USED[engine] * gpu.memory:
                     return changed
     return None
 
@@ -233,9 +233,7 @@ def _find_remedy(stage: str, settings: StageSettings, models: Models, gpu: Gpu) 
     for other in GPUS.values():
         if other.memory > gpu.memory and find_peak(list_gpu_phases(settings, models)).total <= other.memory:
             return f"it fits on {other.name}"
-    return (
-        f"none of {', '.join(GPUS)} holds it, on up to {_MOST_GPUS} GPUs; take a smaller teacher or shorter sequences"
-    )
+    return f"up to {_MOST_GPUS} of any of {', '.join(GPUS)} are too few; take a smaller teacher or shorter sequences"
 
 
 def _list_smaller(settings: Any, models: Models, gpu: Gpu) -> Iterator[Any]:
