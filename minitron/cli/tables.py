@@ -86,9 +86,13 @@ def print_plan(models: Models, gpu: Gpu | None, estimates: Mapping[str, StageEst
         device = f"{gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.peak / 1e12:.0f} TFLOP/s (data sheet: {gpu.sheet}, bf16)"
     print(f"teacher {format_count(models.teacher)}, student {format_count(models.student)} parameters; {device}\n")
     print_table(["stage", *PLAN_COLUMNS], list_plan_rows(estimates))
-    if peaks := [[stage, phase] for stage, entry in estimates.items() for phase in entry.phases]:
+    rows = [
+        [stage, phase.name, format_gb(phase.total), _join_terms(phase.terms)]
+        for stage, entry in estimates.items()
+        for phase in entry.phases
+    ]
+    if rows:
         print()
-        rows = [[stage, phase.name, format_gb(phase.total), _join_terms(phase.terms)] for stage, phase in peaks]
         print_table(["stage", "while", "on a GPU", "which is, in GB"], rows)
     print()
     for note in list_plan_notes(estimates):
