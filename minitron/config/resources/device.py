@@ -108,17 +108,32 @@ def list_training_phases(settings: TrainingSettings, models: Models) -> list[Pha
     backward = [Term("a layer's activations and gradients", layer + BF16 * sizes.layer_weights * on_gpu)]
     if processes > 1:  # FSDP reduces bf16 gradients in fp32, a unit at a time
         backward.append(Term("a unit's whole gradients", (BF16 + FP32) * _count_largest_unit(parameters, sizes)))
+    phases = _list_cache_phases(settings, models, on_gpu)
     return [
+        *phases,
         Phase("loss", state + [gradients] * (accumulates or not on_gpu) + loss),
         Phase("backward pass", [*state, gradients, *backward]),
     ]
 
 
 def _list_teacher(settings: TrainingSettings, models: Models, on_gpu: bool, processes: int) -> list[Term]:
-    if not isinstance(settings, DistillSettings):
+    if not isinstance(settings, DistillSettings) or settings.teacher_cache:
         return []
     kind, size = ("bf16", BF16) if on_gpu else ("fp32", FP32)
     return [Term(f"teacher, {kind}", size * models.teacher // processes)]
+
+
+def _list_cache_phases(settings: TrainingSettings, models: Models, on_gpu: bool) -> list[Phase]:
+    """Return what is held while the teacher's distributions are drawn, before the student is loaded."""
+    if not isinstance(settings, DistillSettings) or not settings.teacher_cache:
+        return []
+    teacher = Term("teacher", (BF16 if on_gpu else FP32) * models.teacher)
+    return [
+        Phase(
+            "teacher",
+            [teacher, Term("a layer, or logits", _count_loss(settings, models, models.teacher_sizes, on_gpu))],
+        )
+    ]
 
 
 def _list_gathered(settings: TrainingSettings, models: Models, processes: int) -> list[Term]:
@@ -126,7 +141,7 @@ def _list_gathered(settings: TrainingSettings, models: Models, processes: int) -
     if processes == 1:
         return []
     trained = [count_trained(settings, models)]
-    if isinstance(settings, DistillSettings):
+    if isinstance(settings, DistillSettings) and not settings.teacher_cache:
         trained.append((models.teacher, models.teacher_sizes))
     size = sum(2 * sizes.layer_weights + _count_embeddings(parameters, sizes) for parameters, sizes in trained)
     return [Term("gathered layers, embeddings and heads, bf16", BF16 * size)]

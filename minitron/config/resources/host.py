@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from minitron.config.document import Plan
-from minitron.config.resources.device import count_trained, find_peak, list_training_phases
+from minitron.config.resources.device import count_trained, list_training_phases
 from minitron.config.resources.sizes import ADAM, BF16, FP32, GIB, Models, Term, total
 from minitron.config.settings import (
     ClusterConfig,
@@ -199,7 +199,7 @@ def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> li
     trained, sizes = count_trained(settings, models)
     best = Term("the best state, fp32", FP32 * trained)
     if not gpus:
-        return [find_peak(list_training_phases(settings, models)).terms, [best]]
+        return [phase.terms for phase in list_training_phases(settings, models)] + [[best]]
     teacher = models.teacher if isinstance(settings, DistillSettings) else 0
     on_its_way = Term("the teacher on its way to the GPU, bf16", BF16 * teacher)
     if gpus > 1 or settings.num_nodes > 1:  # every process reads layer by layer
