@@ -41,6 +41,7 @@ from minitron.config.pipelines import (
 )
 from minitron.config.reference import help_text
 from minitron.config.resources import UNKNOWN, Models, PodRequest
+from minitron.config.resources.estimate import find_labeled_faults
 from minitron.config.settings import ClusterConfig
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError, RunError
@@ -238,6 +239,8 @@ def _read_run(pipeline: str, presets: list[str], settings: list[str]) -> _Run:
 
         architecture, unknown = check_plan(plan, faults, ask_once=True)
         models = count_plan_models(plan, architecture)
+        if architecture and (faults := find_labeled_faults(plan, models)):
+            raise SectionError(faults)
     elif faults:
         raise SectionError(faults)
     if request.cluster.queue:

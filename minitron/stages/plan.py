@@ -14,7 +14,7 @@ from minitron.config.document import SEARCH, SHARED, Plan, read_plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
 from minitron.config.resources import Models, Term, request_cpu, request_trial
-from minitron.config.resources.estimate import estimate_run, find_memory_faults, recommend
+from minitron.config.resources.estimate import estimate_run, find_labeled_faults, find_memory_faults, recommend
 from minitron.config.resources.gpus import DEFAULT_GPU, Gpu, find_labeled_gpu
 from minitron.config.settings import RESOURCES, Settings
 from minitron.config.stages import PlanConfig
@@ -104,11 +104,9 @@ def _check_gpu_memory(plan: Plan, models: Models, is_known: bool) -> None:
     Raises:
         SectionError: a stage needs more memory than a GPU of the node selector has.
     """
-    gpu, is_labeled = _find_gpu(plan)
-    faults = list(find_memory_faults(plan, models, gpu))
-    if faults and is_labeled and is_known:
+    if is_known and (faults := find_labeled_faults(plan, models)):
         raise SectionError(faults)
-    for fault in faults:
+    for fault in find_memory_faults(plan, models, _find_gpu(plan)[0]):
         print(f"warning: plan: {fault.key}: {fault.text}", flush=True)
 
 

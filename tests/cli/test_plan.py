@@ -74,9 +74,6 @@ def test_json_has_the_same_in_bytes_operations_and_seconds(llama: str) -> None:
 
 
 def test_it_takes_less_than_a_second(llama: str) -> None:
-    started = time.perf_counter()
-    assert run_plan("--preset", WIDTH, "--set", f"teacher={llama}").exit_code == 0
-    assert time.process_time() and time.perf_counter() - started < 3  # another process may use the cores
     document = merge({"teacher": llama, "corpus": "/c"}, read_preset(WIDTH))
     started = time.process_time()
     plan = make_plan(document)
@@ -105,6 +102,18 @@ def test_settings_that_do_not_fit_are_refused_with_settings_that_do(llama: str, 
     assert changes, line
     sets = [part for change in changes for part in ("--set", change)]
     assert "distill.gpus" not in read_plan(*arguments, "--set", "prune.num_hidden_layers=6", *sets)["does_not_fit"]
+
+
+@pytest.mark.parametrize("preset", [WIDTH, "llama-3.1-minitron-4b-depth", "nemo-tutorial-width", "nemo-tutorial-depth"])
+def test_a_preset_fits_the_gpus_that_it_is_for(llama: str, preset: str) -> None:
+    assert run_plan("--preset", preset, "--preset", "gke-gpu", "--set", f"teacher={llama}").exit_code == 0
+
+
+def test_it_is_refused_before_it_is_submitted(llama: str) -> None:
+    presets = [f"--preset={name}" for name in (WIDTH, "recommended", "gke-gpu")]
+    sets = [f"--set={value}" for value in (f"teacher={llama}", "corpus=gs://b/c", "tracking_uri=http://mlflow:5000")]
+    done = CliRunner().invoke(app, ["submit", "compress", *presets, *sets, "--host", "http://127.0.0.1:9"])
+    assert done.exit_code == 2 and "prune.gpus: 1 x h100-80gb, but each would hold 555 GB" in done.output, done.output
 
 
 def test_calibration_that_does_not_fit_is_shortened(llama: str) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron.config.document import make_plan
 from minitron.config.resources import Models, Sizes, count_models, find_peak, list_gpu_phases, list_training_phases
 from minitron.config.resources.device import CHUNK, CUDA
+from minitron.config.resources.estimate import estimate_run
+from minitron.config.resources.gpus import GPUS
 from minitron.config.settings import DistillSettings
 from minitron.config.shapes import PruneSettings
 from minitron.data.indexed import IndexedWriter
@@ -153,3 +156,10 @@ def test_a_teacher_whose_distributions_are_kept_is_not_in_memory_while_the_stude
     )
     assert "teacher, bf16" in before["loss"] and "teacher, bf16" not in after["loss"]
     assert list(after) == ["teacher", *before]
+
+
+def test_the_disk_has_room_for_the_teachers_distributions() -> None:
+    document = {"teacher": "/t", "corpus": "/c", "distill.teacher_cache": "sampled"}
+    disk = estimate_run(make_plan(document), Models(), GPUS["h100-80gb"])["distill"].disk
+    (size,) = [term.size for term in disk if term.meaning.startswith("the teacher's distributions")]
+    assert size == 30 * 128 * 8192 * (50 * 5 + 16)

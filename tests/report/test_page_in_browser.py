@@ -14,8 +14,9 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
-from minitron.config.stages import EvaluateConfig
+from minitron.config.stages import EvaluateConfig, PlanConfig
 from minitron.report.page import write_report
+from minitron.stages import plan
 from tests.constants import REPOSITORY
 from tests.report.evaluations import make_gated_evaluation
 
@@ -118,6 +119,21 @@ def test_every_plot_is_drawn_and_none_of_its_words_is_cut(page: webdriver.Chrome
     for plot in plots:
         assert plot["width"] > 300 and plot["height"] > 150, plot
         assert plot["drawn"] > 10 and plot["cut"] == 0, plot
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_plan_is_whole(
+    chromium: webdriver.Chrome, tmp_path_factory: pytest.TempPathFactory, width: int
+) -> None:
+    directory = tmp_path_factory.mktemp("plan") / "out"
+    plan.run(PlanConfig(output=directory, preset="llama-3.1-minitron-4b-width", teacher="/teacher", corpus="/corpus"))
+    show(chromium, width, "light")
+    chromium.get((directory / "plan.html").as_uri())
+    assert chromium.execute_script(WIDER_THAN_THE_PAGE) == [0, []]
+    hidden = "return [...document.querySelectorAll('.scroll')].map(part => part.scrollWidth - part.clientWidth)"
+    assert width < 1280 or chromium.execute_script(hidden) == [0]
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    chromium.save_screenshot(str(SCREENSHOTS / f"plan-{width}.png"))
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -9,11 +9,20 @@ import yaml
 from minitron.config.document import Plan, nest_sections
 from minitron.config.fields import Fault
 from minitron.config.resources.device import Phase, count_gpus, count_trained, find_peak, list_gpu_phases
-from minitron.config.resources.gpus import CPU_SPEED, GPUS, LARGEST_NODE, Gpu, Utilization, find_utilization
+from minitron.config.resources.gpus import (
+    CPU_SPEED,
+    GPUS,
+    LARGEST_NODE,
+    Gpu,
+    Utilization,
+    find_labeled_gpu,
+    find_utilization,
+)
 from minitron.config.resources.host import list_writing, request_pod, sum_memory
 from minitron.config.resources.sizes import Models, Term
 from minitron.config.resources.work import count_work
 from minitron.config.settings import (
+    DistillSettings,
     EvaluateSettings,
     FinetuneSettings,
     PrepareSettings,
@@ -30,6 +39,9 @@ _BUSY = 16384
 
 _USED = {"hf": 0.95, "nemo": 0.85}
 """Share of a GPU's memory that recommended settings use, at most; the sums of engine nemo are not measured."""
+
+_CACHED = 16
+"""Bytes per token of a teacher's cache beside ids and weights: entropy, log-probability, first token, number."""
 
 _MOST_GPUS = 64
 
@@ -121,8 +133,7 @@ def _list_disk(plan: Plan, settings: StageSettings, models: Models) -> Iterator[
         case PrepareSettings():
             trainings = [other for other in plan.stages.values() if isinstance(other, TrainingSettings)]
             sequences = max(other.max_steps * other.global_batch_size for other in trainings)
-            token = 2 if models.teacher_sizes.vocabulary < 65500 else 4  # as Megatron's .bin
-            yield Term("dataset, at least", token * sequences * plan.pipeline.sequence_length)
+            yield Term("dataset, at least", _count_id_bytes(models) * sequences * plan.pipeline.sequence_length)
             yield Term("teacher", models.weight * models.teacher)
         case FinetuneSettings(enabled=False):
             return
@@ -130,8 +141,18 @@ def _list_disk(plan: Plan, settings: StageSettings, models: Models) -> Iterator[
             yield Term("corrected teacher", models.weight * models.teacher)
         case PruneSettings() | TrainingSettings():
             yield Term("student", models.weight * models.student)
+    if isinstance(settings, DistillSettings) and settings.teacher_cache:
+        weight = 1 if settings.teacher_cache == "sampled" else 2
+        token = settings.teacher_cache_size * (_count_id_bytes(models) + weight) + _CACHED
+        tokens = settings.max_steps * settings.global_batch_size * settings.sequence_length
+        yield Term("the teacher's distributions, at most", token * tokens)
     for written in list_writing(settings, models):
         yield Term(written.meaning, min(_KEPT, written.times) * written.size)
+
+
+def _count_id_bytes(models: Models) -> int:
+    """Return the bytes of a token's id in Megatron's .bin, and in a cache of the teacher."""
+    return 2 if models.teacher_sizes.vocabulary < 65500 else 4
 
 
 def find_memory_faults(plan: Plan, models: Models, gpu: Gpu) -> Iterator[Fault]:
@@ -145,6 +166,12 @@ def find_memory_faults(plan: Plan, models: Models, gpu: Gpu) -> Iterator[Fault]:
             f"{count_gpus(settings)} x {gpu.name}, but each would hold {peak.total / 1e9:.0f} GB, of which "
             f"{largest.size / 1e9:.0f} GB {largest.meaning}; {_find_remedy(stage, settings, models, gpu)}",
         )
+
+
+def find_labeled_faults(plan: Plan, models: Models) -> list[Fault]:
+    """Find the same for the GPUs that the node selector names; none if it names no kind of GPU."""
+    gpu = find_labeled_gpu(plan.pipeline.gpu_node_selector)
+    return list(find_memory_faults(plan, models, gpu)) if gpu else []
 
 
 def recommend(plan: Plan, models: Models, gpu: Gpu) -> Advice | None:
