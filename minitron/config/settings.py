@@ -149,7 +149,7 @@ class TrainingSettings(EngineSettings):
         False, description="Split also the activations between layers over the tensor-parallel GPUs."
     )
     num_nodes: Annotated[PositiveInt, EXECUTION] = Field(
-        1, description="Nodes to train on; above 1, the task starts a Kubeflow TrainJob and follows it (engine nemo)."
+        1, description="Nodes to train on; above 1, the task starts a Kubeflow TrainJob and follows it."
     )
     gpus_per_node: Annotated[PositiveInt, EXECUTION] = Field(
         8, description="GPUs of each node, if num_nodes is above 1."
@@ -176,21 +176,32 @@ class TrainingSettings(EngineSettings):
             )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             yield Fault("sequence_parallel", "needs a tensor_parallel_size above 1; raise that, or set it to false")
+        if self.engine == "hf" and self.model_parallel_size > 1:
+            yield Fault(
+                "tensor_parallel_size",
+                f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine hf "
+                "divides only batches and parameters among its GPUs; use engine nemo, or set all of them to 1",
+            )
         if self.engine == "hf":
-            yield from find_idle_gpus("engine hf", self.gpus, "use engine nemo, or set gpus to 1")
-            if self.model_parallel_size > 1:
-                yield Fault(
-                    "tensor_parallel_size",
-                    f"tensor, pipeline and context parallel sizes multiply to {self.model_parallel_size}, but engine "
-                    "hf runs in one process; use engine nemo, or set all of them to 1",
-                )
-        if self.num_nodes > 1 and self.engine == "hf":
-            yield Fault("num_nodes", f"{self.num_nodes}, but engine hf runs in one process; use engine nemo")
+            yield from self.find_division_faults(
+                self.num_nodes * self.gpus_per_node if self.num_nodes > 1 else self.gpus or 1
+            )
         if self.num_nodes > 1 and self.gpus:
             yield Fault(
                 "gpus",
                 f"{self.gpus}, but with num_nodes {self.num_nodes} the task itself only waits; set gpus to 0 "
                 "(gpus_per_node sets the GPUs of each node)",
+            )
+
+    def find_division_faults(self, processes: int) -> Iterator[Fault]:
+        """Find a global batch whose micro-batches engine hf cannot divide equally among its processes."""
+        whole = self.micro_batch_size * processes
+        if self.global_batch_size % whole and not self.global_batch_size % self.micro_batch_size:
+            yield Fault(
+                "global_batch_size",
+                f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} x {processes} "
+                f"GPUs = {whole}; choose {self.global_batch_size // whole * whole or whole} or another multiple, or "
+                "lower micro_batch_size",
             )
 
     @property
@@ -247,7 +258,7 @@ class DistillSettings(TrainingSettings):
         if self.engine == "hf" and self.intermediate_layers:
             yield Fault("intermediate_layers", "they need engine nemo; use it, or leave them out")
         if self.teacher_cache:
-            for name, needed in {"engine": "hf", "temperature": 1.0, "divergence_beta": 0.0}.items():
+            for name, needed in {"engine": "hf", "temperature": 1.0, "divergence_beta": 0.0, "num_nodes": 1}.items():
                 if (found := getattr(self, name)) != needed:
                     yield Fault("teacher_cache", f"it needs {name} {needed}, not {found}; set that, or leave it out")
         if self.engine == "nemo" and self.divergence_beta:

@@ -26,7 +26,7 @@ from minitron.storage.staging import sync_files
 MARKER = "complete.json"
 
 CHECKPOINT, BEST = "checkpoint", "best"
-"""Prefixes of the names: a state to resume from (as transformers' Trainer calls it), and the best state."""
+"""Prefixes of the names: a state to resume from, and the best state."""
 
 _THREADS = 8
 """Each computes the checksums of 9 GB/s in memory, or waits for the disk."""

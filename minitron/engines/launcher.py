@@ -19,7 +19,7 @@ from minitron.engines.divergence import Diverged
 from minitron.errors import ConfigError, MinitronError, RunError
 
 _PR_SET_PDEATHSIG = 1
-_POLL_SECONDS, _GRACE_SECONDS = 0.2, 20
+_POLL_SECONDS, _GRACE_SECONDS = 0.2, 30
 
 
 def launch(
@@ -107,5 +107,6 @@ def explain_failure(job: str, log: Path, failure: Path) -> MinitronError:
         return Diverged(entry["message"])
     message = " ".join(entry["message"].split())[:500]
     if "OutOfMemory" in entry["kind"]:
-        message += "; lower micro_batch_size, raise tensor_parallel_size, or set gradient_checkpointing"
+        message += "; lower micro_batch_size, set gradient_checkpointing, or take more GPUs (engine nemo: and raise "
+        message += "tensor_parallel_size)"
     return RunError(message if entry["kind"] == RunError.__name__ else f"{job}: {message}; see the log {log}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -16,7 +17,8 @@ from minitron.models.losses import LossWeights, linear_loss
 
 def compute_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return the last hidden states of [B, S] token ids as [B · S, H], without computing logits."""
-    states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    decoder: Any = model if isinstance(model, FSDPModule) else model.model  # see engines/hf/sharding.py
+    states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     return states.flatten(0, 1)
 
 

@@ -1,15 +1,15 @@
 """A stage that asked for GPUs starts on nothing less."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from minitron.config.parse import parse
 from minitron.config.stages import STAGES, PrepareConfig, TrainingConfig
 from minitron.engines import gpus
-from minitron.engines.hf import device, training
+from minitron.engines.hf import device
 from minitron.errors import ConfigError, RunError
 from minitron.runtime import stage
 
@@ -28,34 +28,29 @@ def test_a_stage_pays_for_its_own_gpus_or_for_those_of_its_nodes(tmp_path: Path)
     assert gpus.count_gpus(parse("finetune", common | {"num_nodes": 3, "gpus_per_node": 4})) == 12
 
 
-def test_engine_hf_trains_the_same_on_a_machine_with_two_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("values", "workers"), [({}, 2), ({"gpus": 1}, 1), ({"engine": "nemo", "gpus": 1}, 2)])
+def test_a_worker_per_gpu_trains_and_engine_hf_takes_no_more_than_the_settings_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], workers: int
 ) -> None:
-    """The two GPUs are made up: torch says that they are there, and Trainer's arguments ask torch.
-
-    This stands for a machine that has them: `n_gpu` decides whether Trainer wraps the model in DataParallel, and how
-    many sequences it reads per step.
-    """
-    config = parse("finetune", {"output": tmp_path, "dataset": tmp_path, "teacher": "x", "micro_batch_size": 4})
-    assert isinstance(config, TrainingConfig)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    """The two GPUs are made up: torch says that they are there."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    plain = TrainingArguments(str(tmp_path), per_device_train_batch_size=4)
-    assert (plain.n_gpu, plain.train_batch_size) == (2, 8), "Trainer no longer does what this test stands for"
-    arguments = training._make_arguments(config, tmp_path, validate_first=True)
-    assert (arguments.n_gpu, arguments.train_batch_size, arguments.device.type) == (1, 4, "cuda")
-    assert arguments.gradient_accumulation_steps == 32
+    config = parse("finetune", {"output": tmp_path, "dataset": tmp_path, "teacher": "x"} | values)
+    assert isinstance(config, TrainingConfig) and gpus.count_workers(config) == workers
+
+
+def test_pruning_says_that_it_leaves_gpus_idle(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     device.say_that_one_gpu_works()
-    assert capsys.readouterr().out == "engine hf: uses one of 2 visible GPUs; engine nemo trains on all of them\n"
+    assert capsys.readouterr().out == "prune: uses one of 2 visible GPUs\n"
 
 
-@pytest.mark.parametrize("stage", ["finetune", "distill", "prune", "evaluate"])
+@pytest.mark.parametrize("stage", ["prune", "evaluate"])
 def test_gpus_that_would_stand_idle_are_refused(tmp_path: Path, stage: str) -> None:
     names = ("teacher", "student", "pruned", "teacher_before", "dataset", "output")
     values = {name: tmp_path for name in names if name in STAGES[stage].model_fields}
-    what = "engine hf" if stage in ("finetune", "distill") else stage
-    match = f"{stage}.gpus: 8, but {what} runs in one process, on one GPU; .*set gpus to 1"
+    match = f"{stage}.gpus: 8, but {stage} runs in one process, on one GPU; .*set gpus to 1"
     with pytest.raises(ConfigError, match=match):
         parse(
             stage,

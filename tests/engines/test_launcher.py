@@ -32,7 +32,7 @@ def test_the_workers_are_one_group_and_are_followed(tmp_path: Path) -> None:
     [
         ("fail", RunError, r"^fail: ValueError: no such layer; see the log .*fail.log$"),
         ("refuse", ConfigError, r"^size 3: too odd; choose 4$"),
-        ("memory", RunError, r"out of memory; lower micro_batch_size, raise tensor_parallel_size"),
+        ("memory", RunError, r"out of memory; lower micro_batch_size, set gradient_checkpointing"),
         ("die", RunError, r"^die: a worker was killed from outside; see the log .*die.log; if .* out of memory"),
     ],
 )

@@ -12,9 +12,10 @@ from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset, open_training_data
 from minitron.engines.checkpoints import publish_checkpoint
-from minitron.engines.nemo import checks, files
+from minitron.engines.gpus import count_workers
+from minitron.engines.nemo import checks
 from minitron.engines.nemo import engine as nemo
-from minitron.engines.nemo.progress import Progress
+from minitron.engines.progress import FINISHED, HISTORY, Progress, Start, find_start
 from minitron.errors import ConfigError
 from minitron.models.checks import check_architecture, read_config
 from minitron.models.pruning.importance import _Sums, measure_importance
@@ -58,13 +59,13 @@ def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> Non
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "context_parallel_size": 2}
     settings = config(dataset, **sizes, sequence_parallel=True)
     checks.check_parallelism(settings, check_architecture(teacher), teacher, 8)
-    assert checks.count_workers(settings) == (torch.cuda.device_count() or 8)
+    assert count_workers(settings) == (torch.cuda.device_count() or 8)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"engine": "hf", "tensor_parallel_size": 2}, "multiply to 2, but engine hf runs in one process"),
+        ({"engine": "hf", "tensor_parallel_size": 2}, "multiply to 2, but engine hf divides only batches"),
         ({"engine": "nemo", "sequence_parallel": True}, "sequence_parallel: needs a tensor_parallel_size above 1"),
         ({"engine": "hf", "intermediate_layers": [[1, 2]]}, "intermediate_layers: they need engine nemo"),
         ({"engine": "nemo", "divergence_beta": 0.5}, "divergence_beta: 0.5, but engine nemo has only the forward KL"),
@@ -153,20 +154,30 @@ def test_the_micro_batch_size_does_not_decide_what_is_calibrated_on(dataset: Pat
 
 def test_a_resumed_training_has_the_history_of_its_last_whole_checkpoint(tmp_path: Path) -> None:
     rows = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 6)]
-    history, checkpoint = tmp_path / files.HISTORY, tmp_path / "checkpoint-3"
-    for name in ("best-2", "checkpoint-3", "best-4", "checkpoint-10", files.FINISHED):
+    history, checkpoint = tmp_path / HISTORY, tmp_path / "checkpoint-3"
+    for name in ("best-2", "checkpoint-3", "best-4", "checkpoint-10", FINISHED):
         (tmp_path / name).mkdir()
-    (checkpoint / files.HISTORY).write_text("".join(rows[:3]))
+    (checkpoint / HISTORY).write_text("".join(rows[:3]))
     history.write_text("".join(rows) + '{"step": 6, "lo')
     publish_checkpoint(tmp_path / "best-2", {"loss": 3.5})
     publish_checkpoint(checkpoint, {"best": 2, "seconds": 7.5})
     publish_checkpoint(tmp_path / "best-4", {"loss": 3.0})
-    assert files.find_start(tmp_path) == files.Start(3, 2, 3.5, 7.5)
+    assert find_start(tmp_path) == Start(3, 2, 3.5, 7.5)
     assert history.read_text() == "".join(rows[:3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-2", "checkpoint-3", files.HISTORY]
-    (checkpoint / files.HISTORY).write_text("".join(rows[:2]))
-    assert files.find_start(tmp_path) == files.Start()
-    assert [path.name for path in tmp_path.iterdir()] == [files.HISTORY] and not history.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-2", "checkpoint-3", HISTORY]
+    (checkpoint / HISTORY).write_text("".join(rows[:2]))
+    assert find_start(tmp_path) == Start()
+    assert [path.name for path in tmp_path.iterdir()] == [HISTORY] and not history.read_text()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Engine hf of 0.6 wrote its history elsewhere."""
+    for name, note in (("best-2", {"loss": 3.5}), ("checkpoint-3", {"best": 2, "seconds": 7.5})):
+        (tmp_path / name).mkdir()
+        publish_checkpoint(tmp_path / name, note)
+    assert find_start(tmp_path) == Start()
+    assert [path.name for path in tmp_path.iterdir()] == [HISTORY]
+    assert "checkpoint-3: of an earlier version; the training begins anew" in capsys.readouterr().out
 
 
 def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path, tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path
 
     with Progress(config(dataset, max_steps=3), tmp_path, Kept({})) as progress:
         progress()
-        with (tmp_path / files.HISTORY).open("w") as stream:
+        with (tmp_path / HISTORY).open("w") as stream:
             for row in ({"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}):
                 stream.write(json.dumps(row) + "\n")
                 stream.flush()

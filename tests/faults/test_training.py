@@ -40,9 +40,9 @@ main("finetune")
 """
 
 WRITTEN = {
-    "best": {"config.json", "generation_config.json", "model.safetensors", "complete.tmp", MARKER},
-    "checkpoint": {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    | {"training_args.bin", "config.json", "generation_config.json", "complete.tmp", MARKER},
+    "best": {"config.json", "model.safetensors", "complete.tmp", MARKER},
+    "checkpoint": {"__0_0.distcp", ".metadata.tmp", ".metadata", "history.jsonl", "complete.tmp", MARKER},
+    "finished": {"history.jsonl", "complete.tmp", MARKER},
 }
 """The files of a best state and of a checkpoint."""
 
@@ -125,8 +125,8 @@ def test_killed_at_every_write_of_a_checkpoint_it_ends_as_the_undisturbed_one(
 @pytest.mark.parametrize(
     ("names", "begins_anew"),
     [
-        (["checkpoint-2/optimizer.pt"], False),
-        (["checkpoint-2/trainer_state.json", f"checkpoint-1/{MARKER}"], True),
+        (["checkpoint-2/__0_0.distcp"], False),
+        (["checkpoint-2/history.jsonl", f"checkpoint-1/{MARKER}"], True),
         (["best-1/model.safetensors"], True),
     ],
 )

@@ -26,8 +26,7 @@ from minitron.data.tokenizer import load_tokenizer
 from minitron.engines.checkpoints import MARKER
 from minitron.engines.divergence import Diverged
 from minitron.engines.nemo import engine as nemo_engine
-from minitron.engines.nemo.files import FINISHED
-from minitron.engines.nemo.progress import Progress
+from minitron.engines.progress import FINISHED, Progress
 from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.stages import finetune

@@ -84,8 +84,8 @@ def test_an_mlflow_that_does_not_answer_stops_the_next_task_which_is_retried(
         ({"document": {"prune": {"gpus": "two"}}}, "prune.gpus: Input should be a valid integer"),
         ({"document": {"prune": {"gpus": -1}}}, "prune.gpus: Input should be greater than or equal to 0"),
         (
-            {"document": {"engine": "hf", "distill": {"gpus": 8}}},
-            "distill.gpus: 8, but engine hf runs in one process, on one GPU; use engine nemo, or set gpus to 1",
+            {"document": {"engine": "hf", "distill": {"gpus": 8, "global_batch_size": 120}}},
+            "distill.global_batch_size: 120 is not a multiple of micro_batch_size 4 x 8 GPUs = 32; choose 96 or",
         ),
         ({"model_name": "a/b"}, "register.name: String should match pattern"),
         ({"teacher": ""}, "teacher: missing; give it a value"),

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from minitron.config.stages import DistillConfig, FinetuneConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.checkpoints import MARKER
-from minitron.engines.hf import teacher_cache, training
+from minitron.engines.hf import loop, teacher_cache
+from minitron.engines.progress import read_history
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score_models
@@ -123,14 +124,15 @@ def test_a_training_that_diverges_ends_and_keeps_its_last_good_state(
     job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step, the value, the last good state and the remedy are named; another setting does not lose the state."""
-    compute_loss = training._LinearLossTrainer.compute_loss
+    compute_terms, calls = loop._Training._compute_terms, []
 
-    def compute_nan_after_step_4(trainer: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-        loss = compute_loss(trainer, *arguments, **named)
-        return loss * float("nan") if trainer.state.global_step == 4 else loss
+    def compute_nan_after_step_4(*arguments: Any) -> loop.LossTerms:
+        terms = compute_terms(*arguments)
+        calls.append(terms)
+        return terms._replace(loss=terms.loss * float("nan")) if len(calls) > 8 else terms
 
     with monkeypatch.context() as patch, pytest.raises(RunError) as caught:
-        patch.setattr(training._LinearLossTrainer, "compute_loss", compute_nan_after_step_4)
+        patch.setattr(loop._Training, "_compute_terms", compute_nan_after_step_4)
         distill.run(DistillConfig(**job))
     kept = tmp_path / "student.last-good"
     assert str(caught.value).startswith("the training diverged at step 5: loss is nan; the last good state, step 3 (")
@@ -290,7 +292,10 @@ def test_the_best_state_is_kept_not_the_last(job: dict[str, Any]) -> None:
 def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
     stage: str, change: dict[str, Any], job: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With settings that decide no result it resumes, too: with another micro-batch size up to rounding."""
+    """With settings that decide no result it resumes, too: with another micro-batch size up to rounding.
+
+    The finetuning gets SIGTERM, after which it saves the state of its step; the others get SIGKILL.
+    """
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
     settings |= {"max_steps": 60, "validation_interval": 10, "checkpoint_interval": 10}
     if stage == "finetune":
@@ -308,8 +313,11 @@ def test_killed_in_mid_training_it_resumes_and_ends_with_identical_weights(
     while not (checkpoints / "checkpoint-20" / MARKER).exists():
         assert process.exitcode is None, "it ended before it could be killed"
         time.sleep(0.005)
-    process.kill()
+    process.terminate() if stage == "finetune" else process.kill()
     process.join()
+    if stage == "finetune":
+        last = read_history(checkpoints)[-1]["step"]
+        assert process.exitcode == 143 and (checkpoints / f"checkpoint-{last}" / MARKER).exists(), "it lost a step"
     assert not paths["killed"].exists()
     (checkpoints / "checkpoint-99").mkdir()  # what a kill during a save leaves: a checkpoint without its marker
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(settings | change | {"output": str(paths["killed"])}))

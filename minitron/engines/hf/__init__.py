@@ -1,4 +1,4 @@
-"""The transformers engine, from a laptop to one GPU: `train` and `prune`."""
+"""The transformers engine, from a laptop to the GPUs of several nodes: `train` and `prune`."""
 
 from minitron.engines.hf.device import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
 from minitron.engines.hf.pruning import prune

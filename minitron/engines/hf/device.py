@@ -18,9 +18,9 @@ def get_compute_dtype() -> torch.dtype:
 
 
 def say_that_one_gpu_works() -> None:
-    """Say that this engine leaves the other visible GPUs idle."""
+    """Say that pruning leaves the other visible GPUs idle."""
     if (visible := torch.cuda.device_count()) > 1:
-        print(f"engine hf: uses one of {visible} visible GPUs; engine nemo trains on all of them", flush=True)
+        print(f"prune: uses one of {visible} visible GPUs", flush=True)
 
 
 def autocast_on_gpu() -> torch.autocast:

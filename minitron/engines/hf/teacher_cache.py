@@ -74,7 +74,7 @@ class CachedTeacher(Dataset):
             directory: the cache.
             size: K.
         """
-        self._sequences, self._directory, self._size = sequences, directory, size
+        self._sequences, self.directory, self._size = sequences, directory, size
         self._places = {sequences.find_item(place): place for place in range(sequences.distinct)}
 
     def __len__(self) -> int:
@@ -84,12 +84,12 @@ class CachedTeacher(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return the sequence at a position of the training, with the teacher's targets."""
         place = self._places[self._sequences.find_item(index)]
-        targets = read_targets(_shard_path(self._directory, place // SHARD), place % SHARD, self._size)
+        targets = read_targets(_shard_path(self.directory, place // SHARD), place % SHARD, self._size)
         return self._sequences[index] | targets._asdict()
 
     def measure_bytes_per_token(self) -> float:
         """Return the bytes of the files per token of training text."""
-        paths = list(self._directory.glob("*.safetensors"))
+        paths = list(self.directory.glob("*.safetensors"))
         tokens = sum(_read_header(path)["tokens"] for path in paths)
         return sum(path.stat().st_size for path in paths) / tokens
 

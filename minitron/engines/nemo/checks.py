@@ -11,8 +11,6 @@ from minitron.config.settings import TrainingSettings
 from minitron.config.shapes import PruneSettings
 from minitron.config.stages import TrainingConfig
 from minitron.errors import ConfigError
-from minitron.storage.bucket import is_bucket
-from minitron.storage.cache import cache_directory
 
 WIDTH_MULTIPLE = 64
 """Model-Optimizer cuts hidden and intermediate sizes to multiples of this."""
@@ -59,15 +57,6 @@ def check_installed() -> None:
             f"engine nemo: needs nemo_toolkit 2, found {version}; run it in the package's image, which also finds "
             "its finished results, or use engine hf"
         )
-
-
-def count_workers(config: TrainingConfig) -> int:
-    """Count the workers: one per GPU; without a GPU, as many as one copy of the model needs."""
-    if config.num_nodes > 1:
-        return config.num_nodes * config.gpus_per_node
-    import torch  # plan's image has none
-
-    return torch.cuda.device_count() or config.model_parallel_size
 
 
 def find_conversion_faults(key: str, architecture: Mapping[str, Any], model: Path | str) -> Iterator[Fault]:
@@ -133,17 +122,3 @@ def _find_remainder(key: str, size: int, what: str, total: int, name: str = "") 
     if total % size:
         valid = ", ".join(str(number) for number in range(1, min(total, 1024) + 1) if total % number == 0)
         yield Fault(key, f"{name}{size} does not divide the {what}, {total}; choose one of {valid}")
-
-
-def check_shared(config: TrainingConfig, paths: list[Path]) -> None:
-    """Refuse inputs that the other nodes cannot see.
-
-    Raises:
-        ConfigError: a path lies outside the workspace.
-    """
-    volume = (cache_directory() if is_bucket(config.workspace) else Path(config.workspace or "")).resolve()
-    for path in paths:
-        if not path.resolve().is_relative_to(volume):
-            raise ConfigError(
-                f"{path}: outside the workspace {volume}, which is all that the nodes share; move it there"
-            )

@@ -1,7 +1,6 @@
 """The course of a training inside NeMo: weighted losses, validations, the best state, checkpoints, progress."""
 
 import ctypes
-import json
 import resource
 import shutil
 import time
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from minitron.config.metrics import compute_perplexity
 from minitron.config.stages import DistillConfig
-from minitron.engines.checkpoints import BEST, CHECKPOINT, mark_complete, publish_checkpoint
+from minitron.engines.checkpoints import BEST, CHECKPOINT, publish_checkpoint
 from minitron.engines.divergence import Diverged, check_step, check_untrained
 from minitron.engines.hf import get_device
-from minitron.engines.nemo.files import FINISHED, HISTORY, Start
+from minitron.engines.progress import HISTORY, Start, append_row, write_end
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights
@@ -153,9 +152,7 @@ class Course(pl.Callback):
         rss, gpu = (round(peak, 1) for peak in peaks.tolist())
         self._status.close()
         if trainer.is_global_zero:
-            (self._work / FINISHED).mkdir()
-            shutil.copyfile(self._work / HISTORY, self._work / FINISHED / HISTORY)
-            mark_complete(self._work / FINISHED, end | {"peak_rss_mb": rss, "peak_gpu_mb": gpu or None})
+            write_end(self._work, end | {"peak_rss_mb": rss, "peak_gpu_mb": gpu or None})
 
     def _read_seconds(self) -> float:
         """Return the seconds of training so far, without validations."""
@@ -180,8 +177,7 @@ class Course(pl.Callback):
         self._check_row(trainer, row["step"], numbers)
         if trainer.is_global_zero:
             self._status.report(row["step"], numbers)
-            with (self._work / HISTORY).open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+            append_row(self._work, row)
 
     def _check_row(self, trainer: Any, step: int, numbers: dict[str, Any]) -> None:
         """End this worker if the training diverged, once the best state is on the disk; all processes call this.

@@ -6,7 +6,6 @@ progress, where a resumed stage finds them.
 """
 
 import gc
-import json
 import math
 import shutil
 from dataclasses import asdict
@@ -17,19 +16,18 @@ import torch
 
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
-from minitron.engines.checkpoints import Checkpoint, find_best, read_checkpoint
+from minitron.engines.checkpoints import find_best, read_checkpoint
 from minitron.engines.divergence import Diverged, check_untrained, name_last_good
+from minitron.engines.gpus import check_shared, count_workers
 from minitron.engines.launcher import launch
 from minitron.engines.nemo.checks import (
     check_convertible,
     check_installed,
     check_parallelism,
-    check_shared,
     check_sizes,
-    count_workers,
 )
-from minitron.engines.nemo.files import HISTORY, SCORES, TEACHER, find_end
-from minitron.engines.nemo.progress import Progress
+from minitron.engines.nemo.worker import SCORES, TEACHER
+from minitron.engines.progress import Progress, find_end, read_result
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
 from minitron.models.checks import check_architecture, read_config
@@ -90,7 +88,10 @@ def train(
         _export_model(work, best.path, initial, directory)
     else:
         copy_model(initial, directory)
-    return _read_result(config, end, best, metrics)
+    result = read_result(config, end, best)
+    result["metrics"] = metrics | result["metrics"]
+    peaks = {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
+    return result | peaks | {"gpus": count_workers(config)}
 
 
 def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial: Path, directory: Path) -> Diverged:
@@ -102,21 +103,6 @@ def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial
     with replace_directory(path) as target:
         _export_model(work, best.path, initial, target)
     return name_last_good(error, config, path, best.step, best.note["loss"])
-
-
-def _read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of the stage's record, from the files that the workers left at the end."""
-    history = [json.loads(row) for row in (end.path / HISTORY).read_text().splitlines()]
-    tokens = config.max_steps * config.global_batch_size * config.sequence_length
-    metrics = metrics | {
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / end.note["seconds"], 1),
-        "validation_loss_before": history[0]["validation_loss"],
-        "validation_loss": best.note["loss"],
-        "best_step": best.step,
-    }
-    peaks = {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
-    return {"metrics": metrics, "history": history, "gpus": count_workers(config)} | peaks
 
 
 def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> Cut:

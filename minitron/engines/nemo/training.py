@@ -24,10 +24,10 @@ from transformers import get_scheduler
 from minitron.config.stages import DistillConfig, SequenceConfig, TrainingConfig
 from minitron.data.packed import open_training_data
 from minitron.engines.checkpoints import CHECKPOINT
+from minitron.engines.gpus import count_workers
 from minitron.engines.hf import get_compute_dtype, get_device
-from minitron.engines.nemo.checks import count_workers
 from minitron.engines.nemo.course import Balancer, Course
-from minitron.engines.nemo.files import Start
+from minitron.engines.progress import Start
 from minitron.models.losses import LossWeights
 
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None

@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+SCORES, TEACHER = "scores.pt", "teacher-scores"
+"""Among the checkpoints: the importance, and the teacher's scores, which have a marker."""
+
 SIZES = {
     "hidden_size": "target_hidden_size",
     "intermediate_size": "target_ffn_hidden_size",
@@ -95,7 +98,6 @@ def prune(job: dict[str, Any], work: Path) -> None:
     from minitron.config.parse import parse
     from minitron.data.packed import PackedDataset
     from minitron.engines.nemo.engine import split_calibration
-    from minitron.engines.nemo.files import SCORES
     from minitron.engines.nemo.training import Batches, make_data_module
 
     config: Any = parse("prune", job["config"])
@@ -143,7 +145,7 @@ def train(job: dict[str, Any], work: Path) -> None:
 
     from minitron.config.parse import parse
     from minitron.engines.nemo import training
-    from minitron.engines.nemo.files import Start, find_start
+    from minitron.engines.progress import Start, find_start
     from minitron.models.losses import LossWeights
 
     store, rank, _ = next(torch.distributed.rendezvous("env://"))
@@ -158,7 +160,6 @@ def score_teacher_job(job: dict[str, Any], work: Path) -> None:
     from minitron.config.parse import parse
     from minitron.engines.checkpoints import mark_complete
     from minitron.engines.nemo.engine import score_teacher
-    from minitron.engines.nemo.files import TEACHER
 
     config: Any = parse("distill", job["config"])
     (work / TEACHER).mkdir(exist_ok=True)

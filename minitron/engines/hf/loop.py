@@ -1,0 +1,317 @@
+"""The training loop of engine hf, in one process or in several: steps, validations, the best state, checkpoints.
+
+A step reads the same sequences whatever the number of processes; each process computes its micro-batches. G = global
+batch, B = micro-batch, S = sequence.
+"""
+
+import resource
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import get_scheduler, set_seed
+
+from minitron.config.stages import DistillConfig, TrainingConfig
+from minitron.data.packed import open_training_data
+from minitron.engines.checkpoints import BEST, CHECKPOINT, publish_checkpoint
+from minitron.engines.divergence import check_step, check_untrained
+from minitron.engines.hf.device import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
+from minitron.engines.hf.sharding import (
+    count_processes,
+    gather_weights,
+    get_rank,
+    open_model,
+    release_head,
+    score_model,
+)
+from minitron.engines.hf.teacher_cache import CachedTeacher
+from minitron.engines.progress import HISTORY, Start, append_row, write_end
+from minitron.engines.trainer_status import TrainerStatus
+from minitron.models.checks import CONFIG
+from minitron.models.losses import IGNORED, LossTerms, LossWeights, TeacherTargets, linear_loss
+from minitron.models.scoring import compute_hidden_states, get_output_head
+
+warnings.filterwarnings("ignore", "torch.distributed is .* in a single process")  # it is: checkpoints of one process
+
+TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
+"""The logged loss terms, in the order of LossTerms; without a teacher only the cross-entropy."""
+
+
+class Teacher(NamedTuple):
+    """The teacher of a distillation: its directory, and the directory of its cache if that replaces it."""
+
+    path: Path
+    cache: Path | None = None
+
+
+Report = Callable[[dict[str, Any]], None]
+"""Called with every new row of the history."""
+
+
+def train(
+    config: TrainingConfig,
+    weights: LossWeights,
+    initial: Path,
+    teacher: Teacher | None,
+    work: Path,
+    start: Start,
+    report: Report = lambda row: None,
+) -> None:
+    """Train the model in `initial` from `start` to the end, and write its states to `work`; all processes call this.
+
+    Raises:
+        RunError: the training diverged, or a model's loss is not finite before it.
+        SystemExit: SIGTERM came; the state after the last step is saved.
+    """
+    set_seed(config.seed)
+    training = _Training(config, weights, initial, teacher, work, start, report)
+    with _deferring_sigterm() as arrived:
+        training.run(arrived)
+    training.end()
+
+
+@contextmanager
+def _deferring_sigterm() -> Iterator[list[int]]:
+    """Yield a list that gets a signal's number when SIGTERM comes, so that a step ends before the process does."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+class _Training:
+    """The state of a training in this process."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        weights: LossWeights,
+        initial: Path,
+        teacher: Teacher | None,
+        work: Path,
+        start: Start,
+        report: Report,
+    ) -> None:
+        self._config, self._weights, self._initial = config, weights, initial
+        self._work, self._start, self._report = work, start, report
+        self._best_step, self._best_loss = start.best_step, start.best_loss
+        self._rank, self._processes, self._device = get_rank(), count_processes(), get_device()
+        train_set, self._validation_set = open_training_data(config)
+        self._train_set: Any = train_set
+        self._terms = TERMS if teacher else ("cross_entropy",)
+        self._teacher, self._metrics = None, dict[str, float]()
+        if teacher and teacher.cache:
+            assert isinstance(config, DistillConfig)
+            self._train_set = CachedTeacher(train_set, teacher.cache, config.teacher_cache_size)
+        elif teacher:
+            self._open_teacher(teacher.path)
+        self._student = _open_student(config, initial)
+        self._vocabulary = self._student.config.vocab_size
+        self._parameters = dict(self._student.named_parameters())
+        self._optimizer = _make_optimizer(config, self._parameters.values())
+        schedule = get_scheduler(  # linear warm-up, whose first step is not at learning rate 0, then cosine
+            "cosine_warmup_with_min_lr",
+            self._optimizer,
+            config.warmup_steps,
+            config.max_steps,
+            {"min_lr": config.min_learning_rate},
+        )
+        self._get_rate_factor: Any = schedule.lr_lambdas[0]  # type: ignore[attr-defined]
+        if start.step:
+            self._load_checkpoint()
+        self._status = TrainerStatus(start.step, config.max_steps)
+        self._started = time.perf_counter() - start.seconds
+
+    def _open_teacher(self, path: Path) -> None:
+        self._teacher = open_model(path, get_compute_dtype()).requires_grad_(False)
+        compile_layers(self._teacher)
+        loss = self._score(self._teacher, "teacher validation")["loss"]
+        check_untrained(path, loss)
+        self._metrics = {"teacher_validation_loss": loss}
+
+    def run(self, arrived: list[int]) -> None:
+        """Take all steps. If `arrived` gets a signal, in any process, save the state after the step and exit."""
+        config = self._config
+        if not self._start.step:
+            self._validate(0)
+        for step in range(self._start.step + 1, config.max_steps + 1):
+            row, must_stop = self._take_step(step, bool(arrived))
+            self._log(row)
+            is_last = step == config.max_steps
+            if step % config.validation_interval == 0 or is_last:
+                self._validate(step)
+            if not is_last and (must_stop or step % config.checkpoint_interval == 0):
+                self._save_checkpoint(step)
+            if must_stop and not is_last:
+                raise SystemExit(128 + signal.SIGTERM)
+
+    def end(self) -> None:
+        """Write the end: seconds of training, best step, the teacher's loss, and the memory of the largest process."""
+        on_gpu = self._device.type == "cuda"
+        peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
+        peaks.append(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0)
+        rss, gpu = self._reduce(torch.tensor(peaks, device=self._device), dist.ReduceOp.MAX).tolist()
+        note = {"best": self._best_step, "seconds": self._read_seconds(), "metrics": self._metrics}
+        self._status.close()
+        if self._rank == 0:
+            write_end(self._work, note | {"peak_rss_mb": round(rss, 1), "peak_gpu_mb": round(gpu, 1) or None})
+
+    def _take_step(self, step: int, must_stop: bool) -> tuple[dict[str, Any], bool]:
+        """Return the step's row of the history, and whether any process must stop."""
+        config, processes = self._config, self._processes
+        torch.manual_seed(config.seed + step * processes + self._rank)  # so that a dropout needs no saved state
+        rate = config.learning_rate * self._get_rate_factor(step - 1)
+        sums = torch.zeros(len(TERMS) + 2, device=self._device)  # loss, terms, processes that must stop
+        sums[-1] = must_stop
+        batches = list(self._read_batches(step))
+        counts = [(batch["labels"] != IGNORED).sum() for batch in batches]
+        tokens = self._reduce(torch.stack(counts).sum().to(self._device))
+        for batch in batches:
+            terms = self._compute_terms({name: value.to(self._device) for name, value in batch.items()})
+            loss = terms.loss / tokens
+            (loss if processes == 1 else loss * processes).backward()  # FSDP averages the gradients of the processes
+            sums[:-1] += torch.stack([loss, *terms[1:-1]]).detach()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), config.gradient_clipping)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._reduce(sums)[1:-1] /= tokens
+        mean_loss, *values, stops = sums.tolist()
+        means = dict(zip(TERMS, values, strict=True))
+        shown = {name: means[name] for name in self._terms}
+        row = {"step": step, "loss": mean_loss, **shown, "learning_rate": rate, "grad_norm": whole_norm.item()}
+        return row, stops > 0
+
+    def _read_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """Yield this process's share of a step: batches of what the data has of a sequence, each [B, S, …]."""
+        size, end = self._config.micro_batch_size, step * self._config.global_batch_size
+        for first in range(end - self._config.global_batch_size + self._rank * size, end, self._processes * size):
+            items = [self._train_set[index] for index in range(first, first + size)]
+            yield {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def _compute_terms(self, batch: dict[str, Tensor]) -> LossTerms:
+        """Return the loss and its terms, summed over a micro-batch."""
+        with autocast_on_gpu():
+            hidden = compute_hidden_states(self._student, batch["input_ids"]).to(get_compute_dtype())
+        teacher: Any = ()
+        if self._teacher is not None:
+            with torch.no_grad():
+                teacher = compute_hidden_states(self._teacher, batch["input_ids"]), get_output_head(self._teacher)
+        elif "ids" in batch:
+            targets = TeacherTargets(*(batch[name].flatten(0, 1) for name in TeacherTargets._fields))
+            teacher = None, None, targets
+        labels = batch["labels"].flatten()
+        terms = linear_loss(hidden, get_output_head(self._student), labels, self._weights, *teacher)
+        release_head(self._teacher)
+        return terms
+
+    def _validate(self, step: int) -> None:
+        """Log the validation loss, and keep the state if it is the best so far."""
+        started = time.perf_counter()
+        scores = self._score(self._student, "validation")
+        row = {f"validation_{name}": value for name, value in scores.items() if value is not None}
+        self._log({"step": step} | row)
+        if scores["loss"] < self._best_loss:
+            self._best_step, self._best_loss = step, scores["loss"]
+            self._save_best()
+        self._started += time.perf_counter() - started
+
+    def _score(self, model: Any, description: str) -> dict[str, Any]:
+        sequences, size = self._config.validation_sequences, self._config.micro_batch_size
+        return score_model(model, self._validation_set, sequences, size, description)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        """Add a row to the history, unless it shows that the training diverged."""
+        step, numbers = row["step"], {name: value for name, value in row.items() if name != "step"}
+        if not step:
+            check_untrained(self._initial, row["validation_loss"])
+        check_step(step, numbers, self._vocabulary, self._best_loss)
+        if self._rank == 0:
+            append_row(self._work, row)
+            self._status.report(step, numbers)
+            self._report(row)
+
+    def _save_best(self) -> None:
+        """Write the best state, a model in float32; the untrained state is not copied."""
+        path, weights = self._work / f"{BEST}-{self._best_step}", dict[str, Tensor]()
+        if self._best_step:
+            weights = gather_weights(self._parameters)
+        if self._rank == 0:
+            path.mkdir()
+            if weights:
+                shutil.copyfile(self._initial / CONFIG, path / CONFIG)
+                save_file(weights, path / "model.safetensors", {"format": "pt"})
+            publish_checkpoint(path, {"loss": self._best_loss})
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Write a checkpoint: every process its share."""
+        path = self._work / f"{CHECKPOINT}-{step}"
+        writer = dcp.FileSystemWriter(path, sync_files=False)  # publishing does it
+        dcp.save(self._list_state(), storage_writer=writer, no_dist=self._processes == 1)
+        if self._rank == 0:
+            shutil.copyfile(self._work / HISTORY, path / HISTORY)
+            publish_checkpoint(path, {"best": self._best_step, "seconds": self._read_seconds()})
+
+    def _load_checkpoint(self) -> None:
+        """Read the checkpoint at which the training resumes, whatever the number of processes that wrote it."""
+        for parameter in self._parameters.values():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {"step": torch.zeros((), device=self._device)} | moments
+        path = self._work / f"{CHECKPOINT}-{self._start.step}"
+        dcp.load(self._list_state(), checkpoint_id=path, no_dist=self._processes == 1)
+
+    def _list_state(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint, which share memory with the model and the optimizer."""
+        state = {}
+        for name, parameter in self._parameters.items():
+            state[name] = parameter.detach()
+            state |= {f"{name}.{key}": value for key, value in self._optimizer.state[parameter].items()}
+        return state
+
+    def _read_seconds(self) -> float:
+        """Return the seconds of training so far, without validations."""
+        return time.perf_counter() - self._started
+
+    def _reduce(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Add up a tensor over the processes, in place."""
+        if self._processes > 1:
+            dist.all_reduce(values, operation)
+        return values
+
+
+def _open_student(config: TrainingConfig, initial: Path) -> Any:
+    model = open_model(initial, torch.float32)
+    model.config.use_cache = False
+    # nothing is padded here; a padding index would freeze the embedding of a token that also ends documents
+    model.get_input_embeddings().padding_idx = None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model)
+    return model.train()
+
+
+def _make_optimizer(config: TrainingConfig, parameters: Any) -> torch.optim.AdamW:
+    """Return AdamW, whose weight decay leaves out norms and biases."""
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    groups: Any = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = config.adam_beta1, config.adam_beta2
+    return torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)

@@ -1,0 +1,128 @@
+"""Models whose parameters are divided among the processes of a training (PyTorch's FSDP2), or whole in one process.
+
+Every decoder layer is a unit; embedding, last norm and head are another. Each of n processes keeps 1/n of a unit, and
+gathers it while it computes. The head stays gathered until the loss is computed, so logits are never exchanged.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM
+
+from minitron.data.packed import PackedDataset
+from minitron.engines.hf.device import autocast_on_gpu, get_compute_dtype, get_device
+from minitron.models.checkpoint import load_model
+from minitron.models.checks import EMBEDDING, HEAD
+from minitron.models.pruning.layers import NORM, LayerReader
+from minitron.models.scoring import average_scores, score_sequences
+
+
+def count_processes() -> int:
+    """Count the processes of this training."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_rank() -> int:
+    """Return the number of this process; 0 writes all files that are no shard."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def open_model(directory: Path, dtype: torch.dtype) -> Any:
+    """Load a model in eval mode, on this process's device: the whole model, or this process's share of it.
+
+    Args:
+        directory: a Hugging Face directory.
+        dtype: dtype of the parameters; a GPU computes in bfloat16, and sums gradients in float32.
+
+    Raises:
+        ConfigError: not a model directory, not a SUPPORTED architecture, or weights that do not match config.json.
+        RunError: a weight file is damaged or missing.
+    """
+    if count_processes() == 1:
+        model: Any = load_model(directory, dtype)
+        return model.to(get_device())
+    reader = LayerReader(directory)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(reader.config).eval()
+    shard = functools.partial(
+        fully_shard, mesh=_make_mesh(), mp_policy=MixedPrecisionPolicy(get_compute_dtype(), torch.float32)
+    )
+    for index, layer in enumerate(model.model.layers):  # one at a time: no process ever holds the whole model
+        _fill(layer, reader.read_layer(index), dtype)
+        shard(layer)
+    is_tied = model.config.tie_word_embeddings
+    _fill(model, {name: reader.read_tensor(name) for name in (EMBEDDING, NORM, *([] if is_tied else [HEAD]))}, dtype)
+    if is_tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.model.rotary_emb.to(get_device())
+    model.forward = lambda **inputs: model.model(**inputs)  # gathers head and embedding, and computes no logits
+    return shard(model, reshard_after_forward=False)
+
+
+def release_head(model: Any) -> None:
+    """Keep only this process's share of a model's head, embedding and last norm, until its next forward pass."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+@torch.no_grad()
+def gather_weights(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole copies of the parameters, on the CPU of process 0; the other processes get an empty dict."""
+    weights = {}
+    for name, parameter in parameters.items():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if get_rank() == 0:
+            weights[name] = whole.detach().to("cpu", copy=True)
+    return weights
+
+
+def score_model(
+    model: Any, dataset: PackedDataset, sequences: int, micro_batch_size: int, description: str
+) -> dict[str, Any]:
+    """Return the loss and perplexity of a model on the first sequences of a split, each scored in one process."""
+    count, processes = min(sequences, len(dataset)), count_processes()
+    share: Any = _Share(dataset, count, get_rank(), processes)
+    with autocast_on_gpu():
+        scores = score_sequences({"model": model}, share, len(share), micro_batch_size, description=description)
+    release_head(model)
+    losses = torch.tensor(scores["model"]["loss"], dtype=torch.float64, device=get_device())
+    if processes > 1:
+        shares = [torch.empty_like(losses) for _ in range(processes)]
+        dist.all_gather(shares, losses)
+        losses = torch.stack(shares, dim=1).flatten()[:count]
+    return average_scores({"loss": losses.tolist()})
+
+
+class _Share(Dataset):
+    """Every n-th sequence of a split; all shares are equally long, so the last sequence may be in several."""
+
+    def __init__(self, dataset: PackedDataset, count: int, rank: int, processes: int) -> None:
+        self._dataset, self._count, self._rank, self._processes = dataset, count, rank, processes
+        self.sequence_length = dataset.sequence_length
+
+    def __len__(self) -> int:
+        return -(-self._count // self._processes)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._dataset[min(index * self._processes + self._rank, self._count - 1)]
+
+
+@functools.cache
+def _make_mesh() -> DeviceMesh:
+    return init_device_mesh(get_device().type, (count_processes(),))
+
+
+def _fill(module: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a module without weights those that are its own."""
+    module.load_state_dict(
+        {name: weight.to(get_device(), dtype) for name, weight in weights.items()}, strict=False, assign=True
+    )

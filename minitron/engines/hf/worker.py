@@ -1,0 +1,61 @@
+"""The worker of engine hf on several GPUs, one per GPU: `torchrun -m minitron.engines.hf.worker JOB.json`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Run the job in the file that the argument names."""
+    if os.environ["RANK"] != "0":
+        os.environ |= {"TQDM_DISABLE": "1"}  # tqdm reads it when it is imported
+    from minitron.engines.launcher import end_with_parent, leave_group, report_failure
+
+    end_with_parent()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    path = Path(sys.argv[1]).absolute()
+    try:
+        join_group()
+        train(json.loads(path.read_text()))
+        leave_group()
+    except Exception as error:
+        report_failure(path, error)
+        raise
+
+
+def join_group() -> None:
+    """Take this process's GPU, and meet the other processes; what is on the CPU is exchanged over gloo."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if on_gpu:
+        torch.cuda.set_device(dist.get_node_local_rank())
+
+
+def train(job: dict[str, Any]) -> None:
+    """Train from the last checkpoint, if there is one; process 0 finds it."""
+    from minitron.config.parse import parse
+    from minitron.fast_imports import many_imports
+
+    with many_imports():
+        import torch.distributed as dist
+
+        from minitron.engines.hf import loop
+        from minitron.engines.progress import find_start
+        from minitron.models.losses import LossWeights
+
+    work = Path(job["work"])
+    teacher = job["teacher"] and loop.Teacher(*(place and Path(place) for place in job["teacher"]))
+    start: list[Any] = [find_start(work) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(start)
+    config: Any = parse(job["stage"], job["config"])
+    loop.train(config, LossWeights(**job["weights"]), Path(job["initial"]), teacher, work, start[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The progress of a training: the files that its workers leave in the work in progress, and what follows them.
+
+A later attempt trusts only directories with a marker (engines/checkpoints.py): checkpoints, best states and FINISHED.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from minitron.config.stages import TrainingConfig
+from minitron.engines.checkpoints import BEST, Checkpoint, find_resume_point, mark_complete, read_checkpoint
+from minitron.tracking.stage_run import Tracker
+
+HISTORY, FINISHED = "history.jsonl", "finished"
+"""Among the checkpoints: the history (a row per step and validation), and the end of the training."""
+
+
+class Start(NamedTuple):
+    """The start of a training: after `step`, with the best state and the seconds of training so far."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    seconds: float = 0.0
+
+
+def find_start(work: Path) -> Start:
+    """Find the last intact checkpoint; restore the history as it was then, and delete everything later."""
+    shutil.rmtree(work / FINISHED, ignore_errors=True)
+    point, history = find_resume_point(work), work / HISTORY
+    if point and not (point.checkpoint.path / HISTORY).is_file():
+        print(f"warning: {point.checkpoint.path}: of an earlier version; the training begins anew", flush=True)
+        shutil.rmtree(point.checkpoint.path)
+        return find_start(work)
+    rows = (point.checkpoint.path / HISTORY).read_text() if point else ""
+    temporary = work / f"{HISTORY}.tmp"
+    temporary.write_text(rows)
+    temporary.replace(history)  # the stage's process follows it, and must never see a partial file
+    if point is None:
+        return Start()
+    return Start(point.checkpoint.step, point.best.step, point.best.note["loss"], point.checkpoint.note["seconds"])
+
+
+def append_row(work: Path, row: dict[str, Any]) -> None:
+    """Append a row to the history."""
+    with (work / HISTORY).open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a history; one that is being written does not count."""
+    lines = (directory / HISTORY).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_end(work: Path, note: dict[str, Any]) -> None:
+    """Mark the end of a training, with its history; `note` has `best`, the step of the best state, and `seconds`."""
+    (work / FINISHED).mkdir()
+    shutil.copyfile(work / HISTORY, work / FINISHED / HISTORY)
+    mark_complete(work / FINISHED, note)
+
+
+def find_end(work: Path) -> tuple[Checkpoint, Checkpoint] | None:
+    """Return the end of the training and its best state; None before the end."""
+    end = read_checkpoint(work / FINISHED)
+    best = read_checkpoint(work / f"{BEST}-{end.note['best']}") if end else None
+    return (end, best) if end and best else None
+
+
+def read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint) -> dict[str, Any]:
+    """Return metrics and history for the stage's record, from the files that the workers left at the end."""
+    history = read_history(end.path)
+    tokens = config.max_steps * config.global_batch_size * config.sequence_length
+    metrics = {
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / end.note["seconds"], 1),
+        "validation_loss_before": history[0]["validation_loss"],
+        "validation_loss": best.note["loss"],
+        "best_step": best.step,
+    }
+    return {"metrics": metrics, "history": history}
+
+
+class Progress:
+    """Follows the history that the workers write: sends rows to the tracker, and shows tokens in a progress bar.
+
+    The bar's unit gives tokens/s, and the time that is left.
+    """
+
+    def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
+        """Follow the history in `work`."""
+        self._work, self._tracker = work, tracker
+        self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
+        self._seen = self._size = 0
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "Progress":
+        """Open the progress bar."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the progress bar."""
+        if self._bar:
+            self._bar.close()
+
+    def __call__(self) -> None:
+        """Send the new rows of the file."""
+        path = self._work / HISTORY
+        size = path.stat().st_size if path.is_file() else 0
+        if size == self._size:
+            return
+        self._size = size
+        rows = read_history(self._work)
+        new, self._seen = rows[self._seen :], max(self._seen, len(rows))  # workers that resume drop the lost steps
+        if new and self._bar is None:  # not earlier: the start of the workers must not count in the training's speed
+            self._open_bar(new[-1]["step"])
+        for row in new:
+            self.report(row)
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Send a row."""
+        self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+        bar = self._bar or self._open_bar(row["step"])
+        if "loss" in row:
+            bar.set_postfix({"step": f"{row['step']}/{self._max_steps}", "loss": f"{row['loss']:.3f}"}, False)
+            bar.update(max(0, row["step"] * self._step_tokens - bar.n))
+
+    def _open_bar(self, step: int) -> tqdm:
+        done, total = step * self._step_tokens, self._max_steps * self._step_tokens
+        self._bar = tqdm(total=total, initial=done, desc="training", unit="tok", unit_scale=True)
+        return self._bar
