@@ -85,16 +85,18 @@ def print_plan(models: Models, gpu: Gpu | None, estimates: Mapping[str, StageEst
     if gpu:
         device = f"{gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.peak / 1e12:.0f} TFLOP/s (data sheet: {gpu.sheet}, bf16)"
     print(f"teacher {format_count(models.teacher)}, student {format_count(models.student)} parameters; {device}\n")
-    print_table(["stage", *PLAN_COLUMNS], list_plan_rows(estimates))
-    rows = [
+    columns, rows = ["stage", *PLAN_COLUMNS], list_plan_rows(estimates)
+    for part in (slice(1, 7), slice(7, None)):  # side by side they would not fit a terminal of 80 columns
+        print_table(["stage", *columns[part]], [[row[0], *row[part]] for row in rows])
+        print()
+    terms = [
         [stage, phase.name, format_gb(phase.total), _join_terms(phase.terms)]
         for stage, entry in estimates.items()
         for phase in entry.phases
     ]
-    if rows:
+    if terms:
+        print_table(["stage", "while", "on a GPU", "which is, in GB"], terms)
         print()
-        print_table(["stage", "while", "on a GPU", "which is, in GB"], rows)
-    print()
     for note in list_plan_notes(estimates):
         print(note)
     if advice:
