@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from minitron.cli.app import app
-from minitron.config.document import make_plan, merge, read_preset
+from minitron.config.document import make_plan, merge, nest_sections, read_preset
 from minitron.config.resources import count_models
 from minitron.config.resources.estimate import estimate_run, find_memory_faults, recommend
 from minitron.config.resources.gpus import GPUS
@@ -134,6 +134,15 @@ def test_what_is_recommended_is_valid_and_fits(llama: str, tmp_path: Path, kind:
     stages = json.loads(done.stdout)["stages"]
     assert max(sum(terms.values()) for terms in stages["distill"]["phases"].values()) == advice["peak"]
     assert "distill.gpus" not in json.loads(done.stdout)["does_not_fit"]
+
+
+def test_engine_hf_is_recommended_where_its_gpus_divide_the_models(llama: str, tmp_path: Path) -> None:
+    plan = read_plan("--preset", WIDTH, "--set", f"teacher={llama}")
+    better = write_preset(tmp_path / "better.yaml", nest_sections(plan["recommended"]["settings"]))
+    again = read_plan("--preset", WIDTH, "--preset", better, "--set", f"teacher={llama}")
+    assert again["stages"]["distill"]["engine"] == "hf" and again["stages"]["distill"]["gpus"] == 8
+    assert again["recommended"]["settings"] == {"engine": "hf"} and not again["does_not_fit"]
+    assert again["stages"]["distill"]["seconds"] < plan["stages"]["distill"]["seconds"]
 
 
 def test_what_nothing_holds_is_said() -> None:
