@@ -33,6 +33,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Weight = NonNegative | tuple[NonNegative, NonNegative]
+"""The weight of a loss: a number, or two: it goes linearly from the first one to the second one over the training."""
 
 
 Engine = Annotated[

@@ -124,6 +124,8 @@ NEWER = {
     "divergence_beta": 0.0,
     "teacher_cache": None,
     "teacher_cache_size": 50,
+    "intermediate_weight": [1.0, 0.0],
+    "cut_learning_rate_factor": 1.0,
 }
 """Settings of prune and distill that came later than their keys, and the values that change no result from before."""
 
@@ -142,7 +144,8 @@ def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]
     left_out = {*find_marked_fields(model, EXECUTION), *find_marked_fields(model, INPUT)}
     left_out |= {name for name, default in NEWER.items() if values.get(name) == default}
     names = [name for name in model.model_fields if name not in left_out]
-    return [*names, "micro_batch_size"] if values.get("intermediate_layers") else names
+    is_balanced = values.get("intermediate_layers") and values["engine"] == "nemo"
+    return [*names, "micro_batch_size"] if is_balanced else names
 
 
 def parse(stage: str, values: dict[str, Any]) -> StageConfig:

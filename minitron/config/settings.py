@@ -33,6 +33,7 @@ from minitron.config.fields import (
     NonNegative,
     Positive,
     RegisteredName,
+    Weight,
     read_scalar,
 )
 from minitron.config.gates import Gate, find_gate_faults
@@ -233,10 +234,25 @@ class DistillSettings(TrainingSettings):
         description="Divergence from the teacher: 0 is the forward KL, 1 the reverse KL, and a number between them the "
         "generalized Jensen-Shannon divergence of that beta, as in GKD; 0.5 is the symmetric one.",
     )
-    kl_weight: NonNegative = Field(1.0, description="Weight of the divergence from the teacher.")
-    cross_entropy_weight: NonNegative = Field(0.0, description="Weight of the cross-entropy on the corpus.")
+    kl_weight: Weight = Field(
+        1.0,
+        description="Weight of the divergence from the teacher; two numbers, such as [1, 0.5], are its values at the "
+        "first and at the last step (engine hf).",
+    )
+    cross_entropy_weight: Weight = Field(
+        0.0, description="Weight of the cross-entropy on the corpus; two numbers as for kl_weight."
+    )
     intermediate_layers: list[tuple[PositiveInt, PositiveInt]] = Field(
-        [], description="Pairs of student and teacher layers, from 1, whose outputs are matched (engine nemo)."
+        [],
+        description="Pairs of student and teacher layers, from 1, whose outputs are matched: the mean of "
+        "1 - cosine similarity is added to the loss.",
+    )
+    intermediate_weight: Weight = Field(
+        (1.0, 0.0),
+        description="Weight of that mean; two numbers as for kl_weight. Engine nemo scales it to the KL instead.",
+    )
+    cut_learning_rate_factor: Positive = Field(
+        1.0, description="Factor of the learning rate for the matrices that prune cut or refitted (engine hf)."
     )
 
     teacher_cache: Literal["sampled", "top_k"] | None = Field(
@@ -253,19 +269,51 @@ class DistillSettings(TrainingSettings):
     def find_faults(self) -> Iterator[Fault]:
         """Find also a loss without terms, and terms that the engine does not support."""
         yield from super().find_faults()
-        if self.kl_weight == self.cross_entropy_weight == 0:
-            yield Fault("kl_weight", "it is 0, and so is cross_entropy_weight; raise one of them")
-        if self.engine == "hf" and self.intermediate_layers:
-            yield Fault("intermediate_layers", "they need engine nemo; use it, or leave them out")
+        for place, when in enumerate(("first", "last")):
+            if not any(
+                weight[place] for weight in (read_weight(self.kl_weight), read_weight(self.cross_entropy_weight))
+            ):
+                yield Fault(
+                    "kl_weight", f"at the {when} step it is 0, and so is cross_entropy_weight; raise one of them"
+                )
+                break
         if self.teacher_cache:
-            for name, needed in {"engine": "hf", "temperature": 1.0, "divergence_beta": 0.0, "num_nodes": 1}.items():
+            needs = {
+                "engine": "hf",
+                "temperature": 1.0,
+                "divergence_beta": 0.0,
+                "intermediate_layers": [],
+                "num_nodes": 1,
+            }
+            for name, needed in needs.items():
                 if (found := getattr(self, name)) != needed:
                     yield Fault("teacher_cache", f"it needs {name} {needed}, not {found}; set that, or leave it out")
-        if self.engine == "nemo" and self.divergence_beta:
+        if self.engine == "nemo":
+            yield from self._find_faults_of_nemo()
+
+    def _find_faults_of_nemo(self) -> Iterator[Fault]:
+        if self.divergence_beta:
             yield Fault(
                 "divergence_beta",
                 f"{self.divergence_beta}, but engine nemo has only the forward KL; use engine hf, or set it to 0",
             )
+        for name in ("kl_weight", "cross_entropy_weight"):
+            if isinstance(weight := getattr(self, name), tuple):
+                yield Fault(
+                    name, f"{list(weight)}, but engine nemo has no schedules; use engine hf, or give one number"
+                )
+        if self.cut_learning_rate_factor != 1:
+            yield Fault(
+                "cut_learning_rate_factor",
+                f"{self.cut_learning_rate_factor}, but engine nemo has one learning rate; use engine hf, or set 1",
+            )
+        if self.intermediate_weight != type(self).model_fields["intermediate_weight"].default:
+            yield Fault("intermediate_weight", "engine nemo scales this loss to the KL; use engine hf, or leave it out")
+
+
+def read_weight(weight: float | tuple[float, float]) -> tuple[float, float]:
+    """Return the weight at the first and at the last step."""
+    return weight if isinstance(weight, tuple) else (weight, weight)
 
 
 class EvaluateSettings(SequenceSettings):

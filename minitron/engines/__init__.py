@@ -11,7 +11,6 @@ from minitron.config.stages import PruneConfig, TrainingConfig
 from minitron.fast_imports import many_imports
 
 if TYPE_CHECKING:  # register's image has no torch
-    from minitron.models.losses import LossWeights
     from minitron.models.pruning.surgery import Cut, Given, Shape
     from minitron.tracking.stage_run import Tracker
 
@@ -23,7 +22,6 @@ class Engine(Protocol):
         self,
         config: TrainingConfig,
         initial: Path,
-        weights: "LossWeights",
         directory: Path,
         tracker: "Tracker",
         teacher: Path | None = None,
@@ -31,9 +29,8 @@ class Engine(Protocol):
         """Train the model in `initial`; write its best state by validation loss, the untrained one included.
 
         Args:
-            config: steps, batch sizes, optimizer, validation and checkpoint intervals.
+            config: steps, batch sizes, loss, optimizer, validation and checkpoint intervals.
             initial: model directory to start from; it is not changed.
-            weights: weights of the loss's terms.
             directory: the stage's work in progress, which becomes a Hugging Face model directory;
                 `staging.checkpoints_path` gives the directory for the checkpoints.
             tracker: receives the metrics while the training runs.

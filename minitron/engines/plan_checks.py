@@ -71,17 +71,29 @@ def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: st
         return
     teacher = read_sizes(architecture)
     student = apply_kept(prune).compute_student_sizes(teacher)
-    for numbers in distill.intermediate_layers:
-        for layer, model, sizes in zip(numbers, ("student", "teacher"), (student, teacher), strict=True):
-            if layer > (most := sizes["num_hidden_layers"]):
-                yield Fault(
-                    "distill.intermediate_layers", f"{layer} is not a layer of the {model}; choose from 1 to {most}"
-                )
+    yield from find_pair_faults(distill, student, teacher)
     for stage, sizes in (("finetune", teacher), ("distill", student)):
         yield from find_engine_faults(stage, plan.stages[stage], dict(architecture) | sizes, address)
     if prune.engine == "nemo":
         yield from find_conversion_faults("prune.engine", architecture, address)
         yield from find_cut_faults(prune, {name: size for name, size in student.items() if size != teacher[name]})
+
+
+def find_pair_faults(
+    distill: DistillSettings, student: Mapping[str, int], teacher: Mapping[str, int]
+) -> Iterator[Fault]:
+    """Find pairs of layers that cannot be matched, by the sizes of both models."""
+    key = "distill.intermediate_layers"
+    for numbers in distill.intermediate_layers:
+        for layer, model, sizes in zip(numbers, ("student", "teacher"), (student, teacher), strict=True):
+            if layer > (most := sizes["num_hidden_layers"]):
+                yield Fault(key, f"{layer} is not a layer of the {model}; choose from 1 to {most}")
+    if distill.engine == "hf" and distill.intermediate_layers and student["hidden_size"] != teacher["hidden_size"]:
+        yield Fault(
+            key,
+            f"the student's hidden_size {student['hidden_size']} is not the teacher's {teacher['hidden_size']}, so "
+            "their outputs cannot be compared; leave the pairs out, or keep the hidden_size",
+        )
 
 
 def find_engine_faults(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitron.config.settings import DistillSettings, TrainingSettings, read_weight
+
 IGNORED = -100
 """The label of a token that counts in no loss; torch's own, too."""
 
@@ -26,13 +28,34 @@ class LossWeights(NamedTuple):
 
     D compares the distributions at temperature T: the forward KL(teacher‖student) at divergence_beta 0, the reverse
     KL(student‖teacher) at 1, and between them the generalized Jensen-Shannon divergence of that beta (Agarwal et al.,
-    arXiv 2306.13649, equation 1), which is symmetric at 0.5.
+    arXiv 2306.13649, equation 1), which is symmetric at 0.5. `intermediate` is the weight of `sum_cosine_distances`,
+    which is apart.
     """
 
     kl: float | Tensor = 0.0
     cross_entropy: float | Tensor = 1.0
     temperature: float = 1.0
     divergence_beta: float = 0.0
+    intermediate: float = 0.0
+
+
+def compute_loss_weights(config: TrainingSettings, step: int) -> LossWeights:
+    """Return the weights of a step of a training, from 1; without a teacher the cross-entropy is all."""
+    if not isinstance(config, DistillSettings):
+        return LossWeights()
+    progress = (step - 1) / max(config.max_steps - 1, 1)
+
+    def weigh(weight: float | tuple[float, float]) -> float:
+        first, last = read_weight(weight)
+        return first + progress * (last - first)
+
+    return LossWeights(
+        weigh(config.kl_weight),
+        weigh(config.cross_entropy_weight),
+        config.temperature,
+        config.divergence_beta,
+        weigh(config.intermediate_weight) if config.intermediate_layers else 0.0,
+    )
 
 
 class TeacherTargets(NamedTuple):
@@ -99,6 +122,18 @@ def linear_loss(
     hidden = hidden.masked_fill((labels == IGNORED)[:, None], 0)
     teacher = (teacher_hidden, teacher_head, targets)
     return LossTerms(*_LinearLoss.apply(hidden, head, labels, weights, *teacher, wants_gradient))
+
+
+def sum_cosine_distances(pairs: list[tuple[Tensor, Tensor]], labels: Tensor) -> Tensor:
+    """Return the mean over the pairs of the sum of 1 - cosine similarity over the tokens that count.
+
+    Args:
+        pairs: states of the student and of the teacher, [N, H] each.
+        labels: next tokens, int64 [N].
+    """
+    counts = (labels != IGNORED).float()
+    sums = [(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)) @ counts for student, teacher in pairs]
+    return torch.stack(sums).mean()
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from minitron import engines
+from minitron.config.parse import SectionError
 from minitron.config.stages import DistillConfig
 from minitron.data.manifest import check_tokenizer
+from minitron.engines.plan_checks import find_pair_faults, read_sizes
 from minitron.models.checks import check_architecture, check_finite, check_model, check_sequence_length
-from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.tracking.stage_run import Tracker
@@ -36,8 +37,10 @@ def work(config: DistillConfig, directory: Path, tracker: Tracker) -> dict[str, 
         check_sequence_length("distill.sequence_length", config.sequence_length, check_architecture(model), model)
         check_finite(model)
         check_tokenizer(config.dataset, model)
-    weights = LossWeights(config.kl_weight, config.cross_entropy_weight, config.temperature, config.divergence_beta)
-    return engines.get_engine(config.engine).train(config, config.student, weights, directory, tracker, config.teacher)
+    sizes = [read_sizes(check_architecture(model)) for model in (config.student, config.teacher)]
+    if faults := list(find_pair_faults(config, *sizes)):
+        raise SectionError(faults)
+    return engines.get_engine(config.engine).train(config, config.student, directory, tracker, config.teacher)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from minitron.config.stages import FinetuneConfig
 from minitron.data.manifest import check_tokenizer
 from minitron.models.checkpoint import copy_model
 from minitron.models.checks import check_architecture, check_finite, check_model, check_sequence_length
-from minitron.models.losses import LossWeights
 from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.tracking.stage_run import Tracker
@@ -40,9 +39,7 @@ def work(config: FinetuneConfig, directory: Path, tracker: Tracker) -> dict[str,
     check_tokenizer(config.dataset, teacher)
     result: dict[str, Any] = {"metrics": {"corrected": 0}, "history": []}
     if config.enabled:
-        result = engines.get_engine(config.engine).train(
-            config, teacher, LossWeights(cross_entropy=1.0), directory, tracker
-        )
+        result = engines.get_engine(config.engine).train(config, teacher, directory, tracker)
         result["metrics"]["corrected"] = int(result["metrics"]["best_step"] > 0)
     else:
         copy_model(teacher, directory)

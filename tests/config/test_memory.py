@@ -40,7 +40,6 @@ from pathlib import Path
 import torch
 from minitron.config.stages import DistillConfig
 from minitron.engines.hf import train
-from minitron.models.losses import LossWeights
 
 def read(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -60,7 +59,7 @@ for recompute in (True, False):
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = read("VmRSS")
-    train(config, directory / "model", LossWeights(1.0, 0.0), work / "model", Tracker(), directory / "model")
+    train(config, directory / "model", work / "model", Tracker(), directory / "model")
     peaks.append(read("VmHWM") - before)
 print(json.dumps(peaks))
 """

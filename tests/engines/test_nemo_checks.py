@@ -67,7 +67,10 @@ def test_parallel_sizes_that_divide_are_not(teacher: Path, dataset: Path) -> Non
     [
         ({"engine": "hf", "tensor_parallel_size": 2}, "multiply to 2, but engine hf divides only batches"),
         ({"engine": "nemo", "sequence_parallel": True}, "sequence_parallel: needs a tensor_parallel_size above 1"),
-        ({"engine": "hf", "intermediate_layers": [[1, 2]]}, "intermediate_layers: they need engine nemo"),
+        ({"engine": "nemo", "kl_weight": [1, 0.5]}, r"kl_weight: \[1.0, 0.5\], but engine nemo has no schedules"),
+        ({"engine": "nemo", "intermediate_weight": 2}, "intermediate_weight: engine nemo scales this loss to the KL"),
+        ({"engine": "nemo", "cut_learning_rate_factor": 2}, "cut_learning_rate_factor: 2.0, but engine nemo has one"),
+        ({"kl_weight": [1, 0]}, "kl_weight: at the last step it is 0, and so is cross_entropy_weight"),
         ({"engine": "nemo", "divergence_beta": 0.5}, "divergence_beta: 0.5, but engine nemo has only the forward KL"),
     ],
 )  # fmt: skip

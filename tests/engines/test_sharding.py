@@ -20,7 +20,6 @@ from minitron.engines.launcher import launch
 from minitron.engines.progress import find_end, find_start, read_result
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import save_model
-from minitron.models.losses import LossWeights
 from minitron.stages import distill
 from tests.constants import REPOSITORY
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
@@ -40,7 +39,8 @@ SETTINGS: dict[str, Any] = {
 }
 """The validation does not divide by two or four; the best state is the last one."""
 
-WEIGHTS = LossWeights(kl=1.0, cross_entropy=0.5, temperature=2.0)
+DISTILLATION: dict[str, Any] = {"cross_entropy_weight": [1.0, 0.0], "temperature": 2.0, "intermediate_layers": [[2, 3]]}
+"""Also the terms that only a step's number and the layers' outputs give."""
 
 
 class Cases:
@@ -64,16 +64,16 @@ class Cases:
             shutil.copytree(self.root / "work" / start_from, work, dirs_exist_ok=True)
         places = {"dataset": self._dataset, "output": self.root / "unused", "teacher": self._teacher}
         if "untied" in name:
-            distillation = DistillConfig(**places, student=self.untied, **config)
-            return make_job(distillation, WEIGHTS, self.untied, loop.Teacher(self._teacher), work)
+            distillation = DistillConfig(**places, student=self.untied, **DISTILLATION, **config)
+            return make_job(distillation, self.untied, loop.Teacher(self._teacher), work)
         finetuning = FinetuneConfig(**places | {"teacher": str(self.tied)}, **config)
-        return make_job(finetuning, LossWeights(), self.tied, None, work)
+        return make_job(finetuning, self.tied, None, work)
 
     def train_here(self, job: dict[str, Any]) -> None:
         """Train in this process, as the stage does if it has one GPU."""
         work, teacher = Path(job["work"]), job["teacher"] and loop.Teacher(Path(job["teacher"][0]))
         config: Any = parse(job["stage"], job["config"])
-        loop.train(config, LossWeights(**job["weights"]), Path(job["initial"]), teacher, work, find_start(work))
+        loop.train(config, Path(job["initial"]), teacher, work, find_start(work))
 
     def assert_same(self, name: str, expected: str, tolerance: float = TOLERANCE) -> None:
         """Compare histories and best states."""
@@ -174,8 +174,7 @@ def test_two_nodes_that_are_preempted_save_their_state_and_give_the_same_model(
     thread = Thread(target=admit_and_preempt_once, daemon=True)
     thread.start()
     settings = SETTINGS | {"num_nodes": 2, "gpus_per_node": 1, "micro_batch_size": 1, "checkpoint_interval": 100}
-    weights = {"kl_weight": 1.0, "cross_entropy_weight": 0.5, "temperature": 2.0}
-    config = DistillConfig(output=tmp_path / "student", workspace=workspace, **paths, **settings, **weights)
+    config = DistillConfig(output=tmp_path / "student", workspace=workspace, **paths, **settings, **DISTILLATION)
     record = distill.run(config)
     ended.set()
     thread.join()

@@ -180,6 +180,7 @@ def test_drawn_gradients_have_the_exact_mean() -> None:
             2.0,
             r"distill.teacher_cache: it needs temperature 1.0, not 2.0; set that, or leave it out",
         ),
+        ("distill.intermediate_layers", [[1, 1]], r"distill.teacher_cache: it needs intermediate_layers \[\], not \["),
         ("distill.divergence_beta", 0.5, r"distill.teacher_cache: it needs divergence_beta 0.0, not 0.5; set that"),
         ("engine", "nemo", r"distill.teacher_cache: it needs engine hf, not nemo; set that, or leave it out"),
     ],

@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from minitron.config.settings import DistillSettings, FinetuneSettings
 from minitron.models import losses
-from minitron.models.losses import IGNORED, LossTerms, LossWeights, linear_loss
+from minitron.models.losses import (
+    IGNORED,
+    LossTerms,
+    LossWeights,
+    compute_loss_weights,
+    linear_loss,
+    sum_cosine_distances,
+)
 
 N, H, TEACHER_H, V = 300, 24, 40, 97  # N is no multiple of the chunk
 
@@ -85,7 +93,8 @@ def test_distributions_without_a_common_word_have_finite_gradients(weights: Loss
     """Probabilities that are 0 in float32, of a student that is sure of what the teacher excludes."""
     logits, labels = torch.full((2, V), -200.0), torch.tensor([0, 1])
     logits[:, 0] = 200.0
-    terms, gradient = losses._compute_chunk_loss(logits, labels, logits.flip(-1), weights, True)
+    teacher_logits = logits.flip(-1)
+    terms, gradient = losses._compute_chunk_loss(logits, labels, teacher_logits, weights, True)
     assert terms.isfinite().all() and gradient is not None and gradient.isfinite().all()
 
 
@@ -152,6 +161,27 @@ def test_compiled_kernels_equal_plain_pytorch(
         (terms.loss, expected), (inputs[0].grad, expected_inputs[0].grad), (head.grad, expected_inputs[1].grad)
     ):  # fmt: skip
         assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_cosine_distances_are_means_over_the_pairs_and_sums_over_the_tokens_that_count() -> None:
+    first, second, labels = torch.randn(N, H).requires_grad_(), torch.randn(N, H), torch.zeros(N, dtype=torch.long)
+    labels = ignore_some(labels)
+    both = [(first, second), (first, first.detach())]
+    expected = (1 - F.cosine_similarity(first.double(), second.double()))[labels != IGNORED].sum() / 2
+    distance = sum_cosine_distances(both, labels)
+    distance.backward()
+    torch.testing.assert_close(distance.double(), expected, rtol=1e-5, atol=1e-4)
+    assert first.grad is not None and not first.grad[labels == IGNORED].any() and first.grad.any()
+
+
+def test_weights_go_from_the_first_step_to_the_last() -> None:
+    config = DistillSettings(max_steps=5, kl_weight=(1.0, 0.5), cross_entropy_weight=0.25, intermediate_layers=[(1, 1)])
+    weights = [compute_loss_weights(config, step) for step in range(1, 6)]
+    assert [weight.kl for weight in weights] == [1.0, 0.875, 0.75, 0.625, 0.5]
+    assert [weight.intermediate for weight in weights] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert {weight.cross_entropy for weight in weights} == {0.25}
+    assert compute_loss_weights(DistillSettings(max_steps=1, kl_weight=(1.0, 0.5)), 1).kl == 1.0
+    assert compute_loss_weights(FinetuneSettings(), 1) == LossWeights(0.0, 1.0)
 
 
 def test_without_a_teacher_it_is_the_cross_entropy() -> None:

@@ -46,11 +46,24 @@ def test_the_micro_batches_decide_where_a_loss_is_balanced_in_each() -> None:
     matched = {"engine": "nemo", "intermediate_layers": [[1, 1]]}
     assert compute_key("distill", **matched) != compute_key("distill", **matched, micro_batch_size=1)
     assert compute_key("distill", engine="nemo") == compute_key("distill", engine="nemo", micro_batch_size=1)
+    matched["engine"] = "hf"
+    assert compute_key("distill", **matched) == compute_key("distill", **matched, micro_batch_size=1)
 
 
-def test_another_divergence_has_another_key() -> None:
-    assert compute_key("distill", divergence_beta=0.5) != compute_key("distill")
-    assert compute_key("distill", divergence_beta=0.0) == compute_key("distill")
+@pytest.mark.parametrize(
+    ("setting", "default", "other"),
+    [
+        ("divergence_beta", 0.0, 0.5),
+        ("kl_weight", 1.0, [1.0, 0.5]),
+        ("intermediate_weight", [1.0, 0.0], 1.0),
+        ("cut_learning_rate_factor", 1.0, 2.0),
+    ],
+)
+def test_a_newer_setting_of_distill_is_in_the_key_unless_it_is_the_default(
+    setting: str, default: Any, other: Any
+) -> None:
+    assert compute_key("distill", **{setting: other}) != compute_key("distill")
+    assert compute_key("distill", **{setting: default}) == compute_key("distill")
 
 
 def test_another_method_of_pruning_has_another_key() -> None:

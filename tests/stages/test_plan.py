@@ -254,6 +254,11 @@ def test_the_page_shows_what_the_stages_need_and_the_task_gets_it(llama: str, tm
         ),
         (
             {},
+            {"engine": "hf", "distill": {"intermediate_layers": [[9, 32]]}, "prune": {"hidden_size": 3072}},
+            "distill.intermediate_layers: the student's hidden_size 3072 is not the teacher's 4096, so their outputs",
+        ),
+        (
+            {},
             {"distill": {"tensor_parallel_size": 16, "gpus": 16}},
             "distill.tensor_parallel_size: 16 does not divide the num_key_value_heads of LLAMA, 8; choose one of 1, 2",
         ),

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from minitron.config.stages import DistillConfig, FinetuneConfig
+from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.checkpoints import MARKER
 from minitron.engines.hf import loop, teacher_cache
@@ -23,7 +23,7 @@ from minitron.engines.progress import read_history
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.scoring import score_models
-from minitron.stages import distill, finetune
+from minitron.stages import distill, finetune, prune
 from minitron.storage.hashing import content_hash
 from tests.servers import forks
 
@@ -244,6 +244,58 @@ def test_the_first_step_is_the_forward_kl_of_its_batch(job: dict[str, Any]) -> N
     expected = F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
     first = next(row for row in record["history"] if "kl" in row)
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_outputs_of_layers_are_matched_with_a_weight_that_ends_at_0(job: dict[str, Any], tmp_path: Path) -> None:
+    """The first step has the mean of 1 - cosine of plain transformers; recomputed activations change nothing."""
+    matched = job | {"max_steps": 2, "validation_interval": 2, "intermediate_layers": [[1, 1], [1, 3]]}
+    config = DistillConfig(**matched)
+    first, last = (row for row in distill.run(config)["history"] if "kl" in row)
+    train = PackedDataset(config.dataset / "train", 32, config.seed)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()[:8]
+    input_ids = torch.stack([train[index]["input_ids"] for index in order])
+    with torch.no_grad():
+        student, teacher = (
+            AutoModelForCausalLM.from_pretrained(path)(input_ids, output_hidden_states=True).hidden_states
+            for path in (config.student, config.teacher)
+        )
+    expected = sum((1 - F.cosine_similarity(student[1], teacher[layer], dim=-1)).mean() / 2 for layer in (1, 3))
+    assert first["intermediate"] == pytest.approx(expected.item(), rel=1e-4) and first["intermediate"] > 0.01
+    assert first["loss"] == pytest.approx(first["kl"] + first["intermediate"], rel=1e-5)
+    assert last["loss"] == pytest.approx(last["kl"], rel=1e-5) and last["intermediate"] > 0
+    distill.run(DistillConfig(**matched | {"gradient_checkpointing": True, "output": tmp_path / "recomputed"}))
+    assert_same_weights(job["output"], tmp_path / "recomputed")
+
+
+def test_outputs_of_other_sizes_cannot_be_matched(job: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "calibration_sequences": 8, "sequence_length": 32}
+    prune.run(PruneConfig(teacher=job["teacher"], dataset=dataset, output=tmp_path / "narrow", **sizes))
+    for student, layers, message in (
+        (tmp_path / "narrow", [[1, 1]], "the student's hidden_size 32 is not the teacher's 64, so their outputs"),
+        (job["student"], [[3, 1]], "3 is not a layer of the student; choose from 1 to 2"),
+    ):
+        with pytest.raises(ConfigError, match=rf"distill\.intermediate_layers: {message}"):
+            distill.run(DistillConfig(**job | {"student": student, "intermediate_layers": layers}))
+
+
+def test_what_was_cut_or_refitted_has_a_learning_rate_of_its_own(
+    job: dict[str, Any], dataset: Path, tmp_path: Path
+) -> None:
+    """With almost none it stays where it was, and all else moves."""
+    sizes = {"intermediate_size": 32, "calibration_sequences": 64, "sequence_length": 32, "method": "compensated"}
+    prune.run(PruneConfig(teacher=job["teacher"], dataset=dataset, output=tmp_path / "pruned", **sizes))
+    fits = json.loads((tmp_path / "pruned" / "pruning.json").read_text())["fits"]
+    changed = job | {"student": tmp_path / "pruned", "kl_weight": 0.0, "cross_entropy_weight": 1.0}
+    changed["cut_learning_rate_factor"] = 1e-9
+    assert distill.run(DistillConfig(**changed))["metrics"]["best_step"] > 0
+    refitted = {("o_proj", fit["layer"]) for fit in fits if fit["o_proj"]["ridge"] is not None}
+    before = weights(tmp_path / "pruned")
+    for name, weight in weights(job["output"]).items():
+        module, layer = name.split(".")[-2], int(name.split(".")[2]) if "layers" in name else -1
+        stays = module in ("gate_proj", "up_proj", "down_proj") or (module, layer) in refitted
+        assert torch.allclose(weight, before[name], rtol=0, atol=1e-6) == stays, name
+    with pytest.raises(ConfigError, match=r"has no pruning\.json, so nobody knows what was cut; set it to 1, or"):
+        distill.run(DistillConfig(**job | {"output": tmp_path / "other", "cut_learning_rate_factor": 0.5}))
 
 
 ROUNDING = 1e-5

@@ -36,17 +36,26 @@ from minitron.engines.hf.sharding import (
     release_head,
     score_model,
 )
+from minitron.engines.hf.states import LayerOutputs
 from minitron.engines.hf.teacher_cache import CachedTeacher
 from minitron.engines.progress import HISTORY, Start, append_row, write_end
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checks import CONFIG
-from minitron.models.losses import IGNORED, LossTerms, LossWeights, TeacherTargets, linear_loss
+from minitron.models.losses import (
+    IGNORED,
+    LossWeights,
+    TeacherTargets,
+    compute_loss_weights,
+    linear_loss,
+    sum_cosine_distances,
+)
+from minitron.models.pruning.surgery import list_changed_matrices
 from minitron.models.scoring import compute_hidden_states, get_output_head
 
 warnings.filterwarnings("ignore", "torch.distributed is .* in a single process")  # it is: checkpoints of one process
 
-TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement")
-"""The logged loss terms, in the order of LossTerms; without a teacher only the cross-entropy."""
+TERMS = ("kl", "cross_entropy", "teacher_loss", "top1_agreement", "intermediate")
+"""The loss terms. Without a teacher only the cross-entropy is logged, and the last one only with pairs of layers."""
 
 
 class Teacher(NamedTuple):
@@ -62,7 +71,6 @@ Report = Callable[[dict[str, Any]], None]
 
 def train(
     config: TrainingConfig,
-    weights: LossWeights,
     initial: Path,
     teacher: Teacher | None,
     work: Path,
@@ -76,7 +84,7 @@ def train(
         SystemExit: SIGTERM came; the state after the last step is saved.
     """
     set_seed(config.seed)
-    training = _Training(config, weights, initial, teacher, work, start, report)
+    training = _Training(config, initial, teacher, work, start, report)
     with _deferring_sigterm() as arrived:
         training.run(arrived)
     training.end()
@@ -102,20 +110,20 @@ class _Training:
     def __init__(
         self,
         config: TrainingConfig,
-        weights: LossWeights,
         initial: Path,
         teacher: Teacher | None,
         work: Path,
         start: Start,
         report: Report,
     ) -> None:
-        self._config, self._weights, self._initial = config, weights, initial
+        self._config, self._initial = config, initial
         self._work, self._start, self._report = work, start, report
         self._best_step, self._best_loss = start.best_step, start.best_loss
         self._rank, self._processes, self._device = get_rank(), count_processes(), get_device()
         train_set, self._validation_set = open_training_data(config)
         self._train_set: Any = train_set
-        self._terms = TERMS if teacher else ("cross_entropy",)
+        self._pairs = config.intermediate_layers if isinstance(config, DistillConfig) else []
+        self._terms = ("cross_entropy",) if not teacher else TERMS if self._pairs else TERMS[:-1]
         self._teacher, self._metrics = None, dict[str, float]()
         if teacher and teacher.cache:
             assert isinstance(config, DistillConfig)
@@ -125,7 +133,9 @@ class _Training:
         self._student = _open_student(config, initial)
         self._vocabulary = self._student.config.vocab_size
         self._parameters = dict(self._student.named_parameters())
-        self._optimizer = _make_optimizer(config, self._parameters.values())
+        self._outputs = LayerOutputs(self._student, [student for student, _ in self._pairs])
+        self._teacher_outputs = LayerOutputs(self._teacher, [layer for _, layer in self._pairs])
+        self._optimizer = _make_optimizer(config, self._parameters, initial)
         schedule = get_scheduler(  # linear warm-up, whose first step is not at learning rate 0, then cosine
             "cosine_warmup_with_min_lr",
             self._optimizer,
@@ -180,17 +190,17 @@ class _Training:
         rate = config.learning_rate * self._get_rate_factor(step - 1)
         sums = torch.zeros(len(TERMS) + 2, device=self._device)  # loss, terms, processes that must stop
         sums[-1] = must_stop
-        batches = list(self._read_batches(step))
+        weights, batches = compute_loss_weights(config, step), list(self._read_batches(step))
         counts = [(batch["labels"] != IGNORED).sum() for batch in batches]
         tokens = self._reduce(torch.stack(counts).sum().to(self._device))
         for batch in batches:
-            terms = self._compute_terms({name: value.to(self._device) for name, value in batch.items()})
-            loss = terms.loss / tokens
+            loss, terms = self._compute_loss({name: value.to(self._device) for name, value in batch.items()}, weights)
+            loss = loss / tokens
             (loss if processes == 1 else loss * processes).backward()  # FSDP averages the gradients of the processes
-            sums[:-1] += torch.stack([loss, *terms[1:-1]]).detach()
+            sums[:-1] += torch.stack([loss, *terms]).detach()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), config.gradient_clipping)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self._optimizer.step()
         self._optimizer.zero_grad()
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -208,21 +218,26 @@ class _Training:
             items = [self._train_set[index] for index in range(first, first + size)]
             yield {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
-    def _compute_terms(self, batch: dict[str, Tensor]) -> LossTerms:
-        """Return the loss and its terms, summed over a micro-batch."""
-        with autocast_on_gpu():
+    def _compute_loss(self, batch: dict[str, Tensor], weights: LossWeights) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and its TERMS, summed over a micro-batch."""
+        with autocast_on_gpu(), self._outputs.reading() as states:
             hidden = compute_hidden_states(self._student, batch["input_ids"]).to(get_compute_dtype())
         teacher: Any = ()
+        teacher_states: dict[int, Tensor] = {}
         if self._teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self._teacher_outputs.reading() as teacher_states:
                 teacher = compute_hidden_states(self._teacher, batch["input_ids"]), get_output_head(self._teacher)
         elif "ids" in batch:
             targets = TeacherTargets(*(batch[name].flatten(0, 1) for name in TeacherTargets._fields))
             teacher = None, None, targets
         labels = batch["labels"].flatten()
-        terms = linear_loss(hidden, get_output_head(self._student), labels, self._weights, *teacher)
+        terms = linear_loss(hidden, get_output_head(self._student), labels, weights, *teacher)
         release_head(self._teacher)
-        return terms
+        distance = torch.zeros_like(terms.kl)
+        if self._pairs:
+            pairs = [(states[student], teacher_states[layer]) for student, layer in self._pairs]
+            distance = sum_cosine_distances(pairs, labels)
+        return terms.loss + weights.intermediate * distance, [*terms[1:-1], distance]
 
     def _validate(self, step: int) -> None:
         """Log the validation loss, and keep the state if it is the best so far."""
@@ -309,9 +324,16 @@ def _open_student(config: TrainingConfig, initial: Path) -> Any:
     return model.train()
 
 
-def _make_optimizer(config: TrainingConfig, parameters: Any) -> torch.optim.AdamW:
-    """Return AdamW, whose weight decay leaves out norms and biases."""
-    matrices, vectors = ([p for p in parameters if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
-    groups: Any = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _make_optimizer(config: TrainingConfig, parameters: dict[str, Any], initial: Path) -> torch.optim.AdamW:
+    """Return AdamW, whose weight decay leaves out norms and biases; `factor` is that of a group's learning rate."""
+    factor = config.cut_learning_rate_factor if isinstance(config, DistillConfig) else 1.0
+    changed = list_changed_matrices(initial, parameters) if factor != 1 else set()
+    matrices = {name: parameter for name, parameter in parameters.items() if parameter.ndim > 1}
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim == 1]
+    groups: Any = [{"params": vectors, "weight_decay": 0.0, "factor": 1.0}]
+    for its_factor, names in ((factor, changed), (1.0, matrices.keys() - changed)):
+        params = [matrix for name, matrix in matrices.items() if name in names]
+        groups.append({"params": params, "weight_decay": config.weight_decay, "factor": its_factor})
+    groups = [group for group in groups if group["params"]]
     betas = config.adam_beta1, config.adam_beta2
     return torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)

@@ -22,7 +22,6 @@ from minitron.engines.launcher import launch
 from minitron.engines.progress import Progress, find_end, find_start, read_result
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
-from minitron.models.losses import LossWeights
 from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 
@@ -32,7 +31,6 @@ WORKER = "minitron.engines.hf.worker"
 def train(
     config: TrainingConfig,
     initial: Path,
-    weights: LossWeights,
     directory: Path,
     tracker: Tracker,
     teacher: Path | None = None,
@@ -58,9 +56,9 @@ def train(
                 if workers == 1:
                     start = find_start(work)
                     progress()  # the last rows may not have arrived before the kill
-                    loop.train(config, weights, initial, source, work, start, progress.report)
+                    loop.train(config, initial, source, work, start, progress.report)
                 else:
-                    _launch_workers(config, weights, initial, source, work, workers, progress)
+                    _launch_workers(config, initial, source, work, workers, progress)
         except Diverged as error:
             raise _keep_last_good(error, config, work, initial, directory) from error
     if not (found := find_end(work)):
@@ -77,15 +75,12 @@ def train(
     return result
 
 
-def make_job(
-    config: TrainingConfig, weights: LossWeights, initial: Path, teacher: loop.Teacher | None, work: Path
-) -> dict[str, Any]:
+def make_job(config: TrainingConfig, initial: Path, teacher: loop.Teacher | None, work: Path) -> dict[str, Any]:
     """Return the job of the workers, in JSON's types."""
     return {
         "job": "train",
         "stage": "distill" if isinstance(config, DistillConfig) else "finetune",
         "config": config.model_dump(mode="json"),
-        "weights": weights._asdict(),
         "initial": str(initial),
         "teacher": teacher and [place and str(place) for place in teacher],
         "work": str(work),
@@ -94,14 +89,13 @@ def make_job(
 
 def _launch_workers(
     config: TrainingConfig,
-    weights: LossWeights,
     initial: Path,
     teacher: loop.Teacher | None,
     work: Path,
     workers: int,
     progress: Progress,
 ) -> None:
-    job = make_job(config, weights, initial, teacher, work)
+    job = make_job(config, initial, teacher, work)
     print(f"engine hf: {workers} processes, each with 1/{workers} of the parameters", flush=True)
     if config.num_nodes == 1:
         launch(WORKER, job, work, workers, progress)

@@ -47,14 +47,13 @@ def train(job: dict[str, Any]) -> None:
 
         from minitron.engines.hf import loop
         from minitron.engines.progress import find_start
-        from minitron.models.losses import LossWeights
 
     work = Path(job["work"])
     teacher = job["teacher"] and loop.Teacher(*(place and Path(place) for place in job["teacher"]))
     start: list[Any] = [find_start(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(start)
     config: Any = parse(job["stage"], job["config"])
-    loop.train(config, LossWeights(**job["weights"]), Path(job["initial"]), teacher, work, start[0])
+    loop.train(config, Path(job["initial"]), teacher, work, start[0])
 
 
 if __name__ == "__main__":

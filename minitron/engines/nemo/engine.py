@@ -31,7 +31,6 @@ from minitron.engines.progress import Progress, find_end, read_result
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
 from minitron.models.checks import check_architecture, read_config
-from minitron.models.losses import LossWeights
 from minitron.models.pruning.importance import Importance
 from minitron.models.pruning.surgery import Cut, Given, Shape, choose_plan
 from minitron.models.scoring import validate_teacher
@@ -44,7 +43,6 @@ WORKER = "minitron.engines.nemo.worker"
 def train(
     config: TrainingConfig,
     initial: Path,
-    weights: LossWeights,
     directory: Path,
     tracker: Tracker,
     teacher: Path | None = None,
@@ -70,7 +68,7 @@ def train(
         check_untrained(teacher, metrics["teacher_validation_loss"])
     _import_models(dict(zip(("student", "teacher"), models, strict=False)), work)
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
-    job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json"), "weights": weights._asdict()}
+    job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json")}
     job["model"] = str(initial)
     if not find_end(work):  # else an earlier attempt was killed while it exported
         try:

@@ -28,19 +28,19 @@ from minitron.engines.gpus import count_workers
 from minitron.engines.hf import get_compute_dtype, get_device
 from minitron.engines.nemo.course import Balancer, Course
 from minitron.engines.progress import Start
-from minitron.models.losses import LossWeights
+from minitron.models.losses import compute_loss_weights
 
 _HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 
-def train(config: Any, weights: LossWeights, work: Path, initial: Path, start: Start) -> None:
+def train(config: Any, work: Path, initial: Path, start: Start) -> None:
     """Fine-tune or distill `<work>/student`, made from the model `initial`; resume from `start.step` if it is not 0."""
     train_set, validation_set = open_training_data(config)
     sequences, batch = min(config.validation_sequences, len(validation_set)), config.global_batch_size
     validations = math.ceil(sequences / batch)
     data = make_data_module(config, Batches(train_set), Batches(validation_set, sequences, validations * batch), batch)
     trainer = _make_trainer(config, validations)
-    balancer = Balancer(weights)
+    balancer = Balancer(compute_loss_weights(config, 1))
     trainer.callbacks.append(Course(config, work, initial, sequences, balancer, start))
     if start.step:
         trainer.ckpt_path = work / f"{CHECKPOINT}-{start.step}" / "weights"

@@ -146,13 +146,12 @@ def train(job: dict[str, Any], work: Path) -> None:
     from minitron.config.parse import parse
     from minitron.engines.nemo import training
     from minitron.engines.progress import Start, find_start
-    from minitron.models.losses import LossWeights
 
     store, rank, _ = next(torch.distributed.rendezvous("env://"))
     if rank == 0:  # the other workers wait for its answer
         store.set("minitron_start", json.dumps(find_start(work)))
     start = Start(*json.loads(store.get("minitron_start")))
-    training.train(parse(job["stage"], job["config"]), LossWeights(**job["weights"]), work, Path(job["model"]), start)
+    training.train(parse(job["stage"], job["config"]), work, Path(job["model"]), start)
 
 
 def score_teacher_job(job: dict[str, Any], work: Path) -> None:

@@ -6,6 +6,7 @@ H = hidden, I = intermediate, A = query heads, G = key-value groups, D = head_di
 """
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,10 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minitron.config.shapes import PRUNED_AXES
+from minitron.errors import ConfigError
 from minitron.models.checkpoint import finish_derived_model
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.importance import Importance
 from minitron.models.pruning.layers import NORM, LayerReader, ShardWriter, get_head_dim, name_weight
+from minitron.storage.layout import PRUNING
 
 DIMENSIONS = {
     "embed_tokens": (None, "hidden"),
@@ -140,6 +143,30 @@ def choose_plan(importance: Importance, shape: Shape, given: Given | None = None
 def is_chosen_by_scores(shape: Shape, teacher: Shape, given: Given) -> bool:
     """Say whether scores decide a cut: on an axis that is not given, less is kept than the teacher has."""
     return any(getattr(shape, size) < getattr(teacher, size) for axis, size in PRUNED_AXES.items() if axis not in given)
+
+
+def list_changed_matrices(student: Path, names: Iterable[str]) -> set[str]:
+    """Return the names of the matrices of a student that prune cut or refitted, by its pruning.json.
+
+    Raises:
+        ConfigError: the student has no pruning.json.
+    """
+    try:
+        pruning = json.loads((student / PRUNING).read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"distill.cut_learning_rate_factor: {student} has no {PRUNING}, so nobody knows what was cut; set it to 1, "
+            "or give a student that prune made"
+        ) from error
+    cut = {axis for axis, size in PRUNED_AXES.items() if pruning["student"][size] != pruning["teacher"][size]}
+    refitted = {
+        name_weight(pruning["kept"]["layers"].index(fit["layer"]), f"{module}.weight")
+        for fit in pruning["fits"]
+        for module, part in (("self_attn.o_proj", "o_proj"), ("mlp.down_proj", "down_proj"))
+        if fit[part]["ridge"] is not None
+    }
+    axes = {name: set(DIMENSIONS[name.split(".")[-2]]) for name in names if name.endswith(".weight")}
+    return {name for name, its in axes.items() if len(its) > 1 and (name in refitted or its & cut)}
 
 
 def _select_best(scores: Tensor, count: int) -> list[int]:
