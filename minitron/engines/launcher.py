@@ -73,6 +73,11 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def find_launcher() -> int:
+    """Return the process that started torchrun, whose worker this is; another one once the launcher is dead."""
+    return int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def leave_group() -> None:
     """Leave the process group together with the other workers: else a worker that loses the others is aborted."""
     import torch.distributed

@@ -1,13 +1,17 @@
 """Engine hf in several processes: the curve and the weights of one process, whatever the micro-batches."""
 
+import os
 import shutil
+import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +26,7 @@ from minitron.errors import ConfigError
 from minitron.models.checkpoint import save_model
 from minitron.stages import distill
 from tests.constants import REPOSITORY
+from tests.servers import forks
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
 
 TOLERANCE = 1e-4
@@ -180,9 +185,50 @@ def test_two_nodes_that_are_preempted_save_their_state_and_give_the_same_model(
     thread.join()
     assert len(saved) == 1 and saved[0] != "checkpoint-6", "SIGTERM saves, between the intervals"
     assert record["gpus"] == 2 and record["metrics"]["best_step"] == 6
+    assert_same_weights(tmp_path / "student", cases)
+
+
+CODE = """
+from minitron.engines.hf import training
+from minitron.runtime.entry import main
+training.count_workers = lambda config: 2
+main("distill")
+"""
+"""A stage on a machine with two GPUs: without them, its workers compute on the CPU."""
+
+
+def test_a_stage_that_is_killed_resumes_to_the_same_model(
+    cases: Cases, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Its workers end at once: they save nothing that the next attempt does not expect."""
+    settings = SETTINGS | DISTILLATION | {"micro_batch_size": 1, "checkpoint_interval": 1}
+    places = {"dataset": dataset, "teacher": teacher, "student": cases.untied, "output": tmp_path / "student"}
+    config = settings | {name: str(path) for name, path in places.items()}
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(config))
+
+    def start() -> BaseProcess:
+        arguments = ["-c", CODE, "--config", str(tmp_path / "distill.yaml")]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return forks.start_python(arguments, tmp_path / "log", tmp_path / "log", environment)
+
+    process = start()
+    work = tmp_path / "student.partial" / "checkpoints"
+    while not (work / "checkpoint-2" / MARKER).exists():
+        assert process.exitcode is None, (tmp_path / "log").read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    process = start()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert_same_weights(tmp_path / "student", cases)
+
+
+def assert_same_weights(student: Path, cases: Cases) -> None:
+    """Compare a model with that of two undisturbed processes, to the bit."""
     expected = load_file(cases.root / "work" / "untied on two" / "best-6" / "model.safetensors")
-    found = load_file(tmp_path / "student" / "model.safetensors")
-    assert all(torch.equal(found[name], values) for name, values in expected.items()), "it is not the same to the bit"
+    found = load_file(student / "model.safetensors")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_micro_batches_that_the_processes_cannot_share_are_refused(dataset: Path, tmp_path: Path) -> None:

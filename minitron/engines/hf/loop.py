@@ -76,6 +76,7 @@ def train(
     work: Path,
     start: Start,
     report: Report = lambda row: None,
+    may_save: Callable[[], bool] = lambda: True,
 ) -> None:
     """Train the model in `initial` from `start` to the end, and write its states to `work`; all processes call this.
 
@@ -85,19 +86,25 @@ def train(
     """
     set_seed(config.seed)
     training = _Training(config, initial, teacher, work, start, report)
-    with _deferring_sigterm() as arrived:
+    with _deferring_sigterm(may_save) as arrived:
         training.run(arrived)
     training.end()
 
 
 @contextmanager
-def _deferring_sigterm() -> Iterator[list[int]]:
+def _deferring_sigterm(may_save: Callable[[], bool]) -> Iterator[list[int]]:
     """Yield a list that gets a signal's number when SIGTERM comes, so that a step ends before the process does."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
         return
-    handler = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+
+    def defer(number: int, frame: Any) -> None:
+        if not may_save():
+            raise SystemExit(128 + number)
+        arrived.append(number)
+
+    handler = signal.signal(signal.SIGTERM, defer)
     try:
         yield arrived
     finally:

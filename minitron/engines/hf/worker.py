@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ def main() -> None:
     """Run the job in the file that the argument names."""
     if os.environ["RANK"] != "0":
         os.environ |= {"TQDM_DISABLE": "1"}  # tqdm reads it when it is imported
-    from minitron.engines.launcher import end_with_parent, leave_group, report_failure
+    from minitron.engines.launcher import end_with_parent, find_launcher, leave_group, report_failure
 
     end_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    launcher = find_launcher()
     path = Path(sys.argv[1]).absolute()
     try:
         join_group()
-        train(json.loads(path.read_text()))
+        train(json.loads(path.read_text()), lambda: find_launcher() == launcher)
         leave_group()
     except Exception as error:
         report_failure(path, error)
@@ -37,8 +39,13 @@ def join_group() -> None:
         torch.cuda.set_device(dist.get_node_local_rank())
 
 
-def train(job: dict[str, Any]) -> None:
-    """Train from the last checkpoint, if there is one; process 0 finds it."""
+def train(job: dict[str, Any], may_save: Callable[[], bool] = lambda: True) -> None:
+    """Train from the last checkpoint, if there is one; process 0 finds it.
+
+    Args:
+        job: see `training.make_job`.
+        may_save: says at SIGTERM whether the state may be saved. If the stage is dead, the next attempt may be at work.
+    """
     from minitron.config.parse import parse
     from minitron.fast_imports import many_imports
 
@@ -53,7 +60,7 @@ def train(job: dict[str, Any]) -> None:
     start: list[Any] = [find_start(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(start)
     config: Any = parse(job["stage"], job["config"])
-    loop.train(config, Path(job["initial"]), teacher, work, start[0])
+    loop.train(config, Path(job["initial"]), teacher, work, start[0], may_save=may_save)
 
 
 if __name__ == "__main__":
