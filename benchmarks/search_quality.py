@@ -4,9 +4,9 @@ Run it: `python benchmarks/search_quality.py WORK_DIR --seeds 3`. It needs the p
 `make demo` installs, and about half an hour per seed on two cores.
 
 The hand-picked shape is SmolLM2-135M with its MLP cut from 1536 to 1024 channels, 107,972,928 parameters. Each seed is
-a race of its own (`minitron run search --preset demo`, with that budget and without the picked shape among its
-candidates). Then winner and picked shape are cut on the same calibration and distilled for the same steps. The better
-student has the lower loss on test sequences, by which nothing was chosen.
+a race of its own under that budget (`minitron run search --preset demo --preset recommended`); the picked shape may be
+among its candidates. Then winner and picked shape are cut on the same calibration and distilled for the same steps. The
+better student has the lower loss on test sequences, by which nothing was chosen.
 """
 
 import argparse
@@ -28,7 +28,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work_dir", type=Path, help="directory of the runs; a second start continues there")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--method", default="compensated", choices=("minitron", "compensated"))
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30, help="steps of the last round and of the comparison")
     arguments = parser.parse_args()
@@ -46,13 +45,13 @@ def compare(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Race with a seed; return the winner and the losses of both students."""
     work_dir = (arguments.work_dir / f"seed-{seed}").absolute()
     settings = {
-        "seed": seed, "prune.method": arguments.method, "prune.num_hidden_layers": "null",
+        "seed": seed, "prune.drop_layers": "null",
         "search.parameters": PARAMETERS, "search.candidates": arguments.candidates, "search.calibration_sequences": 16,
         "search.long_steps": arguments.steps, "search.short_steps": max(1, arguments.steps // 3),
         "finetune.enabled": "false", "stop_after_race": "true",
     }  # fmt: skip
     program = str(Path(sys.executable).with_name("minitron"))
-    command = [program, "run", "search", "--preset", "demo", "--work-dir", str(work_dir)]
+    command = [program, "run", "search", "--preset", "demo", "--preset", "recommended", "--work-dir", str(work_dir)]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     subprocess.run(command, check=True, stdout=sys.stderr)
     race = json.loads((work_dir / "search.json").read_text())

@@ -66,6 +66,8 @@ def test_layers_that_are_chosen_by_loss_take_time(
     minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ["finetune: MLflow run 2", "validation:  75%|███▊ | 3.07k/4.10k [00:10<00:03, 300tok/s]"]
-    by_loss = read_minutes(estimate(tmp_path, monkeypatch, *lines, layers_by="loss"))
+    by_loss = read_minutes(
+        estimate(tmp_path, monkeypatch, *lines, layers_by="loss", drop_layers=None, num_hidden_layers=17)
+    )
     tried = 30 + 12 * 13
     assert by_loss - minutes == pytest.approx(tried * 1024 * 0.75 / 300 / 60, abs=1.5)
