@@ -5,13 +5,18 @@ A later attempt trusts only directories with a marker (engines/checkpoints.py): 
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from minitron.config.resources.gpus import find_peak_speed
+from minitron.config.resources.sizes import read_model_sizes
+from minitron.config.resources.work import count_learning_operations
 from minitron.config.stages import TrainingConfig
 from minitron.engines.checkpoints import BEST, Checkpoint, find_resume_point, mark_complete, read_checkpoint
+from minitron.models.checks import read_config
 from minitron.tracking.stage_run import Tracker
 
 HISTORY, FINISHED = "history.jsonl", "finished"
@@ -25,6 +30,36 @@ class Start(NamedTuple):
     best_step: int = 0
     best_loss: float = float("inf")
     seconds: float = 0.0
+
+
+class Cost(NamedTuple):
+    """What a training's matrix products take: operations per token, and the peak of all its GPUs, if it is known."""
+
+    operations: float
+    peak: float | None
+
+    def describe_speed(self, tokens_per_second: float) -> dict[str, float]:
+        """Return the metrics of a speed: tokens and TFLOP per second, and the share of the GPUs' peak (MFU)."""
+        speed = tokens_per_second * self.operations
+        found = {"tokens_per_second": round(tokens_per_second, 1), "tflops_per_second": round(speed / 1e12, 4)}
+        return found | ({"mfu": round(speed / self.peak, 4)} if self.peak else {})
+
+
+def measure_cost(config: TrainingConfig, learner: Path, teacher: Path | None, workers: int) -> Cost:
+    """Count what a training of the model in `learner` computes; the peak is that of as many GPUs as this machine has.
+
+    Args:
+        config: of the stage.
+        learner: the model that learns.
+        teacher: the model that reads every token, too; None: there is none, or its distributions are kept.
+        workers: the GPUs of the training.
+    """
+    import torch
+
+    models = [read_model_sizes(read_config(path).to_dict()) for path in (learner, teacher) if path]
+    peak = find_peak_speed(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    operations = count_learning_operations(models[0], config.sequence_length, *models[1:])
+    return Cost(operations, peak and workers * peak)
 
 
 def find_start(work: Path) -> Start:
@@ -70,13 +105,13 @@ def find_end(work: Path) -> tuple[Checkpoint, Checkpoint] | None:
     return (end, best) if end and best else None
 
 
-def read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint) -> dict[str, Any]:
+def read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint, cost: Cost) -> dict[str, Any]:
     """Return metrics and history for the stage's record, from the files that the workers left at the end."""
     history = read_history(end.path)
     tokens = config.max_steps * config.global_batch_size * config.sequence_length
     metrics = {
         "tokens": tokens,
-        "tokens_per_second": round(tokens / end.note["seconds"], 1),
+        **cost.describe_speed(tokens / end.note["seconds"]),
         "validation_loss_before": history[0]["validation_loss"],
         "validation_loss": best.note["loss"],
         "best_step": best.step,
@@ -90,9 +125,10 @@ class Progress:
     The bar's unit gives tokens/s, and the time that is left.
     """
 
-    def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker) -> None:
+    def __init__(self, config: TrainingConfig, work: Path, tracker: Tracker, cost: Cost) -> None:
         """Follow the history in `work`."""
-        self._work, self._tracker = work, tracker
+        self._work, self._tracker, self._cost = work, tracker, cost
+        self._last_step, self._last_time = 0, 0.0
         self._step_tokens, self._max_steps = config.global_batch_size * config.sequence_length, config.max_steps
         self._seen = self._size = 0
         self._bar: tqdm | None = None
@@ -118,10 +154,27 @@ class Progress:
         if new and self._bar is None:  # not earlier: the start of the workers must not count in the training's speed
             self._open_bar(new[-1]["step"])
         for row in new:
-            self.report(row)
+            self._send(row)
+        if len(new) < len(rows):  # the first ones may be of an earlier attempt, or have waited for the start
+            self._log_speed(new)
 
     def report(self, row: dict[str, Any]) -> None:
-        """Send a row."""
+        """Send a row as soon as it is there."""
+        self._send(row)
+        self._log_speed([row])
+
+    def _log_speed(self, rows: list[dict[str, Any]]) -> None:
+        """Log the speed since the last rows, unless there was a validation between."""
+        if not rows:
+            return
+        now, step = time.perf_counter(), rows[-1]["step"]
+        if 0 < self._last_step < step and all("loss" in row for row in rows):
+            tokens = (step - self._last_step) * self._step_tokens
+            speed = self._cost.describe_speed(tokens / (now - self._last_time))
+            self._tracker.log({f"step_{name}": value for name, value in speed.items()}, step)
+        self._last_step, self._last_time = step, now
+
+    def _send(self, row: dict[str, Any]) -> None:
         self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
         bar = self._bar or self._open_bar(row["step"])
         if "loss" in row:

@@ -56,6 +56,9 @@ _GLOSSARY = {
     "Wilson's interval, for losses a bootstrap over the sequences, for speeds the slowest and the fastest round. "
     "Two models are compared on the same sequences, questions and rounds, so their difference can be significant even "
     "if the two intervals overlap.",
+    "TFLOP per second, MFU": "Operations of the matrix products of a training, in 10^12 per second: six per weight and "
+    "token of the model that learns, two of the teacher, and the attention. Model FLOP utilization is their share of "
+    "the peak of the GPUs; what is computed twice to save memory counts once.",
     "Accuracy": "Share of multiple-choice questions for which the model gives the right answer the highest likelihood. "
     "Length-normalized means that likelihoods are compared per character.",
 }
@@ -266,6 +269,8 @@ def _list_costs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "gpu": record["peak_gpu_mb"],
             "tokens": lineage.count_tokens(record),
             "speed": record["metrics"].get("tokens_per_second"),
+            "tflops": record["metrics"].get("tflops_per_second"),
+            "mfu": record["metrics"].get("mfu"),
             "gpu_hours": lineage.compute_gpu_hours(record),
         }
         for stage, record in records.items()

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from minitron.config.parse import parse
+from minitron.config.resources.gpus import find_peak_speed
 from minitron.config.stages import FinetuneConfig, PruneConfig
 from minitron.data.packed import PackedDataset, open_training_data
 from minitron.engines.checkpoints import publish_checkpoint
 from minitron.engines.gpus import count_workers
 from minitron.engines.nemo import checks
 from minitron.engines.nemo import engine as nemo
-from minitron.engines.progress import FINISHED, HISTORY, Progress, Start, find_start
+from minitron.engines.progress import FINISHED, HISTORY, Cost, Progress, Start, find_start, measure_cost
 from minitron.errors import ConfigError
 from minitron.models.checks import check_architecture, read_config
 from minitron.models.pruning.importance import _Sums, measure_importance
@@ -190,7 +191,7 @@ def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path
         def log(self, metrics: dict[str, float], step: int = 0) -> None:
             logged.append((step, metrics))
 
-    with Progress(config(dataset, max_steps=3), tmp_path, Kept({})) as progress:
+    with Progress(config(dataset, max_steps=3), tmp_path, Kept({}), Cost(2e9, 4e12)) as progress:
         progress()
         with (tmp_path / HISTORY).open("w") as stream:
             for row in ({"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}):
@@ -201,7 +202,21 @@ def test_progress_follows_the_history_and_passes_every_row_on_once(dataset: Path
             stream.write('{"step": 3')
             stream.flush()
             progress()
-    assert logged == [(0, {"validation_loss": 2.0}), (1, {"loss": 1.5}), (2, {"loss": 1.0})]
+    *rows, (step, speed) = logged
+    assert rows == [(0, {"validation_loss": 2.0}), (1, {"loss": 1.5}), (2, {"loss": 1.0})]
+    assert step == 2 and speed.keys() == {"step_tokens_per_second", "step_tflops_per_second", "step_mfu"}
+
+
+def test_the_speed_of_a_training_is_the_share_of_its_gpus_peak(teacher: Path, dataset: Path) -> None:
+    """By hand: two operations per weight of four layers and the head, and attention to half of 32 tokens."""
+    forward = 2 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 4 * 2 * 4 * 16 * 32 + 2 * 512 * 64
+    alone = measure_cost(config(dataset, max_steps=1), teacher, None, 1)
+    taught = measure_cost(config(dataset, max_steps=1), teacher, teacher, 1)
+    assert (alone.operations, taught.operations, alone.peak) == (3 * forward, 4 * forward, None)
+    found = Cost(taught.operations, 2 * 989e12).describe_speed(1e9)
+    assert found["tflops_per_second"] == pytest.approx(4 * forward / 1e3, abs=1e-3)
+    assert found["mfu"] == pytest.approx(4 * forward * 1e9 / (2 * 989e12), abs=1e-4)
+    assert find_peak_speed("NVIDIA H100 80GB HBM3") == 989e12 and find_peak_speed("NVIDIA GeForce GTX 970") is None
 
 
 def test_training_reads_every_sequence_once_per_epoch_in_another_order(teacher: Path, dataset: Path) -> None:

@@ -21,7 +21,7 @@ from minitron.engines.checkpoints import MARKER
 from minitron.engines.hf import loop
 from minitron.engines.hf.training import make_job
 from minitron.engines.launcher import launch
-from minitron.engines.progress import find_end, find_start, read_result
+from minitron.engines.progress import Cost, find_end, find_start, read_result
 from minitron.errors import ConfigError
 from minitron.models.checkpoint import save_model
 from minitron.stages import distill
@@ -93,7 +93,7 @@ class Cases:
     def _read(self, work: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         found = find_end(work)
         assert found and found[1].step == 6
-        rows = read_result(TrainingConfig.model_construct(**SETTINGS), *found)["history"]
+        rows = read_result(TrainingConfig.model_construct(**SETTINGS), *found, Cost(0.0, None))["history"]
         return rows, load_file(found[1].path / "model.safetensors")
 
 

@@ -77,6 +77,8 @@ def _read_runs(pipeline: Pipeline, runs: list[Any]) -> dict[str, Any]:
             (entry.tags[0].value, entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs
         )
         for name in run.data.metrics:
+            if name.startswith("step_"):  # of speeds, which a killed training has for other steps
+                continue
             points = sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
             contents[f"{part}: {name}"] = [step for step, _ in points] if _DIFFERENT.search(name) else points
         contents[f"{part}: artifacts"] = artifacts = sorted(_list_artifacts(client, run_id))

@@ -81,7 +81,8 @@ class Training:
     def read_result(self) -> dict[str, Any]:
         """Return what must not depend on kills."""
         record = json.loads((self.output / "stage.json").read_text())
-        record["metrics"].pop("tokens_per_second")
+        for name in ("tokens_per_second", "tflops_per_second"):
+            record["metrics"].pop(name)
         weights = content_hash(self.output / "model.safetensors")
         return {"weights": weights, "history": record["history"], "metrics": record["metrics"]}
 

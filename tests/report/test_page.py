@@ -510,5 +510,6 @@ def test_cost_has_tokens_and_gpu_hours_where_gpus_were_held(
     tokens = metrics.format_count(record["metrics"]["tokens"])
     speed = metrics.format_decimal(record["metrics"]["tokens_per_second"])
     memory = metrics.format_megabytes(record["peak_rss_mb"])
-    assert f"distill 15 min 0 s {memory} {tokens} {speed} 2.00" in gpu_page.text["cost"]
+    operations = f"{record['metrics']['tflops_per_second']:.3g}"
+    assert f"distill 15 min 0 s {memory} {tokens} {speed} {operations} 2.00" in gpu_page.text["cost"]
     assert "image registry/trainer:1 pipeline run – MLflow run run7 seed 1234" in gpu_page.text["lineage"]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from minitron.config.stages import DistillConfig, FinetuneConfig, PruneConfig
@@ -124,15 +125,15 @@ def test_a_training_that_diverges_ends_and_keeps_its_last_good_state(
     job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step, the value, the last good state and the remedy are named; another setting does not lose the state."""
-    compute_terms, calls = loop._Training._compute_terms, []
+    compute_loss, calls = loop._Training._compute_loss, []
 
-    def compute_nan_after_step_4(*arguments: Any) -> loop.LossTerms:
-        terms = compute_terms(*arguments)
-        calls.append(terms)
-        return terms._replace(loss=terms.loss * float("nan")) if len(calls) > 8 else terms
+    def compute_nan_after_step_4(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        loss, terms = compute_loss(*arguments)
+        calls.append(loss)
+        return (loss * float("nan") if len(calls) > 8 else loss), terms
 
     with monkeypatch.context() as patch, pytest.raises(RunError) as caught:
-        patch.setattr(loop._Training, "_compute_terms", compute_nan_after_step_4)
+        patch.setattr(loop._Training, "_compute_loss", compute_nan_after_step_4)
         distill.run(DistillConfig(**job))
     kept = tmp_path / "student.last-good"
     assert str(caught.value).startswith("the training diverged at step 5: loss is nan; the last good state, step 3 (")

@@ -83,6 +83,12 @@ def find_labeled_gpu(selector: Mapping[str, str]) -> Gpu | None:
     return next((gpu for gpu in _KINDS if set(gpu.labels) & set(selector.values())), None)
 
 
+def find_peak_speed(device_name: str) -> float | None:
+    """Return the operations per second of a GPU by the name that its driver gives it; None if the kind is not known."""
+    label = device_name.replace(" ", "-")
+    return next((gpu.peak for gpu in _KINDS if label in gpu.labels), None)
+
+
 def find_utilization(settings: StageSettings) -> Utilization:
     """Return the share of a GPU's peak that a stage reaches."""
     if not isinstance(settings, TrainingSettings):

@@ -53,6 +53,11 @@ def count_operations(sizes: Sizes, length: int) -> float:
     return sizes.layers * (2 * sizes.layer_weights + attention) + 2 * sizes.head_weights
 
 
+def count_learning_operations(learner: Sizes, length: int, teacher: Sizes | None = None) -> float:
+    """Count the operations for learning from a token; if there is a teacher, it reads the token, too."""
+    return _LEARNING * count_operations(learner, length) + (count_operations(teacher, length) if teacher else 0.0)
+
+
 def count_work(plan: Plan, models: Models, tokens: Mapping[str, float]) -> dict[str, StageWork]:
     """Count the work of the stages that read tokens with a model, in their order.
 

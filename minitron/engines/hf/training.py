@@ -19,7 +19,7 @@ from minitron.engines.gpus import check_shared, count_workers
 from minitron.engines.hf import loop
 from minitron.engines.hf.teacher_cache import cache_teacher
 from minitron.engines.launcher import launch
-from minitron.engines.progress import Progress, find_end, find_start, read_result
+from minitron.engines.progress import Progress, find_end, find_start, measure_cost, read_result
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, load_model, save_derived_model
 from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
@@ -50,9 +50,11 @@ def train(
         cached, metrics = cache_teacher(config, open_training_data(config)[0])
         check_untrained(config.teacher, metrics["teacher_validation_loss"])
         source = loop.Teacher(config.teacher, cached.directory)
+    online = source and not source.cache
+    cost = measure_cost(config, initial, teacher if online else None, workers)
     if not find_end(work):  # else an earlier attempt was killed while it wrote the model
         try:
-            with Progress(config, work, tracker) as progress:
+            with Progress(config, work, tracker, cost) as progress:
                 if workers == 1:
                     start = find_start(work)
                     progress()  # the last rows may not have arrived before the kill
@@ -68,7 +70,7 @@ def train(
         save_derived_model(load_model(best.path, torch.float32), directory, initial)
     else:
         copy_model(initial, directory)
-    result = read_result(config, end, best)
+    result = read_result(config, end, best, cost)
     result["metrics"] = metrics | end.note["metrics"] | result["metrics"]
     if workers > 1:
         result |= {"gpus": workers} | {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}

@@ -27,7 +27,7 @@ from minitron.engines.nemo.checks import (
     check_sizes,
 )
 from minitron.engines.nemo.worker import SCORES, TEACHER
-from minitron.engines.progress import Progress, find_end, read_result
+from minitron.engines.progress import Progress, find_end, measure_cost, read_result
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
 from minitron.models.checks import check_architecture, read_config
@@ -70,9 +70,10 @@ def train(
     stage = "distill" if isinstance(config, DistillConfig) else "finetune"
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json")}
     job["model"] = str(initial)
+    cost = measure_cost(config, initial, teacher, count_workers(config))
     if not find_end(work):  # else an earlier attempt was killed while it exported
         try:
-            with Progress(config, work, tracker) as progress:
+            with Progress(config, work, tracker, cost) as progress:
                 if config.num_nodes == 1:
                     _run_job(job, work, count_workers(config), progress)
                 else:
@@ -86,7 +87,7 @@ def train(
         _export_model(work, best.path, initial, directory)
     else:
         copy_model(initial, directory)
-    result = read_result(config, end, best)
+    result = read_result(config, end, best, cost)
     result["metrics"] = metrics | result["metrics"]
     peaks = {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
     return result | peaks | {"gpus": count_workers(config)}
