@@ -32,7 +32,7 @@ from minitron.engines.hf import autocast_on_gpu, compile_layers, get_compute_dty
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     # SmolLM2-135M's, and a narrower student; two layers give the ratios of thirty
     "cpu": {
         "layers": 2, "vocabulary": 49152, "batch": 2, "sequence": 512,

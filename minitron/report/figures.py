@@ -79,7 +79,7 @@ _TEACHERS_TERMS = (
         "kl",
         "divergence from the corrected teacher, lower is better",
         "forward KL (nats per token)",
-        "Divergence of the student's next-token distribution from the teacher's: what distillation minimizes by default.",
+        "Divergence of the student's next-token distribution from the teacher's. Distillation minimizes it by default.",
     ),
     (
         "top1_agreement",
