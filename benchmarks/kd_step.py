@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from minitron.config.resources.gpus import find_peak_speed
 from minitron.engines.hf import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head
@@ -45,9 +46,6 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """By device: hidden and intermediate size, heads, key-value groups and head_dim of both models."""
-
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
-"""Dense bf16 operations per second by the vendor's data sheet."""
 
 WEIGHTS = LossWeights(kl=1.0, cross_entropy=0.0)
 
@@ -186,7 +184,7 @@ class _Bench:
             self._claim("kd_step_over_floor", step / floor, "x", 1.1, "lower", "models and matrix products alone")
         ]
         claims[0] |= {"tokens_per_second": round(self._labels.numel() / step, 1)}
-        if peak := PEAK_FLOPS.get(torch.cuda.get_device_name() if self._device.type == "cuda" else ""):
+        if self._device.type == "cuda" and (peak := find_peak_speed(torch.cuda.get_device_name())):
             used = {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
             claims.append(
                 self._claim(

@@ -26,7 +26,6 @@ from minitron.engines.nemo.checks import (
     check_parallelism,
     check_sizes,
 )
-from minitron.engines.nemo.worker import SCORES, TEACHER
 from minitron.engines.progress import Progress, find_end, measure_cost, read_result
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
@@ -38,6 +37,9 @@ from minitron.storage.staging import KEY, checkpoints_path, last_good_path, repl
 from minitron.tracking.stage_run import Tracker
 
 WORKER = "minitron.engines.nemo.worker"
+
+SCORES, TEACHER = "scores.pt", "teacher-scores"
+"""Among the checkpoints: the importance, and the teacher's scores, which have a marker."""
 
 
 def train(

@@ -13,9 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SCORES, TEACHER = "scores.pt", "teacher-scores"
-"""Among the checkpoints: the importance, and the teacher's scores, which have a marker."""
-
 SIZES = {
     "hidden_size": "target_hidden_size",
     "intermediate_size": "target_ffn_hidden_size",
@@ -97,7 +94,7 @@ def prune(job: dict[str, Any], work: Path) -> None:
 
     from minitron.config.parse import parse
     from minitron.data.packed import PackedDataset
-    from minitron.engines.nemo.engine import split_calibration
+    from minitron.engines.nemo.engine import SCORES, split_calibration
     from minitron.engines.nemo.training import Batches, make_data_module
 
     config: Any = parse("prune", job["config"])
@@ -158,7 +155,7 @@ def score_teacher_job(job: dict[str, Any], work: Path) -> None:
     """Score the teacher of a distillation."""
     from minitron.config.parse import parse
     from minitron.engines.checkpoints import mark_complete
-    from minitron.engines.nemo.engine import score_teacher
+    from minitron.engines.nemo.engine import TEACHER, score_teacher
 
     config: Any = parse("distill", job["config"])
     (work / TEACHER).mkdir(exist_ok=True)
