@@ -64,6 +64,14 @@ def curves(record: dict[str, Any]) -> dict[str, list[float]]:
     return {name: values for name, values in series.items() if values}
 
 
+def distillation_curves_of_hf(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the history of a DISTILLATION with the KL that engine nemo logs: that in the loss, at its temperature."""
+    series = curves(record)
+    share, temperature = DISTILLATION["cross_entropy_weight"], DISTILLATION["temperature"]
+    losses = zip(series["loss"], series["cross_entropy"], strict=True)
+    return series | {"kl": [(loss - share * cross_entropy) / temperature**2 for loss, cross_entropy in losses]}
+
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 

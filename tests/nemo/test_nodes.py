@@ -10,7 +10,15 @@ import pytest
 
 from minitron.engines.checkpoints import MARKER
 from minitron.errors import ConfigError
-from tests.nemo.nemo_support import CUT, curves, run_distill, run_finetune, run_prune
+from tests.nemo.nemo_support import (
+    CUT,
+    DISTILLATION,
+    curves,
+    distillation_curves_of_hf,
+    run_distill,
+    run_finetune,
+    run_prune,
+)
 from tests.servers.kubernetes_server import KubernetesServer, cluster_of_a_task
 from tests.servers.trainer_server import trainer_server
 
@@ -48,8 +56,8 @@ def test_two_nodes_give_the_curve_of_engine_hf(
     workspace = tmp_path / "workspace"
     data, teacher = (Path(shutil.copytree(path, workspace / path.name)) for path in (dataset, wide))
     run_prune(workspace / "student", data, teacher, **CUT)
-    inputs, weights = (data, teacher, workspace / "student"), {"cross_entropy_weight": 0.5, "temperature": 2.0}
-    expected = run_distill(tmp_path / "hf", *inputs, **weights)
+    inputs = (data, teacher, workspace / "student")
+    expected = run_distill(tmp_path / "hf", *inputs, **DISTILLATION)
     server.objects["pods"]["distill-task"]["metadata"]["labels"]["minitron.io/train-job-queue"] = "gpus"
     with trainer_server(tmp_path, monkeypatch) as trainer, monkeypatch.context() as task:
         server.variables = trainer.variables
@@ -57,9 +65,9 @@ def test_two_nodes_give_the_curve_of_engine_hf(
             task.delenv(name)
         ended = Event()
         Thread(target=admit_and_preempt_once, args=(server, workspace, ended), daemon=True).start()
-        record = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **weights, **NODES)
+        record = run_distill(tmp_path / "nodes", *inputs, workspace=workspace, **DISTILLATION, **NODES)
         ended.set()
-    for name, values in curves(expected).items():
+    for name, values in distillation_curves_of_hf(expected).items():
         assert curves(record)[name] == pytest.approx(values, rel=1e-3), name
     assert record["gpus"] == 2
     scored = record["metrics"]["teacher_validation_loss"]
