@@ -1,9 +1,8 @@
 """Compare distillation from a cached teacher with that from the teacher itself: JSON lines.
 
 Run it: `python benchmarks/teacher_cache.py STUDENT`, where STUDENT is a student that distill wrote, such as
-`runs/demo/results/*/distill/distilled` after `make demo`. The same distillation is run again with the teacher, twice
-with drawn tokens (the second time they are all there) and once with the most probable tokens, each in a process of its
-own. It takes about four times as long as the distillation took.
+`runs/demo/results/*/distill/distilled` after `make demo`. The same distillation is run again with the teacher, with
+drawn tokens and with the most probable tokens, each in a process of its own. It takes about three times as long.
 
 The error of a gradient is that of the loss's gradient with respect to the student's last hidden states, if the student
 has the teacher's head: (w - p) @ head instead of 0, relative to p @ head, over two validation sequences.
@@ -18,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SIDES = {"teacher": None, "drawing": "sampled", "drawn": "sampled", "top_k": "top_k"}
+SIDES = {"teacher": None, "drawn": "sampled", "top_k": "top_k"}
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_a_cached_teacher_is_compared_with_the_teacher(compressed: EvaluateConfi
     """On the tiny model: the loss, whose target is that of the models that people compress."""
     claims = {claim["claim"]: claim for claim in measure_lines("teacher_cache.py", str(compressed.student))}
     loss = claims["teacher_cache_loss_over_online"]
-    assert abs(loss["value"] - 1) < loss["target"] - 1 and loss["by_side"]["drawing"] == loss["by_side"]["drawn"]
+    assert abs(loss["value"] - 1) < loss["target"] - 1 and loss["by_side"].keys() == {"teacher", "drawn", "top_k"}
     assert 100 < claims["teacher_cache_bytes_per_token"]["value"] < 300, (
         "a nearly flat distribution: 50 tokens of 3 bytes"
     )
