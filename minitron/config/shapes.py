@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from minitron.config.fields import EXECUTION, INPUT, Fault, Location
-from minitron.config.settings import EngineSettings, Positive, Settings, find_idle_gpus
+from minitron.config.fields import EXECUTION, INPUT, Fault, Location, Positive
+from minitron.config.settings import EngineSettings, Settings, find_idle_gpus
 
 PRUNED_AXES = {
     "hidden": "hidden_size",

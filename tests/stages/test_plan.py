@@ -292,7 +292,7 @@ def test_a_teacher_that_cannot_be_read_yet_is_assumed_to_be_of_a_stated_size(
     assert said in page and "the memory is for 8,030,261,248 parameters; set STAGE.memory" in page
 
 
-NEW = '    dropout: Fraction = Field(0.0, description="Share of the activations that are dropped.")\n'
+NEW = '    dropout: NonNegative = Field(0.0, description="Share of the activations that are dropped.")\n'
 
 
 def test_a_new_setting_is_written_once(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_new_setting_is_written_once(tmp_path: Path) -> None:
     )
     for part in ("components", "pipelines"):
         shutil.copytree(REPOSITORY / part, package / part)
-    models = package / "config" / "settings.py"
+    models = package / "config" / "settings" / "training.py"
     before, line, after = models.read_text().partition("    max_steps: PositiveInt")
     models.write_text(before + NEW + line + after)
     code = f"""
