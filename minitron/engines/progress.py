@@ -4,8 +4,10 @@ A later attempt trusts only directories with a marker (engines/checkpoints.py): 
 """
 
 import json
+import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +17,12 @@ from minitron.config.resources.gpus import find_peak_speed
 from minitron.config.resources.sizes import read_model_sizes
 from minitron.config.resources.work import count_learning_operations
 from minitron.config.stages import TrainingConfig
-from minitron.engines.checkpoints import BEST, Checkpoint, find_resume_point, mark_complete, read_checkpoint
+from minitron.engines.checkpoints import BEST, Checkpoint, find_best, find_resume_point, mark_complete, read_checkpoint
+from minitron.engines.divergence import Diverged, name_last_good
+from minitron.errors import RunError
+from minitron.models.checkpoint import copy_model
 from minitron.models.checks import read_config
+from minitron.storage.staging import checkpoints_path, last_good_path, replace_directory
 from minitron.tracking.stage_run import Tracker
 
 HISTORY, FINISHED = "history.jsonl", "finished"
@@ -117,6 +123,63 @@ def read_result(config: TrainingConfig, end: Checkpoint, best: Checkpoint, cost:
         "best_step": best.step,
     }
     return {"metrics": metrics, "history": history}
+
+
+def follow_training(
+    config: TrainingConfig,
+    initial: Path,
+    directory: Path,
+    tracker: Tracker,
+    cost: Cost,
+    run: Callable[["Progress"], None],
+    write: Callable[[Path, Path], None],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a training unless an earlier attempt ended it, and write its best state to `directory`.
+
+    Args:
+        config: of the stage.
+        initial: the model that is trained.
+        directory: where the result grows.
+        tracker: gets every row.
+        cost: what the training computes.
+        run: trains until there is an end in the work in progress.
+        write: writes a best state (its first argument) as a model.
+
+    Returns:
+        Metrics and history for the stage's record, and the note of the end.
+
+    Raises:
+        Diverged: the training diverged; its best state is kept beside the result.
+        RunError: the best state is damaged.
+    """
+    work = checkpoints_path(directory)
+    if not find_end(work):  # else an earlier attempt was killed while it wrote the model
+        try:
+            with Progress(config, work, tracker, cost) as progress:
+                run(progress)
+        except Diverged as error:
+            raise _keep_last_good(error, config, initial, directory, write) from error
+    if not (found := find_end(work)):
+        raise RunError(f"{work}: training has ended, but its best state is damaged; check the disk, then run it again")
+    end, best = found
+    if best.step:
+        write(best.path, directory)
+    else:
+        copy_model(initial, directory)
+    return read_result(config, end, best, cost), end.note
+
+
+def _keep_last_good(
+    error: Diverged, config: TrainingConfig, initial: Path, directory: Path, write: Callable[[Path, Path], None]
+) -> Diverged:
+    """Keep the best state of a training that diverged as a model; return an error that names it."""
+    best = find_best(checkpoints_path(directory))
+    if best is None or not best.step:
+        return name_last_good(error, config, initial, 0, best.note["loss"] if best else math.nan)
+    path = last_good_path(directory)
+    with replace_directory(path) as target:
+        write(best.path, target)
+    return name_last_good(error, config, path, best.step, best.note["loss"])
 
 
 class Progress:

@@ -60,13 +60,19 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
         RunError: a number is infinite or NaN, which JSON cannot represent.
     """
     text = format_json(content, path)
+    with write_beside(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def write_beside(path: Path) -> Iterator[Path]:
+    """Yield a path beside a file: what is written there becomes the file at the end, in one rename, or is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # another process may write the same file
     try:
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())  # else a node that loses power may have the rename, but not the text
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())  # else a node that loses power may have the rename, but not the content
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -49,6 +49,12 @@ def keep_notes(directory: Path) -> Iterator[None]:
         _notes.reset(token)
 
 
+def identify_content(directory: Path) -> str:
+    """Return the hash of a directory's content; of a result its record has it, and the stage has compared the two."""
+    record = read_record(directory)
+    return record["output_sha256"] if record else content_hash(directory)
+
+
 def content_hash(path: Path) -> str:
     """Return the sha256 of a file, or of a directory's names and contents without stage.json.
 

@@ -16,12 +16,10 @@ B = batch, S = sequence, V = vocabulary, C = tokens of a chunk, K = draws per to
 
 import hashlib
 import json
-import secrets
 import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,9 +41,9 @@ from minitron.models.losses import TeacherTargets
 from minitron.models.measurements import Measurements
 from minitron.models.scoring import compute_hidden_states, get_output_head, validate_teacher
 from minitron.storage.cache import persistent_directory
-from minitron.storage.files import check_free_space, mark_used
-from minitron.storage.hashing import content_hash
-from minitron.storage.layout import TEACHER_CACHE, read_record
+from minitron.storage.files import check_free_space, mark_used, write_beside
+from minitron.storage.hashing import identify_content
+from minitron.storage.layout import TEACHER_CACHE
 from minitron.storage.staging import lock_output
 
 SHARD = 64
@@ -161,14 +159,9 @@ def load_teacher(path: Path) -> Any:
 def _make_name(config: DistillConfig) -> str:
     """Return the name of a cache: a hash of everything that affects its content."""
     of_settings = (config.sequence_length, config.seed, config.teacher_cache, config.teacher_cache_size)
-    of_content = (_identify(config.teacher), _identify(config.dataset), str(get_compute_dtype()))
+    of_content = (identify_content(config.teacher), identify_content(config.dataset), str(get_compute_dtype()))
     parts = [_FORMAT, *of_settings, *of_content]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _identify(directory: Path) -> str:
-    record = read_record(directory)
-    return record["output_sha256"] if record else content_hash(directory)
 
 
 def _shard_path(directory: Path, shard: int) -> Path:
@@ -228,15 +221,8 @@ def _write_shard(
     arrays |= {name: np.stack([part[name] for part in parts]) for name in parts[0] if name not in arrays}
     arrays["starts"] = np.cumsum([0, *(len(part["ids"]) for part in parts)]).astype(np.int64)
     header = {"rows": len(parts), "tokens": arrays["lengths"].size, _CHECKSUM: _sum_up(arrays)}
-    path = _shard_path(directory, shard)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with write_beside(_shard_path(directory, shard)) as temporary:
         save_file(arrays, temporary, {"header": json.dumps(header)})
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ The two stages differ only in the loss (minitron/models/losses.py). A killed tra
 checkpoint, on any number of GPUs.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,14 @@ import torch
 from minitron.config.parse import SectionError
 from minitron.config.stages import DistillConfig, TrainingConfig
 from minitron.data.packed import open_training_data
-from minitron.engines.checkpoints import find_best
-from minitron.engines.divergence import Diverged, check_untrained, name_last_good
+from minitron.engines.divergence import check_untrained
 from minitron.engines.gpus import check_shared, count_workers
 from minitron.engines.hf import loop
 from minitron.engines.hf.teacher_cache import cache_teacher
 from minitron.engines.launcher import launch
-from minitron.engines.progress import Progress, find_end, find_start, measure_cost, read_result
-from minitron.errors import RunError
-from minitron.models.checkpoint import copy_model, load_model, save_derived_model
-from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
+from minitron.engines.progress import Progress, find_start, follow_training, measure_cost
+from minitron.models.checkpoint import load_model, save_derived_model
+from minitron.storage.staging import KEY, checkpoints_path
 from minitron.tracking.stage_run import Tracker
 
 WORKER = "minitron.engines.hf.worker"
@@ -52,28 +49,22 @@ def train(
         source = loop.Teacher(config.teacher, cached.directory)
     online = source and not source.cache
     cost = measure_cost(config, initial, teacher if online else None, workers)
-    if not find_end(work):  # else an earlier attempt was killed while it wrote the model
-        try:
-            with Progress(config, work, tracker, cost) as progress:
-                if workers == 1:
-                    start = find_start(work)
-                    progress()  # the last rows may not have arrived before the kill
-                    loop.train(config, initial, source, work, start, progress.report)
-                else:
-                    _launch_workers(config, initial, source, work, workers, progress)
-        except Diverged as error:
-            raise _keep_last_good(error, config, work, initial, directory) from error
-    if not (found := find_end(work)):
-        raise RunError(f"{work}: training has ended, but its best state is damaged; check the disk, then run it again")
-    end, best = found
-    if best.step:
-        save_derived_model(load_model(best.path, torch.float32), directory, initial)
-    else:
-        copy_model(initial, directory)
-    result = read_result(config, end, best, cost)
-    result["metrics"] = metrics | end.note["metrics"] | result["metrics"]
+
+    def run(progress: Progress) -> None:
+        if workers == 1:
+            start = find_start(work)
+            progress()  # the last rows may not have arrived before the kill
+            loop.train(config, initial, source, work, start, progress.report)
+        else:
+            _launch_workers(config, initial, source, work, workers, progress)
+
+    def write(best: Path, target: Path) -> None:
+        save_derived_model(load_model(best, torch.float32), target, initial)
+
+    result, end = follow_training(config, initial, directory, tracker, cost, run, write)
+    result["metrics"] = metrics | end["metrics"] | result["metrics"]
     if workers > 1:
-        result |= {"gpus": workers} | {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
+        result |= {"gpus": workers} | {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
     return result
 
 
@@ -107,14 +98,3 @@ def _launch_workers(
     check_shared(config, [config.dataset, initial, *([teacher.path] if teacher else [])])
     key = (work.parent / KEY).read_text()
     trainjob.launch(WORKER, job, work, config.num_nodes, config.gpus_per_node, key, progress)
-
-
-def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial: Path, directory: Path) -> Diverged:
-    """Keep the best state of a training that diverged as a model; return an error that names it."""
-    best = find_best(work)
-    if best is None or not best.step:
-        return name_last_good(error, config, initial, 0, best.note["loss"] if best else math.nan)
-    path = last_good_path(directory)
-    with replace_directory(path) as target:
-        save_derived_model(load_model(best.path, torch.float32), target, initial)
-    return name_last_good(error, config, path, best.step, best.note["loss"])

@@ -6,7 +6,6 @@ progress, where a resumed stage finds them.
 """
 
 import gc
-import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 
 from minitron.config.stages import DistillConfig, PruneConfig, TrainingConfig
 from minitron.data.packed import PackedDataset
-from minitron.engines.checkpoints import find_best, read_checkpoint
-from minitron.engines.divergence import Diverged, check_untrained, name_last_good
+from minitron.engines.checkpoints import read_checkpoint
+from minitron.engines.divergence import check_untrained
 from minitron.engines.gpus import check_shared, count_workers
 from minitron.engines.launcher import launch
 from minitron.engines.nemo.checks import (
@@ -26,14 +25,14 @@ from minitron.engines.nemo.checks import (
     check_parallelism,
     check_sizes,
 )
-from minitron.engines.progress import Progress, find_end, measure_cost, read_result
+from minitron.engines.progress import Progress, follow_training, measure_cost
 from minitron.errors import RunError
 from minitron.models.checkpoint import copy_model, finish_derived_model, finish_model, load_model
 from minitron.models.checks import check_architecture, read_config
 from minitron.models.pruning.importance import Importance
 from minitron.models.pruning.surgery import Cut, Given, Shape, choose_plan
 from minitron.models.scoring import validate_teacher
-from minitron.storage.staging import KEY, checkpoints_path, last_good_path, replace_directory
+from minitron.storage.staging import KEY, checkpoints_path
 from minitron.tracking.stage_run import Tracker
 
 WORKER = "minitron.engines.nemo.worker"
@@ -73,37 +72,20 @@ def train(
     job = {"job": "train", "stage": stage, "config": config.model_dump(mode="json")}
     job["model"] = str(initial)
     cost = measure_cost(config, initial, teacher, count_workers(config))
-    if not find_end(work):  # else an earlier attempt was killed while it exported
-        try:
-            with Progress(config, work, tracker, cost) as progress:
-                if config.num_nodes == 1:
-                    _run_job(job, work, count_workers(config), progress)
-                else:
-                    _run_job_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
-        except Diverged as error:
-            raise _keep_last_good(error, config, work, initial, directory) from error
-    if not (found := find_end(work)):
-        raise RunError(f"{work}: training has ended, but its best state is damaged; check the disk, then run it again")
-    end, best = found
-    if best.step:
-        _export_model(work, best.path, initial, directory)
-    else:
-        copy_model(initial, directory)
-    result = read_result(config, end, best, cost)
+
+    def run(progress: Progress) -> None:
+        if config.num_nodes == 1:
+            _run_job(job, work, count_workers(config), progress)
+        else:
+            _run_job_on_nodes(job, work, config.num_nodes, config.gpus_per_node, progress)
+
+    def write(best: Path, target: Path) -> None:
+        _export_model(work, best, initial, target)
+
+    result, end = follow_training(config, initial, directory, tracker, cost, run, write)
     result["metrics"] = metrics | result["metrics"]
-    peaks = {name: end.note[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
+    peaks = {name: end[name] for name in ("peak_rss_mb", "peak_gpu_mb")}
     return result | peaks | {"gpus": count_workers(config)}
-
-
-def _keep_last_good(error: Diverged, config: TrainingConfig, work: Path, initial: Path, directory: Path) -> Diverged:
-    """Keep the best state of a training that diverged as a model; return an error that names it."""
-    best = find_best(work)
-    if best is None or not best.step:
-        return name_last_good(error, config, initial, 0, best.note["loss"] if best else math.nan)
-    path = last_good_path(directory)
-    with replace_directory(path) as target:
-        _export_model(work, best.path, initial, target)
-    return name_last_good(error, config, path, best.step, best.note["loss"])
 
 
 def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> Cut:

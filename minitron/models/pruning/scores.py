@@ -7,10 +7,8 @@ is also kept there, by its key, as soon as it is measured: a cut to other sizes,
 
 import hashlib
 import json
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,9 +24,9 @@ from minitron.errors import ConfigError, RunError
 from minitron.models.checks import read_config
 from minitron.storage import bucket
 from minitron.storage.cache import persistent_directory
-from minitron.storage.files import mark_used, write_atomically
-from minitron.storage.hashing import content_hash
-from minitron.storage.layout import IMPORTANCE, REFERENCE, SCORES, read_json_object, read_record
+from minitron.storage.files import mark_used, write_atomically, write_beside
+from minitron.storage.hashing import identify_content
+from minitron.storage.layout import IMPORTANCE, REFERENCE, SCORES, read_json_object
 
 if TYPE_CHECKING:  # plan's image has no torch
     from minitron.models.pruning.importance import Importance
@@ -49,16 +47,10 @@ def make_key(config: PruneConfig) -> Key:
 
     calibration = PackedDataset(config.dataset / "train", config.sequence_length, config.seed)
     return _make_settings_key(config) | {
-        "teacher": _identify(config.teacher),
-        "dataset": _identify(config.dataset),
+        "teacher": identify_content(config.teacher),
+        "dataset": identify_content(config.dataset),
         "calibration_sequences": min(config.calibration_sequences, len(calibration)),
     }
-
-
-def _identify(directory: Path) -> str:
-    """Return the hash of an input's content; of a result its record has it, and the stage has compared the two."""
-    record = read_record(directory)
-    return record["output_sha256"] if record else content_hash(directory)
 
 
 def _make_settings_key(prune: PruneSettings) -> Key:
@@ -227,16 +219,9 @@ def _complain_of_damage(path: Path, reason: Any) -> RunError:
 
 def save_importance(importance: "Importance", key: Key, path: Path) -> None:
     """Write scores and their key so that no reader sees a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     tensors = {axis: scores.float().numpy() for axis, scores in vars(importance).items()}
-    try:
+    with write_beside(path) as temporary:
         save_file(tensors, temporary, {_METADATA: json.dumps(key, sort_keys=True)})
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _find_importance(config: PruneConfig, path: Path) -> "Importance | None":
