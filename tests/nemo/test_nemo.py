@@ -23,9 +23,9 @@ from minitron.config.parse import parse
 from minitron.config.stages import FinetuneConfig
 from minitron.data.packed import open_training_data
 from minitron.data.tokenizer import load_tokenizer
+from minitron.engines import progress
 from minitron.engines.checkpoints import MARKER
 from minitron.engines.divergence import Diverged
-from minitron.engines.nemo import engine as nemo_engine
 from minitron.engines.progress import FINISHED, Progress
 from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
@@ -284,10 +284,10 @@ def test_a_training_that_diverges_keeps_its_last_good_state(
     class BadAfterValidation(Progress):
         def __call__(self) -> None:
             super().__call__()
-            if any(self._path.parent.glob(f"best-[1-9]*/{MARKER}")):
+            if any(self._work.glob(f"best-[1-9]*/{MARKER}")):
                 raise Diverged("the training diverged at step 5: loss is nan")
 
-    monkeypatch.setattr(nemo_engine, "Progress", BadAfterValidation)
+    monkeypatch.setattr(progress, "Progress", BadAfterValidation)
     output = tmp_path / "out"
     with pytest.raises(RunError, match=rf"the last good state, step \d+ \(.*\), is in {output}\.last-good; lower"):
         run_finetune(output, dataset, teacher, engine="nemo", max_steps=400)
