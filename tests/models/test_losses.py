@@ -1,5 +1,6 @@
 """The fused loss against plain PyTorch in float64, and its memory."""
 
+import os
 import subprocess
 import sys
 
@@ -223,7 +224,8 @@ def test_nothing_is_kept_for_a_gradient_that_is_not_wanted() -> None:
 def test_peak_memory_is_a_few_chunks_of_logits() -> None:
     """2048 tokens x 32768 words: an fp32 logits tensor is 256 MB, a naive KL holds four; our chunks are 16 MB.
 
-    In a process of its own, whose peak is its own: getrusage would count that of the process that started it, too.
+    In a process of its own, whose peak is its own: getrusage would count that of the process that started it, too. It
+    gives every freed block back, whose reuse the C library otherwise leaves to chance: 6 to 11 chunks for the same six.
     """
     program = (
         "import torch\n"
@@ -236,6 +238,8 @@ def test_peak_memory_is_a_few_chunks_of_logits() -> None:
         "linear_loss(h, w, y, LossWeights(1, 1), t, u).loss.backward()\n"
         "print((peak() - before) / 1024)\n"
     )
-    grown = float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", program]
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
     chunk = losses.CHUNK_TOKENS["cpu"] * 32768 * 4 / 2**20
-    assert chunk < grown < 9 * chunk
+    assert chunk < grown < 7 * chunk
