@@ -3,7 +3,8 @@
 The head's matrix product, the loss and both gradients are computed chunk by chunk in the forward pass. So the [N, V]
 logits of neither model exist in memory, and nothing is computed twice.
 
-N = packed tokens, C = tokens of a chunk, H = hidden size, V = vocabulary; the teacher may have another H.
+N = packed tokens, C = tokens of a chunk, B = tokens of a block, H = hidden size, V = vocabulary; the teacher may have
+another H.
 """
 
 import functools
@@ -19,8 +20,11 @@ from minitron.config.settings import DistillSettings, TrainingSettings, read_wei
 IGNORED = -100
 """The label of a token that counts in no loss; torch's own, too."""
 
-CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""
+
+BLOCK_LOGITS = 1 << 20
+"""Logits of a chunk that a CPU computes the loss of at once: they stay in its cache from operation to operation."""
 
 
 class LossWeights(NamedTuple):
@@ -153,26 +157,30 @@ class _LinearLoss(torch.autograd.Function):
         sums = torch.zeros(6, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         grad_head = torch.zeros_like(head) if wants_gradient and head.requires_grad else None
-        step = CHUNK_TOKENS.get(hidden.device.type, 128)
-        fuses = wants_gradient and hidden.is_cuda and can_compile()  # a short evaluation is not worth the compilation
-        compute_chunk_loss = _compute_chunk_loss if targets is None else _compute_drawn_chunk_loss
+        step = min(CHUNK_TOKENS.get(hidden.device.type, 256), len(hidden))
+        block = max(BLOCK_LOGITS // len(head), 1) if hidden.device.type == "cpu" else step
+        compute_loss = _compute_block_loss if targets is None else _compute_drawn_block_loss
         factors = weights
-        if fuses:
-            compute_chunk_loss, factors = _compile(compute_chunk_loss), _as_tensors(weights, hidden.device)
+        if wants_gradient and hidden.is_cuda and can_compile():  # a short evaluation is not worth the compilation
+            compute_loss, factors = _compile(compute_loss), _as_tensors(weights, hidden.device)
+        # all chunks use the same memory: on a CPU the system takes longer to give new memory than to fill it
+        buffers = [part.new_empty(step, len(head)) for part in (hidden, teacher_hidden) if part is not None]
         for start in range(0, len(hidden), step):
             chunk = slice(start, start + step)
-            teacher: Any = None if targets is None else TeacherTargets(*(part[chunk] for part in targets))
+            logits_CV = _multiply(hidden[chunk], w_head, buffers[0])
+            teacher = [] if targets is None else [part[chunk] for part in targets]
             if teacher_hidden is not None and teacher_head is not None:
-                teacher = teacher_hidden[chunk] @ teacher_head.T
-            terms, grad_CV = compute_chunk_loss(
-                hidden[chunk] @ w_head.T, labels[chunk], teacher, factors, wants_gradient
-            )
-            del teacher
-            sums += terms
-            if grad_hidden is not None and grad_CV is not None:
-                grad_CV = grad_CV.to(hidden.dtype)
-                torch.mm(grad_CV, w_head, out=grad_hidden[chunk])
-                _accumulate_head_gradient(grad_head, grad_CV, hidden[chunk])
+                teacher = [_multiply(teacher_hidden[chunk], teacher_head, buffers[1])]
+            for first in range(0, len(logits_CV), block):
+                rows = slice(first, first + block)
+                parts = (part[rows] for part in (logits_CV, labels[chunk], *teacher))
+                terms, grad_BV = compute_loss(factors, wants_gradient, *parts)
+                sums += terms
+                if grad_BV is not None:
+                    logits_CV[rows] = grad_BV
+            if grad_hidden is not None:
+                torch.mm(logits_CV, w_head, out=grad_hidden[chunk])
+                _accumulate_head_gradient(grad_head, logits_CV, hidden[chunk])
         ctx.save_for_backward(grad_hidden, grad_head)
         divergence, *others = sums.unbind()
         loss = weights.kl * weights.temperature**2 * divergence + weights.cross_entropy * others[1]
@@ -216,9 +224,9 @@ def can_compile() -> bool:
 
 
 @functools.cache
-def _compile(compute_chunk_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a chunk's loss as fused kernels, which read and write the logits a few times instead of forty."""
-    return torch.compile(compute_chunk_loss)
+def _compile(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a block's loss as fused kernels, which read and write the logits a few times instead of forty."""
+    return torch.compile(compute_loss)
 
 
 def _as_tensors(weights: LossWeights, device: torch.device) -> LossWeights:
@@ -234,102 +242,112 @@ def _counts(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def _compute_chunk_loss(
-    logits_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None, weights: LossWeights, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the six sums of a chunk, the divergence first, and the loss's gradient with respect to its logits.
+class _Distribution(NamedTuple):
+    """A softmax: the logits [B, V], their shares [B, V], and the logarithm of the sum of their exponentials [B].
 
-    One log_softmax per model gives all of them if the temperature is 1. Buffers are reused.
+    log(shares) is logits - log_sum: no second exponential or logarithm of every logit is needed.
     """
-    labels_C1, temperature = labels_C.clamp(min=0)[:, None], weights.temperature
-    logits_CV = logits_CV.float()
-    log_q_CV = F.log_softmax(logits_CV, -1)
-    cross_entropy_C = -log_q_CV.gather(-1, labels_C1)[:, 0]
-    divergence_C = kl_C = teacher_cross_entropy_C = agreements_C = torch.zeros_like(cross_entropy_C)
-    grad_CV = q_CV = None
-    if teacher_CV is not None:
-        teacher_CV = teacher_CV.float()
-        agreements_C = (logits_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
-        log_p_CV = F.log_softmax(teacher_CV, -1)
-        teacher_cross_entropy_C = -log_p_CV.gather(-1, labels_C1)[:, 0]
-        if temperature != 1:
-            kl_C, *_ = _compute_divergence(log_p_CV, log_q_CV, 0.0, wants_gradient=False)
-            log_p_CV, log_q_CV = (F.log_softmax(values / temperature, -1) for values in (teacher_CV, logits_CV))
-        elif weights.divergence_beta:
-            kl_C = _dot_rows(log_p_CV.exp(), log_p_CV - log_q_CV)
-        wants_divergence = wants_gradient and _counts(weights.kl)
-        divergence_C, q_CV, grad_CV = _compute_divergence(log_p_CV, log_q_CV, weights.divergence_beta, wants_divergence)
-        if not weights.divergence_beta and temperature == 1:
-            kl_C = divergence_C
-        _scale(grad_CV, weights.kl * temperature)
-    if wants_gradient and _counts(weights.cross_entropy):
-        if q_CV is None or temperature != 1:
-            q_CV = torch.softmax(logits_CV, -1)
-        q_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C1[:, 0]] -= 1
-        _scale(q_CV, weights.cross_entropy)
-        grad_CV = q_CV if grad_CV is None else grad_CV.add_(q_CV)
-    counts_C = (labels_C != IGNORED).float()
-    terms = [divergence_C, kl_C, cross_entropy_C, teacher_cross_entropy_C, agreements_C, torch.ones_like(counts_C)]
-    return torch.stack(terms) @ counts_C, grad_CV
+
+    logits: Tensor
+    shares: Tensor
+    log_sum: Tensor
+
+    @property
+    def logarithms(self) -> Tensor:
+        return self.logits - self.log_sum[:, None]
+
+    def compute_cross_entropy(self, labels_B1: Tensor) -> Tensor:
+        return self.log_sum - self.logits.gather(-1, labels_B1)[:, 0]
 
 
-def _compute_drawn_chunk_loss(
-    logits_CV: Tensor, labels_C: Tensor, targets: TeacherTargets, weights: LossWeights, wants_gradient: bool
+def _normalize(logits_BV: Tensor) -> _Distribution:
+    """Return the softmax; the largest share is one over the sum of the exponentials of what lies below the maximum."""
+    shares_BV = torch.softmax(logits_BV, -1)
+    return _Distribution(logits_BV, shares_BV, logits_BV.amax(-1) - shares_BV.amax(-1).log())
+
+
+def _compute_block_loss(
+    weights: LossWeights, wants_gradient: bool, logits_BV: Tensor, labels_B: Tensor, teacher_BV: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `_compute_chunk_loss` does, with the teacher's distributions as they are known.
+    """Return the six sums of a block, the divergence first, and the loss's gradient with respect to its logits."""
+    labels_B1, temperature, beta = labels_B.clamp(min=0)[:, None], weights.temperature, weights.divergence_beta
+    q = _normalize(logits_BV.float())
+    cross_entropy_B = q.compute_cross_entropy(labels_B1)
+    divergence_B = kl_B = teacher_cross_entropy_B = agreements_B = torch.zeros_like(cross_entropy_B)
+    grad_BV = None
+    if teacher_BV is not None:
+        p = _normalize(teacher_BV.float())
+        teacher_cross_entropy_B = p.compute_cross_entropy(labels_B1)
+        agreements_B = (q.logits.gather(-1, p.logits.argmax(-1, keepdim=True))[:, 0] == q.logits.amax(-1)).float()
+        tempered = [each if temperature == 1 else _normalize(each.logits / temperature) for each in (p, q)]
+        wants_divergence = wants_gradient and _counts(weights.kl)
+        divergence_B, grad_BV = _compute_divergence(tempered[0], tempered[1], beta, wants_divergence)
+        kl_B = divergence_B if temperature == 1 and beta == 0 else _compute_divergence(p, q, 0.0, False)[0]
+        _scale(grad_BV, weights.kl * temperature)
+    if wants_gradient and _counts(weights.cross_entropy):
+        likelihood_BV = q.shares
+        likelihood_BV[torch.arange(len(labels_B), device=labels_B.device), labels_B1[:, 0]] -= 1
+        _scale(likelihood_BV, weights.cross_entropy)
+        grad_BV = likelihood_BV if grad_BV is None else grad_BV.add_(likelihood_BV)
+    counts_B = (labels_B != IGNORED).float()
+    terms = [divergence_B, kl_B, cross_entropy_B, teacher_cross_entropy_B, agreements_B, torch.ones_like(counts_B)]
+    return torch.stack(terms) @ counts_B, grad_BV
+
+
+def _compute_drawn_block_loss(
+    weights: LossWeights, wants_gradient: bool, logits_BV: Tensor, labels_B: Tensor, *parts: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `_compute_block_loss` does, with the teacher's distributions as they are known.
 
     The gradient of -Σ w log q is q - w: a row of q, from which K numbers are subtracted.
     """
-    labels_C1 = labels_C.clamp(min=0)[:, None]
-    log_q_CV = F.log_softmax(logits_CV.float(), -1)
-    cross_entropy_C = -log_q_CV.gather(1, labels_C1)[:, 0]
-    kl_C = -(log_q_CV.gather(1, targets.ids) * targets.weights).sum(-1) - targets.entropy
-    agreements_C = (log_q_CV.argmax(-1) == targets.top1).float()
-    counts_C = (labels_C != IGNORED).float()
-    terms = [kl_C, kl_C, cross_entropy_C, -targets.log_probability, agreements_C, torch.ones_like(counts_C)]
-    grad_CV = None
+    targets, labels_B1 = TeacherTargets(*parts), labels_B.clamp(min=0)[:, None]
+    log_q_BV = F.log_softmax(logits_BV.float(), -1)
+    cross_entropy_B = -log_q_BV.gather(1, labels_B1)[:, 0]
+    kl_B = -(log_q_BV.gather(1, targets.ids) * targets.weights).sum(-1) - targets.entropy
+    agreements_B = (log_q_BV.argmax(-1) == targets.top1).float()
+    counts_B = (labels_B != IGNORED).float()
+    terms = [kl_B, kl_B, cross_entropy_B, -targets.log_probability, agreements_B, torch.ones_like(counts_B)]
+    grad_BV = None
     if wants_gradient:
-        grad_CV = log_q_CV.exp_().mul_(weights.kl + weights.cross_entropy)
-        grad_CV.scatter_add_(1, targets.ids, targets.weights * -weights.kl)
-        grad_CV.scatter_add_(1, labels_C1, torch.zeros_like(cross_entropy_C)[:, None] - weights.cross_entropy)
-    return torch.stack(terms) @ counts_C, grad_CV
+        grad_BV = log_q_BV.exp_().mul_(weights.kl + weights.cross_entropy)
+        grad_BV.scatter_add_(1, targets.ids, targets.weights * -weights.kl)
+        grad_BV.scatter_add_(1, labels_B1, torch.zeros_like(cross_entropy_B)[:, None] - weights.cross_entropy)
+    return torch.stack(terms) @ counts_B, grad_BV
 
 
 def _compute_divergence(
-    log_p_CV: Tensor, log_q_CV: Tensor, beta: float, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return D(p, q) of every token, q, and D's gradient with respect to the logits whose softmax is q.
+    p: _Distribution, q: _Distribution, beta: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return D(p, q) of every token, and its gradient with respect to the logits of q.
 
     The gradient is q - p for KL(p‖q) (Hinton et al., arXiv 1503.02531, section 2.1). For the others, with
     m = beta · p + (1 - beta) · q, it is (1 - beta) · q · (log(q / m) - KL(q‖m)); for KL(q‖p), m is p and the factor 1.
-    Logits divided by T have 1 / T of it, and T² · D has T times it. Both arguments are overwritten.
+    Logits divided by T have 1 / T of it, and T² · D has T times it.
     """
     if beta == 0:
-        p_CV = log_p_CV.exp()
-        divergence_C = _dot_rows(p_CV, log_p_CV.sub_(log_q_CV))
-        q_CV = log_q_CV.exp_() if wants_gradient else None
-        return divergence_C, q_CV, None if q_CV is None else torch.sub(q_CV, p_CV, out=log_p_CV)
-    q_CV, log_m_CV = log_q_CV.exp(), log_p_CV
+        divergence_B = torch.linalg.vecdot(p.shares, p.logits - q.logits) - p.log_sum + q.log_sum
+        return divergence_B, q.shares - p.shares if wants_gradient else None
+    factor, log_m_BV = 1.0, p.logarithms
     if beta < 1:
-        p_CV = log_p_CV.exp()
-        log_m_CV = torch.lerp(q_CV, p_CV, beta).clamp_(min=torch.finfo(p_CV.dtype).tiny).log_()
-    ratio_CV = log_q_CV.sub_(log_m_CV)
-    reverse_C = _dot_rows(q_CV, ratio_CV)
-    factor = 1.0 if beta == 1 else 1 - beta
-    divergence_C = factor * reverse_C
+        mixture_BV = torch.lerp(q.shares, p.shares, beta)
+        factor, log_m_BV = 1 - beta, mixture_BV.clamp_(min=torch.finfo(mixture_BV.dtype).tiny).log_()
+    ratio_BV = q.logarithms.sub_(log_m_BV)
+    reverse_B = torch.linalg.vecdot(q.shares, ratio_BV)
+    divergence_B = factor * reverse_B
     if beta < 1:
-        divergence_C = divergence_C + beta * _dot_rows(p_CV, log_p_CV.sub_(log_m_CV))
-    grad_CV = ratio_CV.sub_(reverse_C[:, None]).mul_(q_CV) if wants_gradient else None
-    _scale(grad_CV, factor)
-    return divergence_C, q_CV, grad_CV
+        divergence_B = divergence_B + beta * torch.linalg.vecdot(p.shares, p.logarithms.sub_(log_m_BV))
+    grad_BV = ratio_BV.sub_(reverse_B[:, None]).mul_(q.shares) if wants_gradient else None
+    _scale(grad_BV, factor)
+    return divergence_B, grad_BV
 
 
-def _scale(values_CV: Tensor | None, factor: float | Tensor) -> None:
+def _scale(values_BV: Tensor | None, factor: float | Tensor) -> None:
     """Scale in place; a factor of 1 costs nothing."""
-    if values_CV is not None and (isinstance(factor, Tensor) or factor != 1):
-        values_CV *= factor
+    if values_BV is not None and (isinstance(factor, Tensor) or factor != 1):
+        values_BV *= factor
 
 
-def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
-    """Return the dot products of the rows, [C]; a compiler fuses the sum, else a matrix product reads each once."""
-    return (a_CV * b_CV).sum(-1) if torch.compiler.is_compiling() else torch.einsum("cv,cv->c", a_CV, b_CV)
+def _multiply(hidden_CH: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
+    """Return the logits [C, V], in the first rows of a buffer."""
+    return torch.mm(hidden_CH, head.T, out=buffer[: len(hidden_CH)])

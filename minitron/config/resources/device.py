@@ -23,11 +23,11 @@ from minitron.config.shapes import PruneSettings
 CUDA = 2 * GIB
 """On every GPU: CUDA's context and libraries, and gaps between the allocator's blocks."""
 
-CHUNK = {False: 128, True: 2048}
+CHUNK = {False: 256, True: 2048}
 """Tokens of a chunk of the fused loss, without and with a GPU: models/losses.py."""
 
-_CHUNK_BYTES = {False: 6 * FP32, True: 3 * FP32}
-"""Of a logit in a chunk. On a CPU: both models' logits and their log-softmax, the probabilities, the gradient."""
+_CHUNK_BYTES = {False: 2 * FP32, True: 3 * FP32}
+"""Of a logit in a chunk. On a CPU: both models' logits, of which the student's become their gradient."""
 
 _QUESTION = 2048
 """Tokens of a question with its solved examples."""
