@@ -119,6 +119,7 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
 
 
 NEWER = {
+    "messages_field": None,
     "method": "minitron",
     "layers_by": "influence",
     "divergence_beta": 0.0,
@@ -127,7 +128,7 @@ NEWER = {
     "intermediate_weight": [1.0, 0.0],
     "cut_learning_rate_factor": 1.0,
 }
-"""Settings of prune and distill that came later than their keys, and the values that change no result from before."""
+"""Settings that came later than the keys of their stages, and the values that change no result from before."""
 
 
 def list_decisive_settings(model: type[StageSettings], values: Mapping[str, Any]) -> list[str]:

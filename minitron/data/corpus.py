@@ -4,6 +4,7 @@ Every corpus is read as a stream, one record at a time. A document is
 
 - a record of a .jsonl, .ndjson, .json or .parquet file, or of a hub's dataset;
 - the text of a .txt file, or the texts between the separators that the settings name;
+- a record with messages, if the corpus is read with a ChatReader: a conversation, rendered by a chat template;
 - an article, if the records, or the lines of a .txt file, are WikiText's. An article starts at its ` = Title = ` line
   and ends before the next one, even in the next file: an article may be split between two shards.
 
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow
 from pyarrow import parquet
 
+from minitron.data.chat import ChatReader
 from minitron.data.corpus_files import COMPRESSIONS, SPLIT_NAMES, file_kind, list_corpus_files, shorten
 from minitron.data.indexed import SPLITS
 from minitron.errors import ConfigError, MinitronError, RunError
@@ -48,9 +50,17 @@ class Corpus:
         files: number of files; None for a dataset on a hub.
         left_out: names that are not read, each with the reason.
         own_splits: the corpus's own splits, train among them; else empty.
+        chat: reads conversations; None: there are none.
     """
 
-    def __init__(self, address: str, text_field: str, separator: str | None = None, own_splits: bool = True) -> None:
+    def __init__(
+        self,
+        address: str,
+        text_field: str,
+        separator: str | None = None,
+        own_splits: bool = True,
+        chat: ChatReader | None = None,
+    ) -> None:
         """Find the files.
 
         Args:
@@ -58,12 +68,13 @@ class Corpus:
             text_field: the field of a record that holds the text.
             separator: the text between two documents of a .txt file; None: the file is one document.
             own_splits: False: ignore the splits that the names of files, or a hub, give.
+            chat: reads the messages of a record that has its field; None: no record is a conversation.
 
         Raises:
             ConfigError: the address does not exist, or a file can be neither read nor left out.
             RunError: the hub cannot be reached.
         """
-        self._address, self._field, self._separator = address, text_field, separator
+        self._address, self._field, self._separator, self.chat = address, text_field, separator, chat
         dataset = resolve_hub_dataset(address)
         listed = None if dataset else list_corpus_files(address)
         self._hub_splits = _load_hub_splits(address, dataset) if dataset else {}
@@ -106,13 +117,13 @@ class Corpus:
         previous = None
         for split, begins, piece in self._read_pieces():
             if document and (begins or split != previous):
-                yield previous, "".join(document)
+                yield previous, _join_pieces(document)
                 document = []
             previous = split
             if begins or document or piece.strip():
                 document.append(piece)
         if document:
-            yield previous, "".join(document)
+            yield previous, _join_pieces(document)
 
     def _read_pieces(self) -> Iterator[tuple[str | None, bool, str]]:
         """Yield pieces of text, each with its split and whether it begins a document."""
@@ -188,22 +199,32 @@ class Corpus:
             names, size, rows = file.schema_arrow.names, path.stat().st_size, file.metadata.num_rows
             number = 0
             self._position_in_file = lambda: size * number // rows
-            for batch in file.iter_batches(_ROWS, columns=[self._field] if self._field in names else names):
+            fields = {self._field, self.chat.field if self.chat else self._field} & {*names}
+            for batch in file.iter_batches(_ROWS, columns=sorted(fields) or names):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
 
     def _get_text(self, record: Any, where: str) -> str:
-        """Return the text of a record; null counts as empty."""
+        """Return the text of a record, or its conversation; null counts as empty."""
         if not isinstance(record, dict):
             raise ConfigError(f"{where}: {type(record).__name__}, not an object; make it {{{self._field!r}: ...}}")
-        remedy = "set text_field to the field that holds the text"
+        if self.chat and self.chat.field in record:
+            messages = record[self.chat.field]
+            if messages is not None or self._field not in record:
+                return self.chat.read([] if messages is None else messages, where)
+        remedy = "set text_field to the field that holds the text, or messages_field to that of conversations"
         if self._field not in record:
             raise ConfigError(f"{where}: no field {self._field!r} (found: {', '.join(record) or 'none'}); {remedy}")
         text = record[self._field]
         if not isinstance(text, str | None):
             raise ConfigError(f"{where}: field {self._field!r} is {type(text).__name__}, not text; {remedy}")
         return text or ""
+
+
+def _join_pieces(pieces: list[str]) -> str:
+    """Return the text of a document; one that is not in pieces stays what it is, such as a conversation."""
+    return pieces[0] if len(pieces) == 1 else "".join(pieces)
 
 
 def _load_hub_splits(address: str, dataset: HubDataset) -> dict[str, Iterable[Any]]:

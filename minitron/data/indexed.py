@@ -1,7 +1,12 @@
-"""Write Megatron's .bin and .idx files, and read them by memory map."""
+"""Write Megatron's .bin and .idx files, and read them by memory map.
+
+A split of conversations has a third file, .mask, with a byte per token: 1 if the token counts in the loss, else 0.
+Megatron does not read it.
+"""
 
 import struct
 from array import array
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minitron.errors import ConfigError, RunError
+from minitron.storage.layout import MASK
 
 SPLITS = ("train", "validation", "test")
 
@@ -18,23 +24,29 @@ _HEADER = struct.Struct("<QBQQ")  # version, dtype code, sequences, document bou
 
 
 class IndexedWriter:
-    """Write documents to `<prefix>.bin` as they come, and `<prefix>.idx` at the end."""
+    """Write documents to `<prefix>.bin` as they come, their masks to `<prefix>.mask`, and `<prefix>.idx` at the end."""
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        """Open the file. A token takes two bytes if the vocabulary allows it, as in Megatron."""
+    def __init__(self, prefix: Path, vocab_size: int, has_masks: bool = False) -> None:
+        """Open the files. A token takes two bytes if the vocabulary allows it, as in Megatron."""
         self._prefix = prefix
         self._code = 8 if vocab_size < 65500 else 4
         self._bin = prefix.with_suffix(".bin").open("wb")
+        self._mask = prefix.with_suffix(MASK).open("wb") if has_masks else None
         self._lengths = array("i")
 
-    def add_documents(self, documents: list[list[int]]) -> None:
-        """Append documents, each a list of token ids with its EOS."""
+    def add_documents(self, documents: list[list[int]], masks: Sequence[bytes | None] = ()) -> None:
+        """Append documents, each a list of token ids with its EOS, and their masks; None: all tokens count."""
         self._lengths.extend(map(len, documents))
         self._bin.write(np.fromiter(chain.from_iterable(documents), _DTYPES[self._code]).tobytes())
+        if self._mask:
+            pairs = zip(documents, masks, strict=True)
+            self._mask.writelines(b"\1" * len(ids) if mask is None else mask for ids, mask in pairs)
 
     def close(self) -> None:
         """Close the .bin file and write the index."""
         self._bin.close()
+        if self._mask:
+            self._mask.close()
         lengths = np.array(self._lengths, np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
         with self._prefix.with_suffix(".idx").open("wb") as idx:
@@ -46,7 +58,10 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """Read a split: `lengths` [D] and `starts` [D] in tokens, `tokens` [T] memory-mapped."""
+    """Read a split: `lengths` [D] and `starts` [D] in tokens, `tokens` [T] and `mask` [T] memory-mapped.
+
+    `mask` is None if the split has none: then all tokens count.
+    """
 
     def __init__(self, prefix: Path) -> None:
         """Map the files.
@@ -72,6 +87,7 @@ class IndexedDataset:
             raise RunError(f"{bin_path}: damaged: {actual} bytes, but its index lists {expected}; run prepare again")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) if count else self.lengths
         self.tokens: Any = np.memmap(bin_path, dtype=dtype, mode="r") if actual else np.empty(0, dtype)
+        self.mask = _read_mask(prefix.with_suffix(MASK), len(self.tokens))
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -79,5 +95,25 @@ class IndexedDataset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return the token ids of one document."""
-        start = self.starts[index]
-        return self.tokens[start : start + self.lengths[index]]
+        return self.tokens[self._span(index)]
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """Return 1 for every token of a document that counts in the loss, else 0."""
+        if self.mask is None:
+            return np.ones(self.lengths[index], np.uint8)
+        return self.mask[self._span(index)]
+
+    def count_tokens_of_loss(self) -> int:
+        """Return the number of tokens that count in the loss."""
+        return int(self.lengths.sum()) if self.mask is None else int(np.count_nonzero(self.mask))
+
+    def _span(self, index: int) -> slice:
+        return slice(self.starts[index], self.starts[index] + self.lengths[index])
+
+
+def _read_mask(path: Path, tokens: int) -> Any:
+    if not path.is_file():
+        return None
+    if (actual := path.stat().st_size) != tokens:
+        raise RunError(f"{path}: damaged: {actual} bytes for {tokens} tokens; run prepare again")
+    return np.memmap(path, np.uint8, mode="r") if tokens else np.empty(0, np.uint8)

@@ -7,6 +7,7 @@ has a newer numpy.
 S = sequence length, T = tokens of a split, D = documents of a split.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ from minitron.config.stages import TrainingConfig
 from minitron.data.indexed import IndexedDataset
 from minitron.errors import ConfigError
 
+IGNORED = -100
+"""The label of a token that counts in no loss; torch's own, too."""
+
 
 class PackedDataset(Dataset):
     """The documents of a split in one seeded order, laid end to end and cut every S tokens.
 
-    Item i is `{"input_ids": int64 [S], "labels": int64 [S]}`; the labels are the next tokens. There is no padding
-    and no mask, not even at the end of a document.
+    Item i is `{"input_ids": int64 [S], "labels": int64 [S]}`; the labels are the next tokens, or IGNORED where the mask
+    of the split has 0. There is no padding, and without a mask all tokens count, even the end of a document.
     """
 
     def __init__(self, prefix: Path, sequence_length: int, seed: int) -> None:
@@ -48,16 +52,21 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return one packed sequence and its labels."""
-        tokens = torch.from_numpy(self._read_tokens(index * self.sequence_length, self.sequence_length + 1))
-        return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+        span = index * self.sequence_length, self.sequence_length + 1
+        tokens = torch.from_numpy(self._read(self._indexed.__getitem__, *span))
+        labels = tokens[1:]
+        if self._indexed.mask is not None:
+            counts = torch.from_numpy(self._read(self._indexed.read_mask, *span))[1:]
+            labels = labels.masked_fill(counts == 0, IGNORED)
+        return {"input_ids": tokens[:-1], "labels": labels}
 
-    def _read_tokens(self, start: int, count: int) -> np.ndarray:
-        """Return `count` tokens from position `start` of the packed stream."""
+    def _read(self, read_document: Callable[[int], np.ndarray], start: int, count: int) -> np.ndarray:
+        """Return what a document has per token, for `count` tokens from position `start` of the packed stream."""
         pieces = []
         document = int(np.searchsorted(self._ends, start, side="right"))
         while count:
-            tokens = self._indexed[self._order[document]]
-            piece = tokens[len(tokens) - int(self._ends[document] - start) :][:count]
+            values = read_document(self._order[document])
+            piece = values[len(values) - int(self._ends[document] - start) :][:count]
             pieces.append(piece)
             start, count, document = start + len(piece), count - len(piece), document + 1
         return np.concatenate(pieces).astype(np.int64)

@@ -9,16 +9,18 @@ from typing import Any
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS
-from minitron.data.text import normalize_text
+from minitron.data.text import Conversation, normalize_text
 from minitron.errors import ConfigError, RunError
 
 
 class Selection:
     """Iterate over the distinct, normalized documents of a corpus, each with its split.
 
+    The text of a conversation is the rendered one, of normalized messages.
+
     Attributes:
         digests: per split, the digests of its documents.
-        empty: number of documents dropped because they have no text.
+        empty: number of documents dropped because they have no text, or are conversations without answers.
         duplicates: number of documents dropped because an earlier one in their split has the same text.
         overlaps: per split, number of documents dropped because an earlier one in another split has the same text.
         characters: per split, characters of the documents.
@@ -37,7 +39,7 @@ class Selection:
         """Yield split and text of every document, in the order of the corpus."""
         own_splits = self.corpus.own_splits
         for own, raw in self.corpus.read_documents():
-            text = normalize_text(raw)
+            text = raw if isinstance(raw, Conversation) else normalize_text(raw)
             if not text:
                 self.empty += 1
                 continue

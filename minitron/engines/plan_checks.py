@@ -12,7 +12,13 @@ from minitron.config.addresses import find_scheme_faults, list_addresses
 from minitron.config.document import Plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError, apply_kept, read_kept
-from minitron.config.settings import DistillSettings, EvaluateSettings, FinetuneSettings, TrainingSettings
+from minitron.config.settings import (
+    DistillSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    PrepareSettings,
+    TrainingSettings,
+)
 from minitron.config.shapes import PRUNED_AXES, PRUNED_SIZES, Kept, PruneSettings
 from minitron.engines.nemo.checks import find_conversion_faults, find_cut_faults, find_parallel_faults
 from minitron.errors import ConfigError
@@ -34,12 +40,21 @@ def find_plan_faults(plan: Plan, architecture: Mapping[str, Any] | None) -> Iter
     prune = plan.stages["prune"]
     assert isinstance(prune, PruneSettings)
     yield from find_importance_faults(prune)
+    yield from find_mask_faults(plan)
     teacher = plan.pipeline.teacher
     if architecture:
         yield from find_teacher_faults(plan, architecture, teacher)
     else:
         for stage in ("finetune", "distill"):
             yield from find_engine_faults(stage, plan.stages[stage], None, teacher)
+
+
+def find_mask_faults(plan: Plan) -> Iterator[Fault]:
+    """Find conversations for engine nemo, which would train on the prompts, too."""
+    prepare, distill = plan.stages["prepare"], plan.stages["distill"]
+    assert isinstance(prepare, PrepareSettings) and isinstance(distill, DistillSettings)
+    if prepare.messages_field and distill.engine == "nemo":  # all stages share it
+        yield Fault("engine", "nemo does not support the masks of conversations (prepare.messages_field); use hf")
 
 
 def find_teacher_faults(plan: Plan, architecture: Mapping[str, Any], address: str) -> Iterator[Fault]:

@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron.config.settings import DistillSettings, TrainingSettings, read_weight
-
-IGNORED = -100
-"""The label of a token that counts in no loss; torch's own, too."""
+from minitron.data.packed import IGNORED
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from minitron.config.metrics import compute_perplexity
 from minitron.config.stages import TrainingConfig
-from minitron.data.packed import PackedDataset
+from minitron.data.packed import IGNORED, PackedDataset
+from minitron.errors import ConfigError
 from minitron.models.losses import LossWeights, linear_loss
 
 
@@ -46,12 +47,11 @@ def score_models(
 
 
 def average_scores(terms: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the means of a model's scores over the sequences, and the perplexity."""
+    """Return the means of a model's scores over the tokens that count, and the perplexity."""
     means: dict[str, Any] = {name: sum(values) / len(values) for name, values in terms.items()}
     return means | {"perplexity": compute_perplexity(means["loss"])}
 
 
-@torch.no_grad()
 def score_sequences(
     models: dict[str, PreTrainedModel],
     dataset: PackedDataset,
@@ -73,11 +73,64 @@ def score_sequences(
 
     Returns:
         Per model the values of every sequence: `loss` (cross-entropy of the next token, nats per token), and the terms
-        against the reference.
+        against the reference. See `share_among_sequences` for sequences in which not all tokens count.
+
+    Raises:
+        ConfigError: no token of the sequences counts.
+    """
+    sums, counts = sum_scores(models, dataset, sequences, micro_batch_size, reference, description)
+    names = ("loss", "kl", "top1_agreement")[: 1 if reference is None else 3]
+    return {
+        model: dict(zip(names, share_among_sequences(values, counts).T.tolist(), strict=False))
+        for model, values in sums.items()
+    }
+
+
+def share_among_sequences(sums: Tensor, counts: Tensor) -> Tensor:
+    """Return values of the sequences, [N, K], whose mean is that over all tokens that count.
+
+    A sequence's value is its own mean if the same number of tokens counts in all of them. Else the mean over the tokens
+    is a ratio R of two sums, and the value is R plus the sequence's part in its deviation: R + (s - R · c) / mean(c).
+    Values of a resample have the mean that its ratio has, to the first order (Cochran, Sampling Techniques, section
+    6.4), so intervals over sequences stay right. A sequence in which no token counts has R.
+
+    Args:
+        sums: sums over the tokens that count, float64 [N, K].
+        counts: numbers of these tokens, float64 [N].
+
+    Raises:
+        ConfigError: no token counts.
+    """
+    if not counts.any():
+        raise ConfigError(
+            f"no token of the {len(counts)} sequences scored is an assistant's; raise validation_sequences or "
+            "evaluation_sequences, or give more conversations"
+        )
+    mean_count = counts.mean()
+    ratio = sums.sum(0) / counts.sum()
+    shortfall = (mean_count - counts)[:, None]
+    return (sums + torch.where(shortfall == 0, 0, ratio * shortfall)) / mean_count  # a ratio of inf stays in its model
+
+
+@torch.no_grad()
+def sum_scores(
+    models: dict[str, PreTrainedModel],
+    dataset: PackedDataset,
+    sequences: int,
+    micro_batch_size: int,
+    reference: PreTrainedModel | None = None,
+    description: str = "validation",
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the sums of the terms that `score_sequences` takes the means of, and what they are divided by.
+
+    Returns:
+        Per model cross-entropy, KL and agreements of every sequence, float64 [N, 3] on the CPU, summed over the tokens
+        that count; and the numbers of these tokens, float64 [N].
     """
     weights = LossWeights(cross_entropy=1.0)
     modes = {name: model.training for name, model in models.items()}
     sums: dict[str, list[Tensor]] = {name: [] for name in models}
+    counts: list[Tensor] = []
     for model in models.values():
         model.eval()
     device = next(iter(models.values())).device
@@ -90,6 +143,7 @@ def score_sequences(
         for start in range(0, len(labels), dataset.sequence_length):
             sequence = slice(start, start + dataset.sequence_length)
             guide = None if reference_states is None else reference_states[sequence]
+            counts.append((labels[sequence] != IGNORED).sum())
             for name, model in models.items():
                 terms = linear_loss(
                     states[id(model)][sequence],
@@ -102,9 +156,7 @@ def score_sequences(
                 sums[name].append(torch.stack([terms.cross_entropy, terms.kl, terms.agreements]))
     for name, model in models.items():
         model.train(modes[name])
-    terms_of = ("loss", "kl", "top1_agreement")[: 1 if reference is None else 3]
-    means = {name: torch.stack(rows).double().cpu() / dataset.sequence_length for name, rows in sums.items()}
-    return {name: dict(zip(terms_of, rows.T.tolist(), strict=False)) for name, rows in means.items()}
+    return {name: torch.stack(rows).double().cpu() for name, rows in sums.items()}, torch.stack(counts).double().cpu()
 
 
 def validate_teacher(config: TrainingConfig, teacher: PreTrainedModel) -> dict[str, float]:

@@ -5,6 +5,9 @@ Run it: `python -m minitron.prepare --config prepare.yaml`.
 A document is tokenized as plain text and ends with one EOS; special tokens in it are text. It begins with a BOS if the
 tokenizer puts one before a text (see minitron/data/text.py). Sequences are cut from a stream of documents.
 
+A conversation is rendered by the tokenizer's chat template, and a mask says which tokens are the assistant's (see
+minitron/data/chat.py).
+
 Memory does not grow with the text, because only a few batches are held at a time. About 100 bytes per document are
 kept: the digest that identifies duplicates.
 """
@@ -21,12 +24,14 @@ from typing import Any
 from tqdm import tqdm
 
 from minitron.config.stages import PrepareConfig
+from minitron.data.chat import ChatReader
 from minitron.data.corpus import Corpus
 from minitron.data.corpus_files import sort_names
-from minitron.data.indexed import SPLITS, IndexedWriter
+from minitron.data.indexed import SPLITS, IndexedDataset, IndexedWriter
 from minitron.data.selection import Selection
-from minitron.data.text import configure_for_plain_text, find_document_start
+from minitron.data.text import DocumentTokenizer, Tokens, find_document_start
 from minitron.data.tokenizer import tokenizer_hash
+from minitron.errors import ConfigError
 from minitron.fast_imports import many_imports
 from minitron.models.checks import check_model
 from minitron.runtime import stage
@@ -35,7 +40,7 @@ from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
-from minitron.storage.layout import MANIFEST
+from minitron.storage.layout import MANIFEST, MASK
 from minitron.tracking.stage_run import Tracker
 
 Batch = list[tuple[str, str]]
@@ -44,17 +49,18 @@ Batch = list[tuple[str, str]]
 _BATCH_CHARACTERS = 1 << 19
 _BATCHES_AHEAD = 2
 _LOG_SECONDS = 10
+_COUNTED = "counted_tokens"
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
-    """Write a dataset to `config.output`: `.bin` and `.idx` of every split, and manifest.json.
+    """Write a dataset to `config.output`: `.bin` and `.idx` of every split, and manifest.json; with masks also `.mask`.
 
     Returns:
         The stage's record; its metrics have the counts of the manifest.
 
     Raises:
         ConfigError: there is no text, no text field or no tokenizer, a split gets no document, or the teacher does not
-            match its config.
+            match its config; of conversations, there is no chat template, or it does not fit them.
         RunError: a file is damaged.
     """
     return stage.run(config, work)
@@ -65,16 +71,24 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     teacher = Path(config.teacher)
     with many_imports():  # transformers
         tokenizer, tokenizer_sha256 = check_model(teacher), tokenizer_hash(teacher)
-    selection = Selection(_open_corpus(config), config)
+    chat = ChatReader(tokenizer, config.messages_field, teacher) if config.messages_field else None
+    selection = Selection(_open_corpus(config, chat), config)
     print(f"prepare: {config.corpus}: {selection.corpus.describe()}", flush=True)
     started = time.monotonic()
     tokens = write_dataset(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
     selection.check_splits()
     counts = selection.summarize_counts() | {"tokens": tokens}
+    if chat:
+        _check_conversations(config, chat)
+        counts[_COUNTED] = {split: IndexedDataset(directory / split).count_tokens_of_loss() for split in SPLITS}
     print(f"prepare: {_describe_counts(counts)}", flush=True)
+    hashes = {"sha256": ".bin", **({"mask_sha256": MASK} if chat else {})}
     manifest = counts | {
-        "sha256": {split: content_hash(directory / f"{split}.bin") for split in SPLITS},
+        **{
+            name: {split: content_hash(directory / f"{split}{file}") for split in SPLITS}
+            for name, file in hashes.items()
+        },
         **_identify_corpus(config.corpus),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": len(tokenizer),
@@ -89,11 +103,19 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     return {"metrics": _flatten_counts(counts) | files | {"tokens_per_second": round(speed)}}
 
 
-def _open_corpus(config: PrepareConfig) -> Corpus:
+def _check_conversations(config: PrepareConfig, chat: ChatReader) -> None:
+    if not chat.count:
+        raise ConfigError(
+            f"corpus {config.corpus}: no record has the field {config.messages_field!r}; set prepare.messages_field to "
+            "the field of the messages, or leave it out"
+        )
+
+
+def _open_corpus(config: PrepareConfig, chat: ChatReader | None) -> Corpus:
     if bucket.is_bucket(config.corpus):  # before any of it is fetched
         sort_names(config.corpus, bucket.pin_objects(config.corpus)[1])
     address = fetch_corpus(config.corpus, config)
-    return Corpus(address, config.text_field, config.document_separator, config.own_splits)
+    return Corpus(address, config.text_field, config.document_separator, config.own_splits, chat)
 
 
 def _describe_counts(counts: dict[str, Any]) -> str:
@@ -101,7 +123,9 @@ def _describe_counts(counts: dict[str, Any]) -> str:
     dropped = f"{counts['duplicates']} duplicates and {counts['empty']} empty documents dropped"
     overlaps = [f"{count} of {split}" for split, count in counts.get("overlaps", {}).items() if count]
     held_out = f"; {' and '.join(overlaps)} dropped, because held-out text has them" if overlaps else ""
-    return f"documents: {documents}; {dropped}{held_out}"
+    counted = [f"{count} of {counts['tokens'][name]} in {name}" for name, count in counts.get(_COUNTED, {}).items()]
+    masks = f"; tokens that count: {', '.join(counted)}" if counted else ""
+    return f"documents: {documents}; {dropped}{held_out}{masks}"
 
 
 def _describe_reading(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
@@ -110,6 +134,7 @@ def _describe_reading(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
     The manifest of a plain corpus must not change, because its hash is in the key of every model made from it.
     """
     entries = {
+        "messages_field": config.messages_field,
         "document_separator": config.document_separator,
         "own_splits": list(corpus.own_splits),
         "left_out": corpus.left_out,
@@ -120,15 +145,17 @@ def _describe_reading(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
 def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker) -> dict[str, int]:
     """Write every document, with its EOS, to the files of its split; return the tokens of each split."""
     tokens, started, logged = Counter(dict.fromkeys(SPLITS, 0)), time.monotonic(), time.monotonic()
+    corpus = selection.corpus
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(closing(IndexedWriter(directory / split, len(tokenizer)))) for split in SPLITS
+            split: stack.enter_context(closing(IndexedWriter(directory / split, len(tokenizer), bool(corpus.chat))))
+            for split in SPLITS
         }
-        corpus = selection.corpus
         bar = stack.enter_context(tqdm(total=corpus.size, desc="prepare", unit="B", unit_scale=True))
         for documents in _tokenize_batches(tokenizer, _batch_documents(selection)):
-            for split, ids in documents.items():
-                writers[split].add_documents(ids)
+            for split, written in documents.items():
+                ids = [document.ids for document in written]
+                writers[split].add_documents(ids, [document.mask for document in written])
                 tokens[split] += sum(map(len, ids))
             speed = tokens.total() / (time.monotonic() - started)
             bar.set_postfix_str(f"{tqdm.format_sizeof(speed)}tok/s", refresh=False)
@@ -140,28 +167,27 @@ def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker
     return dict(tokens)
 
 
-def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[list[int]]]]:
-    """Yield the token ids of every document by batch and split, while the next batches are read and tokenized.
+def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[Tokens]]]:
+    """Yield the tokens of every document by batch and split, while the next batches are read and tokenized.
 
     The tokenizer works without Python's lock and on all cores (TOKENIZERS_PARALLELISM), so reading, cleaning and
     writing cost time only if they are slower.
     """
-    backend, start, eos = configure_for_plain_text(tokenizer), find_document_start(tokenizer), tokenizer.eos_token_id
-    pending: deque[tuple[Batch, Future[Any]]] = deque()
+    documents = DocumentTokenizer(tokenizer)
+    pending: deque[tuple[Batch, Future[list[Tokens]]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
-            texts = [text for _, text in batch]
-            pending.append((batch, pool.submit(backend.encode_batch_fast, texts, add_special_tokens=False)))
+            pending.append((batch, pool.submit(documents.tokenize, [text for _, text in batch])))
             if len(pending) > _BATCHES_AHEAD:
-                yield _group_by_split(*pending.popleft(), start, eos)
+                yield _group_by_split(*pending.popleft())
         while pending:
-            yield _group_by_split(*pending.popleft(), start, eos)
+            yield _group_by_split(*pending.popleft())
 
 
-def _group_by_split(batch: Batch, encodings: "Future[Any]", start: list[int], eos: int) -> dict[str, list[list[int]]]:
-    documents: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
-    for (split, _), encoding in zip(batch, encodings.result(), strict=True):
-        documents[split].append([*start, *encoding.ids, eos])
+def _group_by_split(batch: Batch, tokenized: "Future[list[Tokens]]") -> dict[str, list[Tokens]]:
+    documents: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
+    for (split, _), tokens in zip(batch, tokenized.result(), strict=True):
+        documents[split].append(tokens)
     return documents
 
 

@@ -15,6 +15,9 @@ REFERENCE = "reference.json"
 MANIFEST = "manifest.json"
 """From prepare: the corpus, the tokenizer and the counts of a dataset."""
 
+MASK = ".mask"
+"""From prepare, the end of a name: which tokens of a split of conversations count in losses, a byte each."""
+
 PRUNING = "pruning.json"
 """From prune: sizes before and after, the method, the calibration, the indices that were kept, the fits."""
 

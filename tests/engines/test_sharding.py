@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.config.parse import parse
 from minitron.config.stages import DistillConfig, FinetuneConfig, TrainingConfig
+from minitron.data.indexed import IndexedDataset
 from minitron.engines.checkpoints import MARKER
 from minitron.engines.hf import loop
 from minitron.engines.hf.training import make_job
@@ -53,7 +54,17 @@ class Cases:
 
     def __init__(self, root: Path, dataset: Path, teacher: Path) -> None:
         self.root, self._dataset, self._teacher = root, dataset, teacher
+        self._masked = self._mask(dataset)
         self.untied, self.tied = (self._save_student(name, name == "tied") for name in ("untied", "tied"))
+
+    def _mask(self, dataset: Path) -> Path:
+        """Return a copy of the dataset in which runs of 40 tokens count or not, so that some sequences have none."""
+        directory = shutil.copytree(dataset, self.root / "masked")
+        for split in ("train", "validation"):
+            runs = torch.randint(2, (10_000,), generator=torch.Generator().manual_seed(0)).repeat_interleave(40)
+            tokens = len(IndexedDataset(directory / split).tokens)
+            (directory / f"{split}.mask").write_bytes(runs[:tokens].to(torch.uint8).numpy().tobytes())
+        return directory
 
     def _save_student(self, name: str, is_tied: bool) -> Path:
         torch.manual_seed(0)
@@ -67,7 +78,8 @@ class Cases:
         work.mkdir(parents=True)
         if start_from:
             shutil.copytree(self.root / "work" / start_from, work, dirs_exist_ok=True)
-        places = {"dataset": self._dataset, "output": self.root / "unused", "teacher": self._teacher}
+        dataset = self._masked if "masked" in name else self._dataset
+        places = {"dataset": dataset, "output": self.root / "unused", "teacher": self._teacher}
         if "untied" in name:
             distillation = DistillConfig(**places, student=self.untied, **DISTILLATION, **config)
             return make_job(distillation, self.untied, loop.Teacher(self._teacher), work)
@@ -101,9 +113,10 @@ class Cases:
 def cases(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """Each number of processes is started once: starting them takes longer than all they train."""
     cases = Cases(tmp_path_factory.mktemp("sharding"), dataset, teacher)
-    for name in ("untied", "tied"):
+    for name in ("untied", "tied", "untied, masked"):
         cases.train_here(cases.make(name))
     two = [
+        cases.make("untied, masked, on two", micro_batch_size=1),
         cases.make("untied on two", micro_batch_size=1),
         cases.make("tied on two, recomputed", gradient_checkpointing=True),
         cases.make("untied from one on two", start_from="untied"),
@@ -124,6 +137,7 @@ def cases(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
     ("name", "expected"),
     [
         ("untied on two", "untied"),
+        ("untied, masked, on two", "untied, masked"),
         ("tied on two, recomputed", "tied"),
         ("untied on four", "untied"),
         ("tied on four", "tied"),

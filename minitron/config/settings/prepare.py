@@ -12,6 +12,12 @@ class PrepareSettings(StageSettings):
     """Corpus → deduplicated, split, tokenized dataset."""
 
     text_field: str = Field("text", description="Field of a JSON or Parquet record that holds the text.")
+    messages_field: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Field of a JSON or Parquet record that holds a conversation, a list of {role, content}, such as "
+        "messages. The tokenizer's chat template renders it, and only the tokens of the assistant count in losses. A "
+        "record without it is text; none: all records are text. Needs engine hf.",
+    )
     document_separator: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="Text between two documents of a .txt file, such as a blank line; none: the file is one document, "

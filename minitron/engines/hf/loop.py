@@ -199,7 +199,7 @@ class _Training:
         sums[-1] = must_stop
         weights, batches = compute_loss_weights(config, step), list(self._read_batches(step))
         counts = [(batch["labels"] != IGNORED).sum() for batch in batches]
-        tokens = self._reduce(torch.stack(counts).sum().to(self._device))
+        tokens = self._reduce(torch.stack(counts).sum().to(self._device)).clamp(min=1)  # no token of a step may count
         for batch in batches:
             loss, terms = self._compute_loss({name: value.to(self._device) for name, value in batch.items()}, weights)
             loss = loss / tokens

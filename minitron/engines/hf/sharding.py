@@ -23,7 +23,7 @@ from minitron.engines.hf.device import autocast_on_gpu, get_compute_dtype, get_d
 from minitron.models.checkpoint import load_model
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.layers import NORM, LayerReader
-from minitron.models.scoring import average_scores, score_sequences
+from minitron.models.scoring import average_scores, share_among_sequences, sum_scores
 
 
 def count_processes() -> int:
@@ -92,14 +92,15 @@ def score_model(
     count, processes = min(sequences, len(dataset)), count_processes()
     share: Any = _Share(dataset, count, get_rank(), processes)
     with autocast_on_gpu():
-        scores = score_sequences({"model": model}, share, len(share), micro_batch_size, description=description)
+        sums, counts = sum_scores({"model": model}, share, len(share), micro_batch_size, description=description)
     release_head(model)
-    losses = torch.tensor(scores["model"]["loss"], dtype=torch.float64, device=get_device())
+    rows = torch.stack([sums["model"][:, 0], counts], dim=-1).to(get_device())  # loss and tokens of every sequence
     if processes > 1:
-        shares = [torch.empty_like(losses) for _ in range(processes)]
-        dist.all_gather(shares, losses)
-        losses = torch.stack(shares, dim=1).flatten()[:count]
-    return average_scores({"loss": losses.tolist()})
+        shares = [torch.empty_like(rows) for _ in range(processes)]
+        dist.all_gather(shares, rows)
+        rows = torch.stack(shares, dim=1).flatten(0, 1)[:count]
+    losses = share_among_sequences(rows[:, :1], rows[:, 1])
+    return average_scores({"loss": losses.flatten().tolist()})
 
 
 class _Share(Dataset):

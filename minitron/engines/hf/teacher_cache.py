@@ -238,7 +238,7 @@ def _describe_batch(
     for place, item, hidden in zip(places, items, states, strict=True):
         # one stream of random numbers per sequence: shards and micro-batches do not matter
         shifts = torch.rand(len(hidden), generator=torch.Generator().manual_seed(config.seed + place)).to(hidden.device)
-        labels = item["labels"].to(hidden.device)
+        labels = item["labels"].clamp(min=0).to(hidden.device)  # of a token that counts in no loss any will do
         chunks = [
             _describe_chunk(hidden[chunk] @ head.T, labels[chunk], shifts[chunk], config)
             for chunk in (slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK))

@@ -11,6 +11,7 @@ from minitron.config.settings import TrainingSettings
 from minitron.config.shapes import PruneSettings
 from minitron.config.stages import TrainingConfig
 from minitron.errors import ConfigError
+from minitron.storage.layout import MASK
 
 WIDTH_MULTIPLE = 64
 """Model-Optimizer cuts hidden and intermediate sizes to multiples of this."""
@@ -56,6 +57,18 @@ def check_installed() -> None:
         raise ConfigError(
             f"engine nemo: needs nemo_toolkit 2, found {version}; run it in the package's image, which also finds "
             "its finished results, or use engine hf"
+        )
+
+
+def check_unmasked(dataset: Path) -> None:
+    """Refuse a dataset of conversations: NeMo would train on the prompts, too.
+
+    Raises:
+        ConfigError: the dataset has masks.
+    """
+    if (dataset / "train").with_suffix(MASK).exists():
+        raise ConfigError(
+            f"engine nemo: {dataset} has masks of conversations, which it does not support; use engine hf"
         )
 
 

@@ -24,6 +24,7 @@ from minitron.engines.nemo.checks import (
     check_installed,
     check_parallelism,
     check_sizes,
+    check_unmasked,
 )
 from minitron.engines.progress import Progress, follow_training, measure_cost
 from minitron.errors import RunError
@@ -53,9 +54,11 @@ def train(
     Arguments and result: see `engines.Engine.train`.
 
     Raises:
-        ConfigError: NeMo is not installed, or a parallel size does not divide the size that it splits.
+        ConfigError: NeMo is not installed, a parallel size does not divide the size that it splits, or the dataset has
+            masks.
         RunError: a worker failed.
     """
+    check_unmasked(config.dataset)
     check_installed()
     models = [initial] if teacher is None else [initial, teacher]
     for model in models:
@@ -95,9 +98,10 @@ def prune(config: PruneConfig, shape: Shape, given: Given, directory: Path) -> C
     takes only `config.drop_layers`.
 
     Raises:
-        ConfigError: NeMo is not installed, or Model-Optimizer cannot cut to a size.
+        ConfigError: NeMo is not installed, Model-Optimizer cannot cut to a size, or the dataset has masks.
         RunError: the worker failed, or the scores are not finite.
     """
+    check_unmasked(config.dataset)
     check_installed()
     check_convertible(check_architecture(config.teacher), config.teacher)
     teacher_config = read_config(config.teacher)
