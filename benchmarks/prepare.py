@@ -56,7 +56,7 @@ def _make_prepare_run(config: PrepareConfig) -> Callable[[], int]:
     tracker = Tracker({"stage": "prepare", "key": "key", "inputs": {}})
 
     def run_once() -> int:
-        selection = Selection(Corpus(config.corpus, config.text_field), config)
+        selection = Selection([Corpus(config.corpus, config.text_field)], config)
         with tempfile.TemporaryDirectory() as directory:
             tokens = write_dataset(selection, tokenizer, Path(directory), tracker)
         return sum(tokens.values()) - sum(map(len, selection.digests.values()))
@@ -67,7 +67,7 @@ def _make_prepare_run(config: PrepareConfig) -> Callable[[], int]:
 def _make_tokenizer_run(config: PrepareConfig, method: str) -> Callable[[], int]:
     """Return a function that tokenizes the documents that prepare keeps, and returns the number of tokens."""
     encode = getattr(load_tokenizer(Path(config.teacher)).backend_tokenizer, method)
-    texts = [text for _, text in Selection(Corpus(config.corpus, config.text_field), config)]
+    texts = [text for _, text in Selection([Corpus(config.corpus, config.text_field)], config)]
     return lambda: sum(map(len, encode(texts, add_special_tokens=False)))
 
 

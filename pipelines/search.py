@@ -94,8 +94,8 @@ def search(
         tracking_uri: MLflow server for the metrics and the model: http(s)://HOST.
         teacher: Model to compress: a directory that every task can read, hf://org/name, gs://bucket/path,
             models:/NAME@alias or ngc://org/team/model:version. Empty: the preset's.
-        corpus: Text: a file or directory that every task can read, gs://bucket/path or hf://dataset.
-            Empty: the preset's.
+        corpus: Text: a file or directory that every task can read, gs://bucket/path or hf://dataset, or a
+            JSON list of several: [{"address": …, "weight": …}, …]. Empty: the preset's.
         model_name: Registered model that gets the new version. Empty: the preset's.
         champion: Model in production to compare with: models:/NAME@champion. Empty: the preset's, or none.
         preset: Shipped preset, such as llama-3.1-minitron-4b-width. Empty: all defaults.

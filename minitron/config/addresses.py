@@ -8,6 +8,7 @@ from typing import NamedTuple
 from minitron.config.document import Plan
 from minitron.config.fields import HUB_DATASET, INPUT, Fault, format_address
 from minitron.config.parse import find_marked_fields
+from minitron.config.settings import list_parts
 from minitron.config.stages import SETTINGS
 
 _MODELS = {
@@ -44,7 +45,10 @@ class Address(NamedTuple):
 
 def list_addresses(plan: Plan) -> dict[str, Address]:
     """Return the addresses that the user of a plan gives, by their keys."""
-    addresses = {"teacher": Address(plan.pipeline.teacher, False), "corpus": Address(plan.pipeline.corpus, True)}
+    addresses = {"teacher": Address(plan.pipeline.teacher, False)}
+    parts = list_parts(plan.pipeline.corpus)
+    for number, part in enumerate(parts):
+        addresses[f"corpus.{number}.address" if len(parts) > 1 else "corpus"] = Address(part.address, True)
     for stage, model in SETTINGS.items():
         for name in find_marked_fields(model, INPUT):
             if (value := getattr(plan.stages[stage], name)) is not None:

@@ -24,6 +24,7 @@ from minitron.config.parse import (
 )
 from minitron.config.settings import (
     RESOURCES,
+    CorpusText,
     EngineSettings,
     EvaluateSettings,
     PrepareSettings,
@@ -54,10 +55,7 @@ class PipelineSettings(Settings):
         description="Model to compress: a directory that every task can read (Hugging Face's or NeMo 2's), "
         "hf://org/name, gs://bucket/path, models:/NAME@alias or ngc://org/team/model:version."
     )
-    corpus: str = Field(
-        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of these, "
-        "gs://bucket/path of either, or hf://dataset[/config]."
-    )
+    corpus: CorpusText
     sequence_length: PositiveInt = _copy_field(SequenceSettings, "sequence_length")
     seed: int = _copy_field(StageSettings, "seed")
     engine: Engine = _copy_field(EngineSettings, "engine")

@@ -1,5 +1,6 @@
 """Compiled pipelines, and the arguments of a run, checked before it starts."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,9 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 
 SETTINGS_PARAMETER = "settings"
 """The parameter of a pipeline that takes a settings document."""
+
+CORPUS_PARAMETER = "corpus"
+"""The parameter of a pipeline that takes an address, or a list of corpora in JSON."""
 
 STOP_PARAMETER = "stop_after_race"
 """The parameter that only the pipeline search has; its document needs a budget."""
@@ -393,6 +397,8 @@ def _convert_value(name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     try:
         if isinstance(value, bool):
             read_scalar(bool if entry["parameterType"] == "BOOLEAN" else None, value)
+        if name == CORPUS_PARAMETER and isinstance(value, list):  # its parts are checked with the settings
+            value = json.dumps(value)
         return _KINDS[entry["parameterType"]].validate_python(value)
     except ValidationError as error:
         raise SectionError([Fault(name, f"{error.errors()[0]['msg']} (found {value!r})")]) from None

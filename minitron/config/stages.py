@@ -16,6 +16,7 @@ from minitron.config.fields import (
     RegisteredName,
 )
 from minitron.config.settings import (
+    CorpusText,
     DistillSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -49,11 +50,7 @@ class StageConfig(StageSettings):
 class PrepareConfig(PrepareSettings, StageConfig):
     """Corpus → deduplicated, split, tokenized dataset."""
 
-    corpus: Annotated[str, INPUT, HUB_DATASET] = Field(
-        min_length=1,
-        description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of these, "
-        "gs://bucket/path of either, or hf://dataset[/config].",
-    )
+    corpus: Annotated[CorpusText, INPUT, HUB_DATASET]
     teacher: ModelAddress = Field(description="Model whose tokenizer is used; give the same address as for finetune.")
 
 

@@ -16,7 +16,7 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -46,6 +46,7 @@ class Corpus:
     """Iterate over the documents of a corpus, unchanged.
 
     Attributes:
+        address: its address.
         size: bytes of all files; None for a dataset on a hub.
         files: number of files; None for a dataset on a hub.
         left_out: names that are not read, each with the reason.
@@ -74,7 +75,7 @@ class Corpus:
             ConfigError: the address does not exist, or a file can be neither read nor left out.
             RunError: the hub cannot be reached.
         """
-        self._address, self._field, self._separator, self.chat = address, text_field, separator, chat
+        self.address, self._field, self._separator, self.chat = address, text_field, separator, chat
         dataset = resolve_hub_dataset(address)
         listed = None if dataset else list_corpus_files(address)
         self._hub_splits = _load_hub_splits(address, dataset) if dataset else {}
@@ -106,8 +107,11 @@ class Corpus:
         """Yield the documents of `read_documents`, without their splits."""
         return (text for _, text in self.read_documents())
 
-    def read_documents(self) -> Iterator[tuple[str | None, str]]:
+    def read_documents(self, splits: Collection[str | None] = (*SPLITS, None)) -> Iterator[tuple[str | None, str]]:
         """Yield every document's split, if it is the corpus's own, and its text, in the order of the file names.
+
+        Args:
+            splits: the splits to read; None: documents without a split of their own.
 
         Raises:
             ConfigError: a record has no text field, or no .txt file has the separator.
@@ -115,7 +119,7 @@ class Corpus:
         """
         document: list[str] = []
         previous = None
-        for split, begins, piece in self._read_pieces():
+        for split, begins, piece in self._read_pieces(splits):
             if document and (begins or split != previous):
                 yield previous, _join_pieces(document)
                 document = []
@@ -125,9 +129,11 @@ class Corpus:
         if document:
             yield previous, _join_pieces(document)
 
-    def _read_pieces(self) -> Iterator[tuple[str | None, bool, str]]:
+    def _read_pieces(self, splits: Collection[str | None]) -> Iterator[tuple[str | None, bool, str]]:
         """Yield pieces of text, each with its split and whether it begins a document."""
         for source, split in self._sources:
+            if split not in splits:
+                continue
             is_text = isinstance(source, Path) and file_kind(source.name) == ".txt"
             records = self._file_records(source) if isinstance(source, Path) else self._hub_records(source)
             head, is_wikitext = _look_ahead(records) if not (is_text and self._separator) else ([], False)
@@ -142,9 +148,9 @@ class Corpus:
             if isinstance(source, Path):
                 self._position_in_file = lambda: 0
                 self._done += source.stat().st_size
-        if self._separated == {False}:
+        if self._separated == {False} and self._sources[-1][1] in splits:  # all were read
             raise ConfigError(
-                f"{self._address}: no .txt file contains document_separator {self._separator!r}; correct it, or leave "
+                f"{self.address}: no .txt file contains document_separator {self._separator!r}; correct it, or leave "
                 "it out so that each file is one document"
             )
 
@@ -162,9 +168,9 @@ class Corpus:
             ) from error
 
     def _hub_records(self, split: str) -> Iterator[str]:
-        with _hub_errors(self._address):
+        with _hub_errors(self.address):
             for number, record in enumerate(self._hub_splits[split], 1):
-                text = self._get_text(record, f"{self._address}: {split}: record {number}")
+                text = self._get_text(record, f"{self.address}: {split}: record {number}")
                 self._done += len(text)
                 yield text
 

@@ -49,18 +49,24 @@ class IndexedWriter:
             self._mask.close()
         lengths = np.array(self._lengths, np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
-        with self._prefix.with_suffix(".idx").open("wb") as idx:
-            idx.write(_MAGIC)
-            idx.write(_HEADER.pack(1, self._code, len(lengths), len(lengths) + 1))
-            idx.write(lengths.astype(np.int32).tobytes())
-            idx.write((starts * _DTYPES[self._code].itemsize).astype(np.int64).tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        write_index(self._prefix, self._code, lengths, starts)
+
+
+def write_index(prefix: Path, code: int, lengths: np.ndarray, starts: np.ndarray) -> None:
+    """Write `<prefix>.idx`: the documents' lengths [D] and starts [D] in tokens; several may start at the same one."""
+    with prefix.with_suffix(".idx").open("wb") as idx:
+        idx.write(_MAGIC)
+        idx.write(_HEADER.pack(1, code, len(lengths), len(lengths) + 1))
+        idx.write(lengths.astype(np.int32).tobytes())
+        idx.write((starts * _DTYPES[code].itemsize).astype(np.int64).tobytes())
+        idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
 
 class IndexedDataset:
     """Read a split: `lengths` [D] and `starts` [D] in tokens, `tokens` [T] and `mask` [T] memory-mapped.
 
-    `mask` is None if the split has none: then all tokens count.
+    `mask` is None if the split has none: then all tokens count. The index of a mixture of corpora may list a document
+    several times, or not at all.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -77,15 +83,15 @@ class IndexedDataset:
         offset = len(_MAGIC) + _HEADER.size
         if not idx.startswith(_MAGIC) or len(idx) < offset:
             raise RunError(f"{idx_path}: not a Megatron index; run prepare again")
-        _, code, count, _ = _HEADER.unpack_from(idx, len(_MAGIC))
-        if code not in _DTYPES or len(idx) != offset + 4 * count + 8 * count + 8 * (count + 1):
+        _, self.code, count, _ = _HEADER.unpack_from(idx, len(_MAGIC))
+        if self.code not in _DTYPES or len(idx) != offset + 4 * count + 8 * count + 8 * (count + 1):
             raise RunError(f"{idx_path}: {len(idx)} bytes do not hold {count} documents; run prepare again")
         self.lengths = np.frombuffer(idx, np.int32, count, offset).astype(np.int64)
-        dtype: Any = _DTYPES[code]
-        expected, actual = int(self.lengths.sum()) * dtype.itemsize, bin_path.stat().st_size
-        if actual != expected:
+        dtype: Any = _DTYPES[self.code]
+        self.starts = np.frombuffer(idx, np.int64, count, offset + 4 * count) // dtype.itemsize
+        expected = int((self.starts + self.lengths).max(initial=0)) * dtype.itemsize
+        if (actual := bin_path.stat().st_size) < expected:
             raise RunError(f"{bin_path}: damaged: {actual} bytes, but its index lists {expected}; run prepare again")
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) if count else self.lengths
         self.tokens: Any = np.memmap(bin_path, dtype=dtype, mode="r") if actual else np.empty(0, dtype)
         self.mask = _read_mask(prefix.with_suffix(MASK), len(self.tokens))
 

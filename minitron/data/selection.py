@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
+from minitron.config.settings import list_parts
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS
+from minitron.data.mixture import Corpora
 from minitron.data.text import Conversation, normalize_text
 from minitron.errors import ConfigError, RunError
 
 
 class Selection:
-    """Iterate over the distinct, normalized documents of a corpus, each with its split.
+    """Iterate over the distinct, normalized documents of one corpus or several, each with its split.
 
     The text of a conversation is the rendered one, of normalized messages.
 
     Attributes:
+        corpus: the corpora.
+        documents: per corpus and split, number of documents.
         digests: per split, the digests of its documents.
         empty: number of documents dropped because they have no text, or are conversations without answers.
         duplicates: number of documents dropped because an earlier one in their split has the same text.
@@ -27,30 +31,32 @@ class Selection:
         bytes: per split, their bytes in UTF-8.
     """
 
-    def __init__(self, corpus: Corpus, config: PrepareConfig) -> None:
-        """Select from a corpus; the configuration gives the shares of the splits and the seed."""
-        self.corpus, self._config = corpus, config
+    def __init__(self, corpora: list[Corpus], config: PrepareConfig) -> None:
+        """Select from corpora; the configuration gives the shares of the splits and the seed."""
+        self.corpus, self._config = Corpora(corpora), config
+        self.documents = [dict.fromkeys(SPLITS, 0) for _ in corpora]
         self.digests: dict[str, set[bytes]] = {split: set() for split in SPLITS}
         self.empty = self.duplicates = 0
         self.overlaps = Counter(dict.fromkeys(SPLITS, 0))
         self.characters, self.bytes = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Yield split and text of every document, in the order of the corpus."""
-        own_splits = self.corpus.own_splits
-        for own, raw in self.corpus.read_documents():
+        """Yield split and text of every document, in the order of the corpora."""
+        for number, own, raw in self.corpus.read_documents():
             text = raw if isinstance(raw, Conversation) else normalize_text(raw)
             if not text:
                 self.empty += 1
                 continue
             content = text.encode()
             digest = hashlib.blake2b(content, digest_size=16).digest()
+            own_splits = self.corpus.parts[number].own_splits
             split = own if own in ("validation", "test") else assign_split(digest, self._config, own_splits)
             if seen := [name for name, digests in self.digests.items() if digest in digests]:
                 self.duplicates += seen == [split]
                 self.overlaps[split] += seen != [split]
                 continue
             self.digests[split].add(digest)
+            self.documents[number][split] += 1
             self.characters[split] += len(text)
             self.bytes[split] += len(content)
             yield split, text
@@ -77,9 +83,16 @@ class Selection:
         for left, right in combinations(SPLITS, 2):
             if common := len(self.digests[left] & self.digests[right]):
                 raise RunError(f"{common} documents are both in {left} and in {right}; nothing was written; report it")
-        corpus, total = self._config.corpus, sum(map(len, self.digests.values()))
+        corpus = " and ".join(part.address for part in list_parts(self._config.corpus))
+        total = sum(map(len, self.digests.values()))
         if not total:
             raise ConfigError(f"corpus {corpus}: no text ({self.empty} empty documents); give a corpus with text")
+        for part, documents in zip(list_parts(self._config.corpus), self.documents, strict=True):
+            if len(self.documents) > 1 and not documents["train"]:
+                raise ConfigError(
+                    f"corpus {part.address}: nothing to train on, because its documents are empty, held out, or in a "
+                    "corpus before it; leave it out of the list, or give it other text"
+                )
         for split in SPLITS:
             share = 1.0 if split in self.corpus.own_splits else getattr(self._config, f"{split}_fraction", 1.0)
             if share and not self.digests[split]:

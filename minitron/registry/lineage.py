@@ -16,7 +16,7 @@ from minitron.config.stages import STAGES, EvaluateConfig
 from minitron.data.manifest import read_manifest
 from minitron.errors import ConfigError, RunError
 from minitron.registry import versions
-from minitron.storage.layout import MANIFEST, read_record
+from minitron.storage.layout import MANIFEST, MIXTURE, read_record
 from minitron.tracking.client import connect, fail_fast, find_active_run, one_line_errors, read_artifact
 
 if TYPE_CHECKING:
@@ -78,9 +78,18 @@ def read_model_license(model: Path) -> dict[str, str]:
     }
 
 
-def read_given(origin: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def read_given(origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the corpus and the teacher of a lineage, as prepare's record has them; empty without that record."""
     return origin.get("stages", {}).get("prepare", {}).get("inputs", {})
+
+
+def read_corpora(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entry of each corpus of a lineage in prepare's record; of several also their use in an epoch."""
+    if not (corpus := read_given(origin).get("corpus")):
+        return []
+    parts = corpus.get("parts", [corpus])
+    uses = origin["stages"]["prepare"].get(MIXTURE, [{} for _ in parts])
+    return [part | use for part, use in zip(parts, uses, strict=True)]
 
 
 def format_license(license: dict[str, str]) -> str:

@@ -93,7 +93,11 @@ def _merge_settings(lineage: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
                     f"{lineage['version']}: {name} is {shared[name]} in one stage and {value} in {stage}, but pipeline "
                     f"{PIPELINE} has one for all; run the stages by hand with the settings that minitron lineage shows"
                 )
-        expected = {name: entry["sha256"] for name, entry in record["inputs"].items() if "pinned" not in entry}
+        expected = {
+            name: entry["sha256"]
+            for name, entry in record["inputs"].items()
+            if "pinned" not in entry or "parts" in entry
+        }
         given = [name for name in expected if f"{stage}.{name}" in known or name in _HELD.get(stage, ())]
         if given:
             sections.setdefault(stage, {})["expected_sha256"] = {name: expected[name] for name in given}

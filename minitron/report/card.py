@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from minitron.config.metrics import FORMS, SPEED, TASK_METRICS, parse_number
+from minitron.config.metrics import FORMS, SPEED, TASK_METRICS, format_share, parse_number
 from minitron.config.stages import RegisterConfig
 from minitron.registry import gates, lineage
 from minitron.registry.versions import CARD_BEGINS
@@ -62,7 +62,9 @@ def describe_student(verdict: str, evaluation: dict[str, Any], origin: dict[str,
                 table.append([row["label"] + note, *(cell["text"] for cell in row["cells"])])
         parts.append("\n".join(f"| {' | '.join(map(_escape_cell, row))} |" for row in table))
     parts.append("\n".join(f"- {gates.describe_gate(gate)}" for gate in evaluation.get("gates") or []))
-    parts += [f"{name.capitalize()}: `{entry['address']}`" for name, entry in lineage.read_given(origin).items()]
+    for name, entry in lineage.read_given(origin).items():
+        addresses = [f"`{part['address']}`" for part in entry.get("parts", [entry])]
+        parts.append(f"{name.capitalize()}: {', '.join(addresses)}")
     return "\n\n".join(filter(None, parts))[:_DESCRIPTION_LENGTH]
 
 
@@ -72,8 +74,8 @@ def _build_front_matter(name: str, evaluation: dict[str, Any], origin: dict[str,
     front: dict[str, Any] = dict(origin["licences"]["teacher"])
     if base := _find_hub_name(inputs.get("teacher")):
         front["base_model"] = base
-    if corpus := _find_hub_name(inputs.get("corpus")):
-        front["datasets"] = [corpus]
+    if datasets := list(filter(None, map(_find_hub_name, lineage.read_corpora(origin)))):
+        front["datasets"] = datasets
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _TAGS}
     return front | {"model-index": [{"name": name, "results": _list_results(evaluation)}]}
 
@@ -109,12 +111,21 @@ def _build_content(config: RegisterConfig, evaluation: dict[str, Any], origin: d
         "rows": tables.build_model_rows(evaluation),
         "gates": [gates.render_gate(gate) for gate in evaluation.get("gates") or []],
         "stages": origin["stages"],
-        "inputs": lineage.read_given(origin),
+        "inputs": _list_inputs(origin),
         "license": lineage.format_license(origin["licences"]["teacher"]),
         "licenses": origin["licences"],
         "unknown": lineage.UNKNOWN,
         "tokens": {stage: lineage.count_tokens(record) for stage, record in origin["stages"].items()},
     }
+
+
+def _list_inputs(origin: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the teacher and the corpora, each with its label and its entry in prepare's record."""
+    inputs = [("Teacher", entry) for name, entry in lineage.read_given(origin).items() if name == "teacher"]
+    for number, entry in enumerate(lineage.read_corpora(origin), 1):
+        label = f"Corpus {number}, {format_share(entry['share'])} of the tokens" if "share" in entry else "Corpus"
+        inputs.append((label, entry))
+    return inputs
 
 
 def _find_hub_name(entry: dict[str, str] | None) -> str | None:

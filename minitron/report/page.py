@@ -100,6 +100,7 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
             "teacher": lineage.format_license(origin["licences"]["teacher"]),
             "corpus": origin["licences"]["data"],
         },
+        "corpora": lineage.read_corpora(origin),
         "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may have a password
         "glossary": _GLOSSARY,
         "version": __version__,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from minitron.config.addresses import Address, find_scheme_faults
 from minitron.config.fields import HUB_DATASET, INPUT, Fault, format_address
 from minitron.config.parse import SectionError, find_marked_fields
+from minitron.config.settings import CorpusPart, format_parts, identify_parts, list_parts
 from minitron.config.stages import StageConfig
 from minitron.errors import ConfigError
 from minitron.runtime import model_sources
@@ -25,6 +26,7 @@ class Input:
 
     `path` is None for text in a bucket or on a hub: the stage streams or fetches it. `pinned` is the fixed address
     behind an alias or a branch. `snapshot` identifies the content of a model in a bucket: an address and a digest.
+    `parts` are the inputs that several corpora are; their address is the text of the setting.
     """
 
     address: str
@@ -32,12 +34,15 @@ class Input:
     path: Callable[[], Path] | None
     pinned: str | None = None
     snapshot: str | None = None
+    parts: tuple["Input", ...] = ()
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Return the input's entry in stage.json."""
         fixed = {"pinned": None if self.pinned == self.address else self.pinned, "snapshot": self.snapshot}
-        address = self.address if ":/" in self.address else str(Path(self.address).absolute())
-        return {"address": address, "sha256": self.sha256} | {name: text for name, text in fixed.items() if text}
+        entry = {"address": self.address, "sha256": self.sha256} | {name: text for name, text in fixed.items() if text}
+        if self.parts:
+            return entry | {"parts": [part.record() for part in self.parts]}
+        return entry if ":/" in self.address else entry | {"address": str(Path(self.address).absolute())}
 
 
 def find_inputs(config: StageConfig, *names: str) -> dict[str, Input]:
@@ -77,11 +82,30 @@ def with_local_paths(config: Config, inputs: dict[str, Input]) -> Config:
     paths = {name: entry.path() for name, entry in inputs.items() if entry.path}
     types = {name: type(getattr(config, name)) for name in paths}  # a model's address is a str
     values: dict[str, Any] = {name: str(path) if types[name] is str else path for name, path in paths.items()}
+    for name, entry in inputs.items():
+        if entry.parts:
+            addresses = [str(part.path()) if part.path else part.address for part in entry.parts]
+            values[name] = format_parts(list_parts(entry.address), addresses)
     return config.model_copy(update=values)
 
 
 def _find_input(config: StageConfig, name: str) -> Input:
     address = format_address(getattr(config, name))
+    is_text = name in find_marked_fields(type(config), HUB_DATASET)
+    parts = list_parts(address) if is_text else []
+    return _find_mixture(config, name, parts) if len(parts) > 1 else _find_address(config, name, address)
+
+
+def _find_mixture(config: StageConfig, name: str, parts: list[CorpusPart]) -> Input:
+    """Identify several corpora: by the identity and the share of each, in their order."""
+    found = tuple(_find_address(config, name, part.address) for part in parts)
+    entries = [entry.record() for entry in found]
+    address = format_parts(parts, [entry["address"] for entry in entries])
+    pinned = format_parts(parts, [entry.get("pinned", entry["address"]) for entry in entries])
+    return Input(address, identify_parts(parts, [entry.sha256 for entry in found]), None, pinned, parts=found)
+
+
+def _find_address(config: StageConfig, name: str, address: str) -> Input:
     if name in find_marked_fields(type(config), HUB_DATASET):
         if dataset := resolve_hub_dataset(address):
             return Input(address, dataset.identity, None, dataset.pinned)

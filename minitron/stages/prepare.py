@@ -23,11 +23,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minitron.config.settings import compute_shares, identify_parts, list_parts
 from minitron.config.stages import PrepareConfig
 from minitron.data.chat import ChatReader
 from minitron.data.corpus import Corpus
 from minitron.data.corpus_files import sort_names
 from minitron.data.indexed import SPLITS, IndexedDataset, IndexedWriter
+from minitron.data.mixture import mix_corpora
 from minitron.data.selection import Selection
 from minitron.data.text import DocumentTokenizer, Tokens, find_document_start
 from minitron.data.tokenizer import tokenizer_hash
@@ -40,7 +42,7 @@ from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage import bucket
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
-from minitron.storage.layout import MANIFEST, MASK
+from minitron.storage.layout import MANIFEST, MASK, MIXTURE
 from minitron.tracking.stage_run import Tracker
 
 Batch = list[tuple[str, str]]
@@ -50,6 +52,8 @@ _BATCH_CHARACTERS = 1 << 19
 _BATCHES_AHEAD = 2
 _LOG_SECONDS = 10
 _COUNTED = "counted_tokens"
+_READING = ("messages_field", "document_separator")
+_METRICS = ("share", "passes")
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
@@ -72,8 +76,10 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     with many_imports():  # transformers
         tokenizer, tokenizer_sha256 = check_model(teacher), tokenizer_hash(teacher)
     chat = ChatReader(tokenizer, config.messages_field, teacher) if config.messages_field else None
-    selection = Selection(_open_corpus(config, chat), config)
-    print(f"prepare: {config.corpus}: {selection.corpus.describe()}", flush=True)
+    parts = list_parts(config.corpus)
+    selection = Selection(_open_corpora(config, chat), config)
+    for part, corpus in zip(parts, selection.corpus.parts, strict=True):
+        print(f"prepare: {part.address}: {corpus.describe()}", flush=True)
     started = time.monotonic()
     tokens = write_dataset(selection, tokenizer, directory, tracker)
     speed = sum(tokens.values()) / (time.monotonic() - started)
@@ -84,23 +90,28 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
         counts[_COUNTED] = {split: IndexedDataset(directory / split).count_tokens_of_loss() for split in SPLITS}
     print(f"prepare: {_describe_counts(counts)}", flush=True)
     hashes = {"sha256": ".bin", **({"mask_sha256": MASK} if chat else {})}
+    # The manifest of a plain corpus must not change, because its hash is in the key of every model made from it.
     manifest = counts | {
         **{
             name: {split: content_hash(directory / f"{split}{file}") for split in SPLITS}
             for name, file in hashes.items()
         },
-        **_identify_corpus(config.corpus),
+        **(_identify_corpus(parts[0].address) if len(parts) == 1 else _mix_corpora(config, selection, directory)),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         **({"bos_token_id": tokenizer.bos_token_id} if find_document_start(tokenizer) else {}),
         "licence": config.licence,
         "seed": config.seed,
-        **_describe_reading(config, selection.corpus),
+        **{name: value for name in _READING if (value := getattr(config, name))},
+        **(_describe_reading(selection.corpus.parts[0]) if len(parts) == 1 else {}),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     files = {} if selection.corpus.files is None else {"files": selection.corpus.files}
-    return {"metrics": _flatten_counts(counts) | files | {"tokens_per_second": round(speed)}}
+    metrics = _flatten_counts(counts) | files | {"tokens_per_second": round(speed)}
+    if MIXTURE not in manifest:
+        return {"metrics": metrics}
+    return {"metrics": metrics | _flatten_mixture(manifest[MIXTURE]), MIXTURE: manifest[MIXTURE]}
 
 
 def _check_conversations(config: PrepareConfig, chat: ChatReader) -> None:
@@ -111,11 +122,26 @@ def _check_conversations(config: PrepareConfig, chat: ChatReader) -> None:
         )
 
 
-def _open_corpus(config: PrepareConfig, chat: ChatReader | None) -> Corpus:
-    if bucket.is_bucket(config.corpus):  # before any of it is fetched
-        sort_names(config.corpus, bucket.pin_objects(config.corpus)[1])
-    address = fetch_corpus(config.corpus, config)
-    return Corpus(address, config.text_field, config.document_separator, config.own_splits, chat)
+def _open_corpora(config: PrepareConfig, chat: ChatReader | None) -> list[Corpus]:
+    addresses = [part.address for part in list_parts(config.corpus)]
+    for address in filter(bucket.is_bucket, addresses):  # before any of it is fetched
+        sort_names(address, bucket.pin_objects(address)[1])
+    reading = (config.text_field, config.document_separator, config.own_splits, chat)
+    return [Corpus(fetch_corpus(address, config), *reading) for address in addresses]
+
+
+def _mix_corpora(config: PrepareConfig, selection: Selection, directory: Path) -> dict[str, Any]:
+    """Mix several corpora by their weights; return the manifest's entries about them, each with its own identity."""
+    parts = list_parts(config.corpus)
+    shares = compute_shares(parts)
+    uses = mix_corpora(directory / "train", [counts["train"] for counts in selection.documents], shares, config.seed)
+    mixture = []
+    for number, (part, use) in enumerate(zip(parts, uses, strict=True)):
+        print(f"prepare: {part.address}: {use.describe()}", flush=True)
+        entry = _identify_corpus(part.address) | _describe_reading(selection.corpus.parts[number])
+        entry |= {"documents": selection.documents[number], "share_asked": round(shares[number], 4)}
+        mixture.append(entry | use._asdict())
+    return {"corpus_sha256": identify_parts(parts, [entry["corpus_sha256"] for entry in mixture]), MIXTURE: mixture}
 
 
 def _describe_counts(counts: dict[str, Any]) -> str:
@@ -128,17 +154,9 @@ def _describe_counts(counts: dict[str, Any]) -> str:
     return f"documents: {documents}; {dropped}{held_out}{masks}"
 
 
-def _describe_reading(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
-    """Return the manifest's entries about reading, if the corpus is not a plain one.
-
-    The manifest of a plain corpus must not change, because its hash is in the key of every model made from it.
-    """
-    entries = {
-        "messages_field": config.messages_field,
-        "document_separator": config.document_separator,
-        "own_splits": list(corpus.own_splits),
-        "left_out": corpus.left_out,
-    }
+def _describe_reading(corpus: Corpus) -> dict[str, Any]:
+    """Return the manifest's entries about a corpus that is not a plain one."""
+    entries = {"own_splits": list(corpus.own_splits), "left_out": corpus.left_out}
     return {name: value for name, value in entries.items() if value}
 
 
@@ -219,6 +237,12 @@ def _flatten_counts(counts: dict[str, Any]) -> dict[str, int]:
     for name, value in counts.items():
         flat |= {f"{split}_{name}": n for split, n in value.items()} if isinstance(value, dict) else {name: value}
     return flat | {"documents": sum(counts["documents"].values())}
+
+
+def _flatten_mixture(mixture: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the tokens of an epoch, and each corpus's share of them and passes, as flat entries."""
+    entries = [(f"corpus_{number}_{name}", entry[name]) for number, entry in enumerate(mixture, 1) for name in _METRICS]
+    return {"epoch_tokens": sum(entry["tokens"] for entry in mixture), **dict(entries)}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ MANIFEST = "manifest.json"
 MASK = ".mask"
 """From prepare, the end of a name: which tokens of a split of conversations count in losses, a byte each."""
 
+MIXTURE = "corpora"
+"""Entry of a manifest and of prepare's record, if there are several corpora: identity, documents and use of each."""
+
 PRUNING = "pruning.json"
 """From prune: sizes before and after, the method, the calibration, the indices that were kept, the fits."""
 

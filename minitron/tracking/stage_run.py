@@ -297,7 +297,7 @@ def _send_apart(client: "MlflowClient", message: Message, attempt: str | None) -
         _send_or_drop(client, message | {"points": group}, attempt)
 
 
-def make_dataset_inputs(inputs: Mapping[str, Mapping[str, str]]) -> "list[DatasetInput]":
+def make_dataset_inputs(inputs: Mapping[str, Mapping[str, Any]]) -> "list[DatasetInput]":
     """Return inputs, including models, as MLflow's datasets: name, digest, address, and the input's role in the run.
 
     Args:
@@ -306,7 +306,8 @@ def make_dataset_inputs(inputs: Mapping[str, Mapping[str, str]]) -> "list[Datase
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     found = []
-    for name, entry in inputs.items():
+    entries = [(name, part) for name, entry in inputs.items() for part in entry.get("parts", [entry])]
+    for name, entry in entries:
         scheme, _, path = entry["address"].rpartition(":/")
         parts = path.strip("/").split("/")
         title = "/".join(parts[-2:]) if scheme else parts[-1]

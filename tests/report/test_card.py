@@ -110,3 +110,14 @@ def test_a_table_and_a_front_matter_are_not_broken_by_what_they_hold(config: Reg
 def test_an_evaluation_without_teacher_still_has_a_card(config: RegisterConfig) -> None:
     card = write_test_card(config, {"student": {"parameters": 213_568}}, stages={})
     assert "A language model of 213.6 k parameters:" in card.text
+
+
+def test_several_corpora_are_named_one_by_one(config: RegisterConfig) -> None:
+    parts = [INPUTS["corpus"], {"address": "/data/own", "sha256": "ee"}]
+    corpus = {"address": "[…]", "sha256": "both", "parts": parts}
+    uses = [{"share": 0.75, "passes": 1.0}, {"share": 0.25, "passes": 2.5}]
+    record = STAGES["prepare"] | {"inputs": INPUTS | {"corpus": corpus}, "corpora": uses}
+    card = write_test_card(config, EVALUATION, stages=STAGES | {"prepare": record})
+    assert card.data.datasets == ["org/text"]
+    assert "| Corpus 1, 75.0 % of the tokens | `hf://org/text@c0/plain` |" in card.text
+    assert "| Corpus 2, 25.0 % of the tokens | `/data/own` |" in card.text

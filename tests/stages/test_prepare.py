@@ -427,7 +427,7 @@ def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(prepare, "_LOG_SECONDS", 0)
     corpus = Corpus(str(write_corpus(tmp_path / "a.jsonl", json_lines(make_words(30_000)))), "text")
-    selection = Selection(corpus, PrepareConfig(output=tmp_path, corpus="a", teacher=str(teacher)))
+    selection = Selection([corpus], PrepareConfig(output=tmp_path, corpus="a", teacher=str(teacher)))
     tokens = prepare.write_dataset(selection, load_tokenizer(teacher), tmp_path, Recorder({}))
     logged = [count for _, count in Recorder.rows]
     assert len(logged) >= 2 and logged == sorted(logged)
@@ -438,7 +438,7 @@ def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeyp
 def test_a_document_in_two_splits_is_caught(tmp_path: Path) -> None:
     config = PrepareConfig(output=tmp_path, corpus="a", teacher="b", test_fraction=0)
     corpus = Corpus(str(write_corpus(tmp_path / "a.txt", "one\n\ntwo")), "text")
-    selection = Selection(corpus, config)
+    selection = Selection([corpus], config)
     selection.digests["train"] |= {b"1" * 16, b"2" * 16}
     selection.digests["validation"] |= {b"2" * 16}
     with pytest.raises(RunError, match="1 documents are both in train and in validation; nothing"):

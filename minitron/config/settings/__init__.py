@@ -14,6 +14,14 @@ from minitron.config.settings.cluster import (
     GpuResources,
     Resources,
 )
+from minitron.config.settings.corpus import (
+    CorpusPart,
+    CorpusText,
+    compute_shares,
+    format_parts,
+    identify_parts,
+    list_parts,
+)
 from minitron.config.settings.evaluate import EvaluateSettings
 from minitron.config.settings.prepare import PrepareSettings
 from minitron.config.settings.register import RegisterSettings
@@ -24,6 +32,8 @@ __all__ = [
     "RESOURCES",
     "TRAIN_JOB_QUEUE_LABEL",
     "ClusterConfig",
+    "CorpusPart",
+    "CorpusText",
     "DistillSettings",
     "EngineSettings",
     "EvaluateSettings",
@@ -36,6 +46,10 @@ __all__ = [
     "Settings",
     "StageSettings",
     "TrainingSettings",
+    "compute_shares",
     "find_idle_gpus",
+    "format_parts",
+    "identify_parts",
+    "list_parts",
     "read_weight",
 ]
