@@ -1,8 +1,8 @@
 """Several corpora: read one after the other, held-out splits first, and mixed by weight in the training index.
 
-A weight is a share of the training tokens. Every document is written once. One corpus is in the index once: the one
-that needs the most tokens of the others. Of every other corpus the index lists all documents again, in another order
-each time, and of the last pass only what the share needs. A pass costs 20 bytes per document in the index, no tokens.
+A weight is a share of the training tokens. Every document is written once. The corpus with the most tokens for its
+weight is in the index once. Of every other corpus the index lists all documents again, in another order each time; of
+the last pass, only what the share needs. A pass costs 20 bytes per document in the index, and no tokens.
 
 No corpus is in the index more than MOST_PASSES times. If a share needs more, the other corpora are used in part. After
 so many passes over a text another one teaches next to nothing (Muennighoff et al., Scaling Data-Constrained Language
