@@ -4,22 +4,28 @@ Run it: `python benchmarks/kd_step.py` (`make bench`), on a GPU `python benchmar
 
 `kd_loss_over_gemm`: the fused loss, forward and backward, over its four matrix products; `kd_loss_mixed_over_gemm`:
 with a cross-entropy beside the KL. `kd_loss_over_checkpointed`: over the same chunks, recomputed in the backward pass
-by torch.utils.checkpoint. `kd_loss_memory_over_naive_N` (on a CPU): growth of the process's peak memory over that of
-the KL of whole logits of N tokens, each in a process of its own. `kd_step_over_floor`: teacher forward, student forward
-and backward, over the same two models without a loss, plus those four products. `kd_step_mfu` (on a GPU): the
-floating-point operations of the step's matrix products over what the GPU could do in its time; nothing that is computed
-twice counts twice. The optimizer's step is in none of them. The models are random. What is compared runs in turn in one
-process; the values are medians.
+by torch.utils.checkpoint; `kd_loss_over_trl`, `kd_loss_over_nemo_automodel`: over the KL of those packages and the
+logits that it needs, if they are installed. `kd_loss_memory_over_naive_N` (on a CPU): growth of the process's peak
+memory over that of the KL of whole logits of N tokens, each in a process of its own. `kd_step_over_floor`: teacher
+forward, student forward and backward, over the same two models without a loss, plus those four products. `kd_step_mfu`
+(on a GPU): the floating-point operations of the step's matrix products over what the GPU could do in its time; nothing
+that is computed twice counts twice. The optimizer's step is in none of them. The models are random. What is compared
+runs in turn in one process; the values are medians. `baseline` is this device's value in baselines.json, which `--keep`
+writes.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,9 @@ from minitron.config.resources.gpus import find_peak_speed
 from minitron.engines.hf import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.scoring import compute_hidden_states, get_output_head
+
+BASELINES = Path(__file__).with_name("baselines.json")
+"""By device and claim: the values of an earlier run."""
 
 SIZES: dict[str, dict[str, Any]] = {
     # SmolLM2-135M's, and a narrower student; two layers give the ratios of thirty
@@ -61,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="refuse to measure on a CPU")
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--keep", action="store_true", help="keep the values as this device's baseline")
     parser.add_argument(
         "--grow", nargs=2, metavar=("LOSS", "TOKENS"), help="print MB that a loss adds to the peak memory"
     )
@@ -76,9 +86,22 @@ def main() -> None:
     claims = [*bench.measure_loss(arguments.runs), *bench.measure_step(arguments.runs)]
     if device.type == "cpu":
         claims += [bench.measure_memory(tokens, target) for tokens, target in MEMORY_TARGETS.items()]
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else name_cpu()
+    baselines = json.loads(BASELINES.read_text())
+    known = baselines.setdefault(machine, {})
     for claim in claims:
-        machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(json.dumps(claim | {"runs": arguments.runs, "machine": machine}), flush=True)
+        baseline = {"baseline": known[claim["claim"]]} if claim["claim"] in known else {}
+        print(json.dumps(claim | baseline | {"runs": arguments.runs, "machine": machine}), flush=True)
+    if arguments.keep:
+        known |= {claim["claim"]: claim["value"] for claim in claims}
+        BASELINES.write_text(json.dumps(baselines, indent=2, sort_keys=True) + "\n")
+
+
+def name_cpu() -> str:
+    """Return the processor's name and the number of threads."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def compute_naive_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
@@ -95,6 +118,24 @@ def compute_checkpointed_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor
         for parts in [(chunk, head.to(chunk.dtype), teacher_chunk, teacher_head)]
     ]
     return torch.stack(sums).sum()
+
+
+def compute_trl_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return TRL's KL of whole logits [N, V]."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], labels[None], beta=0.0, reduction="sum")
+
+
+def compute_automodel_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return NeMo AutoModel's KL of whole logits [N, V]."""
+    from nemo_automodel.components.loss.kd_loss import KDLoss
+
+    return KDLoss()(student, teacher, labels, num_batch_labels=1)
+
+
+PEERS = {"trl": compute_trl_kl, "nemo_automodel": compute_automodel_kl}
+"""Losses of other packages by module; each is measured if it is installed."""
 
 
 def measure_growth(loss: str, tokens: int) -> float:
@@ -154,12 +195,23 @@ class _Bench:
             hidden.grad = head.grad = None
             compute_checkpointed_kl(hidden, head, *teacher).backward()
 
-        losses: list[Callable[[], None]] = [lambda: compute_loss(WEIGHTS), lambda: compute_loss(MIXED), checkpoint_loss]
-        loss, mixed, checkpointed, products = self._time([*losses, self._multiply], runs)
+        def run_peer(compute_kl: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+            hidden.grad = head.grad = None
+            student, guide = hidden @ head.to(hidden.dtype).T, teacher[0] @ teacher[1].T
+            compute_kl(student, guide, self._labels).backward()
+
+        peers = [name for name in PEERS if importlib.util.find_spec(name)]
+        functions = [lambda: compute_loss(WEIGHTS), lambda: compute_loss(MIXED), checkpoint_loss, self._multiply]
+        functions += [functools.partial(run_peer, PEERS[name]) for name in peers]
+        loss, mixed, checkpointed, products, *of_peers = self._time(functions, runs)
         return [
             self._claim("kd_loss_over_gemm", loss / products, "x", 1.1, "lower", "its four matrix products"),
             self._claim("kd_loss_mixed_over_gemm", mixed / products, "x", 1.15, "lower", "the same products"),
             self._claim("kd_loss_over_checkpointed", loss / checkpointed, "x", 0.67, "lower", "torch.utils.checkpoint"),
+            *(
+                self._claim(f"kd_loss_over_{name}", loss / seconds, "x", 1, "lower", f"{name} {version(name)}")
+                for name, seconds in zip(peers, of_peers, strict=True)
+            ),
         ]
 
     def measure_memory(self, tokens: int, target: float) -> dict[str, Any]:
