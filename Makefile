@@ -86,6 +86,7 @@ bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/search_tiny.py
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/tracking.py
+	$(BIN)/python benchmarks/trainer_overhead.py
 
 clean: ## delete the environments and the runs
 	rm -rf .venv .venv-nemo runs
