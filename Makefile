@@ -78,6 +78,7 @@ docs: setup ## rewrite the generated pages of docs/reference
 	$(BIN)/python docs/generate.py
 
 bench: setup ## run the measurements, one JSON line each
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/hashing.py
 	$(BIN)/python benchmarks/kd_step.py
 	$(BIN)/python benchmarks/prepare.py

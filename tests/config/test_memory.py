@@ -31,7 +31,7 @@ MODEL = {
 
 SETTINGS: dict[str, Any] = {
     "sequence_length": 256, "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "warmup_steps": 0,
-    "validation_sequences": 1, "validation_interval": 2, "checkpoint_interval": 2,
+    "validation_sequences": 1, "validation_interval": 2, "checkpoint_interval": 1,
 }  # fmt: skip
 
 TRAIN = """

@@ -146,8 +146,10 @@ def test_the_sums_of_engine_hf() -> None:
     assert ask_for("finetune", **gpu) == 8 + 16 + 12 * 1000
     assert ask_for("distill", **gpu) == 8 + 16 + max(2 * 1000, 12 * 100)
     assert ask_for("prune", **gpu) == 8 + 16 + 8
-    assert ask_for("finetune", **cpu) == 8 + 16 * 1000
-    assert ask_for("distill", **cpu) == 8 + 16 * 100 + 4 * 1000
+    eight = {"engine": "hf", "distill": {"gpus": 8}}  # one process has the whole best state, too
+    assert ask_for("distill", LARGE._replace(teacher=100 * GIB), **eight) == 9 * 8 + 16 + (12 + 4) * 100
+    assert ask_for("finetune", **cpu) == 8 + (16 + 12) * 1000
+    assert ask_for("distill", **cpu) == 8 + (16 + 12) * 100 + 4 * 1000
     assert ask_for("prune", **cpu) == 8 + 8
     cpu["prune.method"], gpu["prune.method"] = "compensated", "compensated"
     assert ask_for("prune", **cpu) == 8 + 4 * 1000

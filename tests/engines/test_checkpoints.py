@@ -1,10 +1,14 @@
 """What is damaged, cut off or missing is no checkpoint; what a resume needs is never deleted."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from minitron.engines import checkpoints
 from minitron.engines.checkpoints import (
@@ -17,6 +21,9 @@ from minitron.engines.checkpoints import (
     publish_checkpoint,
     read_checkpoint,
 )
+from minitron.engines.hf.writer import StateWriter
+from minitron.engines.progress import HISTORY
+from tests.faults import injector
 
 
 def write(directory: Path, name: str) -> Path:
@@ -130,3 +137,48 @@ def test_a_half_deleted_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.M
         kill.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         checkpoints._delete_checkpoint(path)
     assert (path / "weights" / "shard").exists() and read_checkpoint(path) is None
+
+
+def start_writer(directory: Path) -> tuple[StateWriter, dict[str, torch.Tensor]]:
+    """Return a writer to DIRECTORY/work, and the state that it saves: a weight of ones, and its moment of zeros."""
+    for name in ("initial", "work"):
+        (directory / name).mkdir()
+    (directory / "initial" / "config.json").write_text("{}")
+    (directory / "work" / HISTORY).write_text("step 1")
+    state = {"weight": torch.ones(1 << 20), "weight.exp_avg": torch.zeros(1 << 20)}
+    writer = StateWriter(directory / "initial", directory / "work", {"weight": state["weight"]}, state)
+    return writer, state
+
+
+def test_a_state_is_written_as_it_was_however_the_training_goes_on(tmp_path: Path) -> None:
+    writer, state = start_writer(tmp_path)
+    with writer:
+        writer.save(1, {"loss": 2.0}, {"best": 1})
+        (tmp_path / "work" / HISTORY).write_text("step 2")
+        for tensor in state.values():
+            tensor.fill_(7)
+        writer.save(2, {"loss": 1.0}, None)
+    checkpoint, read = tmp_path / "work" / "checkpoint-1", {name: torch.empty(1 << 20) for name in state}
+    dcp.load(read, checkpoint_id=checkpoint, no_dist=True)
+    assert (checkpoint / HISTORY).read_text() == "step 1"
+    assert read["weight"].eq(1).all() and read["weight.exp_avg"].eq(0).all()
+    assert names(tmp_path / "work") == ["best-1", "best-2", "checkpoint-1", HISTORY]
+    for step, value in ((1, 1), (2, 7)):
+        assert load_file(tmp_path / "work" / f"best-{step}" / "model.safetensors")["weight"].eq(value).all()
+
+
+@pytest.mark.parametrize("file", ["best-1/model.safetensors", "checkpoint-1/__0_0.distcp", f"checkpoint-1/{MARKER}"])
+def test_a_state_that_cannot_be_written_ends_the_training(tmp_path: Path, file: str) -> None:
+    """At the next step, and with the reason; what was complete before stays."""
+    writer, _ = start_writer(tmp_path)
+    with injector.armed(tmp_path / "work") as sites, writer:
+        writer.save(1, {"loss": 2.0}, {"best": 1})
+    (number,) = [count for count, site in enumerate(sites, 1) if site.path.endswith(file)]
+    (tmp_path / "again").mkdir()
+    writer, _ = start_writer(tmp_path / "again")
+    full_disk = injector.armed(tmp_path / "again" / "work", number, errno.ENOSPC)
+    with full_disk, pytest.raises(OSError, match="No space"), writer:
+        writer.save(1, {"loss": 2.0}, {"best": 1})
+        while True:
+            writer.save(2, None, None)
+    assert read_checkpoint(tmp_path / "again" / "work" / "checkpoint-1") is None

@@ -66,6 +66,12 @@ def test_a_cached_teacher_is_compared_with_the_teacher(compressed: EvaluateConfi
     assert error["systematic"] < error["independent"] and len(claims) == 6
 
 
+def test_a_training_waits_only_for_the_copy_of_its_state() -> None:
+    found = measured("checkpoint.py", "--layers", "2", "--vocabulary", "4096", "--runs", "1")
+    assert found["claim"] == "checkpoint_blocks_step_seconds" and found["median"] < found["against"]
+    assert found["parameters"] == 9_440_064 and found["value"] < found["target"], found
+
+
 def test_prepare_is_measured_against_the_bare_tokenizer() -> None:
     """On the tiny corpus, once: that it runs, and that both sides come to the same tokens."""
     found = measured("prepare.py", "--sample", "tiny", "--runs", "1")

@@ -87,7 +87,7 @@ def list_training_phases(settings: TrainingSettings, models: Models) -> list[Pha
     """Return what a process of engine hf holds when it computes a micro-batch's loss, and when it has all gradients.
 
     Activations go while gradients come, so nothing in between needs more. Without a GPU, gradients count from the
-    start: the C library keeps what is freed.
+    start: the C library keeps what is freed; and so does the copy of the state that a thread writes.
     """
     on_gpu, processes = settings.gpus > 0 or settings.num_nodes > 1, max(1, count_gpus(settings))
     parameters, sizes = count_trained(settings, models)
@@ -99,6 +99,8 @@ def list_training_phases(settings: TrainingSettings, models: Models) -> list[Pha
         *_list_teacher(settings, models, on_gpu, processes),
         *_list_gathered(settings, models, processes),
     ]
+    if not on_gpu:
+        state.append(Term("a checkpoint on its way to the disk, fp32", ADAM * parameters))
     gradients = Term("gradients, fp32", FP32 * parameters // processes)
     layer = tokens * (_count_layer_activations(sizes, on_gpu) + _count_layer_gradients(sizes, on_gpu))
     loss = [

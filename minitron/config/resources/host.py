@@ -197,16 +197,17 @@ def _list_nemo_phases(settings: TrainingSettings, gpus: int, models: Models) -> 
 def _list_hf_phases(settings: TrainingSettings, gpus: int, models: Models) -> list[list[Term]]:
     """Return the memory of engine hf: on a GPU while it loads and saves, on a CPU the whole training."""
     trained, sizes = count_trained(settings, models)
-    best = Term("the best state, fp32", FP32 * trained)
     if not gpus:
-        return [phase.terms for phase in list_training_phases(settings, models)] + [[best]]
+        return [phase.terms for phase in list_training_phases(settings, models)]
     teacher = models.teacher if isinstance(settings, DistillSettings) else 0
     on_its_way = Term("the teacher on its way to the GPU, bf16", BF16 * teacher)
-    if gpus > 1 or settings.num_nodes > 1:  # every process reads layer by layer
+    saving = [Term("a copy of weights and Adam's moments, fp32", ADAM * trained // settings.num_nodes)]
+    if gpus > 1 or settings.num_nodes > 1:
+        # every process reads layer by layer; one gathers the best state, which is none's own
         largest = max(sizes.layer_weights, models.teacher_sizes.head_weights, sizes.head_weights)
         on_its_way = Term("a layer or the embedding, on its way to every GPU", FP32 * gpus * largest)
-    staging = Term("weights and Adam's moments of a checkpoint, fp32", ADAM * trained // settings.num_nodes)
-    return [[on_its_way], [staging], [best]]
+        saving.append(Term("the best state, fp32", FP32 * trained))
+    return [[on_its_way], saving]
 
 
 def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> list[list[Term]]:

@@ -5,7 +5,6 @@ batch, B = micro-batch, S = sequence.
 """
 
 import resource
-import shutil
 import signal
 import threading
 import time
@@ -18,19 +17,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler, set_seed
 
 from minitron.config.stages import DistillConfig, TrainingConfig
 from minitron.data.packed import open_training_data
-from minitron.engines.checkpoints import BEST, CHECKPOINT, publish_checkpoint
+from minitron.engines.checkpoints import CHECKPOINT
 from minitron.engines.divergence import check_step, check_untrained
 from minitron.engines.hf.device import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
 from minitron.engines.hf.sharding import (
     count_processes,
-    gather_weights,
     get_rank,
     open_model,
     release_head,
@@ -38,9 +35,9 @@ from minitron.engines.hf.sharding import (
 )
 from minitron.engines.hf.states import LayerOutputs
 from minitron.engines.hf.teacher_cache import CachedTeacher
-from minitron.engines.progress import HISTORY, Start, append_row, write_end
+from minitron.engines.hf.writer import StateWriter
+from minitron.engines.progress import Start, append_row, write_end
 from minitron.engines.trainer_status import TrainerStatus
-from minitron.models.checks import CONFIG
 from minitron.models.losses import (
     IGNORED,
     LossWeights,
@@ -86,7 +83,7 @@ def train(
     """
     set_seed(config.seed)
     training = _Training(config, initial, teacher, work, start, report)
-    with _deferring_sigterm(may_save) as arrived:
+    with _deferring_sigterm(may_save) as arrived, training.writer:
         training.run(arrived)
     training.end()
 
@@ -151,8 +148,10 @@ class _Training:
             {"min_lr": config.min_learning_rate},
         )
         self._get_rate_factor: Any = schedule.lr_lambdas[0]  # type: ignore[attr-defined]
+        moments = _start_moments(self._optimizer, self._parameters)
         if start.step:
-            self._load_checkpoint()
+            _load_checkpoint(work / f"{CHECKPOINT}-{start.step}", self._parameters | moments)
+        self.writer = StateWriter(initial, work, self._parameters, moments)
         self._status = TrainerStatus(start.step, config.max_steps)
         self._started = time.perf_counter() - start.seconds
 
@@ -167,15 +166,14 @@ class _Training:
         """Take all steps. If `arrived` gets a signal, in any process, save the state after the step and exit."""
         config = self._config
         if not self._start.step:
-            self._validate(0)
+            self._save(0, self._validate(0), is_due=False)
         for step in range(self._start.step + 1, config.max_steps + 1):
             row, must_stop = self._take_step(step, bool(arrived))
             self._log(row)
             is_last = step == config.max_steps
-            if step % config.validation_interval == 0 or is_last:
-                self._validate(step)
-            if not is_last and (must_stop or step % config.checkpoint_interval == 0):
-                self._save_checkpoint(step)
+            is_validated = step % config.validation_interval == 0 or is_last
+            is_best = is_validated and self._validate(step)
+            self._save(step, is_best, not is_last and (must_stop or step % config.checkpoint_interval == 0))
             if must_stop and not is_last:
                 raise SystemExit(128 + signal.SIGTERM)
 
@@ -246,16 +244,17 @@ class _Training:
             distance = sum_cosine_distances(pairs, labels)
         return terms.loss + weights.intermediate * distance, [*terms[1:-1], distance]
 
-    def _validate(self, step: int) -> None:
-        """Log the validation loss, and keep the state if it is the best so far."""
+    def _validate(self, step: int) -> bool:
+        """Log the validation loss; return whether the state is the best so far."""
         started = time.perf_counter()
         scores = self._score(self._student, "validation")
         row = {f"validation_{name}": value for name, value in scores.items() if value is not None}
         self._log({"step": step} | row)
-        if scores["loss"] < self._best_loss:
+        is_best = scores["loss"] < self._best_loss
+        if is_best:
             self._best_step, self._best_loss = step, scores["loss"]
-            self._save_best()
         self._started += time.perf_counter() - started
+        return is_best
 
     def _score(self, model: Any, description: str) -> dict[str, Any]:
         sequences, size = self._config.validation_sequences, self._config.micro_batch_size
@@ -272,42 +271,11 @@ class _Training:
             self._status.report(step, numbers)
             self._report(row)
 
-    def _save_best(self) -> None:
-        """Write the best state, a model in float32; the untrained state is not copied."""
-        path, weights = self._work / f"{BEST}-{self._best_step}", dict[str, Tensor]()
-        if self._best_step:
-            weights = gather_weights(self._parameters)
-        if self._rank == 0:
-            path.mkdir()
-            if weights:
-                shutil.copyfile(self._initial / CONFIG, path / CONFIG)
-                save_file(weights, path / "model.safetensors", {"format": "pt"})
-            publish_checkpoint(path, {"loss": self._best_loss})
-
-    def _save_checkpoint(self, step: int) -> None:
-        """Write a checkpoint: every process its share."""
-        path = self._work / f"{CHECKPOINT}-{step}"
-        writer = dcp.FileSystemWriter(path, sync_files=False)  # publishing does it
-        dcp.save(self._list_state(), storage_writer=writer, no_dist=self._processes == 1)
-        if self._rank == 0:
-            shutil.copyfile(self._work / HISTORY, path / HISTORY)
-            publish_checkpoint(path, {"best": self._best_step, "seconds": self._read_seconds()})
-
-    def _load_checkpoint(self) -> None:
-        """Read the checkpoint at which the training resumes, whatever the number of processes that wrote it."""
-        for parameter in self._parameters.values():
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[parameter] = {"step": torch.zeros((), device=self._device)} | moments
-        path = self._work / f"{CHECKPOINT}-{self._start.step}"
-        dcp.load(self._list_state(), checkpoint_id=path, no_dist=self._processes == 1)
-
-    def _list_state(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint, which share memory with the model and the optimizer."""
-        state = {}
-        for name, parameter in self._parameters.items():
-            state[name] = parameter.detach()
-            state |= {f"{name}.{key}": value for key, value in self._optimizer.state[parameter].items()}
-        return state
+    def _save(self, step: int, is_best: bool, is_due: bool) -> None:
+        """Let the state after a step be written, if it is the best one, or if a checkpoint is due."""
+        best = {"loss": self._best_loss} if is_best else None
+        checkpoint = {"best": self._best_step, "seconds": self._read_seconds()} if is_due else None
+        self.writer.save(step, best, checkpoint)
 
     def _read_seconds(self) -> float:
         """Return the seconds of training so far, without validations."""
@@ -344,3 +312,20 @@ def _make_optimizer(config: TrainingConfig, parameters: dict[str, Any], initial:
     groups = [group for group in groups if group["params"]]
     betas = config.adam_beta1, config.adam_beta2
     return torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
+
+
+def _start_moments(optimizer: torch.optim.AdamW, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the optimizer the state with which it would begin; return the tensors by the names of their parameters."""
+    moments: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        zeros = {key: torch.zeros_like(parameter).detach() for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | zeros
+        moments |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return moments
+
+
+def _load_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
+    """Read a checkpoint into the tensors of a training, whatever the number of processes that wrote it."""
+    dcp.load(
+        {name: tensor.detach() for name, tensor in state.items()}, checkpoint_id=path, no_dist=count_processes() == 1
+    )

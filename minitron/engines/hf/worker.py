@@ -14,6 +14,7 @@ def main() -> None:
     if os.environ["RANK"] != "0":
         os.environ |= {"TQDM_DISABLE": "1"}  # tqdm reads it when it is imported
     from minitron.engines.launcher import end_with_parent, find_launcher, leave_group, report_failure
+    from minitron.storage.files import disk_errors
 
     end_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -21,7 +22,9 @@ def main() -> None:
     path = Path(sys.argv[1]).absolute()
     try:
         join_group()
-        train(json.loads(path.read_text()), lambda: find_launcher() == launcher)
+        job = json.loads(path.read_text())
+        with disk_errors(Path(job["work"])):
+            train(job, lambda: find_launcher() == launcher)
         leave_group()
     except Exception as error:
         report_failure(path, error)
