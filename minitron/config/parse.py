@@ -120,6 +120,7 @@ def find_marked_fields(model: type[StageSettings], mark: str) -> list[str]:
 
 NEWER = {
     "messages_field": None,
+    "near_duplicates": None,
     "method": "minitron",
     "layers_by": "influence",
     "divergence_beta": 0.0,

@@ -11,6 +11,7 @@ from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import SPLITS
 from minitron.data.mixture import Corpora
+from minitron.data.near_duplicates import NearDuplicates
 from minitron.data.text import Conversation, normalize_text
 from minitron.errors import ConfigError, RunError
 
@@ -26,6 +27,7 @@ class Selection:
         digests: per split, the digests of its documents.
         empty: number of documents dropped because they have no text, or are conversations without answers.
         duplicates: number of documents dropped because an earlier one in their split has the same text.
+        near_duplicates: number of documents dropped because they resemble an earlier one; 0 if not looked for.
         overlaps: per split, number of documents dropped because an earlier one in another split has the same text.
         characters: per split, characters of the documents.
         bytes: per split, their bytes in UTF-8.
@@ -36,7 +38,8 @@ class Selection:
         self.corpus, self._config = Corpora(corpora), config
         self.documents = [dict.fromkeys(SPLITS, 0) for _ in corpora]
         self.digests: dict[str, set[bytes]] = {split: set() for split in SPLITS}
-        self.empty = self.duplicates = 0
+        self.empty = self.duplicates = self.near_duplicates = 0
+        self._kept = NearDuplicates(config.near_duplicates) if config.near_duplicates else None
         self.overlaps = Counter(dict.fromkeys(SPLITS, 0))
         self.characters, self.bytes = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0))
 
@@ -55,6 +58,9 @@ class Selection:
                 self.duplicates += seen == [split]
                 self.overlaps[split] += seen != [split]
                 continue
+            if self._kept and not self._kept.add(text):
+                self.near_duplicates += 1
+                continue
             self.digests[split].add(digest)
             self.documents[number][split] += 1
             self.characters[split] += len(text)
@@ -64,12 +70,14 @@ class Selection:
     def summarize_counts(self) -> dict[str, Any]:
         """Return the counts of selected and dropped documents, for the manifest and the metrics."""
         overlaps = {"overlaps": dict(self.overlaps)} if self.corpus.own_splits else {}
+        near = {} if self._kept is None else {"near_duplicates": self.near_duplicates}
         return {
             "documents": {split: len(digests) for split, digests in self.digests.items()},
             "characters": dict(self.characters),
             "bytes": dict(self.bytes),
             "duplicates": self.duplicates,
             "empty": self.empty,
+            **near,
             **overlaps,
         }
 

@@ -9,7 +9,7 @@ A conversation is rendered by the tokenizer's chat template, and a mask says whi
 minitron/data/chat.py).
 
 Memory does not grow with the text, because only a few batches are held at a time. About 100 bytes per document are
-kept: the digest that identifies duplicates.
+kept: the digest that identifies duplicates; and for near-duplicates 2.5 kB.
 """
 
 import json
@@ -146,7 +146,8 @@ def _mix_corpora(config: PrepareConfig, selection: Selection, directory: Path) -
 
 def _describe_counts(counts: dict[str, Any]) -> str:
     documents = ", ".join(f"{count} {split}" for split, count in counts["documents"].items())
-    dropped = f"{counts['duplicates']} duplicates and {counts['empty']} empty documents dropped"
+    near = f", {counts['near_duplicates']} near-duplicates" if "near_duplicates" in counts else ""
+    dropped = f"{counts['duplicates']} duplicates{near} and {counts['empty']} empty documents dropped"
     overlaps = [f"{count} of {split}" for split, count in counts.get("overlaps", {}).items() if count]
     held_out = f"; {' and '.join(overlaps)} dropped, because held-out text has them" if overlaps else ""
     counted = [f"{count} of {counts['tokens'][name]} in {name}" for name, count in counts.get(_COUNTED, {}).items()]

@@ -28,6 +28,9 @@ BASE = 8 * GIB
 DIGESTS = 8 * GIB
 """For prepare: 100 bytes for each of 80 million documents; text is read in small batches."""
 
+SIGNATURES = 24 * GIB
+"""For prepare with near_duplicates: 2.5 kB for each of 10 million documents."""
+
 LAYER = 8 * GIB
 """For prune: 8 billion parameters were measured to take 2.4 GB; layer, embedding and shard of 70 billion take 7 GB."""
 
@@ -51,6 +54,8 @@ def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
     match settings:
         case PrepareSettings():
             phases = [[Term("digests of 80 million documents", DIGESTS)]]
+            if settings.near_duplicates:
+                phases[0].append(Term("signatures of 10 million documents", SIGNATURES))
         case FinetuneSettings(enabled=False):
             phases = []
         case TrainingSettings(engine="nemo"):

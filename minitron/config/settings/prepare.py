@@ -23,6 +23,12 @@ class PrepareSettings(StageSettings):
         description="Text between two documents of a .txt file, such as a blank line; none: the file is one document, "
         "or articles if it is WikiText's.",
     )
+    near_duplicates: Annotated[float, Field(ge=0.7, lt=1)] | None = Field(
+        None,
+        description="Drop a document if its similarity to an earlier one is at least this, such as 0.8: the Jaccard "
+        "similarity of their runs of five words. Takes 2.5 kB of memory per document; none: only equal texts are "
+        "dropped.",
+    )
     own_splits: bool = Field(
         True,
         description="Use the corpus's own validation and test splits if it has them; False: divide all documents by "
