@@ -3,8 +3,8 @@
 Two documents are compared by the Jaccard similarity of their sets of five successive words, without case and
 punctuation. MinHash estimates it from a signature of HASHES numbers (Broder, On the resemblance and containment of
 documents, 1997), and a document is compared only with those that share a band of its signature. So a document of
-similarity s is compared with probability 1 - (1 - s^8)^16: 0.95 at 0.8, 1.00 at 0.9. Lee et al. (Deduplicating Training Data
-Makes Language Models Better, 2022) use runs of five words and 0.8, too.
+similarity s is compared with probability 1 - (1 - s^8)^16: 0.95 at 0.8, 1.00 at 0.9. Lee et al. use runs of five words
+and 0.8, too (Deduplicating Training Data Makes Language Models Better, 2022).
 
 About 2.5 kB per document are kept, whatever its length. One core compares 10 MB of text per second.
 """
