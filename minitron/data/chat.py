@@ -6,7 +6,8 @@ loss, the token that ends an answer among them. Answers are found
 - by the template's own marks, `{% generation %}` and `{% endgeneration %}`, if it has them;
 - else by its text: the conversation before an answer is rendered with the prompt for one, and once more with the
   answer. The first text must begin the second, and the second the whole; what the second adds is the answer's. Most
-  published templates are so. Others are refused, because they write a message in another way when others follow.
+  published templates are so. Some begin only the last answer with a thought, such as Qwen3's: without it, the second
+  text must begin the whole. Others are refused, because they write a message in another way when others follow.
 
 White space after the token that ends an answer is the template's, and does not count.
 """
@@ -24,6 +25,9 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """Put before a template that writes the day's date, so that it writes Llama 3.1's default, and a dataset is the same on
 every day."""
+
+_PROBE = "\ue000"
+"""An answer that no template has in its own text."""
 
 _REMEDY = "mark the answers in the template with {% generation %} and {% endgeneration %}"
 
@@ -92,6 +96,8 @@ class ChatReader:
         (*begun, text), _ = self._render([*(messages[: place + 1] for place in places), messages], where)
         answers = []
         for place, prompt, until in zip(places, prompts, begun, strict=True):
+            if not text.startswith(until):
+                until = prompt + until[len(self._render_lead(messages[:place], prompt, where)) :]
             if not (until.startswith(prompt) and text.startswith(until)):
                 raise ConfigError(
                     f"{where}: message {place + 1}: the chat template writes the conversation up to this answer in "
@@ -100,6 +106,12 @@ class ChatReader:
             stripped = until.rstrip()
             answers.append((len(prompt), len(stripped if stripped.endswith(self._end_tokens) else until)))
         return text, answers
+
+    def _render_lead(self, messages: list[dict[str, str]], prompt: str, where: str) -> str:
+        """Return the text up to the words of an answer, the last one of a conversation; the prompt for it begins it."""
+        (text,), _ = self._render([[*messages, {"role": "assistant", "content": _PROBE}]], where)
+        lead, found, _ = text.partition(_PROBE)
+        return lead if found and lead.startswith(prompt) else prompt
 
     def _render(self, conversations: list[list[dict[str, str]]], where: str, **options: Any) -> Any:
         """Return the texts of conversations, and of each what is marked in it if that is asked for."""

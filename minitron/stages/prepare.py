@@ -116,9 +116,10 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
 
 def _check_conversations(config: PrepareConfig, chat: ChatReader) -> None:
     if not chat.count:
+        addresses = ", ".join(part.address for part in list_parts(config.corpus))
         raise ConfigError(
-            f"corpus {config.corpus}: no record has the field {config.messages_field!r}; set prepare.messages_field to "
-            "the field of the messages, or leave it out"
+            f"corpus {addresses}: no record has the field {config.messages_field!r}; set prepare.messages_field to the "
+            "field of the messages, or leave it out"
         )
 
 

@@ -126,18 +126,25 @@ def test_an_answer_counts_with_what_ends_it(template: str, answers: list[str]) -
     assert ("26 Jul 2024" in text) == (template == LLAMA)
 
 
-def test_a_template_that_changes_what_was_said_is_refused_unless_it_marks_the_answers() -> None:
+def test_a_thought_that_only_the_last_answer_has_counts_there() -> None:
     tokenizer = make_tokenizer(LAST_THINKS)
-    assert decode_counted(tokenizer, tokenize(tokenizer, CHAT[:2])) == [
-        "<think>\n\n</think>\n\n  lem café 🎉\nok<|im_end|>"
-    ]
+    answers = ["  lem café 🎉\nok<|im_end|>", "<think>\n\n</think>\n\nno.<|im_end|>"]
+    assert decode_counted(tokenizer, tokenize(tokenizer, CHAT)) == answers
+
+
+def test_a_template_that_changes_what_was_said_is_refused_unless_it_marks_the_answers() -> None:
+    """It ends a conversation with a token of its own, as Phi-3's."""
+    tokenizer = make_tokenizer(end_conversation(CHATML))
+    assert decode_counted(tokenizer, tokenize(tokenizer, CHAT[:2])) == ["  lem café 🎉\nok<|im_end|>\n</s>"]
     message = r"record 1: message 2: the chat template writes .* in another way .* mark the answers .*{% generation %}"
     with pytest.raises(ConfigError, match=message):
         tokenize(tokenizer, CHAT)
-    tokenizer = make_tokenizer(LAST_THINKS.replace("{{ ('<think>", "{% generation %}{{ ('<think>").replace(
-        "'<|im_end|>' }}{{", "'<|im_end|>' }}{% endgeneration %}{{"
-    ))  # fmt: skip
+    tokenizer = make_tokenizer(end_conversation(MARKED))
     assert decode_counted(tokenizer, tokenize(tokenizer, CHAT))[0] == "  lem café 🎉\nok<|im_end|>"
+
+
+def end_conversation(template: str) -> str:
+    return template.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
 
 
 def answer(content: Any, **fields: Any) -> list[dict[str, Any]]:
@@ -213,9 +220,10 @@ def chat_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def prepare_chat(corpus: Path, teacher: Path, output: Path, **settings: Any) -> dict[str, Any]:
+def prepare_chat(corpus: Any, teacher: Path, output: Path, **settings: Any) -> dict[str, Any]:
     shares = {"validation_fraction": 0.2, "test_fraction": 0.1, "messages_field": "messages"}
-    values = {"corpus": str(corpus), "teacher": str(teacher), "output": output} | shares | settings
+    address = str(corpus) if isinstance(corpus, Path) else corpus
+    values: dict[str, Any] = {"corpus": address, "teacher": str(teacher), "output": output} | shares | settings
     return prepare.run(PrepareConfig(**values))
 
 
@@ -285,6 +293,18 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         prepare_chat(chat_corpus, teacher, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_repeats_conversations_with_their_masks(
+    inputs: dict[str, Path], chat_corpus: Path, chat_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = [{"address": str(chat_corpus), "weight": 3}, {"address": str(inputs["corpus"]), "weight": 1}]
+    prepare_chat(corpus, chat_teacher, tmp_path / "out")
+    read, tokenizer = IndexedDataset(tmp_path / "out" / "train"), load_tokenizer(chat_teacher)
+    assert len(set(read.starts)) < len(read)
+    for index in range(len(read)):
+        is_chat = "[assistant]" in tokenizer.decode(read[index].tolist())
+        assert is_chat != read.read_mask(index).all()
 
 
 def test_labels_are_ignored_where_the_mask_says_so(tmp_path: Path) -> None:
