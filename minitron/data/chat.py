@@ -93,9 +93,10 @@ class ChatReader:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation, and start and end of the answers in it."""
         prompts, _ = self._render([messages[:place] for place in places], where, add_generation_prompt=True)
-        (*begun, text), _ = self._render([*(messages[: place + 1] for place in places), messages], where)
-        answers = []
-        for place, prompt, until in zip(places, prompts, begun, strict=True):
+        ends = sorted({*(place + 1 for place in places), len(messages)})
+        texts, _ = self._render([messages[:end] for end in ends], where)
+        text, answers = texts[-1], list[tuple[int, int]]()
+        for place, prompt, until in zip(places, prompts, texts[: len(places)], strict=True):
             if not text.startswith(until):
                 until = prompt + until[len(self._render_lead(messages[:place], prompt, where)) :]
             if not (until.startswith(prompt) and text.startswith(until)):
