@@ -30,7 +30,7 @@ from minitron.models.checkpoint import load_model
 from minitron.models.scoring import score_models, score_sequences, share_among_sequences
 from minitron.runtime.preflight import check_plan
 from minitron.stages import distill, prepare
-from minitron.storage.layout import MANIFEST
+from minitron.storage.layout import MANIFEST, RECORD
 from minitron.tracking.stage_run import Tracker
 
 MARKED = (
@@ -385,6 +385,19 @@ def test_a_distillation_has_the_means_over_the_tokens_that_count(
     for left, right in zip(histories["in ones"], histories["in fours"], strict=True):
         shared = {name: value for name, value in left.items() if name in right and "per_second" not in name}
         assert {name: right[name] for name in shared} == pytest.approx(shared, rel=1e-4), (left, right)
+
+
+def test_a_step_in_which_no_token_counts_has_no_loss_and_no_gradient(
+    models: dict[str, Path], chat_dataset: Path, tmp_path: Path
+) -> None:
+    dataset = shutil.copytree(chat_dataset, tmp_path / "dataset")
+    (dataset / "train.mask").write_bytes(bytes((dataset / "train.mask").stat().st_size))
+    (dataset / RECORD).unlink()
+    config = DistillConfig(output=tmp_path / "out", dataset=dataset, micro_batch_size=4, **models, **TRAINING)
+    untrained, *rows = distill.run(config)["history"]
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 2 and all(row["loss"] == row["kl"] == row["grad_norm"] == 0 for row in steps)
+    assert rows[-1]["validation_loss"] == pytest.approx(untrained["validation_loss"], rel=1e-3)
 
 
 def test_scores_are_means_over_the_tokens_that_count(models: dict[str, Path], chat_dataset: Path) -> None:
