@@ -28,7 +28,7 @@ from minitron.config.stages import EvaluateConfig
 from minitron.errors import without_password
 from minitron.registry import gates, lineage
 from minitron.report import figures, render_page, tables
-from minitron.storage.layout import IMPORTANCE, PRUNING, REPORT
+from minitron.storage.layout import CONTAMINATION, IMPORTANCE, PRUNING, REPORT
 
 _SIZES = {
     "num_hidden_layers": "Layers",
@@ -100,6 +100,7 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
             "teacher": lineage.format_license(origin["licences"]["teacher"]),
             "corpus": origin["licences"]["data"],
         },
+        "contamination": evaluation.get(CONTAMINATION),
         "corpora": lineage.read_corpora(origin),
         "settings": config.model_dump(mode="json", exclude={"tracking_uri"}),  # it may have a password
         "glossary": _GLOSSARY,

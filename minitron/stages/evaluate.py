@@ -27,6 +27,7 @@ from minitron import METHOD_VERSION
 from minitron.config.metrics import CHAMPION, ITEMS_OF, MODELS, NUMBERS, find_not_finite
 from minitron.config.parse import list_decisive_settings
 from minitron.config.stages import EvaluateConfig, PrepareConfig
+from minitron.data.contamination import list_questions, measure_contamination
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import IndexedDataset
 from minitron.data.manifest import check_tokenizer
@@ -51,7 +52,7 @@ from minitron.storage.bucket import is_bucket
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
 from minitron.storage.hashing import content_hash
-from minitron.storage.layout import EVALUATION, ITEMS, LINEAGE, MEASUREMENTS
+from minitron.storage.layout import CONTAMINATION, EVALUATION, ITEMS, LINEAGE, MEASUREMENTS
 from minitron.tracking.stage_run import Tracker
 
 
@@ -152,6 +153,7 @@ def flatten_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     outcomes = [row["outcome"] in gates.MET for row in evaluation["gates"]]
     metrics = {"gap_closed": evaluation["gap_closed"]}
     metrics["parameters_ratio"] = evaluation["student"]["parameters"] / evaluation["teacher"]["parameters"]
+    metrics |= {f"contamination_{task}": entry["share"] for task, entry in evaluation.get(CONTAMINATION, {}).items()}
     metrics |= {"gates_met": sum(outcomes), "gates_missed": len(outcomes) - sum(outcomes)} if outcomes else {}
     for model in [*MODELS, CHAMPION]:
         measurements = evaluation[model] or {"tasks": {}}
@@ -228,7 +230,8 @@ def _measure_models(
     names = list(dict.fromkeys(sources.values()))
     models, tokenizer = _Models(paths), load_tokenizer(paths["teacher"])
     with ExitStack() as stack:
-        answered = all(measured.read(f"tasks-{name}") for name in names)
+        parts = (CONTAMINATION, *(f"tasks-{name}" for name in names))
+        answered = all(measured.read(part) is not None for part in parts)
         tasks = None if answered else stack.enter_context(load_tasks(config, directory))
         measurements = measured.get(
             "scores", lambda: _score_models(config, directory, models, names, sources["teacher"])
@@ -254,6 +257,7 @@ def _measure_models(
             measurements[name] |= answers
             models.pop(name, None)
             gc.collect()  # a model has reference cycles; free its memory before the next model runs
+        contamination = measured.get(CONTAMINATION, lambda: _find_questions(config, tasks, tokenizer))
     _estimate_intervals(measurements, measurements[sources["teacher"]]["items"])
     items = {name: measurements[source]["items"]["validation_loss"] for name, source in sources.items()}
     return {name: dict(measurements[source]) for name, source in sources.items()} | {
@@ -261,7 +265,21 @@ def _measure_models(
         "gap_closed_interval": intervals.estimate_gap(items["pruned"], items["student"], items["teacher"]),
         "sequences": {split: count for split, count in sequences.items() if count or split != "out_of_domain"},
         "prompts": config.prompts,
+        CONTAMINATION: contamination,
     }
+
+
+def _find_questions(config: EvaluateConfig, tasks: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return, by task, how many questions are in the training text; they are reported, and nothing is dropped."""
+    if tasks is None:
+        return {}
+    questions = list_questions(tasks, config.tasks, config.task_limit)
+    found = measure_contamination(IndexedDataset(config.dataset / "train").tokens, questions, tokenizer)
+    for task, entry in found.items():
+        print(
+            f"evaluate: {task}: {entry['found']} of {entry['questions']} questions are in the training text", flush=True
+        )
+    return found
 
 
 def _answer_questions(

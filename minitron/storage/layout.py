@@ -37,6 +37,9 @@ TEACHER_CACHE = "teacher-cache"
 EVALUATION = "evaluation.json"
 """From evaluate: the measurements of all models, and the judged gates."""
 
+CONTAMINATION = "contamination"
+"""Entry of evaluation.json: by task, how many of its questions are in the training text."""
+
 ITEMS = "items.json"
 """From evaluate: every model's answer to each question, loss of each sequence and speed in each round, compressed."""
 

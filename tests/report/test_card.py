@@ -112,6 +112,13 @@ def test_an_evaluation_without_teacher_still_has_a_card(config: RegisterConfig) 
     assert "A language model of 213.6 k parameters:" in card.text
 
 
+def test_questions_in_the_training_text_are_reported(config: RegisterConfig) -> None:
+    assert "Questions that are in the training text" not in write_test_card(config, EVALUATION).text
+    counts = {"questions": 200, "found": 3, "share": 0.015}
+    card = write_test_card(config, EVALUATION | {"contamination": {"arc": counts, "piqa": counts}})
+    assert "arc 3 of 200 (1.5 %)," in card.text and "piqa 3 of 200 (1.5 %)." in card.text
+
+
 def test_several_corpora_are_named_one_by_one(config: RegisterConfig) -> None:
     parts = [INPUTS["corpus"], {"address": "/data/own", "sha256": "ee"}]
     corpus = {"address": "[…]", "sha256": "both", "parts": parts}

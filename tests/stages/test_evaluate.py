@@ -24,6 +24,7 @@ from minitron.config.metrics import SPEED_BATCH, SPEEDS
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
 from minitron.data.packed import PackedDataset
+from minitron.data.indexed import IndexedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models import downstream_tasks, generation
 from minitron.models.checkpoint import save_model
@@ -187,6 +188,7 @@ def test_the_gap_is_the_share_of_the_damage_that_was_repaired() -> None:
 def test_the_layout_of_evaluation_json(found: dict[str, Any]) -> None:
     assert set(found) == {
         *MODELS, "gap_closed", "gap_closed_interval", "sequences", "prompts", "test_set", "champion", "gates", "passed",
+        "contamination",
     }  # fmt: skip
     assert (found["champion"], found["gates"], found["passed"]) == (None, [], None)
     for model in MODELS:
@@ -240,6 +242,24 @@ def test_the_record_has_every_number_under_one_name(result: Path, found: dict[st
     assert metrics["parameters_ratio"] == found["student"]["parameters"] / found["teacher"]["parameters"]
     assert metrics.get("gap_closed") == found["gap_closed"]
     assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_questions_in_the_training_text_are_counted(result: Path, job: dict[str, Any], found: dict[str, Any]) -> None:
+    """As slow Python counts them."""
+    train = IndexedDataset(Path(job["dataset"]) / "train")
+    texts = [train[index].tolist() for index in range(len(train))]
+    runs = {tuple(ids[start : start + 13]) for ids in texts for start in range(len(ids) - 12)}
+    tokenizer = AutoTokenizer.from_pretrained(job["teacher"])
+    lines = (Path(job["task_directory"]) / f"{TASK}.jsonl").read_text().splitlines()[: job["task_limit"]]
+    count = 0
+    for line in lines:
+        text = json.loads(line)["question"]
+        variants = [tokenizer.encode(start + text, add_special_tokens=False) for start in ("", " ")]
+        count += any(tuple(ids[at : at + 13]) in runs for ids in variants for at in range(len(ids) - 12))
+    share = count / len(lines)
+    assert found["contamination"] == {TASK: {"questions": len(lines), "found": count, "share": share}}
+    assert json.loads((result / "stage.json").read_text())["metrics"][f"contamination_{TASK}"] == share
+    assert "Questions in the training text" in (result / "report.html").read_text()
 
 
 def test_only_the_result_is_left(result: Path) -> None:
