@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from minitron.config.metrics import SPEED_BATCH, SPEEDS
 from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
-from minitron.data.packed import PackedDataset
 from minitron.data.indexed import IndexedDataset
+from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError, RunError
 from minitron.models import downstream_tasks, generation
 from minitron.models.checkpoint import save_model
