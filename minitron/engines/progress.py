@@ -30,12 +30,16 @@ HISTORY, FINISHED = "history.jsonl", "finished"
 
 
 class Start(NamedTuple):
-    """The start of a training: after `step`, with the best state and the seconds of training so far."""
+    """The start of a training: after `step`, with the best state and the seconds of training so far.
+
+    If the validation after the step was broken off, `is_validated` is False, and the validation comes first.
+    """
 
     step: int = 0
     best_step: int = 0
     best_loss: float = float("inf")
     seconds: float = 0.0
+    is_validated: bool = True
 
 
 class Cost(NamedTuple):
@@ -82,7 +86,9 @@ def find_start(work: Path) -> Start:
     temporary.replace(history)  # the stage's process follows it, and must never see a partial file
     if point is None:
         return Start()
-    return Start(point.checkpoint.step, point.best.step, point.best.note["loss"], point.checkpoint.note["seconds"])
+    checkpoint, best = point
+    is_validated = checkpoint.note.get("is_validated", True)
+    return Start(checkpoint.step, best.step, best.note["loss"], checkpoint.note["seconds"], is_validated)
 
 
 def append_row(work: Path, row: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tests.servers import forks
 
 SETTINGS = {
     "sequence_length": 32,
-    "micro_batch_size": 4,
+    "micro_batch_size": 2,
     "global_batch_size": 4,
     "max_steps": 4,
     "learning_rate": 0.07,
@@ -39,6 +39,29 @@ injector.arm(sys.argv.pop(1), json.loads(sys.argv.pop(1)), "cut", sys.argv.pop(1
 main("finetune")
 """
 
+TERMINATED_CODE = """
+import os, signal, sys
+from pathlib import Path
+from minitron.engines.hf import loop
+from minitron.models import scoring
+from minitron.runtime.entry import main
+
+log, number, passes = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), []
+
+def count_passes(compute):
+    def compute_and_count(*arguments):
+        passes.append(compute)
+        log.write_text(str(len(passes)))
+        if len(passes) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*arguments)
+    return compute_and_count
+
+for module in (loop, scoring):
+    module.compute_hidden_states = count_passes(module.compute_hidden_states)
+main("finetune")
+"""
+
 WRITTEN = {
     "best": {"config.json", "model.safetensors", "complete.tmp", MARKER},
     "checkpoint": {"__0_0.distcp", ".metadata.tmp", ".metadata", "history.jsonl", "complete.tmp", MARKER},
@@ -50,12 +73,12 @@ WRITTEN = {
 class Training:
     """One training, in processes that can be killed at the n-th change of a file of its checkpoints."""
 
-    def __init__(self, teacher: Path, dataset: Path, output: Path) -> None:
+    def __init__(self, teacher: Path, dataset: Path, output: Path, **settings: Any) -> None:
         self.output, self.partial = output, output.with_name(f"{output.name}.partial")
         self.log, self.events = output.with_name(f"{output.name}.log"), output.with_name(f"{output.name}.events")
         self._config = output.with_name(f"{output.name}.yaml")
         places = {"teacher": str(teacher), "dataset": str(dataset), "output": str(output)}
-        self._config.write_text(yaml.safe_dump(SETTINGS | places))
+        self._config.write_text(yaml.safe_dump(SETTINGS | settings | places))
 
     def attempt(self, event: int | list[str] = 0) -> int | None:
         """Start it, or start it again; cut off a write by a kill, as `injector.arm` does. Return the exit status."""
@@ -63,6 +86,15 @@ class Training:
         arguments = [checkpoints, json.dumps(event), str(self.events), "--config", str(self._config)]
         process = forks.start_python(["-c", CODE, *arguments], self.log, self.log)
         process.join()
+        return process.exitcode
+
+    def terminate(self, forward_pass: int) -> int:
+        """Start it; send SIGTERM in a forward pass of a micro-batch. Return the exit status; no pass may follow."""
+        arguments = ["-c", TERMINATED_CODE, str(self.events), str(forward_pass), "--config", str(self._config)]
+        process = forks.start_python(arguments, self.log, self.log)
+        process.join()
+        assert int(self.events.read_text()) == forward_pass, self.log.read_text()
+        assert process.exitcode is not None
         return process.exitcode
 
     def list_events(self) -> list[tuple[bool, Path]]:
@@ -145,3 +177,23 @@ def test_a_damaged_checkpoint_is_not_used(
     assert (("best-0", MARKER) in [path.parts[-2:] for _, path in killed.list_events()]) == begins_anew
     for name in names:
         assert f"warning: {killed.partial}/checkpoints/{name.partition('/')[0]}: " in killed.log.read_text()
+
+
+def test_sigterm_breaks_off_a_validation_and_a_step_and_saves_the_state(
+    whole: Training, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A validation has four micro-batches, a step two; what was broken off is done again after the resume."""
+    training = Training(teacher, dataset, tmp_path / "model", checkpoint_interval=100)
+    attempts = [
+        (3, []),  # in the first validation: there is nothing to save
+        (4 + 2 + 2, ["checkpoint-1"]),  # in the validation after step 1
+        (4 + 1, ["checkpoint-1"]),  # which comes first now; in step 2
+        (4 + 2 + 4 + 1, ["checkpoint-2"]),  # in step 3
+        (2 + 4 + 2 + 2, ["checkpoint-4"]),  # in the last validation
+    ]
+    for forward_pass, checkpoints in attempts:
+        assert training.terminate(forward_pass) == 143
+        assert [path.parent.name for path in training.partial.glob(f"checkpoints/checkpoint-*/{MARKER}")] == checkpoints
+    training.events.unlink()
+    assert training.attempt() == 0, training.log.read_text()
+    assert training.read_result() == whole.read_result()

@@ -83,14 +83,21 @@ def train(
     """
     set_seed(config.seed)
     training = _Training(config, initial, teacher, work, start, report)
-    with _deferring_sigterm(may_save) as arrived, training.writer:
-        training.run(arrived)
-    training.end()
+    with _deferring_sigterm(may_save) as arrived:
+        with training.writer:
+            training.run(arrived)
+        training.end()
+    if arrived and count_processes() == 1:  # too late to save anything; writing the model is left to the next attempt
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+class _Terminated(Exception):
+    """SIGTERM came to a process of the training."""
 
 
 @contextmanager
 def _deferring_sigterm(may_save: Callable[[], bool]) -> Iterator[list[int]]:
-    """Yield a list that gets a signal's number when SIGTERM comes, so that a step ends before the process does."""
+    """Yield a list that gets a signal's number when SIGTERM comes, so that the state is saved before the end."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
@@ -122,6 +129,8 @@ class _Training:
     ) -> None:
         self._config, self._initial = config, initial
         self._work, self._start, self._report = work, start, report
+        self._step = self._saved = start.step
+        self._is_validated, self._arrived = start.is_validated, list[int]()
         self._best_step, self._best_loss = start.best_step, start.best_loss
         self._rank, self._processes, self._device = get_rank(), count_processes(), get_device()
         train_set, self._validation_set = open_training_data(config)
@@ -163,19 +172,32 @@ class _Training:
         self._metrics = {"teacher_validation_loss": loss}
 
     def run(self, arrived: list[int]) -> None:
-        """Take all steps. If `arrived` gets a signal, in any process, save the state after the step and exit."""
+        """Take all steps. If `arrived` gets a signal, in any process, save the state after the last step and exit.
+
+        A validation is broken off, and so is a step between its micro-batches: both are done again after the resume.
+        """
+        self._arrived = arrived
+        try:
+            self._take_steps()
+        except _Terminated:
+            if self._step > self._saved:
+                self._save(is_best=False, is_due=True)
+            raise SystemExit(128 + signal.SIGTERM) from None
+
+    def _take_steps(self) -> None:
         config = self._config
-        if not self._start.step:
-            self._save(0, self._validate(0), is_due=False)
-        for step in range(self._start.step + 1, config.max_steps + 1):
-            row, must_stop = self._take_step(step, bool(arrived))
-            self._log(row)
-            is_last = step == config.max_steps
-            is_validated = step % config.validation_interval == 0 or is_last
-            is_best = is_validated and self._validate(step)
-            self._save(step, is_best, not is_last and (must_stop or step % config.checkpoint_interval == 0))
-            if must_stop and not is_last:
-                raise SystemExit(128 + signal.SIGTERM)
+        if not self._step or not self._is_validated:
+            self._save(self._validate(), is_due=False)
+        for step in range(self._step + 1, config.max_steps + 1):
+            self._log(self._take_step(step))
+            self._step, is_last = step, step == config.max_steps
+            is_best = (step % config.validation_interval == 0 or is_last) and self._validate()
+            self._save(is_best, is_due=step % config.checkpoint_interval == 0 and not is_last)
+
+    def _stop_if_asked(self) -> None:
+        """Break off if SIGTERM came to any process; all call this at the same point of their work."""
+        if self._reduce(torch.tensor(len(self._arrived)), dist.ReduceOp.MAX):
+            raise _Terminated
 
     def end(self) -> None:
         """Write the end: seconds of training, best step, the teacher's loss, and the memory of the largest process."""
@@ -188,33 +210,32 @@ class _Training:
         if self._rank == 0:
             write_end(self._work, note | {"peak_rss_mb": round(rss, 1), "peak_gpu_mb": round(gpu, 1) or None})
 
-    def _take_step(self, step: int, must_stop: bool) -> tuple[dict[str, Any], bool]:
-        """Return the step's row of the history, and whether any process must stop."""
+    def _take_step(self, step: int) -> dict[str, Any]:
+        """Return the step's row of the history."""
         config, processes = self._config, self._processes
         torch.manual_seed(config.seed + step * processes + self._rank)  # so that a dropout needs no saved state
         rate = config.learning_rate * self._get_rate_factor(step - 1)
-        sums = torch.zeros(len(TERMS) + 2, device=self._device)  # loss, terms, processes that must stop
-        sums[-1] = must_stop
+        sums = torch.zeros(1 + len(TERMS), device=self._device)  # loss, terms
         weights, batches = compute_loss_weights(config, step), list(self._read_batches(step))
         counts = [(batch["labels"] != IGNORED).sum() for batch in batches]
         tokens = self._reduce(torch.stack(counts).sum().to(self._device)).clamp(min=1)  # no token of a step may count
         for batch in batches:
+            self._stop_if_asked()
             loss, terms = self._compute_loss({name: value.to(self._device) for name, value in batch.items()}, weights)
             loss = loss / tokens
             (loss if processes == 1 else loss * processes).backward()  # FSDP averages the gradients of the processes
-            sums[:-1] += torch.stack([loss, *terms]).detach()
+            sums += torch.stack([loss, *terms]).detach()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), config.gradient_clipping)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self._optimizer.step()
         self._optimizer.zero_grad()
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._reduce(sums)[1:-1] /= tokens
-        mean_loss, *values, stops = sums.tolist()
+        self._reduce(sums)[1:] /= tokens
+        mean_loss, *values = sums.tolist()
         means = dict(zip(TERMS, values, strict=True))
         shown = {name: means[name] for name in self._terms}
-        row = {"step": step, "loss": mean_loss, **shown, "learning_rate": rate, "grad_norm": whole_norm.item()}
-        return row, stops > 0
+        return {"step": step, "loss": mean_loss, **shown, "learning_rate": rate, "grad_norm": whole_norm.item()}
 
     def _read_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
         """Yield this process's share of a step: batches of what the data has of a sequence, each [B, S, …]."""
@@ -244,21 +265,23 @@ class _Training:
             distance = sum_cosine_distances(pairs, labels)
         return terms.loss + weights.intermediate * distance, [*terms[1:-1], distance]
 
-    def _validate(self, step: int) -> bool:
-        """Log the validation loss; return whether the state is the best so far."""
-        started = time.perf_counter()
-        scores = self._score(self._student, "validation")
+    def _validate(self) -> bool:
+        """Log the validation loss of the last step; return whether its state is the best so far."""
+        started, self._is_validated = time.perf_counter(), False
+        try:
+            scores = self._score(self._student, "validation")
+        finally:
+            self._started += time.perf_counter() - started
         row = {f"validation_{name}": value for name, value in scores.items() if value is not None}
-        self._log({"step": step} | row)
-        is_best = scores["loss"] < self._best_loss
+        self._log({"step": self._step} | row)
+        self._is_validated, is_best = True, scores["loss"] < self._best_loss
         if is_best:
-            self._best_step, self._best_loss = step, scores["loss"]
-        self._started += time.perf_counter() - started
+            self._best_step, self._best_loss = self._step, scores["loss"]
         return is_best
 
     def _score(self, model: Any, description: str) -> dict[str, Any]:
         sequences, size = self._config.validation_sequences, self._config.micro_batch_size
-        return score_model(model, self._validation_set, sequences, size, description)
+        return score_model(model, self._validation_set, sequences, size, description, self._stop_if_asked)
 
     def _log(self, row: dict[str, Any]) -> None:
         """Add a row to the history, unless it shows that the training diverged."""
@@ -271,11 +294,13 @@ class _Training:
             self._status.report(step, numbers)
             self._report(row)
 
-    def _save(self, step: int, is_best: bool, is_due: bool) -> None:
-        """Let the state after a step be written, if it is the best one, or if a checkpoint is due."""
-        best = {"loss": self._best_loss} if is_best else None
-        checkpoint = {"best": self._best_step, "seconds": self._read_seconds()} if is_due else None
-        self.writer.save(step, best, checkpoint)
+    def _save(self, is_best: bool, is_due: bool) -> None:
+        """Let the state after the last step be written, if it is the best one, or if a checkpoint is due."""
+        best, checkpoint = {"loss": self._best_loss} if is_best else None, None
+        if is_due:
+            self._saved = self._step
+            checkpoint = {"best": self._best_step, "seconds": self._read_seconds(), "is_validated": self._is_validated}
+        self.writer.save(self._step, best, checkpoint)
 
     def _read_seconds(self) -> float:
         """Return the seconds of training so far, without validations."""

@@ -5,6 +5,7 @@ gathers it while it computes. The head stays gathered until the loss is computed
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,19 @@ def gather_weights(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def score_model(
-    model: Any, dataset: PackedDataset, sequences: int, micro_batch_size: int, description: str
+    model: Any,
+    dataset: PackedDataset,
+    sequences: int,
+    micro_batch_size: int,
+    description: str,
+    watch: Callable[[], None],
 ) -> dict[str, Any]:
-    """Return the loss and perplexity of a model on the first sequences of a split, each scored in one process."""
+    """Return the loss and perplexity of a model on the first sequences of a split, each scored in one process.
+
+    `watch` is called before every sequence; its exception breaks the scoring off.
+    """
     count, processes = min(sequences, len(dataset)), count_processes()
-    share: Any = _Share(dataset, count, get_rank(), processes)
+    share: Any = _Share(dataset, count, get_rank(), processes, watch)
     with autocast_on_gpu():
         sums, counts = sum_scores({"model": model}, share, len(share), micro_batch_size, description=description)
     release_head(model)
@@ -106,14 +115,18 @@ def score_model(
 class _Share(Dataset):
     """Every n-th sequence of a split; all shares are equally long, so the last sequence may be in several."""
 
-    def __init__(self, dataset: PackedDataset, count: int, rank: int, processes: int) -> None:
+    def __init__(
+        self, dataset: PackedDataset, count: int, rank: int, processes: int, watch: Callable[[], None]
+    ) -> None:
         self._dataset, self._count, self._rank, self._processes = dataset, count, rank, processes
+        self._watch = watch
         self.sequence_length = dataset.sequence_length
 
     def __len__(self) -> int:
         return -(-self._count // self._processes)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self._watch()
         return self._dataset[min(index * self._processes + self._rank, self._count - 1)]
 
 
