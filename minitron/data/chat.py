@@ -77,7 +77,8 @@ class ChatReader:
             (text,), (answers,) = self._render([messages], where, return_assistant_tokens_mask=True)
         else:
             text, answers = self._find_answers(messages, places, where)
-        return Conversation(text, [(start, end) for start, end in answers if start < end])
+        words = "\n".join(message["content"] for message in messages)
+        return Conversation(text, [(start, end) for start, end in answers if start < end], words)
 
     def _check_messages(self, messages: Any, where: str) -> list[dict[str, str]]:
         """Return role and normalized content of every message."""

@@ -58,7 +58,7 @@ class Selection:
                 self.duplicates += seen == [split]
                 self.overlaps[split] += seen != [split]
                 continue
-            if self._kept and not self._kept.add(text):
+            if self._kept and not self._kept.add(text.words if isinstance(text, Conversation) else text):
                 self.near_duplicates += 1
                 continue
             self.digests[split].add(digest)

@@ -31,14 +31,16 @@ class Conversation(str):
 
     Attributes:
         answers: start and end, in characters, of everything that the assistant says.
+        words: what the messages say, without the template's own text.
     """
 
     answers: tuple[tuple[int, int], ...]
+    words: str
 
-    def __new__(cls, text: str, answers: Iterable[tuple[int, int]] = ()) -> "Conversation":
-        """Hold a text and its answers."""
+    def __new__(cls, text: str, answers: Iterable[tuple[int, int]] = (), words: str = "") -> "Conversation":
+        """Hold a text, its answers and its words."""
         conversation = super().__new__(cls, text)
-        conversation.answers = tuple(answers)
+        conversation.answers, conversation.words = tuple(answers), words
         return conversation
 
 

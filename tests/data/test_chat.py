@@ -295,6 +295,17 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_template_says_makes_no_near_duplicates(chat_teacher: Path, tmp_path: Path) -> None:
+    model, corpus = shutil.copytree(chat_teacher, tmp_path / "model"), tmp_path / "chat.jsonl"
+    (model / "chat_template.jinja").write_text(" ".join(map(str, range(100))) + TURNS)
+    words = [text.split()[:12] for text in tiny_sentences(60)]
+    said = [" ".join(some) for some in (*words, [*words[0], "also"])]
+    records = [{"messages": [CHAT[0], {"role": "assistant", "content": text}]} for text in said]
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+    metrics = prepare_chat(corpus, model, tmp_path / "out", near_duplicates=0.7)["metrics"]
+    assert metrics["near_duplicates"] == 1 and metrics["documents"] == 60
+
+
 def test_a_mixture_repeats_conversations_with_their_masks(
     inputs: dict[str, Path], chat_corpus: Path, chat_teacher: Path, tmp_path: Path
 ) -> None:
