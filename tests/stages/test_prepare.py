@@ -88,6 +88,11 @@ def json_lines(texts: list[str]) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
+def make_conversation(text: str) -> str:
+    messages = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": text}]
+    return json.dumps({"messages": messages, "source": "x"}) + "\n"
+
+
 def make_words(count: int, seed: int = 0) -> list[str]:
     """Distinct short documents that a 512-token vocabulary has to spell."""
     rng = random.Random(seed)
@@ -458,7 +463,7 @@ COMMIT = "c" * 40
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """The part of a hub's protocol that `datasets` reads a dataset of two configurations by."""
+    """The part of a hub's protocol that `datasets` reads a dataset of several configurations by."""
 
     card = """---
 configs:
@@ -468,6 +473,7 @@ configs:
   - {split: test, path: other/a.jsonl}
   - {split: extra, path: other/a.jsonl}
 - {config_name: wiki, data_files: [{split: train, path: wiki/a.jsonl}]}
+- {config_name: chat, data_files: [{split: train, path: chat/a.jsonl}]}
 - {config_name: heldout, data_files: [{split: test, path: other/a.jsonl}]}
 ---
 """
@@ -475,6 +481,7 @@ configs:
         "README.md": card.encode(),
         "plain/a.jsonl": json_lines(make_words(200)).encode(),
         "other/a.jsonl": json_lines(["of another split"]).encode(),
+        "chat/a.jsonl": "".join(map(make_conversation, make_words(30))).encode(),
         "wiki/a.jsonl": json_lines(WIKITEXT.splitlines(keepends=True)).encode(),
     }
 
@@ -540,6 +547,10 @@ def test_a_dataset_on_a_hub(hub: str, teacher: Path, tmp_path: Path) -> None:
     shared = {"teacher": str(teacher), "validation_fraction": 0.1, "test_fraction": 0, "seed": 3}
     jobs = [shared | {"corpus": address, "output": str(tmp_path / name)} for name, address in corpora.items()]
     jobs[1]["validation_fraction"] = 0
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content + eos_token }}{% endfor %}"
+    write_corpus(shutil.copytree(teacher, tmp_path / "instructed") / "chat_template.jinja", template)
+    chat = {"corpus": "hf://org/name/chat", "output": str(tmp_path / "chat"), "messages_field": "messages"}
+    jobs.append(shared | chat | {"teacher": str(tmp_path / "instructed")})
     script = write_corpus(
         tmp_path / "script.py",
         f"""
@@ -558,6 +569,9 @@ for job in {jobs!r}:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
     by_split = decode_documents(tmp_path / "plain", teacher)
     assert by_split["test"] == ["of another split"]
+    counts = json.loads((tmp_path / "chat" / MANIFEST).read_text())
+    assert sum(counts["documents"].values()) == 30
+    assert 0 < counts["counted_tokens"]["train"] < counts["tokens"]["train"]
     assert set(by_split["train"] + by_split["validation"]) == set(make_words(200))
     assert 5 <= len(by_split["validation"]) <= 40, "the dataset has none of its own: by the fraction"
     manifest = json.loads((tmp_path / "plain" / MANIFEST).read_text())
