@@ -58,7 +58,7 @@ def _make_prepare_run(config: PrepareConfig) -> Callable[[], int]:
     def run_once() -> int:
         selection = Selection([Corpus(config.corpus, config.text_field)], config)
         with tempfile.TemporaryDirectory() as directory:
-            tokens = write_dataset(selection, tokenizer, Path(directory), tracker)
+            tokens, _ = write_dataset(selection, tokenizer, Path(directory), tracker)
         return sum(tokens.values()) - sum(map(len, selection.digests.values()))
 
     return run_once

@@ -189,6 +189,8 @@ class Corpus:
                     yield from enumerate(_json_values(io.TextIOWrapper(stream, encoding="utf-8-sig")), 1)
                 case _:
                     yield from self._read_rows(path)
+        size = path.stat().st_size
+        self._position_in_file = lambda: size  # it is closed, but its last documents may not be taken yet
 
     def _split_text(self, stream: TextIO, separator: str) -> Iterator[str]:
         """Yield the texts between separators, while reading the stream; note whether there were any."""

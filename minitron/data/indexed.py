@@ -4,9 +4,11 @@ A split of conversations has a third file, .mask, with a byte per token: 1 if th
 Megatron does not read it.
 """
 
+import os
 import struct
 from array import array
 from collections.abc import Sequence
+from io import BufferedRandom
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ import numpy as np
 
 from minitron.errors import ConfigError, RunError
 from minitron.storage.layout import MASK
+
+LENGTHS = ".lengths"
+"""The end of the name of a file with the lengths of the saved documents, until there is an index."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,13 +31,28 @@ _HEADER = struct.Struct("<QBQQ")  # version, dtype code, sequences, document bou
 class IndexedWriter:
     """Write documents to `<prefix>.bin` as they come, their masks to `<prefix>.mask`, and `<prefix>.idx` at the end."""
 
-    def __init__(self, prefix: Path, vocab_size: int, has_masks: bool = False) -> None:
-        """Open the files. A token takes two bytes if the vocabulary allows it, as in Megatron."""
-        self._prefix = prefix
+    def __init__(self, prefix: Path, vocab_size: int, has_masks: bool = False, saved: int = 0) -> None:
+        """Open the files. A token takes two bytes if the vocabulary allows it, as in Megatron.
+
+        Args:
+            prefix: the split.
+            vocab_size: number of tokens that there are.
+            has_masks: whether documents may have masks.
+            saved: number of documents to keep, as `save` returned it; later ones in the files are dropped.
+        """
+        self._prefix, self._saved = prefix, saved
         self._code = 8 if vocab_size < 65500 else 4
-        self._bin = prefix.with_suffix(".bin").open("wb")
-        self._mask = prefix.with_suffix(MASK).open("wb") if has_masks else None
         self._lengths = array("i")
+        if saved:
+            with prefix.with_suffix(LENGTHS).open("rb") as stream:
+                self._lengths.fromfile(stream, saved)
+        self._bin = _open_after(prefix.with_suffix(".bin"), self.tokens * _DTYPES[self._code].itemsize)
+        self._mask = _open_after(prefix.with_suffix(MASK), self.tokens) if has_masks else None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens so far."""
+        return sum(self._lengths)
 
     def add_documents(self, documents: list[list[int]], masks: Sequence[bytes | None] = ()) -> None:
         """Append documents, each a list of token ids with its EOS, and their masks; None: all tokens count."""
@@ -42,6 +62,16 @@ class IndexedWriter:
             pairs = zip(documents, masks, strict=True)
             self._mask.writelines(b"\1" * len(ids) if mask is None else mask for ids, mask in pairs)
 
+    def save(self) -> int:
+        """Write everything to the disk, so that another writer can go on after a kill; return the documents so far."""
+        with _open_after(self._prefix.with_suffix(LENGTHS), self._saved * self._lengths.itemsize) as stream:
+            self._lengths[self._saved :].tofile(stream)
+            for file in filter(None, (self._bin, self._mask, stream)):
+                file.flush()
+                os.fsync(file.fileno())
+        self._saved = len(self._lengths)
+        return self._saved
+
     def close(self) -> None:
         """Close the .bin file and write the index."""
         self._bin.close()
@@ -50,6 +80,15 @@ class IndexedWriter:
         lengths = np.array(self._lengths, np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
         write_index(self._prefix, self._code, lengths, starts)
+
+
+def _open_after(path: Path, size: int) -> BufferedRandom:
+    """Open a file to write after its first bytes; drop the others."""
+    path.touch()
+    stream = path.open("r+b")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
 
 
 def write_index(prefix: Path, code: int, lengths: np.ndarray, starts: np.ndarray) -> None:

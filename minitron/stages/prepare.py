@@ -10,6 +10,8 @@ minitron/data/chat.py).
 
 Memory does not grow with the text, because only a few batches are held at a time. About 100 bytes per document are
 kept: the digest that identifies duplicates; and for near-duplicates 2.5 kB.
+
+After a kill the next attempt goes on with the files: at most 30 seconds of tokenizing are lost.
 """
 
 import json
@@ -17,7 +19,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,11 @@ from minitron.runtime import stage
 from minitron.runtime.entry import main
 from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage import bucket
+from minitron.storage.files import delete_path, write_atomically
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset, resolve_local_path
 from minitron.storage.layout import MANIFEST, MASK, MIXTURE
+from minitron.storage.staging import checkpoints_path
 from minitron.tracking.stage_run import Tracker
 
 Batch = list[tuple[str, str]]
@@ -51,6 +56,8 @@ Batch = list[tuple[str, str]]
 _BATCH_CHARACTERS = 1 << 19
 _BATCHES_AHEAD = 2
 _LOG_SECONDS = 10
+_SAVE_SECONDS = 30
+_SAVED = "saved.json"
 _COUNTED = "counted_tokens"
 _READING = ("messages_field", "document_separator")
 _METRICS = ("share", "passes")
@@ -80,23 +87,19 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     selection = Selection(_open_corpora(config, chat), config)
     for part, corpus in zip(parts, selection.corpus.parts, strict=True):
         print(f"prepare: {part.address}: {corpus.describe()}", flush=True)
-    started = time.monotonic()
-    tokens = write_dataset(selection, tokenizer, directory, tracker)
-    speed = sum(tokens.values()) / (time.monotonic() - started)
-    selection.check_splits()
+    with _resumable_files(directory) as files:
+        tokens, speed = write_dataset(selection, tokenizer, files, tracker)
+        selection.check_splits()
     counts = selection.summarize_counts() | {"tokens": tokens}
     if chat:
         _check_conversations(config, chat)
-        counts[_COUNTED] = {split: IndexedDataset(directory / split).count_tokens_of_loss() for split in SPLITS}
+        counts[_COUNTED] = {split: IndexedDataset(files / split).count_tokens_of_loss() for split in SPLITS}
     print(f"prepare: {_describe_counts(counts)}", flush=True)
     hashes = {"sha256": ".bin", **({"mask_sha256": MASK} if chat else {})}
     # The manifest of a plain corpus must not change, because its hash is in the key of every model made from it.
     manifest = counts | {
-        **{
-            name: {split: content_hash(directory / f"{split}{file}") for split in SPLITS}
-            for name, file in hashes.items()
-        },
-        **(_identify_corpus(parts[0].address) if len(parts) == 1 else _mix_corpora(config, selection, directory)),
+        **{name: {split: content_hash(files / f"{split}{file}") for split in SPLITS} for name, file in hashes.items()},
+        **(_identify_corpus(parts[0].address) if len(parts) == 1 else _mix_corpora(config, selection, files)),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -106,12 +109,27 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
         **{name: value for name in _READING if (value := getattr(config, name))},
         **(_describe_reading(selection.corpus.parts[0]) if len(parts) == 1 else {}),
     }
+    for split, suffix in product(SPLITS, (".idx", *hashes.values())):
+        (files / f"{split}{suffix}").rename(directory / f"{split}{suffix}")
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    files = {} if selection.corpus.files is None else {"files": selection.corpus.files}
-    metrics = _flatten_counts(counts) | files | {"tokens_per_second": round(speed)}
+    number = {} if selection.corpus.files is None else {"files": selection.corpus.files}
+    metrics = _flatten_counts(counts) | number | {"tokens_per_second": round(speed)}
     if MIXTURE not in manifest:
         return {"metrics": metrics}
     return {"metrics": metrics | _flatten_mixture(manifest[MIXTURE]), MIXTURE: manifest[MIXTURE]}
+
+
+@contextmanager
+def _resumable_files(directory: Path) -> Iterator[Path]:
+    """Yield the directory of the files that a later attempt goes on with; if nothing was saved, an error deletes it."""
+    files = checkpoints_path(directory)
+    files.mkdir(parents=True, exist_ok=True)
+    try:
+        yield files
+    except BaseException:
+        if not (files / _SAVED).is_file():
+            delete_path(files)
+        raise
 
 
 def _check_conversations(config: PrepareConfig, chat: ChatReader) -> None:
@@ -162,29 +180,55 @@ def _describe_reading(corpus: Corpus) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
-def write_dataset(selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker) -> dict[str, int]:
-    """Write every document, with its EOS, to the files of its split; return the tokens of each split."""
-    tokens, started, logged = Counter(dict.fromkeys(SPLITS, 0)), time.monotonic(), time.monotonic()
-    corpus = selection.corpus
+def write_dataset(
+    selection: Selection, tokenizer: Any, directory: Path, tracker: Tracker
+) -> tuple[dict[str, int], float]:
+    """Write every document, with its EOS, to the files of its split.
+
+    Every _SAVE_SECONDS the documents so far are saved. After a kill the same call reads all text again, to find the
+    duplicates, and tokenizes only the documents that were not saved.
+
+    Returns:
+        The tokens of each split, and the tokens per second of this call.
+    """
+    corpus, saved = selection.corpus, _read_saved(directory)
+    if saved:
+        print(f"prepare: {sum(saved.values())} documents are tokenized already", flush=True)
+    started = logged = kept = time.monotonic()
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(closing(IndexedWriter(directory / split, len(tokenizer), bool(corpus.chat))))
+            split: IndexedWriter(directory / split, len(tokenizer), bool(corpus.chat), saved.get(split, 0))
             for split in SPLITS
         }
+        for writer in writers.values():
+            stack.enter_context(closing(writer))
+        tokens = Counter({split: writer.tokens for split, writer in writers.items()})
+        before = tokens.total()
         bar = stack.enter_context(tqdm(total=corpus.size, desc="prepare", unit="B", unit_scale=True))
-        for documents in _tokenize_batches(tokenizer, _batch_documents(selection)):
+        for documents in _tokenize_batches(tokenizer, _batch_documents(islice(selection, sum(saved.values()), None))):
             for split, written in documents.items():
                 ids = [document.ids for document in written]
                 writers[split].add_documents(ids, [document.mask for document in written])
                 tokens[split] += sum(map(len, ids))
-            speed = tokens.total() / (time.monotonic() - started)
+            speed = (tokens.total() - before) / (time.monotonic() - started)
             bar.set_postfix_str(f"{tqdm.format_sizeof(speed)}tok/s", refresh=False)
             bar.update(corpus.position - bar.n)
             if time.monotonic() - logged > _LOG_SECONDS:
                 logged = time.monotonic()
                 tracker.log({"tokens": tokens.total(), "tokens_per_second": speed}, step=int(logged - started))
+            if time.monotonic() - kept > _SAVE_SECONDS:
+                write_atomically(directory / _SAVED, {split: writer.save() for split, writer in writers.items()})
+                kept = time.monotonic()
         bar.update(corpus.position - bar.n)
-    return dict(tokens)
+    return dict(tokens), (tokens.total() - before) / (time.monotonic() - started)
+
+
+def _read_saved(directory: Path) -> dict[str, int]:
+    """Return the number of saved documents of each split; none if a killed attempt had begun to publish the files."""
+    path = directory / _SAVED
+    if not path.is_file() or not all((directory / f"{split}.bin").is_file() for split in SPLITS):
+        return {}
+    return json.loads(path.read_text())
 
 
 def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[Tokens]]]:

@@ -5,13 +5,16 @@ import gzip
 import http.server
 import json
 import lzma
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -27,14 +30,15 @@ from transformers import AutoTokenizer
 from minitron.config.parse import parse
 from minitron.config.stages import PrepareConfig
 from minitron.data.corpus import Corpus
-from minitron.data.indexed import SPLITS, IndexedDataset
+from minitron.data.indexed import SPLITS, IndexedDataset, IndexedWriter
 from minitron.data.manifest import check_tokenizer
 from minitron.data.selection import Selection, assign_split
-from minitron.data.text import normalize_text
+from minitron.data.text import DocumentTokenizer, normalize_text
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import ConfigError, MinitronError, RunError
 from minitron.stages import prepare
 from minitron.storage.bucket import pin_objects
+from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset
 from minitron.storage.layout import MANIFEST
 from minitron.tracking.stage_run import Tracker
@@ -433,11 +437,71 @@ def test_progress_is_logged_while_it_runs(teacher: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(prepare, "_LOG_SECONDS", 0)
     corpus = Corpus(str(write_corpus(tmp_path / "a.jsonl", json_lines(make_words(30_000)))), "text")
     selection = Selection([corpus], PrepareConfig(output=tmp_path, corpus="a", teacher=str(teacher)))
-    tokens = prepare.write_dataset(selection, load_tokenizer(teacher), tmp_path, Recorder({}))
+    tokens, _ = prepare.write_dataset(selection, load_tokenizer(teacher), tmp_path, Recorder({}))
     logged = [count for _, count in Recorder.rows]
     assert len(logged) >= 2 and logged == sorted(logged)
     assert logged[-1] == sum(tokens.values())
     assert corpus.position == corpus.size == (tmp_path / "a.jsonl").stat().st_size
+
+
+def test_a_killed_run_goes_on_with_what_it_has_tokenized(
+    prepared: Callable, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two saves, and within one: before and after the files are on the disk."""
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1 << 14)
+    for name, count in (("a", 4000), ("b", 500)):
+        write_corpus(tmp_path / f"{name}.jsonl", json_lines(make_words(count, seed=len(name) + count)))
+    mixture = json.dumps([{"address": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in "ab"])
+    expected = content_hash(prepared(mixture, "undisturbed")[0])
+    save, write = IndexedWriter.save, prepare.write_atomically
+    tokenize, texts = DocumentTokenizer.tokenize, Counter[str]()
+    saves: Counter[str] = Counter()
+
+    def kill_in(moment: str) -> None:
+        """Be the child that is killed."""
+
+        def save_or_die(writer: IndexedWriter) -> int:
+            saves["save"] += 1
+            if moment == "save" and saves["save"] == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return save(writer)
+
+        def write_or_die(path: Path, content: dict[str, Any]) -> None:
+            write(path, content)
+            saves["write"] += 1
+            if moment == "write" and saves["write"] == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(prepare, "_SAVE_SECONDS", 0)
+        monkeypatch.setattr(IndexedWriter, "save", save_or_die)
+        monkeypatch.setattr(prepare, "write_atomically", write_or_die)
+        prepared(mixture, moment)
+
+    def count_texts(tokenizer: DocumentTokenizer, batch: list[str]) -> Any:
+        texts["tokenized"] += len(batch)
+        return tokenize(tokenizer, batch)
+
+    for moment in ("save", "write"):
+        child = multiprocessing.get_context("fork").Process(target=kill_in, args=(moment,))
+        child.start()
+        child.join(120)
+        assert child.exitcode == -signal.SIGKILL
+        texts.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(DocumentTokenizer, "tokenize", count_texts)
+            directory, manifest, _ = prepared(mixture, moment)
+        assert content_hash(directory) == expected, moment
+        assert 0 < texts["tokenized"] < sum(manifest["documents"].values()) - 500, "what was saved is kept"
+        assert not (tmp_path / f"{moment}.partial").exists()
+
+
+def test_files_that_are_read_at_once_have_a_position(prepared: Callable, tmp_path: Path) -> None:
+    """A file of less than a megabyte is read before its first document is taken."""
+    for number in range(4):
+        texts = [f"{number} {index} " + "alpha beta " * 500 for index in range(120)]
+        write_corpus(tmp_path / "corpus" / f"{number}.jsonl", json_lines(texts))
+    _, manifest, _ = prepared(tmp_path / "corpus")
+    assert sum(manifest["documents"].values()) == 480
 
 
 def test_a_document_in_two_splits_is_caught(tmp_path: Path) -> None:
