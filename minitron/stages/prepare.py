@@ -226,9 +226,9 @@ def write_dataset(
 def _read_saved(directory: Path) -> dict[str, int]:
     """Return the number of saved documents of each split; none if a killed attempt had begun to publish the files."""
     path = directory / _SAVED
-    if not path.is_file() or not all((directory / f"{split}.bin").is_file() for split in SPLITS):
-        return {}
-    return json.loads(path.read_text())
+    if not all((directory / f"{split}.bin").is_file() for split in SPLITS):
+        path.unlink(missing_ok=True)  # the files of this attempt are others
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _tokenize_batches(tokenizer: Any, batches: Iterable[Batch]) -> Iterator[dict[str, list[Tokens]]]:

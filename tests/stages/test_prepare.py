@@ -40,7 +40,7 @@ from minitron.stages import prepare
 from minitron.storage.bucket import pin_objects
 from minitron.storage.hashing import content_hash
 from minitron.storage.hub import resolve_hub_dataset
-from minitron.storage.layout import MANIFEST
+from minitron.storage.layout import CHECKPOINTS, MANIFEST
 from minitron.tracking.stage_run import Tracker
 from tests.servers import forks
 
@@ -457,35 +457,38 @@ def test_a_killed_run_goes_on_with_what_it_has_tokenized(
     tokenize, texts = DocumentTokenizer.tokenize, Counter[str]()
     saves: Counter[str] = Counter()
 
-    def kill_in(moment: str) -> None:
-        """Be the child that is killed."""
+    def kill_in(moment: str, number: int, name: str) -> None:
+        """Be the child that is killed, in the save or write of this number."""
 
         def save_or_die(writer: IndexedWriter) -> int:
             saves["save"] += 1
-            if moment == "save" and saves["save"] == 8:
+            if moment == "save" and saves["save"] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return save(writer)
 
         def write_or_die(path: Path, content: dict[str, Any]) -> None:
             write(path, content)
             saves["write"] += 1
-            if moment == "write" and saves["write"] == 4:
+            if moment == "write" and saves["write"] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         monkeypatch.setattr(prepare, "_SAVE_SECONDS", 0)
         monkeypatch.setattr(IndexedWriter, "save", save_or_die)
         monkeypatch.setattr(prepare, "write_atomically", write_or_die)
-        prepared(mixture, moment)
+        prepared(mixture, name)
+
+    def start_and_kill(*arguments: Any) -> None:
+        child = multiprocessing.get_context("fork").Process(target=kill_in, args=arguments)
+        child.start()
+        child.join(120)
+        assert child.exitcode == -signal.SIGKILL
 
     def count_texts(tokenizer: DocumentTokenizer, batch: list[str]) -> Any:
         texts["tokenized"] += len(batch)
         return tokenize(tokenizer, batch)
 
-    for moment in ("save", "write"):
-        child = multiprocessing.get_context("fork").Process(target=kill_in, args=(moment,))
-        child.start()
-        child.join(120)
-        assert child.exitcode == -signal.SIGKILL
+    for moment, number in (("save", 8), ("write", 4)):
+        start_and_kill(moment, number, moment)
         texts.clear()
         with monkeypatch.context() as patched:
             patched.setattr(DocumentTokenizer, "tokenize", count_texts)
@@ -493,6 +496,11 @@ def test_a_killed_run_goes_on_with_what_it_has_tokenized(
         assert content_hash(directory) == expected, moment
         assert 0 < texts["tokenized"] < sum(manifest["documents"].values()) - 500, "what was saved is kept"
         assert not (tmp_path / f"{moment}.partial").exists()
+
+    start_and_kill("write", 4, "moved")
+    (tmp_path / "moved.partial" / CHECKPOINTS / "train.bin").unlink()  # as after a kill between two renames
+    start_and_kill("save", 1, "moved")
+    assert content_hash(prepared(mixture, "moved")[0]) == expected, "files of two attempts are not mixed"
 
 
 def test_files_that_are_read_at_once_have_a_position(prepared: Callable, tmp_path: Path) -> None:
