@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from minitron.config.fields import EXECUTION, INPUT, Fault, Location, Positive
-from minitron.config.settings import EngineSettings, Settings, find_idle_gpus
+from minitron.config.settings import EngineSettings, Settings
 
 PRUNED_AXES = {
     "hidden": "hidden_size",
@@ -135,7 +135,8 @@ class PruneSettings(EngineSettings):
 
     def find_faults(self) -> Iterator[Fault]:
         """Find what contradicts itself without a teacher; engines/plan_checks.py compares with one."""
-        yield from find_idle_gpus("prune", self.gpus, "set gpus to 1")
+        if self.gpus > 1:  # you would pay for them while they are idle
+            yield Fault("gpus", f"{self.gpus}, but prune runs in one process, on one GPU; set gpus to 1")
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             yield Fault("drop_layers", "num_hidden_layers is given, too; choose one of them")
 

@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants as hub
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -276,7 +277,8 @@ class SharedContextLM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue contexts."""
         self._bar.reset(len(requests))
-        return super().generate_until(requests, disable_tqdm)
+        generate = super().generate_until
+        return _divide(requests, lambda own: generate(own, disable_tqdm))
 
     def _model_generate(self, context: Any, *arguments: Any, **named: Any) -> Any:
         generated = super()._model_generate(context, *arguments, **named)
@@ -297,12 +299,21 @@ class SharedContextLM(HFLM):
                 by_context.setdefault(tuple(context), []).append(index)
         answers: dict[int, tuple[float, bool]] = {}
         if long:
-            beyond = super()._loglikelihood_tokens([requests[index] for index in long], disable_tqdm, override_bs)
+            score = super()._loglikelihood_tokens
+            beyond = _divide(long, lambda own: score([requests[index] for index in own], disable_tqdm, override_bs))
             answers = dict(zip(long, beyond, strict=True))
             self._bar.update(len(long))
-        for groups in _iterate_batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)):
-            answers |= self._score_groups(requests, groups)
-            self._bar.update(sum(map(len, groups)))
+
+        def score_batches(batches: list[list[list[int]]]) -> list[dict[int, tuple[float, bool]]]:
+            scored = []
+            for groups in batches:
+                scored.append(self._score_groups(requests, groups))
+                self._bar.update(sum(map(len, groups)))
+            return scored
+
+        batches = list(_iterate_batches(requests, by_context, FORWARD_TOKENS.get(self.device.type, 256)))
+        for scored in _divide(batches, score_batches):
+            answers |= scored
         return [answers[index] for index in range(len(requests))]
 
     def _score_groups(self, requests: list[_Request], groups: list[list[int]]) -> dict[int, tuple[float, bool]]:
@@ -325,6 +336,20 @@ class SharedContextLM(HFLM):
             total, all_agree = answers[index]
             answers[index] = total + log_likelihood, all_agree and agrees
         return answers
+
+
+def _divide(items: list[Any], compute: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Return a value per item, in their order; of several processes each computes every n-th."""
+    if not dist.is_initialized():
+        return compute(items)
+    rank, count = dist.get_rank(), dist.get_world_size()
+    shares: list[Any] = [None] * count
+    own = items[rank::count]
+    dist.all_gather_object(shares, compute(own) if own else [])
+    values: list[Any] = [None] * len(items)
+    for number, share in enumerate(shares):
+        values[number::count] = share
+    return values
 
 
 class _Layout:

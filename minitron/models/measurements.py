@@ -20,7 +20,7 @@ class Measurements:
 
     def __init__(self, directory: Path, stage: str = "evaluate") -> None:
         """Set the directory, whose name identifies everything that affects the measurements, and the stage's name."""
-        self._directory, self._stage = directory, stage
+        self.directory, self._stage = directory, stage
 
     def read(self, part: str) -> dict[str, Any] | None:
         """Return a part; None if it is missing."""
@@ -41,9 +41,9 @@ class Measurements:
 
     def delete(self) -> None:
         """Delete all parts, and the parent directory if it is empty."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         with suppress(OSError):
-            self._directory.parent.rmdir()
+            self.directory.parent.rmdir()
 
     def _path(self, part: str) -> Path:
-        return self._directory / f"{part}.json"
+        return self.directory / f"{part}.json"

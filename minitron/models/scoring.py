@@ -79,7 +79,12 @@ def score_sequences(
         ConfigError: no token of the sequences counts.
     """
     sums, counts = sum_scores(models, dataset, sequences, micro_batch_size, reference, description)
-    names = ("loss", "kl", "top1_agreement")[: 1 if reference is None else 3]
+    return list_scores(sums, counts, reference is not None)
+
+
+def list_scores(sums: dict[str, Tensor], counts: Tensor, has_reference: bool) -> dict[str, dict[str, list[float]]]:
+    """Return what `score_sequences` returns, from what `sum_scores` returns."""
+    names = ("loss", "kl", "top1_agreement")[: 3 if has_reference else 1]
     return {
         model: dict(zip(names, share_among_sequences(values, counts).T.tolist(), strict=False))
         for model, values in sums.items()

@@ -7,41 +7,30 @@ measured once. The measurements are kept in the workspace, part by part: after a
 missing parts are measured. Without a workspace they are in OUTPUT.measurements until the evaluation ends.
 """
 
-import gc
 import hashlib
 import json
-import math
-import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from minitron import METHOD_VERSION
-from minitron.config.metrics import CHAMPION, ITEMS_OF, MODELS, NUMBERS, find_not_finite
+from minitron.config.metrics import CHAMPION, ITEMS_OF, MODELS, NUMBERS
 from minitron.config.parse import list_decisive_settings
 from minitron.config.stages import EvaluateConfig, PrepareConfig
-from minitron.data.contamination import list_questions, measure_contamination
 from minitron.data.corpus import Corpus
 from minitron.data.indexed import IndexedDataset
 from minitron.data.manifest import check_tokenizer
-from minitron.data.packed import PackedDataset
 from minitron.data.text import write_first_documents
 from minitron.data.tokenizer import load_tokenizer
-from minitron.engines import hf
-from minitron.errors import ConfigError, RunError
-from minitron.models.checkpoint import count_model_parameters, load_model
+from minitron.engines.hf.measuring import make_job, measure
+from minitron.engines.hf.training import WORKER
+from minitron.engines.launcher import launch
+from minitron.errors import ConfigError
 from minitron.models.checks import check_architecture
-from minitron.models.downstream_tasks import load_tasks, score_tasks
-from minitron.models.generation import continue_prompts, time_generation
 from minitron.models.measurements import Measurements
-from minitron.models.scoring import average_scores, score_sequences
 from minitron.registry import gates, intervals, lineage
 from minitron.report.page import explain_idle_distillation, write_report
 from minitron.report.tensorboard import write_events
@@ -51,8 +40,8 @@ from minitron.runtime.model_sources import fetch_corpus
 from minitron.storage.bucket import is_bucket
 from minitron.storage.cache import persistent_directory
 from minitron.storage.files import write_atomically
-from minitron.storage.hashing import content_hash
 from minitron.storage.layout import CONTAMINATION, EVALUATION, ITEMS, LINEAGE, MEASUREMENTS
+from minitron.storage.staging import checkpoints_path
 from minitron.tracking.stage_run import Tracker
 
 
@@ -193,8 +182,13 @@ def _is_comparable(config: EvaluateConfig, champion: Path) -> bool:
 
 
 @contextmanager
-def _open_splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iterator[dict[str, PackedDataset]]:
-    """Open the splits validation, test and out_of_domain; an empty test split is left out."""
+def _open_splits(
+    config: EvaluateConfig, directory: Path, teacher: Path, measured: Measurements
+) -> Iterator[dict[str, Path]]:
+    """Yield the splits validation, test and out_of_domain, but no empty one, and none if they were scored before."""
+    if measured.read("scores"):
+        yield {}
+        return
     names = ["validation", *(["test"] if len(IndexedDataset(config.dataset / "test")) else [])]
     prefixes = {name: config.dataset / name for name in names}
     with TemporaryDirectory(dir=directory) as other:
@@ -206,59 +200,28 @@ def _open_splits(config: EvaluateConfig, directory: Path, teacher: Path) -> Iter
             print(f"evaluate: {config.out_of_domain}: {documents.describe()}", flush=True)
             tokens = config.evaluation_sequences * config.sequence_length + 1
             write_first_documents(documents, load_tokenizer(teacher), prefixes["out_of_domain"], tokens)
-        yield {name: PackedDataset(prefix, config.sequence_length, config.seed) for name, prefix in prefixes.items()}
+        yield prefixes
 
 
-class _Models(dict[str, PreTrainedModel]):
-    """The models by name; each is loaded when its first measurement is missing."""
-
-    def __init__(self, paths: dict[str, Path]) -> None:
-        super().__init__()
-        self.paths = paths
-
-    def __missing__(self, name: str) -> PreTrainedModel:
-        self[name] = model = _load_model(self.paths[name])
-        return model
-
-
-@torch.inference_mode()
 def _measure_models(
     config: EvaluateConfig, paths: dict[str, Path], directory: Path, measured: Measurements, tracker: Tracker
 ) -> dict[str, Any]:
-    """Return the measurements in evaluation.json; all models are in memory while the teacher scores them."""
-    sources = _find_equal_models(paths)
-    names = list(dict.fromkeys(sources.values()))
-    models, tokenizer = _Models(paths), load_tokenizer(paths["teacher"])
-    with ExitStack() as stack:
-        parts = (CONTAMINATION, *(f"tasks-{name}" for name in names))
-        answered = all(measured.read(part) is not None for part in parts)
-        tasks = None if answered else stack.enter_context(load_tasks(config, directory))
-        measurements = measured.get(
-            "scores", lambda: _score_models(config, directory, models, names, sources["teacher"])
-        )
-        teacher_items = measurements[sources["teacher"]]["items"]
-        sequences = {
-            split: len(teacher_items.get(f"{split}_loss", [])) for split in ("validation", "test", "out_of_domain")
-        }
-        for name in _list_incomparable(paths, measurements):
-            names.remove(name)
-            models.pop(name, None)
-            del sources[name]
-        losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
-        tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
-        speeds = measured.get(
-            "speeds", lambda: time_generation(config, {name: models[name] for name in names}, tokenizer)
-        )
-        for name in names:
-            measurements[name]["items"] |= speeds[name]
-            measurements[name] |= {metric: statistics.median(rates) for metric, rates in speeds[name].items()}
-            answers = measured.get(f"tasks-{name}", partial(_answer_questions, config, tasks, models, name, tokenizer))
-            measurements[name]["items"] |= answers.pop("items")
-            measurements[name] |= answers
-            models.pop(name, None)
-            gc.collect()  # a model has reference cycles; free its memory before the next model runs
-        contamination = measured.get(CONTAMINATION, lambda: _find_questions(config, tasks, tokenizer))
-    _estimate_intervals(measurements, measurements[sources["teacher"]]["items"])
+    """Return the measurements in evaluation.json; several GPUs measure in as many processes."""
+    with _open_splits(config, directory, paths["teacher"], measured) as splits:
+        if (processes := _count_processes(config)) > 1:
+            work = checkpoints_path(directory)
+            work.mkdir(exist_ok=True)
+            print(f"evaluate: {processes} processes, which divide sequences and questions", flush=True)
+            launch(WORKER, make_job(config, paths, splits, work, measured), work, processes)
+        # in this process, whatever the workers have not kept
+        measurements, sources, contamination = measure(config, paths, splits, directory, measured)
+    teacher_items = measurements[sources["teacher"]]["items"]
+    sequences = {
+        split: len(teacher_items.get(f"{split}_loss", [])) for split in ("validation", "test", "out_of_domain")
+    }
+    losses = {name: measurements[source]["validation_loss"] for name, source in sources.items()}
+    tracker.log({f"{name}_validation_loss": loss for name, loss in losses.items()})
+    _estimate_intervals(measurements, teacher_items)
     items = {name: measurements[source]["items"]["validation_loss"] for name, source in sources.items()}
     return {name: dict(measurements[source]) for name, source in sources.items()} | {
         "gap_closed": compute_gap_closed(losses["pruned"], losses["student"], losses["teacher"]),
@@ -269,43 +232,8 @@ def _measure_models(
     }
 
 
-def _find_questions(config: EvaluateConfig, tasks: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return, by task, how many questions are in the training text; they are reported, and nothing is dropped."""
-    if tasks is None:
-        return {}
-    questions = list_questions(tasks, config.tasks, config.task_limit)
-    found = measure_contamination(IndexedDataset(config.dataset / "train").tokens, questions, tokenizer)
-    for task, entry in found.items():
-        print(
-            f"evaluate: {task}: {entry['found']} of {entry['questions']} questions are in the training text", flush=True
-        )
-    return found
-
-
-def _answer_questions(
-    config: EvaluateConfig, tasks: Any, models: _Models, name: str, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Return a model's scores on the tasks, their items, and its continuations of the prompts."""
-    scores, items = score_tasks(config, tasks, models[name], tokenizer, f"{name}: tasks")
-    return {"tasks": scores, "items": items} | continue_prompts(config, models[name], tokenizer)
-
-
-def _list_incomparable(paths: dict[str, Path], measurements: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the champion, with a warning, if one of its metrics is not finite: nothing can be compared with it.
-
-    Raises:
-        RunError: a metric of another model is not finite.
-    """
-    incomparable = []
-    by_loss = sorted(measurements, key=lambda name: math.isfinite(measurements[name]["validation_loss"]))
-    for name in by_loss:  # a bad teacher spoils the divergence of all others, so it is named first
-        if reason := find_not_finite(measurements[name], name):
-            message = f"evaluate: {paths[name]}: {reason}; the weights are damaged, or a training diverged"
-            if name != CHAMPION:
-                raise RunError(f"{message}; make the model again with a lower learning_rate")
-            print(f"warning: {message}: not compared with the champion", file=sys.stderr, flush=True)
-            incomparable.append(name)
-    return incomparable
+def _count_processes(config: EvaluateConfig) -> int:
+    return max(1, config.gpus)
 
 
 def _estimate_intervals(measurements: dict[str, dict[str, Any]], teacher: dict[str, list[float]]) -> None:
@@ -319,60 +247,6 @@ def _estimate_intervals(measurements: dict[str, dict[str, Any]], teacher: dict[s
             for metric, own in items.items()
             if metric in others
         }
-
-
-def _find_equal_models(paths: dict[str, Path]) -> dict[str, str]:
-    """Return the first model with the same weights, for every model: itself, unless finetune kept the teacher."""
-    first: dict[tuple[str, ...], str] = {}
-    return {name: first.setdefault(_hash_weights(path), name) for name, path in paths.items()}
-
-
-def _hash_weights(path: Path) -> tuple[str, ...]:
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    return tuple(content_hash(file) for file in files)
-
-
-def _load_model(path: Path) -> PreTrainedModel:
-    model = load_model(path, hf.get_compute_dtype())
-    return model.to(hf.get_device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
-
-
-def _score_models(
-    config: EvaluateConfig, directory: Path, models: _Models, names: list[str], teacher: str
-) -> dict[str, dict[str, Any]]:
-    """Score the models, one pass per split; only on validation against the teacher, as in the report."""
-    with _open_splits(config, directory, models.paths[teacher]) as splits:
-        loaded = {name: models[name] for name in names}
-        scores = {
-            split: score_sequences(
-                loaded,
-                dataset,
-                config.evaluation_sequences,
-                config.micro_batch_size,
-                models[teacher] if split == "validation" else None,
-                description=split,
-            )
-            for split, dataset in splits.items()
-        }
-    return {name: _describe_model(loaded[name], {split: scores[split][name] for split in splits}) for name in names}
-
-
-def _describe_model(model: PreTrainedModel, scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Return the measurements of a model on the splits, and their `items`."""
-    validation = scores["validation"]
-    means = average_scores(validation)
-    items = {f"{split}_loss": terms["loss"] for split, terms in scores.items()}
-    return {
-        "parameters": count_model_parameters(model),
-        "weights_mb": model.get_memory_footprint() / 2**20,
-        "validation_loss": means["loss"],
-        **{
-            f"{split}_loss": average_scores(scores[split])["loss"] if split in scores else None
-            for split in ("test", "out_of_domain")
-        },
-        **{metric: means[metric] for metric in ("perplexity", "kl", "top1_agreement")},
-        "items": items | {metric: validation[metric] for metric in ("kl", "top1_agreement")},
-    }
 
 
 if __name__ == "__main__":

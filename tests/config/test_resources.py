@@ -162,6 +162,7 @@ def test_the_sums_of_engine_hf() -> None:
 def test_the_sums_of_the_other_stages() -> None:
     assert (ask_for("prepare"), ask_for("register")) == (16, 8)
     assert ask_for("evaluate") == 8 + 16 + 2 * 1000
+    assert ask_for("evaluate", evaluate={"gpus": 4}) == 5 * 8 + 16 + 4 * 2 * 1000
     assert ask_for("evaluate", evaluate={"gpus": 0}) == 8 + 4 * (2 * 1000 + 2 * 100)
     assert ask_for("evaluate", evaluate={"gpus": 0, "champion": "models:/a/1"}) == 8 + 4 * (2 * 1000 + 3 * 100)
 

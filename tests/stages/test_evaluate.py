@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from minitron.config.parse import parse
 from minitron.config.stages import EvaluateConfig
 from minitron.data.indexed import IndexedDataset
 from minitron.data.packed import PackedDataset
+from minitron.engines.hf import measuring
 from minitron.errors import ConfigError, RunError
 from minitron.models import downstream_tasks, generation
 from minitron.models.checkpoint import save_model
@@ -32,6 +34,7 @@ from minitron.models.generation import ROUNDS
 from minitron.registry import gates, intervals
 from minitron.stages import evaluate
 from minitron.tracking.client import connect
+from tests.constants import REPOSITORY
 
 MODELS = ("teacher_before", "teacher", "pruned", "student")
 SEQUENCES = 6
@@ -469,7 +472,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> None:
         raise AssertionError(f"{path} was loaded")
 
-    monkeypatch.setattr(evaluate, "_load_model", load)
+    monkeypatch.setattr(measuring, "_load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -551,6 +554,37 @@ class TestRefusedBeforeAModelIsLoaded:
     def test_no_prompt(self, prompts: list[str], job: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"evaluate\.prompts"):
             parse("evaluate", job | {"prompts": prompts, "output": tmp_path / "out"})
+
+
+def test_two_processes_measure_what_one_does(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that do not divide, answers that are scored, and answers that are generated."""
+    tasks = write_task(
+        tmp_path / "tasks",
+        "".join(json.dumps({"question": f"a b {word}", "label": word}) + "\n" for word in "cdefg"),
+        **CODE | {"unsafe_code": False, "metric_list": [{"metric": "exact_match", "aggregation": "mean"}]},
+    )
+    shutil.copytree(job["task_directory"], tasks, dirs_exist_ok=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"a b {number} c d"}) + "\n" for number in range(200)))
+    changes = {"tasks": [TASK, "own"], "task_directory": tasks, "evaluation_sequences": 5, "out_of_domain": str(other)}
+    evaluate.run(EvaluateConfig(output=tmp_path / "one", **job | changes))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(evaluate, "_count_processes", lambda config: 2)
+    monkeypatch.setattr(measuring, "_load_model", pytest.fail)
+    evaluate.run(EvaluateConfig(output=tmp_path / "two", **job | changes))
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    for model in MODELS:
+        assert two[model]["tasks"] == {task: pytest.approx(one[model]["tasks"][task]) for task in (TASK, "own")}
+        assert two[model]["samples"] == one[model]["samples"]
+        for metric in ("validation_loss", "test_loss", "out_of_domain_loss", "kl", "top1_agreement"):
+            assert two[model][metric] == pytest.approx(one[model][metric], abs=1e-6)
+            assert two[model]["intervals"][metric] == pytest.approx(one[model]["intervals"][metric], abs=1e-6)
+    assert two["contamination"] == one["contamination"] and two["sequences"] == one["sequences"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
 
 
 CODE = {"output_type": "generate_until", "doc_to_target": "{{label}}", "doc_to_choice": None}
@@ -711,8 +745,8 @@ def test_a_mistake_in_a_gate_throws_no_measurement_away(
     with pytest.raises(ConfigError, match=f"{TASK}_accuracy is not measured; give one of {TASK}_acc, {TASK}_acc_"):
         evaluate.run(EvaluateConfig(**settings, gates=wrong))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(evaluate, "_load_model", pytest.fail)
-    monkeypatch.setattr(evaluate, "load_tasks", pytest.fail)
+    monkeypatch.setattr(measuring, "_load_model", pytest.fail)
+    monkeypatch.setattr(measuring, "load_tasks", pytest.fail)
     gates = [{"metric": f"{TASK}_acc", "at_least": 0.0}]
     evaluate.run(EvaluateConfig(**settings, gates=gates))
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -729,17 +763,17 @@ def test_a_killed_evaluation_measures_only_what_is_missing(
     job: dict[str, Any], found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Path] = []
-    load, score = evaluate._load_model, evaluate.score_tasks
+    load, score = measuring._load_model, measuring.score_tasks
 
     def interrupt(config: Any, tasks: Any, model: Any, tokenizer: Any, description: str) -> Any:
         if description.startswith("pruned"):
             raise KeyboardInterrupt
         return score(config, tasks, model, tokenizer, description)
 
-    monkeypatch.setattr(evaluate, "_load_model", lambda path: loaded.append(path) or load(path))
+    monkeypatch.setattr(measuring, "_load_model", lambda path: loaded.append(path) or load(path))
     config = EvaluateConfig(output=tmp_path / "out", workspace=tmp_path / "workspace", **job)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(evaluate, "score_tasks", interrupt)
+        patched.setattr(measuring, "score_tasks", interrupt)
         evaluate.run(config)
     assert loaded == [Path(job[name]) for name in MODELS]
     evaluate.run(config)

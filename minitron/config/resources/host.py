@@ -65,7 +65,7 @@ def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
         case PruneSettings():
             phases = _list_prune_phases(settings, gpus, models)
         case EvaluateSettings() if gpus:
-            phases = [[Term("a model on its way to the GPU, bf16", BF16 * models.teacher)]]
+            phases = [[Term("a model on its way to every GPU, bf16", gpus * BF16 * models.teacher)]]
         case EvaluateSettings():
             compared = 2 * models.teacher + (3 if settings.champion else 2) * models.student
             phases = [[Term("all models, fp32", FP32 * compared)]]
@@ -162,7 +162,7 @@ def _count_gpus(settings: StageSettings) -> int:
 
 
 def _count_workers(settings: StageSettings, gpus: int) -> int:
-    """Count the processes that a stage starts: one per GPU, but engine hf trains on one GPU in its own process."""
+    """Count the processes that a stage starts: one per GPU, but one GPU of engine hf has its own process."""
     match settings:
         case FinetuneSettings(enabled=False):
             return 0
@@ -172,6 +172,8 @@ def _count_workers(settings: StageSettings, gpus: int) -> int:
             return gpus
         case PruneSettings(engine="nemo"):
             return 1
+        case EvaluateSettings() if gpus > 1:
+            return gpus
         case _:
             return 0
 

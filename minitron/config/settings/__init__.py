@@ -5,7 +5,7 @@ A preset has one section per stage, and a component takes it as its parameter `s
     prune(teacher=..., dataset=..., settings=PruneSettings(intermediate_size=9216).as_settings())
 """
 
-from minitron.config.settings.base import EngineSettings, SequenceSettings, Settings, StageSettings, find_idle_gpus
+from minitron.config.settings.base import EngineSettings, SequenceSettings, Settings, StageSettings
 from minitron.config.settings.cluster import (
     QUEUE_LABEL,
     RESOURCES,
@@ -47,7 +47,6 @@ __all__ = [
     "StageSettings",
     "TrainingSettings",
     "compute_shares",
-    "find_idle_gpus",
     "format_parts",
     "identify_parts",
     "list_parts",

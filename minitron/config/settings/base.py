@@ -61,9 +61,3 @@ class EngineSettings(SequenceSettings):
     """Settings of every stage that an engine works for."""
 
     engine: Engine = "hf"
-
-
-def find_idle_gpus(what: str, gpus: int, remedy: str) -> Iterator[Fault]:
-    """Find GPUs that you would pay for while they are idle."""
-    if gpus > 1:
-        yield Fault("gpus", f"{gpus}, but {what} runs in one process, on one GPU; {remedy}")

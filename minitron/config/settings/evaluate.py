@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from minitron.config.fields import EXECUTION, HUB_DATASET, INPUT, Fault, Location
 from minitron.config.gates import Gate, find_gate_faults
-from minitron.config.settings.base import SequenceSettings, find_idle_gpus
+from minitron.config.settings.base import SequenceSettings
 
 
 class EvaluateSettings(SequenceSettings):
@@ -49,7 +49,6 @@ class EvaluateSettings(SequenceSettings):
 
     def find_faults(self) -> Iterator[Fault]:
         """Find gates on metrics that are not measured, and settings for tasks that are not measured."""
-        yield from find_idle_gpus("evaluate", self.gpus, "set gpus to 1")
         yield from find_gate_faults(self.gates, self.tasks, self.out_of_domain is not None)
         for name in sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
             yield Fault("tasks", f"{name} is listed twice; remove one")

@@ -24,7 +24,7 @@ from minitron.engines.hf.device import autocast_on_gpu, get_compute_dtype, get_d
 from minitron.models.checkpoint import load_model
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.layers import NORM, LayerReader
-from minitron.models.scoring import average_scores, share_among_sequences, sum_scores
+from minitron.models.scoring import average_scores, list_scores, sum_scores
 
 
 def count_processes() -> int:
@@ -94,22 +94,40 @@ def score_model(
     description: str,
     watch: Callable[[], None],
 ) -> dict[str, Any]:
-    """Return the loss and perplexity of a model on the first sequences of a split, each scored in one process.
+    """Return the loss and perplexity of a model on the first sequences of a split: see `score_shares`."""
+    with autocast_on_gpu():
+        scores = score_shares({"model": model}, dataset, sequences, micro_batch_size, description, watch)
+    release_head(model)
+    return average_scores(scores["model"])
+
+
+def score_shares(
+    models: dict[str, Any],
+    dataset: PackedDataset,
+    sequences: int,
+    micro_batch_size: int,
+    description: str,
+    watch: Callable[[], None] = lambda: None,
+    reference: Any = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Score models on the first sequences of a split, each in one process: see `scoring.score_sequences`.
 
     `watch` is called before every sequence; its exception breaks the scoring off.
     """
-    count, processes = min(sequences, len(dataset)), count_processes()
-    share: Any = _Share(dataset, count, get_rank(), processes, watch)
-    with autocast_on_gpu():
-        sums, counts = sum_scores({"model": model}, share, len(share), micro_batch_size, description=description)
-    release_head(model)
-    rows = torch.stack([sums["model"][:, 0], counts], dim=-1).to(get_device())  # loss and tokens of every sequence
-    if processes > 1:
-        shares = [torch.empty_like(rows) for _ in range(processes)]
-        dist.all_gather(shares, rows)
-        rows = torch.stack(shares, dim=1).flatten(0, 1)[:count]
-    losses = share_among_sequences(rows[:, :1], rows[:, 1])
-    return average_scores({"loss": losses.flatten().tolist()})
+    count = min(sequences, len(dataset))
+    share: Any = _Share(dataset, count, get_rank(), count_processes(), watch)
+    sums, counts = sum_scores(models, share, len(share), micro_batch_size, reference, description)
+    sums = {name: _gather_shares(values)[:count] for name, values in sums.items()}
+    return list_scores(sums, _gather_shares(counts)[:count], reference is not None)
+
+
+def _gather_shares(own: Tensor) -> Tensor:
+    """Return the values of all processes, [N, …] on the CPU, in the order of their sequences."""
+    if count_processes() == 1:
+        return own
+    shares = [torch.empty_like(own) for _ in range(count_processes())]
+    dist.all_gather(shares, own.contiguous())
+    return torch.stack(shares, dim=1).flatten(0, 1)
 
 
 class _Share(Dataset):

@@ -24,7 +24,10 @@ def main() -> None:
         join_group()
         job = json.loads(path.read_text())
         with disk_errors(Path(job["work"])):
-            train(job, lambda: find_launcher() == launcher)
+            if job["job"] == "evaluate":
+                measure(job)
+            else:
+                train(job, lambda: find_launcher() == launcher)
         leave_group()
     except Exception as error:
         report_failure(path, error)
@@ -64,6 +67,16 @@ def train(job: dict[str, Any], may_save: Callable[[], bool] = lambda: True) -> N
     dist.broadcast_object_list(start)
     config: Any = parse(job["stage"], job["config"])
     loop.train(config, Path(job["initial"]), teacher, work, start[0], may_save=may_save)
+
+
+def measure(job: dict[str, Any]) -> None:
+    """Measure the models of an evaluation; `job` is that of `measuring.make_job`."""
+    from minitron.fast_imports import many_imports
+
+    with many_imports():
+        from minitron.engines.hf.measuring import measure_in_worker
+
+    measure_in_worker(job)
 
 
 if __name__ == "__main__":
