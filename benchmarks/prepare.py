@@ -5,6 +5,7 @@ Run it: `python benchmarks/prepare.py` (`make bench`).
 One side is `tokenizers`' encode_batch on the documents' text in memory; its token ids are dropped. The other side is
 prepare from the corpus's files to the dataset's: reading, cleaning, deduplicating, splitting, tokenizing, writing.
 Fixed costs of a start, loading the tokenizer and hashing the teacher, are left out. Both sides use all cores, in turn.
+A third one is prepare that also looks for near-duplicates.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from minitron.data.tokenizer import load_tokenizer
 from minitron.stages.prepare import write_dataset
 from minitron.tracking.stage_run import Tracker
 
+NEAR = "near_duplicates"
+
 
 def main() -> None:
     """Measure both sides and print the ratio of their medians."""
@@ -36,6 +39,7 @@ def main() -> None:
         config = PrepareConfig(output=directory, corpus=str(paths["corpus"]), teacher=str(paths["teacher"]))
         sides = {"prepare": _make_prepare_run(config), "encode_batch": _make_tokenizer_run(config, "encode_batch")}
         sides["encode_batch_fast"] = _make_tokenizer_run(config, "encode_batch_fast")
+        sides[NEAR] = _make_prepare_run(config.model_copy(update={"near_duplicates": 0.8}))
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         tokens = {side: run() for side, run in sides.items()}  # the first turn warms up
         for _ in range(arguments.runs):
@@ -43,11 +47,13 @@ def main() -> None:
                 started = time.perf_counter()
                 run()
                 seconds[side].append(time.perf_counter() - started)
-    assert len(set(tokens.values())) == 1, f"the sides do not agree on the tokens: {tokens}"
+    agreeing = {tokens[side] for side in sides if side != NEAR}
+    assert len(agreeing) == 1, f"the sides do not agree on the tokens: {tokens}"
     speeds = {side: tokens[side] / statistics.median(runs) for side, runs in seconds.items()}
     ratio = speeds["prepare"] / speeds["encode_batch"]
     figures = {f"{side}_tokens_per_second": round(speed) for side, speed in speeds.items()}
     claim = {"claim": "prepare_over_tokenizer", "value": round(ratio, 3), "runs": arguments.runs}
+    claim["near_duplicates_over_prepare"] = round(speeds[NEAR] / speeds["prepare"], 3)
     print(json.dumps(claim | figures))
 
 
