@@ -1,7 +1,7 @@
 """Compare the winner of a search with the shape that people pick, at the same number of parameters: one JSON line.
 
 Run it: `python benchmarks/search_quality.py WORK_DIR --seeds 3`. It needs the packages of the demo's inputs, which
-`make demo` installs, and about half an hour per seed on two cores.
+`make demo` installs, and about an hour per seed on two cores.
 
 The hand-picked shape is SmolLM2-135M with its MLP cut from 1536 to 1024 channels, 107,972,928 parameters. Each seed is
 a race of its own under that budget (`minitron run search --preset demo --preset recommended`); the picked shape may be
