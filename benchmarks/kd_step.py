@@ -3,7 +3,8 @@
 Run it: `python benchmarks/kd_step.py` (`make bench`), on a GPU `python benchmarks/kd_step.py --gpu`.
 
 `kd_loss_over_gemm`: the fused loss, forward and backward, over its four matrix products; `kd_loss_mixed_over_gemm`:
-with a cross-entropy beside the KL. `kd_loss_over_checkpointed`: over the same chunks, recomputed in the backward pass
+with a cross-entropy beside the KL; `…_tempered…`, `…_reverse…`, `…_jensen_shannon…`: at temperature 2, and of other
+divergences. `kd_loss_over_checkpointed`: over the same chunks, recomputed in the backward pass
 by torch.utils.checkpoint; `kd_loss_over_trl`, `kd_loss_over_nemo_automodel`: over the KL of those packages and the
 logits that it needs, if they are installed. `kd_loss_memory_over_naive_N` (on a CPU): growth of the process's peak
 memory over that of the KL of whole logits of N tokens, each in a process of its own. `kd_step_over_floor`: teacher
@@ -59,7 +60,14 @@ SIZES: dict[str, dict[str, Any]] = {
 
 WEIGHTS = LossWeights(kl=1.0, cross_entropy=0.0)
 
-MIXED = LossWeights(kl=0.7, cross_entropy=0.3)
+LOSSES = {
+    "kd_loss": (WEIGHTS, 1.1),
+    "kd_loss_mixed": (LossWeights(kl=0.7, cross_entropy=0.3), 1.15),
+    "kd_loss_tempered": (WEIGHTS._replace(temperature=2.0), 1.25),
+    "kd_loss_reverse": (WEIGHTS._replace(divergence_beta=1.0), 1.25),
+    "kd_loss_jensen_shannon": (WEIGHTS._replace(divergence_beta=0.5), 1.25),
+}
+"""By name: the weights of a loss, and the target of its time over the four matrix products."""
 
 MEMORY_TARGETS = {1024: 0.3, 4096: 0.1}
 """By number of tokens."""
@@ -201,12 +209,17 @@ class _Bench:
             compute_kl(student, guide, self._labels).backward()
 
         peers = [name for name in PEERS if importlib.util.find_spec(name)]
-        functions = [lambda: compute_loss(WEIGHTS), lambda: compute_loss(MIXED), checkpoint_loss, self._multiply]
+        functions: list[Callable[[], None]] = [checkpoint_loss, self._multiply]
+        functions += [functools.partial(compute_loss, weights) for weights, _ in LOSSES.values()]
         functions += [functools.partial(run_peer, PEERS[name]) for name in peers]
-        loss, mixed, checkpointed, products, *of_peers = self._time(functions, runs)
+        checkpointed, products, *others = self._time(functions, runs)
+        losses, of_peers = others[: len(LOSSES)], others[len(LOSSES) :]
+        loss = losses[0]
         return [
-            self._claim("kd_loss_over_gemm", loss / products, "x", 1.1, "lower", "its four matrix products"),
-            self._claim("kd_loss_mixed_over_gemm", mixed / products, "x", 1.15, "lower", "the same products"),
+            *(
+                self._claim(f"{name}_over_gemm", seconds / products, "x", target, "lower", "its four matrix products")
+                for (name, (_, target)), seconds in zip(LOSSES.items(), losses, strict=True)
+            ),
             self._claim("kd_loss_over_checkpointed", loss / checkpointed, "x", 0.67, "lower", "torch.utils.checkpoint"),
             *(
                 self._claim(f"kd_loss_over_{name}", loss / seconds, "x", 1, "lower", f"{name} {version(name)}")

@@ -16,7 +16,7 @@ import yaml
 import minitron
 from minitron.cli.app import app
 from minitron.config import metrics
-from minitron.config.pipelines import pipelines_directory
+from minitron.config.document import pipelines_directory
 from minitron.config.reference import reference_page
 from minitron.storage import layout
 

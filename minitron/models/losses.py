@@ -300,15 +300,17 @@ def _compute_drawn_block_loss(
     The gradient of -Σ w log q is q - w: a row of q, from which K numbers are subtracted.
     """
     targets, labels_B1 = TeacherTargets(*parts), labels_B.clamp(min=0)[:, None]
-    log_q_BV = F.log_softmax(logits_BV.float(), -1)
-    cross_entropy_B = -log_q_BV.gather(1, labels_B1)[:, 0]
-    kl_B = -(log_q_BV.gather(1, targets.ids) * targets.weights).sum(-1) - targets.entropy
-    agreements_B = (log_q_BV.argmax(-1) == targets.top1).float()
+    q = _normalize(logits_BV.float())
+    cross_entropy_B = q.compute_cross_entropy(labels_B1)
+    log_q_BK = q.logits.gather(1, targets.ids) - q.log_sum[:, None]
+    kl_B = -(log_q_BK * targets.weights).sum(-1) - targets.entropy
+    agreements_B = (q.logits.argmax(-1) == targets.top1).float()
     counts_B = (labels_B != IGNORED).float()
     terms = [kl_B, kl_B, cross_entropy_B, -targets.log_probability, agreements_B, torch.ones_like(counts_B)]
     grad_BV = None
     if wants_gradient:
-        grad_BV = log_q_BV.exp_().mul_(weights.kl + weights.cross_entropy)
+        grad_BV = q.shares
+        _scale(grad_BV, weights.kl + weights.cross_entropy)
         grad_BV.scatter_add_(1, targets.ids, targets.weights * -weights.kl)
         grad_BV.scatter_add_(1, labels_B1, torch.zeros_like(cross_entropy_B)[:, None] - weights.cross_entropy)
     return torch.stack(terms) @ counts_B, grad_BV

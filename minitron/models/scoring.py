@@ -36,13 +36,17 @@ def score_models(
     reference: PreTrainedModel | None = None,
     description: str = "validation",
 ) -> dict[str, dict[str, Any]]:
-    """Score models on the first sequences of a split: see `score_sequences`.
+    """Score models on the first sequences of a split; the arguments are those of `sum_scores`.
 
     Returns:
         Per model `loss` (mean cross-entropy of the next token, nats), `perplexity` (None if it is not finite), and the
         terms against the reference.
+
+    Raises:
+        ConfigError: no token of the sequences counts.
     """
-    scores = score_sequences(models, dataset, sequences, micro_batch_size, reference, description)
+    sums, counts = sum_scores(models, dataset, sequences, micro_batch_size, reference, description)
+    scores = list_scores(sums, counts, reference is not None)
     return {name: average_scores(terms) for name, terms in scores.items()}
 
 
@@ -52,38 +56,15 @@ def average_scores(terms: dict[str, list[float]]) -> dict[str, Any]:
     return means | {"perplexity": compute_perplexity(means["loss"])}
 
 
-def score_sequences(
-    models: dict[str, PreTrainedModel],
-    dataset: PackedDataset,
-    sequences: int,
-    micro_batch_size: int,
-    reference: PreTrainedModel | None = None,
-    description: str = "validation",
-) -> dict[str, dict[str, list[float]]]:
-    """Score models on each of the first sequences of a split, in one pass: each model runs once per batch.
+def list_scores(sums: dict[str, Tensor], counts: Tensor, has_reference: bool) -> dict[str, dict[str, list[float]]]:
+    """Return per model the values of every sequence, from what `sum_scores` returns.
 
-    Args:
-        models: models by name, on one device; they are scored in eval mode, and their mode is restored.
-        dataset: packed sequences.
-        sequences: number of sequences to score; all of them if the split has fewer.
-        micro_batch_size: sequences per forward pass.
-        reference: the teacher. With it the scores have `kl` (forward KL to the model, nats per token) and
-            `top1_agreement`.
-        description: label of the progress bar.
-
-    Returns:
-        Per model the values of every sequence: `loss` (cross-entropy of the next token, nats per token), and the terms
-        against the reference. See `share_among_sequences` for sequences in which not all tokens count.
+    They are `loss` (cross-entropy of the next token, nats per token) and, with a reference, `kl` (forward KL to the
+    model, nats per token) and `top1_agreement`. `share_among_sequences` says what they are if not all tokens count.
 
     Raises:
         ConfigError: no token of the sequences counts.
     """
-    sums, counts = sum_scores(models, dataset, sequences, micro_batch_size, reference, description)
-    return list_scores(sums, counts, reference is not None)
-
-
-def list_scores(sums: dict[str, Tensor], counts: Tensor, has_reference: bool) -> dict[str, dict[str, list[float]]]:
-    """Return what `score_sequences` returns, from what `sum_scores` returns."""
     names = ("loss", "kl", "top1_agreement")[: 3 if has_reference else 1]
     return {
         model: dict(zip(names, share_among_sequences(values, counts).T.tolist(), strict=False))
@@ -126,7 +107,15 @@ def sum_scores(
     reference: PreTrainedModel | None = None,
     description: str = "validation",
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the sums of the terms that `score_sequences` takes the means of, and what they are divided by.
+    """Sum the terms of each of the first sequences of a split, in one pass: each model runs once per batch.
+
+    Args:
+        models: models by name, on one device; they are scored in eval mode, and their mode is restored.
+        dataset: packed sequences.
+        sequences: number of sequences to score; all of them if the split has fewer.
+        micro_batch_size: sequences per forward pass.
+        reference: the teacher, for the terms against it.
+        description: label of the progress bar.
 
     Returns:
         Per model cross-entropy, KL and agreements of every sequence, float64 [N, 3] on the CPU, summed over the tokens

@@ -27,7 +27,7 @@ from minitron.engines.nemo import engine as nemo_engine
 from minitron.engines.samples import tiny_sentences, tiny_tokenizer
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model
-from minitron.models.scoring import score_models, score_sequences, share_among_sequences
+from minitron.models.scoring import list_scores, score_models, share_among_sequences, sum_scores
 from minitron.runtime.preflight import check_plan
 from minitron.stages import distill, prepare
 from minitron.storage.layout import MANIFEST, RECORD
@@ -419,7 +419,7 @@ def test_scores_are_means_over_the_tokens_that_count(models: dict[str, Path], ch
     assert {name: found[name] for name in ("loss", "kl")} == pytest.approx(
         {"loss": dense["cross_entropy"], "kl": dense["kl"]}, rel=1e-5
     )
-    items = score_sequences({"student": student}, dataset, 40, 3, teacher)["student"]
+    items = list_scores(*sum_scores({"student": student}, dataset, 40, 3, teacher), has_reference=True)["student"]
     alone = next(index for index in range(40) if (dataset[index]["labels"] == IGNORED).all())
     assert items["loss"][alone] == pytest.approx(found["loss"])
 

@@ -105,11 +105,12 @@ def test_a_missing_split_is_refused(tmp_path: Path) -> None:
         IndexedDataset(tmp_path / "train")
 
 
-def test_a_truncated_bin_is_refused(prefix: Path) -> None:
+@pytest.mark.parametrize("change", [-2, 2])
+def test_a_bin_of_another_size_than_its_index_is_refused(prefix: Path, change: int) -> None:
     path = prefix.with_suffix(".bin")
     size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-2])
-    message = f"train.bin: damaged: {size - 2} bytes, but its index lists {size}; run prepare again"
+    path.write_bytes((path.read_bytes() + b"\0\0")[: size + change])
+    message = f"train.bin: damaged: {size + change} bytes, but its index lists {size}; run prepare again"
     with pytest.raises(RunError, match=re.escape(message)):
         IndexedDataset(prefix)
 

@@ -28,7 +28,7 @@ from minitron.data.indexed import IndexedDataset
 from minitron.data.packed import PackedDataset
 from minitron.engines.hf import measuring
 from minitron.errors import ConfigError, RunError
-from minitron.models import downstream_tasks, generation
+from minitron.models import downstream_tasks, generation, shared_context
 from minitron.models.checkpoint import save_model
 from minitron.models.generation import ROUNDS
 from minitron.registry import gates, intervals
@@ -349,9 +349,9 @@ def test_answers_that_share_a_question_score_as_if_alone(
     settings = {"pretrained": model, "tokenizer": AutoTokenizer.from_pretrained(job["teacher"])}
     requests = random_requests([(20, [4, 1, 1]), (1, [7, 3]), (50, [5, 5, 9, 2]), (250, [30, 3])])
     expected = HFLM(batch_size=1, **settings)._loglikelihood_tokens(requests, disable_tqdm=True)
-    monkeypatch.setattr(downstream_tasks, "FORWARD_TOKENS", {"cpu": per_pass})
+    monkeypatch.setattr(shared_context, "FORWARD_TOKENS", {"cpu": per_pass})
     with tqdm(disable=True) as bar:
-        found = downstream_tasks.SharedContextLM(bar, batch_size=1, **settings)._loglikelihood_tokens(requests)
+        found = shared_context.SharedContextLM(bar, batch_size=1, **settings)._loglikelihood_tokens(requests)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
@@ -649,13 +649,13 @@ def test_examples_stand_before_every_question_the_same_for_every_model(
     files = {"data_files": {"test": "own.jsonl", "train": "train.jsonl"}}
     tasks = write_examples_task(tmp_path / "tasks", dataset_kwargs=files, training_split="train", test_split="test")
     contexts: list[list[str]] = []
-    score = downstream_tasks.SharedContextLM.loglikelihood
+    score = shared_context.SharedContextLM.loglikelihood
 
     def record(self: Any, requests: list[Any], *arguments: Any) -> Any:
         contexts.append([request.args[0] for request in requests])
         return score(self, requests, *arguments)
 
-    monkeypatch.setattr(downstream_tasks.SharedContextLM, "loglikelihood", record)
+    monkeypatch.setattr(shared_context.SharedContextLM, "loglikelihood", record)
     settings = job | {"tasks": ["own"], "task_directory": tasks, "num_fewshot": {"own": 3}, "task_limit": None}
     evaluate.run(EvaluateConfig(output=tmp_path / "out", **settings))
     assert len(contexts) == len(MODELS) and all(context == contexts[0] for context in contexts)

@@ -110,7 +110,7 @@ def score_shares(
     watch: Callable[[], None] = lambda: None,
     reference: Any = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Score models on the first sequences of a split, each in one process: see `scoring.score_sequences`.
+    """Score models on the first sequences of a split, each in one process: see `scoring.list_scores`.
 
     `watch` is called before every sequence; its exception breaks the scoring off.
     """
