@@ -26,13 +26,13 @@ setup: .venv/ready ## create .venv from constraints.txt
 demo: setup ## compress SmolLM2-135M on Wikipedia text: the whole pipeline on a laptop, less than ten minutes
 	$(BIN)/minitron run compress --preset demo --work-dir runs/demo
 
-test: setup ## run the tests that a change of the package needs: about six minutes on two cores
+test: setup ## run the tests that a change of the package needs: about eight minutes on two cores
 	$(PYTEST) $(ROOMS)
 
 test-flows: setup ## run whole pipelines, the deployment guide and the manifests: about three minutes
 	$(PYTEST) --dist loadfile tests/flows tests/deploy
 
-test-all: setup ## run both, with the limit of coverage: about nine minutes
+test-all: setup ## run both, with the limit of coverage: about eleven minutes
 	$(PYTEST) $(ROOMS) --cov=minitron --cov-report=term-missing:skip-covered --cov-fail-under=90
 	$(MAKE) test-flows
 
