@@ -14,9 +14,11 @@ from kfp.dsl import Artifact, Dataset, Input, Model
 
 from minitron.components import finetune, plan, prepare, select, trial
 from minitron.config.pipelines import TOOLS, TRAINER
+from minitron.config.settings import RETRIES
 from minitron.config.shapes import PARALLEL_TRIALS
 from minitron.pipelines.compress import compress
 from minitron.pipelines.tasks import (
+    CLUSTER,
     PULL_SECRET,
     TOOLS_CPU,
     TOOLS_MEMORY,
@@ -63,6 +65,7 @@ def try_candidate(
     set_resources(task, cpu, memory)
     set_retries(task)
     set_pod(task, "trial", trainer_image, image_pull_secret, credentials_secret, workspace_claim)
+    task.set_env_variable(RETRIES, str(CLUSTER.retries))  # the last attempt notes that the others were killed
     set_gpus(task, gpus, gpu_tolerations, gpu_node_selector)
     return task.outputs["Output"]
 

@@ -28,13 +28,17 @@ class Measurements:
             return json.loads(self._path(part).read_text())
         return None
 
+    def write(self, part: str, content: dict[str, Any]) -> None:
+        """Write a part."""
+        write_atomically(self._path(part), content)
+
     def get(self, part: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a part; measure it if it is missing. A part with a number that is not finite is not kept."""
         content = self.read(part)
         if content is None:
             content = measure()
             if find_not_finite(content) is None:
-                write_atomically(self._path(part), content)
+                self.write(part, content)
         else:
             print(f"{self._stage}: {part} was measured before: {self._path(part)}", flush=True)
         return content

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from minitron.config.pipelines import TRAINER, apply_cluster_config, compiled_pipeline, list_dags
-from minitron.config.settings import ClusterConfig
+from minitron.config.settings import RETRIES, ClusterConfig
 from minitron.config.shapes import PARALLEL_TRIALS
 from minitron.pipelines.tasks import write_compiled
 from tests.pipelines import COMPILED, compress, promote, retrain, search
@@ -180,8 +180,23 @@ def test_every_task_has_volume_credentials_labels_and_an_end(documents: list[dic
 def test_what_a_task_fetches_lies_in_the_volume(pipeline: str) -> None:
     executors = compiled_pipeline(pipeline)[0]["deploymentSpec"]["executors"].values()
     for executor in executors:
-        places = {entry["name"]: entry["value"] for entry in executor["container"]["env"]}
+        places = {entry["name"]: entry["value"] for entry in executor["container"]["env"] if entry["name"] != RETRIES}
         assert places == {"MINITRON_CACHE": "/workspace/cache", "HF_HOME": "/workspace/cache/huggingface"}
+
+
+def test_a_trial_knows_its_retries() -> None:
+    """The last attempt at a trial notes that the others were killed, so that the race goes on."""
+    documents = compiled_pipeline("search")
+    for retries in (ClusterConfig().retries, 7):
+        apply_cluster_config(documents, ClusterConfig(retries=retries), (2, 17, 0))
+        executors = documents[0]["deploymentSpec"]["executors"]
+        known = {
+            (re.sub(r"-\d$", "", name), entry["value"])
+            for name, executor in executors.items()
+            for entry in executor["container"]["env"]
+            if entry["name"] == RETRIES
+        }
+        assert known == {("exec-trial", str(retries))}
 
 
 def test_artifacts_are_typed(documents: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from minitron.config.document import (
 from minitron.config.pipelines.arguments import read_run_plan
 from minitron.config.pipelines.compiled import get_parameters, list_dags, list_stages, name_stage
 from minitron.config.resources import Models, PodRequest, request_pod, request_trial
-from minitron.config.settings import QUEUE_LABEL, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
+from minitron.config.settings import QUEUE_LABEL, RETRIES, TRAIN_JOB_QUEUE_LABEL, ClusterConfig, TrainingSettings
 from minitron.config.stages import STAGES
 
 _FLOW = ("resolve", "plan", "select", "prepare", "finetune", "trial", *STAGES, "promote", "conclude")
@@ -50,6 +50,10 @@ def apply_cluster_config(
         for task in dag["dag"]["tasks"].values():
             if "retryPolicy" in task:
                 task["retryPolicy"]["maxRetryCount"] = cluster.retries
+    for executor in specification["deploymentSpec"]["executors"].values():
+        for entry in executor["container"].get("env", []):
+            if entry["name"] == RETRIES:
+                entry["value"] = str(cluster.retries)
     return documents
 
 

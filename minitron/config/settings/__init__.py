@@ -9,6 +9,7 @@ from minitron.config.settings.base import EngineSettings, SequenceSettings, Sett
 from minitron.config.settings.cluster import (
     QUEUE_LABEL,
     RESOURCES,
+    RETRIES,
     TRAIN_JOB_QUEUE_LABEL,
     ClusterConfig,
     GpuResources,
@@ -30,6 +31,7 @@ from minitron.config.settings.training import DistillSettings, FinetuneSettings,
 __all__ = [
     "QUEUE_LABEL",
     "RESOURCES",
+    "RETRIES",
     "TRAIN_JOB_QUEUE_LABEL",
     "ClusterConfig",
     "CorpusPart",

@@ -37,6 +37,9 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 TRAIN_JOB_QUEUE_LABEL = "minitron.io/train-job-queue"
 """Label of a task's pod that does not queue itself: the queue of the TrainJob that it starts."""
 
+RETRIES = "MINITRON_RETRIES"
+"""Environment variable of a trial's pod: the setting `cluster.retries`."""
+
 _NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 """Pattern of an object's name in Kubernetes."""
 
