@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model
+from minitron.models.pruning import least_squares
 from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_with_compensation
-from minitron.models.pruning.least_squares import Moments, choose_channels, fit_columns
+from minitron.models.pruning.least_squares import HeldOutTokens, Moments, Surgeon, fit_columns
 from minitron.models.pruning.surgery import Given, Plan, Shape, choose_plan
 from tests.stages.test_prune import (
     ARCHITECTURES,
@@ -144,27 +145,42 @@ def test_the_size_of_the_micro_batches_changes_nothing_but_rounding(tmp_path: Pa
 # ---- the fit
 
 
-def make_moments(tokens: int, noise: float, seed: int, matrix: torch.Tensor) -> Moments:
+def make_tokens(tokens: int, noise: float, seed: int, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(tokens, matrix.shape[1], generator=generator)
-    moments = Moments(matrix.shape[1], len(matrix), CPU)
-    moments.add(inputs, inputs @ matrix.T + noise * torch.randn(tokens, len(matrix), generator=generator))
+    return inputs, inputs @ matrix.T + noise * torch.randn(tokens, len(matrix), generator=generator)
+
+
+def make_moments(inputs: torch.Tensor, targets: torch.Tensor) -> Moments:
+    moments = Moments(inputs.shape[1], targets.shape[1], CPU)
+    moments.add(inputs, targets)
     return moments
+
+
+def hold_out(inputs: torch.Tensor, targets: torch.Tensor) -> HeldOutTokens:
+    tokens = HeldOutTokens()
+    tokens.batches.append((inputs, targets))
+    return tokens
 
 
 def test_a_fit_finds_the_matrix_and_the_noisier_the_tokens_the_stronger_the_ridge() -> None:
     matrix = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
-    present, columns = torch.zeros(5, 20, dtype=torch.float64), torch.arange(20)
-    exact = fit_columns(present, columns, *(make_moments(100, 0.0, seed, matrix) for seed in (1, 2)))
-    torch.testing.assert_close(exact.weight, matrix.double(), rtol=1e-5, atol=1e-5)
-    noisy = fit_columns(present, columns, *(make_moments(40, 8.0, seed, matrix) for seed in (1, 2)))
+    present, columns = torch.zeros(5, 20), torch.arange(20)
+
+    def fit(tokens: int, noise: float) -> least_squares.Fit:
+        fitted, held_out = (make_tokens(tokens, noise, seed, matrix) for seed in (1, 2))
+        return fit_columns(present, columns, make_moments(*fitted), hold_out(*held_out))
+
+    exact, noisy = fit(100, 0.0), fit(40, 8.0)
+    torch.testing.assert_close(exact.weight, matrix, rtol=1e-5, atol=1e-5)
     assert exact.ridge is not None and noisy.ridge is not None and noisy.ridge > exact.ridge
     assert exact.error < 1e-9 and noisy.error <= noisy.plain_error
 
 
 def test_what_is_right_already_is_not_fitted() -> None:
     matrix = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
-    found = fit_columns(matrix.double(), torch.arange(20), *(make_moments(40, 1.0, seed, matrix) for seed in (1, 2)))
+    fitted, held_out = (make_tokens(40, 1.0, seed, matrix) for seed in (1, 2))
+    found = fit_columns(matrix, torch.arange(20), make_moments(*fitted), hold_out(*held_out))
     assert found.ridge is None or found.error <= found.plain_error
     assert (found.weight - matrix).norm() < 0.05 * matrix.norm()
 
@@ -175,13 +191,67 @@ def test_the_columns_that_are_chosen_are_the_best_of_all_choices() -> None:
     inputs = torch.randn(500, 7, generator=generator)
     inputs[:, 5] = inputs[:, 2] + 0.01 * torch.randn(500, generator=generator)
     matrix = torch.tensor([[0.1, 0.9, 2.0, 0.05, 1.5, 2.0, 0.2]])
-    moments = Moments(7, 1, CPU)
-    moments.add(inputs, inputs @ matrix.T)
-    present = matrix.double()
+    tokens = inputs, inputs @ matrix.T
     errors = {
-        kept: fit_columns(present, torch.tensor(kept), moments, moments).error for kept in combinations(range(7), 3)
+        kept: fit_columns(matrix, torch.tensor(kept), make_moments(*tokens), hold_out(*tokens)).error
+        for kept in combinations(range(7), 3)
     }
-    assert tuple(choose_channels(present, moments, 7, 3).tolist()) == min(errors, key=errors.__getitem__)
+    chosen = Surgeon(matrix, make_moments(*tokens), 7).drop_channels(3)
+    assert tuple(chosen.tolist()) == min(errors, key=errors.__getitem__)
+
+
+def choose_by_brute_force(
+    inputs: torch.Tensor, matrix: torch.Tensor, size: int, owners: list[int], left: int
+) -> set[int]:
+    """Drop heads one by one, each time the one without which a refit of all others has the least error."""
+    gram = inputs.double().T @ inputs.double()
+    gram += least_squares.CHOICE_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    heads = set(range(len(owners)))
+
+    def measure_error(kept: set[int]) -> float:
+        """Return what a refit with the ridge leaves of the outputs, in the regularized norm."""
+        columns = torch.tensor([head * size + channel for head in sorted(kept) for channel in range(size)])
+        others = torch.tensor([c for c in range(len(gram)) if c // size not in kept])
+        rest = gram[others][:, others] - gram[others][:, columns] @ torch.linalg.solve(
+            gram[columns][:, columns], gram[columns][:, others]
+        )
+        pull = least_squares.CHOICE_RIDGE * (inputs.double().square().sum(0).mean())
+        dropped = matrix[:, others].double()
+        return float((dropped @ rest * dropped).sum() - pull * dropped.square().sum())
+
+    while True:
+        spare = [h for h in heads if sum(owners[other] == owners[h] for other in heads) > left]
+        if not spare:
+            return heads
+        heads.remove(min(spare, key=lambda head: measure_error(heads - {head})))
+
+
+def test_heads_that_go_one_by_one_are_those_of_a_new_refit_each_time() -> None:
+    """Two owners keep two of four heads of three channels each."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    matrix, owners = torch.randn(6, 24, generator=generator), [0, 0, 0, 0, 1, 1, 1, 1]
+    chosen = Surgeon(matrix, make_moments(inputs, inputs @ matrix.T), 24).drop_groups(3, 2, torch.tensor(owners))
+    assert set(chosen.tolist()) == choose_by_brute_force(inputs, matrix, 3, owners, 2)
+
+
+def test_blocks_of_a_gram_matrix_give_what_one_block_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums, targets that are moved, the factor of some columns, a fit and a choice."""
+    matrix = torch.randn(9, 20, generator=torch.Generator().manual_seed(0))
+    present, columns = matrix + 0.1, torch.tensor([0, 1, 6, 7, 8, 13, 19])
+    found = []
+    for block in (64, 7, 1):
+        monkeypatch.setattr(least_squares, "BLOCK", block)
+        monkeypatch.setattr(least_squares, "OUTPUTS", block)
+        fitted, held_out = (make_tokens(60, 1.0, seed, matrix) for seed in (1, 2))
+        moments, rest = make_moments(*fitted), hold_out(*held_out)
+        moments.blend(present, 0.5)
+        rest.blend(present, 0.5)
+        factor, _ = moments.factorize(0.01, columns)
+        chosen = Surgeon(present, moments, 19).drop_channels(5)
+        found.append((factor, moments.cross_CO, fit_columns(present, columns, moments, rest).weight, chosen))
+    for blocks in found[1:]:
+        torch.testing.assert_close(blocks, found[0])
 
 
 # ---- bad input
@@ -204,12 +274,13 @@ def test_activations_that_are_not_numbers_are_refused_with_their_layer(tmp_path:
 
 
 def test_equations_that_have_no_solution_are_refused() -> None:
-    moments = Moments(3, 2, CPU)
-    moments.gram_CC += torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) * 1e9  # of no real inputs
-    moments.tokens = 10
-    present = torch.zeros(2, 3, dtype=torch.float64)
+    tokens = make_tokens(10, 0.0, 1, torch.ones(2, 3))
+    moments = make_moments(*tokens)
+    moments.gram_blocks[0] += torch.tensor([[1.0, 99.0, 0.0], [99.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) * 1e9  # of no tokens
     with pytest.raises(RunError, match=r"3 x 3 Gram matrix of the inputs over 10 tokens is too badly conditioned"):
-        choose_channels(present, moments, 3, 2)
+        fit_columns(torch.zeros(2, 3), torch.arange(3), moments, hold_out(*tokens))
+    with pytest.raises(RunError, match="too badly conditioned"):
+        Surgeon(torch.zeros(2, 3), moments, 3)
 
 
 def test_a_layer_that_no_token_reaches_keeps_its_weights(tmp_path: Path) -> None:

@@ -32,17 +32,14 @@ from minitron.models.pruning.layers import (
     read_channels,
     read_heads,
 )
-from minitron.models.pruning.least_squares import (
-    SplitMoments,
-    choose_channels,
-    choose_heads,
-    expand_groups,
-    fit_columns,
-)
+from minitron.models.pruning.least_squares import Moments, SplitTokens, Surgeon, expand_groups, fit_columns
 from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
 
 HELD_OUT = 8
 """One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
+
+MOST_HELD_OUT = 8192
+"""Tokens that are held out, at most: more of them would choose the same ridges, and a layer's inputs are kept."""
 
 CHOSEN = {"intermediate", "heads", "key_value"}
 """The axes that are chosen by Optimal Brain Surgeon, unless they are given."""
@@ -55,6 +52,12 @@ All the way is best for a layer by itself, but half of it gives a better student
 
 HEAD_ROWS = 8192
 """Rows of the output head that are refitted at once."""
+
+READERS = {
+    "self_attn": ("input_layernorm", ("q_proj", "k_proj", "v_proj")),
+    "mlp": ("post_attention_layernorm", ("gate_proj", "up_proj")),
+}
+"""The parts of a layer: their norm, and the matrices that read the stream through it."""
 
 Dtypes = dict[str, torch.dtype]
 """The stored dtypes of a layer's weights, by the names in it."""
@@ -75,15 +78,11 @@ class _Batch:
         held_out: not used for the fits.
         teacher: the teacher's state [B, S, H] after the layers so far.
         student: the student's.
-        middle: the teacher's state after the present layer's attention.
-        heads: input [B, S, C] of the present layer's o_proj in the student.
     """
 
     held_out: bool
     teacher: Tensor
     student: Tensor
-    middle: Tensor
-    heads: Tensor
 
 
 def check_calibration(sequences: int, sequence_length: int, config: Any) -> None:
@@ -93,7 +92,7 @@ def check_calibration(sequences: int, sequence_length: int, config: Any) -> None
         ConfigError: the fits would see fewer tokens than a matrix has columns; the message says how many are needed.
     """
     columns = max(config.intermediate_size, config.num_attention_heads * get_head_dim(config), config.hidden_size)
-    needed = next(number for number in count(2) if (number - _count_held_out(number)) * sequence_length >= columns)
+    needed = next(n for n in count(2) if (n - _count_held_out(n, sequence_length)) * sequence_length >= columns)
     if sequences < needed:
         raise ConfigError(
             f"prune.calibration_sequences: {sequences} sequences of {sequence_length} tokens are too few to refit "
@@ -104,7 +103,7 @@ def check_calibration(sequences: int, sequence_length: int, config: Any) -> None
 
 def split_calibration(input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sequences that are fitted, and those that are held out."""
-    fitted = len(input_ids) - _count_held_out(len(input_ids))
+    fitted = len(input_ids) - _count_held_out(*input_ids.shape)
     return input_ids[:fitted], input_ids[fitted:]
 
 
@@ -182,7 +181,7 @@ class _CompensatedCut:
         for held_out, part in zip((False, True), split_calibration(input_ids), strict=True):
             for ids in part.split(micro_batch_size):
                 state = self._teacher.read_embeddings(ids, torch.float32, self._device)
-                yield _Batch(held_out, state, state[..., self._hidden], state, state)
+                yield _Batch(held_out, state, state[..., self._hidden])
 
     def run_teacher(self, layer: int, batches: list[_Batch]) -> None:
         """Run a layer of the teacher that the student has not."""
@@ -212,13 +211,13 @@ class _CompensatedCut:
         old, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
         new = self._teacher.make_layer(layer, dict(self._cut_stream(old.state_dict().items())))
         dtypes = {name: self._teacher.get_dtype(name_weight(layer, name)) for name in new.state_dict()}
-        fit = {"layer": layer, "o_proj": self._fit_attention(place, new, dtypes, old, call, batches)}
-        for batch in batches:
-            batch.student = batch.student + new.self_attn.o_proj(batch.heads)
-        self._fit_readers("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), new, dtypes, old, batches)
-        for batch in batches:
-            batch.teacher = _run_mlp(old, batch.middle)
-        del old
+        self._fit_readers("self_attn", new, dtypes, old, batches, (batch.teacher for batch in batches))
+        middles = [batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call)) for batch in batches]
+        fit = {"layer": layer, "o_proj": self._fit_attention(place, new, dtypes, call, batches, middles)}
+        self._fit_readers("mlp", new, dtypes, old, batches, middles)
+        for batch, middle in zip(batches, middles, strict=True):
+            batch.teacher = _run_mlp(old, middle)
+        del old, middles  # the fit of the MLP has the largest matrices
         for dropped in range(layer + 1, end + 1):
             self.run_teacher(dropped, batches)
         fit["down_proj"] = self._fit_mlp(place, new, dtypes, batches, is_seam=layer < end)
@@ -258,72 +257,74 @@ class _CompensatedCut:
         self._writer.add(cut_layer(weights, plan, place, get_head_dim(self._teacher.config)))
 
     def _fit_attention(
-        self, place: int, new: Any, dtypes: Dtypes, old: Any, call: Call, batches: list[_Batch]
+        self, place: int, new: Any, dtypes: Dtypes, call: Call, batches: list[_Batch], middles: list[Tensor]
     ) -> dict[str, Any]:
-        """Choose the heads, and fit o_proj to the teacher's state after the attention."""
-        self._fit_readers("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), new, dtypes, old, batches)
-        sums = SplitMoments()
-        for batch in batches:
-            batch.heads = read_heads(new, batch.student, call)
-            batch.middle = batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call))
-            sums.add_change(batch.held_out, batch.heads, batch.student, batch.middle, self._hidden)
+        """Choose the heads, fit o_proj to the teacher's states after the attention, and take the student there."""
         o_proj, size = new.self_attn.o_proj, get_head_dim(self._teacher.config)
-        sums.blend(_read_matrix(o_proj), DRIFT)
-        heads, groups = self._choose_heads(place, o_proj, size, sums)
+        tokens, inputs = self._begin_fit(o_proj), [read_heads(new, batch.student, call) for batch in batches]
+        for batch, heads, middle in zip(batches, inputs, middles, strict=True):
+            tokens.add_change(batch.held_out, heads, batch.student, middle, self._hidden)
+        tokens.blend(_read_matrix(o_proj), DRIFT)
+        heads, groups = self._choose_heads(place, o_proj, size, tokens.fitted)
         self._kept["heads"].append(heads.tolist())
         self._kept["key_value"].append(groups.tolist())
-        return _fit_output("self_attn.o_proj", new, dtypes, expand_groups(heads, size), sums)
+        fit = _fit_output("self_attn.o_proj", new, dtypes, expand_groups(heads, size), tokens)
+        for batch, heads in zip(batches, inputs, strict=True):
+            batch.student = batch.student + o_proj(heads)
+        return fit
 
     def _fit_mlp(self, place: int, new: Any, dtypes: Dtypes, batches: list[_Batch], is_seam: bool) -> dict[str, Any]:
         """Choose the channels, and fit down_proj to the teacher's state after the layer."""
-        sums = SplitMoments()
+        down_proj = new.mlp.down_proj
+        tokens = self._begin_fit(down_proj)
         for batch in batches:
-            sums.add_change(
-                batch.held_out, read_channels(new, batch.student), batch.student, batch.teacher, self._hidden
-            )
+            channels = read_channels(new, batch.student)
+            tokens.add_change(batch.held_out, channels, batch.student, batch.teacher, self._hidden)
         if not is_seam:
-            sums.blend(_read_matrix(new.mlp.down_proj), DRIFT)
-        channels = self._choose_channels(place, new.mlp.down_proj, sums)
-        self._kept["intermediate"].append(channels.tolist())
-        return _fit_output("mlp.down_proj", new, dtypes, channels, sums)
+            tokens.blend(_read_matrix(down_proj), DRIFT)
+        kept = self._choose_channels(place, down_proj, tokens.fitted)
+        self._kept["intermediate"].append(kept.tolist())
+        return _fit_output("mlp.down_proj", new, dtypes, kept, tokens)
 
-    def _choose_heads(self, place: int, o_proj: Linear, size: int, sums: "SplitMoments") -> tuple[Tensor, Tensor]:
+    def _begin_fit(self, module: Linear) -> SplitTokens:
+        return SplitTokens(module.in_features, len(self._hidden), module.bias is not None, self._device)
+
+    def _choose_heads(self, place: int, o_proj: Linear, size: int, fitted: Moments) -> tuple[Tensor, Tensor]:
         """Return the query heads and the key-value groups to keep; every kept group keeps equally many heads."""
         config, shape = self._teacher.config, self._shape
         groups = torch.tensor(self._plan.key_value[place], device=self._device)
-        if "heads" not in self._choose:
+        if "heads" not in self._choose or shape.num_attention_heads == config.num_attention_heads:
             return torch.tensor(self._plan.heads[place], device=self._device), groups
-        problem = (_read_matrix(o_proj), sums.get(with_bias=o_proj.bias is not None)[0])
-        per_group, all_columns = config.num_attention_heads // config.num_key_value_heads, o_proj.in_features
+        surgeon = Surgeon(_read_matrix(o_proj), fitted, o_proj.in_features)
+        per_group = config.num_attention_heads // config.num_key_value_heads
         if "key_value" in self._choose:
-            groups = torch.arange(config.num_key_value_heads, device=self._device)
-            one_owner = torch.zeros_like(groups)
-            left, size_of_group = shape.num_key_value_heads, per_group * size
-            groups = choose_heads(*problem, groups, size_of_group, one_owner, left, all_columns)
-        heads, left = expand_groups(groups, per_group), shape.num_attention_heads // shape.num_key_value_heads
-        return choose_heads(*problem, heads, size, heads // per_group, left, all_columns), groups
+            groups = surgeon.drop_groups(per_group * size, shape.num_key_value_heads)
+        else:
+            surgeon.keep(expand_groups(groups, per_group * size))
+        owners = torch.arange(config.num_attention_heads, device=self._device) // per_group
+        return surgeon.drop_groups(size, shape.num_attention_heads // shape.num_key_value_heads, owners), groups
 
-    def _choose_channels(self, place: int, down_proj: Linear, sums: "SplitMoments") -> Tensor:
+    def _choose_channels(self, place: int, down_proj: Linear, fitted: Moments) -> Tensor:
         """Return the MLP channels to keep."""
         total, left = down_proj.in_features, self._shape.intermediate_size
         if "intermediate" not in self._choose or left == total:
             return torch.tensor(self._plan.intermediate[place], device=self._device)
-        fitted = sums.get(with_bias=down_proj.bias is not None)[0]
-        return choose_channels(_read_matrix(down_proj), fitted, total, left)
+        return Surgeon(_read_matrix(down_proj), fitted, total).drop_channels(left)
 
     def _fit_readers(
-        self, norm: str, part: str, readers: tuple[str, ...], new: Any, dtypes: Dtypes, old: Any, batches: list[_Batch]
+        self, part: str, new: Any, dtypes: Dtypes, old: Any, batches: list[_Batch], states: Iterable[Tensor]
     ) -> None:
-        """Fit the matrices that read the stream through a norm if channels of the stream were dropped.
+        """Fit the matrices of a part that read the stream through its norm if channels of the stream were dropped.
 
-        Each is the teacher's matrix behind one linear map from the student's normed state to the teacher's.
+        Each is the teacher's matrix behind one linear map from the student's normed state to the teacher's, `states`
+        before the norm.
         """
         if not self._cuts_hidden:
             return
+        norm, readers = READERS[part]
         pairs = (
             (batch.held_out, getattr(new, norm)(batch.student), getattr(old, norm)(state))
-            for batch in batches
-            for state in [batch.middle if part == "mlp" else batch.teacher]
+            for batch, state in zip(batches, states, strict=True)
         )
         fitted = self._fit_map(pairs)
         for name in (f"{part}.{reader}.weight" for reader in readers):
@@ -331,20 +332,21 @@ class _CompensatedCut:
 
     def _fit_map(self, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
         """Return the map [teacher's H, student's H] from the student's states to the teacher's, in float64."""
-        sums = SplitMoments()
+        outputs, kept = self._teacher.config.hidden_size, len(self._hidden)
+        tokens = SplitTokens(kept, outputs, with_bias=False, device=self._device)
         for held_out, student, teacher in pairs:
-            sums.add(held_out, student, teacher)
-        present = torch.eye(self._teacher.config.hidden_size, dtype=torch.float64, device=self._device)[:, self._hidden]
-        columns = torch.arange(len(self._hidden), device=self._device)
-        return fit_columns(present, columns, *sums.get(with_bias=False)).weight
+            tokens.add(held_out, student, teacher)
+        present = torch.eye(outputs, device=self._device)[:, self._hidden]
+        columns = torch.arange(kept, device=self._device)
+        return fit_columns(present, columns, tokens.fitted, tokens.held_out).weight.double()
 
 
-def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, sums: SplitMoments) -> dict[str, Any]:
+def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, tokens: SplitTokens) -> dict[str, Any]:
     """Fit the columns of a matrix that writes to the stream, and its bias; return the ridge and relative errors."""
     module = new.get_submodule(name)
     if has_bias := module.bias is not None:
         columns = torch.cat([columns, columns.new_tensor([module.in_features])])
-    fit = fit_columns(_read_matrix(module), columns, *sums.get(has_bias))
+    fit = fit_columns(_read_matrix(module), columns, tokens.fitted, tokens.held_out)
     _store(fit.weight[:, : module.in_features], f"{name}.weight", new, dtypes)
     if has_bias:
         _store(fit.weight[:, -1], f"{name}.bias", new, dtypes)
@@ -352,9 +354,9 @@ def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, sums: Spli
 
 
 def _read_matrix(module: Linear) -> Tensor:
-    """Return a matrix in float64, with the bias as its last column if it has one."""
-    weight = module.weight.double()
-    return weight if module.bias is None else torch.cat([weight, module.bias.double()[:, None]], dim=1)
+    """Return a matrix, with the bias as its last column if it has one."""
+    weight = module.weight.data
+    return weight if module.bias is None else torch.cat([weight, module.bias.data[:, None]], dim=1)
 
 
 def _store(values: Tensor, name: str, layer: Any, dtypes: Dtypes) -> None:
@@ -370,5 +372,5 @@ def _run_mlp(layer: Any, middle: Tensor) -> Tensor:
     return middle + layer.mlp.down_proj(read_channels(layer, middle))
 
 
-def _count_held_out(sequences: int) -> int:
-    return max(sequences // HELD_OUT, 1)
+def _count_held_out(sequences: int, sequence_length: int) -> int:
+    return max(min(sequences // HELD_OUT, MOST_HELD_OUT // sequence_length), 1)

@@ -3,16 +3,16 @@
 The normal equations are summed batch by batch, so that no activations are kept, and solved in float64. The ridge draws
 towards the present weights, not towards zero: what the tokens do not show stays as it is.
 
-B = batch, S = sequence, N = tokens, C = input channels, O = output channels, K = kept input channels.
+B = batch, S = sequence, N = tokens, C = input channels, O = output channels, K = kept input channels, D = dropped ones.
 """
 
-import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import cholesky_ex, solve_triangular, vector_norm
 
 from minitron.errors import RunError
 
@@ -25,90 +25,122 @@ CHOICE_RIDGE = 0.01
 ROUNDS = 12
 """Rounds in which channels are dropped."""
 
+BLOCK = 2048
+"""Rows of a Gram matrix that are computed at once."""
+
+OUTPUTS = 1024
+"""Outputs of a matrix that are solved at once."""
+
 
 class Moments:
-    """The sums over tokens that a fit of inputs [N, C] to targets [N, O] needs, in float64."""
+    """The sums over tokens that a fit of inputs [N, C] to targets [N, O] needs, in float64.
+
+    Of the Gram matrix there are blocks of rows as far as the diagonal: half the memory, and half the products.
+    """
 
     def __init__(self, channels: int, outputs: int, device: torch.device) -> None:
         """Begin without tokens."""
-        self.gram_CC = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        ends = [*range(BLOCK, channels, BLOCK), channels]
+        sizes = [(end - start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        self.gram_blocks = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
         self.cross_CO = torch.zeros(channels, outputs, dtype=torch.float64, device=device)
-        self._squares = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, inputs_NC: Tensor, targets_NO: Tensor) -> None:
         """Add tokens; the products of a batch are float64 on a CPU, float32 on a GPU: few of them are fast at more."""
         if inputs_NC.device.type == "cpu":
             inputs_NC, targets_NO = inputs_NC.double(), targets_NO.double()
-            self.gram_CC.addmm_(inputs_NC.T, inputs_NC)  # without a second matrix of this size
+            for start, end, block in self._list_blocks():
+                block.addmm_(inputs_NC[:, start:end].T, inputs_NC[:, :end])  # without a second matrix of this size
             self.cross_CO.addmm_(inputs_NC.T, targets_NO)
         else:
-            self.gram_CC += inputs_NC.T @ inputs_NC
+            for start, end, block in self._list_blocks():
+                block += inputs_NC[:, start:end].T @ inputs_NC[:, :end]
             self.cross_CO += inputs_NC.T @ targets_NO
-        self._squares += targets_NO.square().sum()
         self.tokens += len(inputs_NC)
-
-    def without_last(self) -> "Moments":
-        """Return the moments without the last input channel; they share memory."""
-        part = copy.copy(self)
-        part.gram_CC, part.cross_CO = self.gram_CC[:-1, :-1], self.cross_CO[:-1]
-        return part
-
-    def merge(self, others: "Moments") -> None:
-        """Add the tokens of other moments."""
-        self.gram_CC += others.gram_CC
-        self.cross_CO += others.cross_CO
-        self._squares += others._squares
-        self.tokens += others.tokens
 
     def blend(self, present_OC: Tensor, share: float) -> None:
         """Move the targets towards what the present matrix gives: `share` of them is left, 1 - `share` is X Pᵀ."""
-        present_CO = present_OC.T
-        output_CO = self.gram_CC @ present_CO
-        mixed, own = (present_CO * self.cross_CO).sum(), (present_CO * output_CO).sum()
-        self._squares.mul_(share**2).add_(2 * share * (1 - share) * mixed + (1 - share) ** 2 * own)
-        self.cross_CO.mul_(share).add_(output_CO, alpha=1 - share)
-
-    def measure_error(self, weight_OC: Tensor) -> float:
-        """Return the mean square, per token and output channel, that a matrix leaves of the targets."""
-        weight_CO = weight_OC.T
-        rest = self._squares + (weight_CO * (self.gram_CC @ weight_CO - 2 * self.cross_CO)).sum()
-        return max(float(rest), 0.0) / (self.tokens * len(weight_OC))
+        self.cross_CO.mul_(share)
+        for outputs in _split_outputs(present_OC):
+            present_CO, part_CO = present_OC[outputs].T.double().mul_(1 - share), self.cross_CO[:, outputs]
+            for start, end, block in self._list_blocks():
+                part_CO[start:end] += block @ present_CO[:end]
+                part_CO[:start] += block[:, :start].T @ present_CO[start:end]
 
     def factorize(self, ridge: float, columns: Tensor) -> tuple[Tensor | None, float]:
-        """Return the Cholesky factor of the regularized Gram matrix of some columns, and the ridge in its unit.
+        """Return the Cholesky factor [K, K] of the regularized Gram matrix of some columns, and the ridge in its unit.
 
-        The factor is None if the matrix is so badly conditioned that it has none.
+        The factor is upper triangular. It is None if the matrix is so badly conditioned that it has none.
+
+        Args:
+            ridge: share of the mean square of an input channel.
+            columns: their indices, ascending.
 
         Raises:
             RunError: an input or a target is not finite.
         """
-        diagonal = self.gram_CC.diagonal()  # an input that is not finite is seen here
+        diagonal = torch.cat([block.diagonal(offset=start) for start, _, block in self._list_blocks()])
         if not (torch.isfinite(diagonal).all() and torch.isfinite(self.cross_CO).all()):
             raise RunError("activations are not finite: the model overflows, check its validation loss")
         regular = ridge * (float(diagonal.mean()) or 1.0)
-        gram = self.gram_CC[columns[:, None], columns].mT  # LAPACK's order: it needs no copies to work in place
+        gram = self._read_upper(columns)
         gram.diagonal().add_(regular)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(gram, out=(gram, info))
+        factor, failed = cholesky_ex(gram, upper=True, out=(gram, info))
         return (None if failed else factor), regular
 
+    def _read_upper(self, columns: Tensor) -> Tensor:
+        """Return the upper triangle of the Gram matrix of some columns, in LAPACK's order: it works in place there."""
+        lower = self.cross_CO.new_empty(len(columns), len(columns))
+        for start, end, block in self._list_blocks():
+            first, last = torch.searchsorted(columns, torch.tensor([start, end], device=columns.device)).tolist()
+            lower[first:last, :last] = block[columns[first:last] - start][:, columns[:last]]
+        return lower.mT
 
-class SplitMoments:
-    """The moments of the tokens that are fitted and of those that are held out; the last input column is the bias's."""
+    def _list_blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the first and the last row of each block, and the block [rows, last row]."""
+        for block in self.gram_blocks:
+            yield block.shape[1] - len(block), block.shape[1], block
+
+
+class HeldOutTokens:
+    """Tokens on which a fit is measured, batch by batch: inputs [N, C] and targets [N, O]."""
 
     def __init__(self) -> None:
         """Begin without tokens."""
-        self._parts: dict[bool, Moments] = {}
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def blend(self, present_OC: Tensor, share: float) -> None:
+        """Move the targets as `Moments.blend` does."""
+        for inputs, targets in self.batches:
+            targets.lerp_(inputs @ present_OC.T, 1 - share)
+
+    def measure_error(self, weight_OC: Tensor) -> float:
+        """Return the mean square, per token and output channel, that a matrix leaves of the targets."""
+        rest = [(targets - inputs @ weight_OC.T).square().sum(dtype=torch.float64) for inputs, targets in self.batches]
+        return float(torch.stack(rest).sum()) / sum(targets.numel() for _, targets in self.batches)
+
+
+class SplitTokens:
+    """The tokens of a fit: sums over those that are fitted, and the held-out ones. The last input may be the bias's."""
+
+    def __init__(self, channels: int, outputs: int, with_bias: bool, device: torch.device) -> None:
+        """Begin without tokens."""
+        self.fitted, self.held_out = Moments(channels + with_bias, outputs, device), HeldOutTokens()
+        self._with_bias = with_bias
 
     def add(self, held_out: bool, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch [B, S, C] and [B, S, O]; `weights` [B, S, 1] multiply both sides."""
-        weights = torch.ones_like(targets[..., :1]) if weights is None else weights
-        inputs = (torch.cat([inputs, torch.ones_like(weights)], dim=-1) * weights).flatten(0, 1)
-        targets = (targets * weights).flatten(0, 1)
-        if held_out not in self._parts:
-            self._parts[held_out] = Moments(inputs.shape[1], targets.shape[1], inputs.device)
-        self._parts[held_out].add(inputs, targets)
+        if self._with_bias:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+        if weights is not None:
+            inputs, targets = inputs * weights, targets * weights
+        batch = inputs.flatten(0, 1), targets.flatten(0, 1)
+        if held_out:
+            self.held_out.batches.append(batch)
+        else:
+            self.fitted.add(*batch)
 
     def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
         """Add what has to be added to the student's state `before` to come to the teacher's state `after`."""
@@ -117,13 +149,8 @@ class SplitMoments:
 
     def blend(self, present_OC: Tensor, share: float) -> None:
         """Move the targets towards what the present matrix gives, which has a column for the bias if it has one."""
-        for part in self.get(with_bias=present_OC.shape[1] == len(self._parts[False].gram_CC)):
-            part.blend(present_OC, share)
-
-    def get(self, with_bias: bool) -> tuple[Moments, Moments]:
-        """Return the moments of the fitted and of the held-out tokens."""
-        fitted, held_out = (self._parts[held_out] for held_out in (False, True))
-        return (fitted, held_out) if with_bias else (fitted.without_last(), held_out.without_last())
+        self.fitted.blend(present_OC, share)
+        self.held_out.blend(present_OC, share)
 
 
 def compute_token_weights(state: Tensor) -> Tensor:
@@ -139,7 +166,7 @@ class Fit:
     """A fitted matrix.
 
     Attributes:
-        weight: [O, C] in float64, zero in the columns that were dropped.
+        weight: [O, C], zero in the columns that were dropped.
         ridge: the chosen one; None: the present weights are better than any fit.
         error: mean square that it leaves on the held-out tokens.
         plain_error: the same of the present weights without the dropped columns.
@@ -151,7 +178,7 @@ class Fit:
     plain_error: float
 
 
-def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: Moments) -> Fit:
+def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: HeldOutTokens) -> Fit:
     """Fit some columns W of a matrix; choose the ridge by the error on held-out tokens.
 
     Minimizes ‖Y − X Wᵀ‖² + r ‖W − P‖² over the tokens of `fitted`, where P are the present weights. The plain cut is a
@@ -159,10 +186,10 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
     on all tokens.
 
     Args:
-        present_OC: the matrix, in float64.
-        columns: indices [K] of the columns to keep.
+        present_OC: the matrix.
+        columns: indices [K] of the columns to keep, ascending.
         fitted: moments of the inputs and the targets; the held-out tokens are added in the end.
-        held_out: the same on other tokens.
+        held_out: other tokens.
 
     Raises:
         RunError: the moments are not finite, or no ridge makes the equations solvable.
@@ -183,7 +210,8 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
         raise complain_of_condition(fitted)
     if best.ridge is None:
         return best
-    fitted.merge(held_out)
+    for batch in held_out.batches:
+        fitted.add(*batch)
     refitted = solve(present_OC, columns, fitted, best.ridge)
     return best if refitted is None else replace(best, weight=refitted)
 
@@ -194,56 +222,114 @@ def solve(present_OC: Tensor, columns: Tensor, moments: Moments, ridge: float) -
     if factor is None:
         return None
     weight = torch.zeros_like(present_OC)
-    weight[:, columns] = torch.cholesky_solve(_aim(present_OC, moments, regular, columns), factor).T
+    for outputs in _split_outputs(present_OC):
+        half_KO = solve_triangular(factor.mT, _aim(present_OC, moments, regular, columns, outputs), upper=False)
+        weight[outputs, columns] = solve_triangular(factor, half_KO, upper=True).T.to(weight.dtype)
     return weight
 
 
-def choose_channels(present_OC: Tensor, fitted: Moments, channels: int, left: int) -> Tensor:
-    """Choose by Optimal Brain Surgeon which of the first columns to keep; return their indices, ascending.
+class Surgeon:
+    """Chooses by Optimal Brain Surgeon which input channels of a matrix go, while the others are refitted.
 
     Dropping the columns g and refitting the others costs tr(W_g [(R⁻¹)_gg]⁻¹ W_gᵀ), where R is the regularized Gram
     matrix of the inputs and W the refitted matrix (Hassibi and Stork, NIPS 1992; SparseGPT, arXiv 2301.00774, section
-    3). They go one by one, in rounds; after each round R⁻¹ and W are computed anew.
-
-    Args:
-        present_OC: the matrix, in float64, with the bias as its last column if it has one, which always stays.
-        fitted: moments of its inputs and targets.
-        channels: number of columns to choose from.
-        left: number of columns to keep.
-
-    Raises:
-        RunError: the moments are not finite, or too badly conditioned.
+    3). R⁻¹ and W of what is left follow from those before, by the Schur complement.
     """
-    kept, most = torch.arange(channels, device=present_OC.device), math.ceil((channels - left) / ROUNDS)
-    while (excess := len(kept) - left) > 0:
-        dropped = _drop_one_by_one(_refit(present_OC, fitted, kept, channels), min(excess, most))
-        kept = kept[_is_not_in(dropped, len(kept))]
-    return kept
 
+    def __init__(self, present_OC: Tensor, fitted: Moments, channels: int) -> None:
+        """Refit all columns.
 
-def choose_heads(
-    present_OC: Tensor, fitted: Moments, heads: Tensor, size: int, owners: Tensor, left: int, channels: int
-) -> Tensor:
-    """Choose as `choose_channels` among groups of neighboring columns; they go one by one, and all is computed anew.
+        Args:
+            present_OC: the matrix, with the bias as its last column if it has one, which always stays.
+            fitted: moments of its inputs and targets.
+            channels: number of columns to choose from.
 
-    Args:
-        present_OC: the matrix, as there.
-        fitted: moments of its inputs and targets.
-        heads: indices of the heads to choose from, ascending; or of key-value groups.
-        size: columns of each of them.
-        owners: per head the group that it belongs to; each keeps equally many.
-        left: number of heads to keep in each group.
-        channels: number of columns of all heads.
+        Raises:
+            RunError: the moments are not finite, or too badly conditioned.
+        """
+        columns = torch.arange(present_OC.shape[1], device=present_OC.device)
+        factor, regular = fitted.factorize(CHOICE_RIDGE, columns)
+        if factor is None:
+            raise complain_of_condition(fitted)
+        self._inverse_CC = torch.cholesky_inverse(factor, upper=True, out=factor).mT
+        self._weight_CO = torch.empty_like(fitted.cross_CO)
+        for outputs in _split_outputs(present_OC):
+            self._weight_CO[:, outputs] = self._inverse_CC @ _aim(present_OC, fitted, regular, columns, outputs)
+        self._pull_C = regular * present_OC[:, :channels].double().square().sum(dim=0)
+        self._is_left = torch.ones(channels, dtype=torch.bool, device=columns.device)
 
-    Raises:
-        RunError: the moments are not finite, or too badly conditioned.
-    """
-    while (spare := torch.bincount(owners)[owners] > left).any():
-        state = _refit(present_OC, fitted, expand_groups(heads, size), channels)
-        cheapest = state.compute_costs(size).masked_fill(~spare, float("inf")).argmin()
-        stays = _is_not_in(cheapest[None], len(heads))
-        heads, owners = heads[stays], owners[stays]
-    return heads
+    def drop(self, columns_D: Tensor) -> None:
+        """Drop columns, and refit the others."""
+        rows_DC = self._inverse_CC[columns_D]
+        solved_DC = torch.linalg.solve(rows_DC[:, columns_D], rows_DC)
+        self._weight_CO.addmm_(solved_DC.T, self._weight_CO[columns_D], alpha=-1)
+        self._inverse_CC.addmm_(solved_DC.T, rows_DC, alpha=-1)
+        self._inverse_CC[columns_D, columns_D] = 1.0  # their rows and columns are zero now: they stay solvable
+        self._is_left[columns_D] = False
+
+    def keep(self, columns: Tensor) -> None:
+        """Drop all other columns."""
+        others = self._is_left.clone()
+        others[columns] = False
+        self.drop(others.nonzero().flatten())
+
+    def drop_channels(self, left: int) -> Tensor:
+        """Drop single columns until so many are left; return their indices, ascending.
+
+        They go one by one, in rounds. In a round only the cheapest columns at its beginning are candidates, twice as
+        many as go: dropping a column makes others dearer.
+        """
+        excess = int(self._is_left.sum()) - left
+        most = math.ceil(excess / ROUNDS)
+        for start in range(0, excess, most or 1):
+            self._drop_one_by_one(min(most, excess - start))
+        return self._is_left.nonzero().flatten()
+
+    def drop_groups(self, size: int, left: int, owners: Tensor | None = None) -> Tensor:
+        """Drop groups of neighboring columns, one by one, until each owner has so many; return the indices left.
+
+        Args:
+            size: columns of a group: of a head, or of a key-value group's heads.
+            left: number of groups to keep per owner.
+            owners: per group its owner; None: there is one.
+        """
+        owners = torch.zeros_like(self._is_left[::size], dtype=torch.int64) if owners is None else owners
+        while True:
+            is_left = self._is_left[::size]
+            spare = is_left & (torch.bincount(owners[is_left], minlength=len(owners))[owners] > left)
+            if not spare.any():
+                return is_left.nonzero().flatten()
+            cheapest = self._compute_costs(size).masked_fill(~spare, float("inf")).argmin()
+            self.drop(expand_groups(cheapest[None], size))
+
+    def _compute_costs(self, size: int) -> Tensor:
+        """Return what dropping each group of columns would add to the sum of squares; infinity if it is dropped."""
+        channels = len(self._is_left)
+        weight_CO, count = self._weight_CO[:channels], channels // size
+        if size == 1:  # a thousand systems of one equation would take a GPU seconds
+            costs = vector_norm(weight_CO, dim=1).square() / self._inverse_CC.diagonal()[:channels]
+        else:
+            grid = self._inverse_CC[:channels, :channels].view(count, size, count, size)
+            blocks, weights = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1), weight_CO.view(count, size, -1)
+            costs = (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
+        # a dropped column is pulled to its present weights, too: this part of the costs belongs to no choice
+        costs -= self._pull_C.view(-1, size).sum(dim=1)
+        return costs.masked_fill(~self._is_left[::size], float("inf"))
+
+    def _drop_one_by_one(self, count: int) -> None:
+        """Drop so many columns, each the cheapest after those before it."""
+        number = min(2 * count, int(self._is_left.sum()))
+        candidates = self._compute_costs(1).topk(number, largest=False).indices
+        inverse, weight = self._inverse_CC[candidates][:, candidates], self._weight_CO[candidates]
+        dropped = torch.zeros_like(candidates, dtype=torch.bool)
+        for _ in range(count):
+            costs = weight.square().sum(dim=1) / inverse.diagonal() - self._pull_C[candidates]
+            cheapest = costs.masked_fill(dropped, float("inf")).argmin()[None]
+            row = inverse.index_select(0, cheapest) / inverse.diagonal()[cheapest]
+            weight = weight - row.T * weight.index_select(0, cheapest)
+            inverse = inverse - row.T * inverse.index_select(0, cheapest)
+            dropped[cheapest] = True
+        self.drop(candidates[dropped])
 
 
 def expand_groups(groups: Tensor, size: int) -> Tensor:
@@ -251,73 +337,19 @@ def expand_groups(groups: Tensor, size: int) -> Tensor:
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
 
 
-class _Refitted(NamedTuple):
-    """The refit of the columns that are left: R⁻¹, the matrix, and what the pull to the present weights costs."""
-
-    inverse_KK: Tensor
-    weight_KO: Tensor
-    pull_K: Tensor
-
-    def compute_costs(self, size: int) -> Tensor:
-        """Return what dropping each group of columns would add to the sum of squares."""
-        count = len(self.weight_KO) // size
-        weights = self.weight_KO.view(count, size, -1)
-        if size == 1:  # a thousand systems of one equation would take a GPU seconds
-            solved = weights / self.inverse_KK.diagonal()[:, None, None]
-        else:
-            blocks = self.inverse_KK.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            solved = torch.linalg.solve(blocks, weights)
-        # a dropped column is pulled to its present weights, too: this part of the costs belongs to no choice
-        return (weights * solved).sum(dim=(1, 2)) - self.pull_K.view(-1, size).sum(dim=1)
+def _split_outputs(present_OC: Tensor) -> Iterator[slice]:
+    """Yield the outputs that are solved at once."""
+    return (slice(start, start + OUTPUTS) for start in range(0, len(present_OC), OUTPUTS))
 
 
-def _refit(present_OC: Tensor, fitted: Moments, kept: Tensor, channels: int) -> _Refitted:
-    """Refit the kept columns and the bias, which is no part of what is returned."""
-    columns = torch.cat([kept, torch.arange(channels, present_OC.shape[1], device=kept.device)])
-    factor, regular = fitted.factorize(CHOICE_RIDGE, columns)
-    if factor is None:
-        raise complain_of_condition(fitted)
-    inverse = torch.cholesky_inverse(factor, out=factor).mT
-    weight = inverse @ _aim(present_OC, fitted, regular, columns)
-    used = len(kept)
-    return _Refitted(
-        inverse[:used, :used].contiguous(), weight[:used], regular * present_OC[:, kept].square().sum(dim=0)
-    )
-
-
-def _drop_one_by_one(state: _Refitted, count: int) -> Tensor:
-    """Return the positions of `count` columns to drop, each the cheapest after those before it.
-
-    Only the cheapest 2 `count` columns at the beginning are candidates: dropping a column makes others dearer.
-    """
-    candidates = state.compute_costs(1).topk(min(2 * count, len(state.pull_K)), largest=False).indices
-    inverse, weight = state.inverse_KK[candidates][:, candidates], state.weight_KO[candidates]
-    dropped = torch.zeros_like(candidates, dtype=torch.bool)
-    for _ in range(count):
-        costs = weight.square().sum(dim=1) / inverse.diagonal() - state.pull_K[candidates]
-        cheapest = costs.masked_fill(dropped, float("inf")).argmin()[None]
-        row = inverse.index_select(0, cheapest) / inverse.diagonal()[cheapest]
-        weight = weight - row.T * weight.index_select(0, cheapest)
-        inverse = inverse - row.T * inverse.index_select(0, cheapest)
-        dropped[cheapest] = True
-    return candidates[dropped]
-
-
-def _is_not_in(positions: Tensor, count: int) -> Tensor:
-    """Return for each of `count` positions whether it is none of these."""
-    stays = torch.ones(count, dtype=torch.bool, device=positions.device)
-    stays[positions] = False
-    return stays
-
-
-def _aim(present_OC: Tensor, moments: Moments, regular: float, columns: Tensor) -> Tensor:
-    """Return the right-hand side [K, O] of the normal equations."""
-    return moments.cross_CO[columns] + regular * present_OC[:, columns].T
+def _aim(present_OC: Tensor, moments: Moments, regular: float, columns: Tensor, outputs: slice) -> Tensor:
+    """Return the right-hand side [K, outputs] of the normal equations of some columns and outputs of a matrix."""
+    return present_OC[outputs, columns].T.double().mul_(regular).add_(moments.cross_CO[columns, outputs])
 
 
 def complain_of_condition(moments: Moments) -> RunError:
     """Return the error of moments whose equations cannot be solved."""
-    size = len(moments.gram_CC)
+    size = len(moments.cross_CO)
     return RunError(
         f"the {size} x {size} Gram matrix of the inputs over {moments.tokens} tokens is too badly conditioned; raise "
         "prune.calibration_sequences"
