@@ -5,7 +5,7 @@ __version__ = "0.8.0"
 METHOD_VERSION = "0.1.0"
 """Part of every result's key, unlike the version. It changes when the same inputs and settings give another result."""
 
-COMPENSATION_VERSION = "0.6.0"
+COMPENSATION_VERSION = "0.8.0"
 """The same, for compensated cuts alone."""
 
 # `python -m minitron.STAGE` starts minitron/stages/STAGE.py; code imports minitron.stages.STAGE.

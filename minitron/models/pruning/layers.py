@@ -150,15 +150,23 @@ class ShardWriter:
         self._bytes = 0
 
     def add(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Add weights by their names; full shards are written."""
+        """Add weights by their names; a shard is written if as many weights again would make it too large.
+
+        So nothing waits in memory that could be on the disk while the next layer is computed.
+        """
+        added = 0
         for name, weight in weights:
-            if self._waiting and sum(each.nbytes for each in self._waiting.values()) + weight.nbytes > SHARD_BYTES:
+            if self._waiting and self._count_waiting() + weight.nbytes > SHARD_BYTES:
                 self._write_shard()
             self._waiting[name] = weight.cpu().contiguous()
+            added += weight.nbytes
+        if self._count_waiting() + added > SHARD_BYTES:
+            self._write_shard()
 
     def finish(self) -> None:
         """Write the rest, and the index if there are several shards."""
-        self._write_shard()
+        if self._waiting:
+            self._write_shard()
         count = len(self._shards)
         names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
         if count == 1:
@@ -170,10 +178,14 @@ class ShardWriter:
         for number, name in enumerate(names):
             self._partial(number).rename(self._directory / name)
 
+    def _count_waiting(self) -> int:
+        """Return the bytes of the weights that are not written yet."""
+        return sum(weight.nbytes for weight in self._waiting.values())
+
     def _write_shard(self) -> None:
+        self._bytes += self._count_waiting()
         save_file(self._waiting, self._partial(len(self._shards)), {"format": "pt"})
         self._shards.append([*self._waiting])
-        self._bytes += sum(weight.nbytes for weight in self._waiting.values())
         self._waiting = {}
 
     def _partial(self, number: int) -> Path:
