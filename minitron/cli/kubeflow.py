@@ -33,7 +33,6 @@ from minitron.config.pipelines import (
     find_cluster_faults,
     get_parameters,
     list_pod_requests,
-    list_stages,
     names_registry,
     queue_pods,
     read_request,
@@ -78,7 +77,7 @@ def submit(
         run_id = kubeflow.submit(version, run.arguments, _experiment_name(run.arguments), run.cluster.service_account)
         print(f"started: run {run_id} of {pipeline} {version.name}\n{kubeflow.run_url(run_id)}", flush=True)
         if wait:
-            _wait_for_end(kubeflow, run_id, list_stages(run.documents[0]), run.arguments)
+            _wait_for_end(kubeflow, run_id, run.documents[0], run.arguments)
 
 
 @app.command(
@@ -280,7 +279,7 @@ def _count_gpus(gpus: int) -> str:
     return f"{gpus} GPU{'s' if gpus != 1 else ''}"
 
 
-def _wait_for_end(kubeflow: Any, run_id: str, stages: list[str], arguments: dict[str, Any]) -> None:
+def _wait_for_end(kubeflow: Any, run_id: str, specification: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Follow a run to its end.
 
     Raises:
@@ -288,7 +287,7 @@ def _wait_for_end(kubeflow: Any, run_id: str, stages: list[str], arguments: dict
     """
     from minitron.cluster import runs
 
-    run = runs.follow_run(kubeflow, run_id, stages)
+    run = runs.follow_run(kubeflow, run_id, specification)
     if run.state == "SUCCEEDED":
         print(f"run {run_id}: succeeded")
         return

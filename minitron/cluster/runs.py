@@ -2,20 +2,19 @@
 
 import re
 import time
-from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
 from urllib3 import Retry
 
 from minitron.cluster import kubernetes_api, pipelines_api
+from minitron.cluster.workflow_nodes import Path, Task, find_tasks, is_in_loop, list_paths
 from minitron.errors import MinitronError
 
 DONE = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 COMPONENT_LABEL, RUN_LABEL = "app.kubernetes.io/component", "pipeline/runid"
 """Labels of a stage's pod: the stage, which the pipeline sets, and the run, which Kubeflow sets."""
 
-_ATTEMPT = re.compile(r"executor\((\d+)\)")
 _ERROR = re.compile(r"^(?:\s*error: |F\d{4} [^\]]*\] )(.+)$", re.MULTILINE)
 """The last line of a failed stage, and of Kubeflow's driver (glog's severity F)."""
 
@@ -23,12 +22,13 @@ _ONCE = Retry(1, backoff_factor=0.5)
 _TIMEOUT = 10
 
 
-def follow_run(kubeflow: pipelines_api.Kubeflow, run_id: str, stages: Collection[str]) -> Any:
+def follow_run(kubeflow: pipelines_api.Kubeflow, run_id: str, specification: dict[str, Any]) -> Any:
     """Print a line when a stage of a run starts, is tried again, or ends; return the run at its end."""
     printed: dict[str, str] = {}
+    paths = list(list_paths(specification))
     while True:
         run = kubeflow.wait_for_run(run_id)
-        for stage, state in describe_stages(run, stages).items():
+        for stage, state in describe_stages(run, paths).items():
             if printed.get(stage) != state:
                 printed[stage] = state
                 print(f"{datetime.now():%H:%M:%S} {stage}: {state}", flush=True)
@@ -37,27 +37,32 @@ def follow_run(kubeflow: pipelines_api.Kubeflow, run_id: str, stages: Collection
         time.sleep(pipelines_api.POLL_SECONDS)
 
 
-def describe_stages(run: Any, stages: Collection[str]) -> dict[str, str]:
+def describe_stages(run: Any, paths: list[Path]) -> dict[str, str]:
     """Return the state of each stage of a run, in the order in which they started.
 
-    Kubeflow lists the nodes of the Argo workflow. A stage has three kinds of nodes: `NAME-driver`, `NAME`, and an
-    `executor(n)` per attempt. An executor's name has no stage. It belongs to the last stage that started before it,
-    because no two stages of a pipeline run at a time.
+    A stage has three kinds of nodes: `NAME-driver`, `NAME`, and an `executor` with a child per attempt. A node without
+    children is recognized by its name, unless it is in a loop.
     """
     nodes = sorted((run.run_details and run.run_details.task_details) or [], key=lambda node: node.start_time)
-    attempts: dict[str, int] = {}
-    states: dict[str, str] = {}
-    stage = ""
+    known = {path[-1]: Task(path[-1], path[-1]) for path in paths if not is_in_loop(path)}
+    stages, tasks = {path[-1] for path in paths}, find_tasks(nodes, paths)
+    attempts: dict[Task, int] = {}
+    states: dict[Task, str] = {}
     for node in nodes:
         name, state = node.display_name, node.state or ""
-        if name in stages and state in ("RUNNING", "SUCCEEDED", "FAILED", "SKIPPED"):
-            stage, states[name] = name, state.lower()
-        elif name.removesuffix("-driver") in stages and state == "FAILED":
-            states[name.removesuffix("-driver")] = "failed before it started, in Kubeflow's driver"
-        elif stage and (attempt := _ATTEMPT.fullmatch(name)):
-            attempts[stage] = max(attempts.get(stage, 1), int(attempt[1]) + 1)
-    again = {stage: f"attempt {count}" for stage, count in attempts.items() if count > 1}
-    return {stage: again.get(stage, state) if state == "running" else state for stage, state in states.items()}
+        children = [child.pod_name for child in node.child_tasks or []]
+        stage = name.removesuffix("-driver")
+        task = next((tasks[child] for child in children if child in tasks), known.get(stage))
+        if task is None:
+            continue
+        if name == "executor":
+            attempts[task] = len(children)
+        elif name in stages and state in ("RUNNING", "SUCCEEDED", "FAILED", "SKIPPED"):
+            states[task] = state.lower()
+        elif name != stage and stage in stages and state == "FAILED":
+            states[task] = "failed before it started, in Kubeflow's driver"
+    again = {task: f"attempt {count}" for task, count in attempts.items() if count > 1}
+    return {task.label: again.get(task, state) if state == "running" else state for task, state in states.items()}
 
 
 def find_pod_failure(namespace: str, run_id: str) -> str | None:

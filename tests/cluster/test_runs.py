@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from minitron.cluster import pipelines_api, runs
-from minitron.config.pipelines import compiled_pipeline, list_dags
 from minitron.tracking import pipeline_run
 from minitron.tracking.client import connect, find_or_create_experiment
 from tests.cluster.commands import JOB, run_minitron, run_ok, run_refused
@@ -73,17 +72,6 @@ def test_a_run_is_followed_to_its_end_a_line_per_stage(server: KubeflowServer) -
     assert shown.rstrip().endswith(": succeeded") and "executor" not in shown and "driver" not in shown
 
 
-@pytest.mark.parametrize("pipeline", ["compress", "retrain", "promote", "search"])
-def test_no_two_stages_of_a_pipeline_run_at_a_time(pipeline: str) -> None:
-    """An attempt is named after no stage: it belongs to the one that started last."""
-    for dag in list_dags(compiled_pipeline(pipeline)[0]):
-        tasks = dag["dag"]["tasks"]
-        before = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
-        for _ in tasks:
-            before = {name: names.union(*(before[other] for other in names)) for name, names in before.items()}
-        assert sorted(map(len, before.values())) == list(range(len(tasks))), "each waits for all that are before it"
-
-
 def test_the_attempts_at_a_stage_are_counted(server: KubeflowServer) -> None:
     server.steps = [succeed("plan"), do("start", "prepare"), do("retry", "prepare", "Error"), do("finish", "prepare")]
     server.steps += [
@@ -96,6 +84,28 @@ def test_the_attempts_at_a_stage_are_counted(server: KubeflowServer) -> None:
     assert read_lines(run_ok("submit", *JOB, "--host", server.url, "--wait")) == [
         "plan: succeeded", "prepare: running", "prepare: attempt 2", "prepare: succeeded",
         "finetune: running", "finetune: attempt 2", "finetune: attempt 3", "finetune: succeeded",
+    ]  # fmt: skip
+
+
+def test_each_candidate_of_a_search_has_its_own_line(server: KubeflowServer) -> None:
+    """Four trials run at a time; each has attempts of its own, and those of the next round are others."""
+    trials = [f"for-loop-1/trial/{number}" for number in range(4)]
+    server.steps = [succeed("plan", "select", "prepare", "finetune")]
+    server.steps += [*(do("start", trial) for trial in trials), do("retry", trials[1]), do("finish", trials[3])]
+    server.steps += [do("retry", trials[1]), do("finish", trials[1]), do("finish", trials[0], "Failed")]
+    server.steps += [do("finish", trials[2]), do("finish", "for-loop-1"), succeed("select-2")]
+    server.steps += [do("start", "for-loop-2/trial/0"), do("fail_driver", "for-loop-2/trial/1"), do("end", "Failed")]
+    done = run_minitron("submit", "search", *JOB[1:], "--set", "search.parameters=4e9", "--host", server.url, "--wait")
+    lines = read_lines(done.stdout)
+    assert [line for line in lines if not line.startswith("trial")] == [
+        f"{name}: succeeded" for name in ("plan", "select", "prepare", "finetune", "select-2")
+    ], done.output
+    assert [line for line in lines if line.startswith("trial")] == [
+        "trial 1 of round 1: running", "trial 2 of round 1: running", "trial 3 of round 1: running",
+        "trial 4 of round 1: running", "trial 2 of round 1: attempt 2", "trial 4 of round 1: succeeded",
+        "trial 2 of round 1: attempt 3", "trial 2 of round 1: succeeded", "trial 1 of round 1: failed",
+        "trial 3 of round 1: succeeded", "trial 1 of round 2: running",
+        "trial 2 of round 2: failed before it started, in Kubeflow's driver", "trial 1 of round 2: failed",
     ]  # fmt: skip
 
 

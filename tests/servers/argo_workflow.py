@@ -4,10 +4,12 @@ Task details are no tasks: Kubeflow Pipelines stores one entry per Argo node, wi
 name or id, and with ids of nodes as children. Where each shape comes from:
 
 - which nodes a task has: kubeflow/pipelines 2.15.0 and 2.17.0, backend/src/v2/compiler/argocompiler/dag.go
-  (`NAME-driver`, `NAME`, `root`, exit hooks) and container.go (`executor` inside of `NAME`);
+  (`NAME-driver`, `NAME`, `root`, exit hooks, and a loop's `iteration-driver`, `iteration-iterations`, `iteration-item`)
+  and container.go (`executor` inside of `NAME`);
 - names, display names and ids: argo-workflows 3.7.3 and 4.0.5, workflow/controller/operator.go (initializeNode,
   `RETRY(n)`), workflow/common/util.go (`.onExit`), pkg/apis/workflow/v1alpha1/workflow_types.go (NodeID);
-- children: argo-workflows 3.7.3, workflow/controller/dag.go (a task is the child of its dependencies' outbound nodes)
+- children: argo-workflows 3.7.3, workflow/controller/dag.go (a task is the child of its dependencies' outbound nodes; the
+  iterations `NAME(n:n)` of a loop, which expandTask names, are children of the task group `NAME`)
   and operator.go (getOutboundNodes);
 - task details: kubeflow/pipelines 2.15.0 (2.17.0 has the same), backend/src/apiserver/server/api_converter.go
   (toModelTask, toApiPipelineTaskDetail), backend/src/common/util/workflow.go (NodeStatuses) and
@@ -45,7 +47,10 @@ class Node:
 
 
 class Workflow:
-    """A run's workflow, and what a test lets happen in it. A minute passes between two steps."""
+    """A run's workflow, and what a test lets happen in it. A minute passes between two steps.
+
+    A task is named as in the pipeline, or LOOP/NAME/ITERATION in a loop.
+    """
 
     def __init__(self, specification: dict[str, Any], retry_templates: bool = False) -> None:
         """Begin with no node.
@@ -65,9 +70,10 @@ class Workflow:
     def start(self, task: str) -> None:
         """Let a task's driver end and its executor start."""
         self._now += timedelta(minutes=1)
-        boundary = self._open(self._paths[task])
-        driver = self._add(boundary, f"{task}-driver", "Pod", self._dependencies(task, boundary), "Succeeded")
-        inner = self._add(boundary, task, "DAG", [driver], "Running")
+        path, name = self._locate(task)
+        boundary = self._open(path)
+        driver = self._add(boundary, f"{name}-driver", "Pod", self._dependencies(name, boundary), "Succeeded")
+        inner = self._add(boundary, name, "DAG", [driver], "Running")
         self._add(inner, "executor", "Pod", [inner], "Running", retried=True)
 
     def retry(self, task: str, phase: str = "Failed") -> None:
@@ -89,9 +95,10 @@ class Workflow:
     def fail_driver(self, task: str) -> None:
         """Let a task's driver fail: the task itself is omitted."""
         self._now += timedelta(minutes=1)
-        boundary = self._open(self._paths[task])
-        driver = self._add(boundary, f"{task}-driver", "Pod", self._dependencies(task, boundary), "Failed")
-        self._add(boundary, task, "Skipped", [driver], "Omitted")
+        path, name = self._locate(task)
+        boundary = self._open(path)
+        driver = self._add(boundary, f"{name}-driver", "Pod", self._dependencies(name, boundary), "Failed")
+        self._add(boundary, name, "Skipped", [driver], "Omitted")
 
     def skip(self, dag: str) -> None:
         """Let a condition be false."""
@@ -104,7 +111,7 @@ class Workflow:
         self._now += timedelta(minutes=1)
         for task, path in self._paths.items():
             boundary = self._inner(path)
-            if boundary in self.nodes and f"{boundary}.{task}-driver" not in self.nodes:
+            if "/" not in task and boundary in self.nodes and f"{boundary}.{task}-driver" not in self.nodes:
                 for name in (f"{task}-driver", task):
                     self._add(boundary, name, "Skipped", [boundary], "Omitted")
         for node in self.nodes.values():
@@ -137,9 +144,18 @@ class Workflow:
             is_exit = task.get("triggerPolicy", {}).get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED"
             self._tasks[name] = task
             self._paths[name] = (*path, f"{task['dependentTasks'][0]}.onExit") if is_exit else path
+            self._paths |= {f"{part}/{name}": path for part in path if part.startswith("for-loop-")}
             inside = self._specification["components"][task["componentRef"]["name"]]
+            loop = ("iteration-iterations(#:#)", "iteration-item") if "parameterIterator" in task else ()
             if "dag" in inside:
-                self._list_tasks(inside, (*path, name))
+                self._list_tasks(inside, (*path, name, *loop))
+
+    def _locate(self, task: str) -> tuple[tuple[str, ...], str]:
+        """Return the path to a task, and its name."""
+        loop, _, name = task.rpartition("/")
+        if not loop:
+            return self._paths[task], task
+        return tuple(part.replace("#", name) for part in self._paths[loop]), loop.rpartition("/")[2]
 
     def _open(self, path: tuple[str, ...]) -> str:
         """Start the DAGs that a task is in; return the name of the innermost."""
@@ -152,6 +168,14 @@ class Workflow:
             driver = self._add(entry, "root-driver", "Pod", [entry], "Succeeded")
             return self._add(entry, "root", "DAG", [driver], "Running")
         outer, dag = self._open(path[:-1]), path[-1]
+        if dag.startswith("for-loop-"):
+            return self._add(outer, dag, "DAG", self._dependencies(dag, outer), "Running")
+        if dag.startswith("iteration-iterations"):
+            group = f"{outer}.iteration-iterations"
+            if group not in self.nodes:
+                driver = self._add(outer, "iteration-driver", "Pod", [outer], "Succeeded")
+                self._add_node(group, "iteration-iterations", "TaskGroup", [driver], "Running")
+            return self._add(outer, dag, "DAG", [group], "Running")
         if dag.endswith(".onExit"):
             return self._add(outer, dag, "DAG", [f"{outer}.{dag.removesuffix('.onExit')}"], "Running")
         driver = self._add(outer, f"{dag}-driver", "Pod", self._dependencies(dag, outer), "Succeeded")
@@ -163,7 +187,7 @@ class Workflow:
         return "".join([self.name, *(f"{attempt}.{part}" for part in ("root", *path)), attempt])
 
     def _dependencies(self, task: str, boundary: str) -> list[str]:
-        names = [f"{boundary}.{name}" for name in self._tasks[task].get("dependentTasks", [])]
+        names = [f"{boundary}.{name}" for name in self._tasks.get(task, {}).get("dependentTasks", [])]
         outbound = [name for dependency in names for name in self._outbound(dependency)]
         return outbound or [boundary]
 
@@ -193,8 +217,8 @@ class Workflow:
         node.phase, node.ended = phase, self._now
 
     def _find(self, task: str, inside: str = "") -> Node:
-        inner = self._inner((*self._paths[task], task))
-        return self.nodes[f"{inner}.{inside}" if inside else f"{self._inner(self._paths[task])}.{task}"]
+        path, name = self._locate(task)
+        return self.nodes[f"{self._inner((*path, name))}.{inside}" if inside else f"{self._inner(path)}.{name}"]
 
     def _node(self, identifier: str) -> Node:
         return next(node for node in self.nodes.values() if self._node_id(node.name) == identifier)
