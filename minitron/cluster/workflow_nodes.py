@@ -54,10 +54,9 @@ def find_tasks(nodes: list[Any], paths: list[Path]) -> dict[str, Task]:
     """
     ids = [child.pod_name for node in nodes for child in node.child_tasks or []]
     workflow = ids[0].rpartition("-")[0] if ids else ""
-    iterations = max(
-        (int(found[1]) + 1 for node in nodes if (found := _ITERATIONS.match(node.display_name))), default=0
-    )
-    tasks = {}
+    found = (_ITERATIONS.match(node.display_name) for node in nodes)
+    iterations = max((int(match[1]) + 1 for match in found if match), default=0)
+    tasks: dict[str, Task] = {}
     for path in paths:
         for item in range(iterations if is_in_loop(path) else 1):
             for attempt in ("", "(0)"):  # Kubeflow 2.17 lets Argo try every node again, of which there is one attempt

@@ -8,9 +8,9 @@ name or id, and with ids of nodes as children. Where each shape comes from:
   and container.go (`executor` inside of `NAME`);
 - names, display names and ids: argo-workflows 3.7.3 and 4.0.5, workflow/controller/operator.go (initializeNode,
   `RETRY(n)`), workflow/common/util.go (`.onExit`), pkg/apis/workflow/v1alpha1/workflow_types.go (NodeID);
-- children: argo-workflows 3.7.3, workflow/controller/dag.go (a task is the child of its dependencies' outbound nodes; the
-  iterations `NAME(n:n)` of a loop, which expandTask names, are children of the task group `NAME`)
-  and operator.go (getOutboundNodes);
+- children: argo-workflows 3.7.3, workflow/controller/dag.go (a task is the child of its dependencies' outbound nodes;
+  the iterations `NAME(n:n)` of a loop, which expandTask names, are children of the task group `NAME`) and operator.go
+  (getOutboundNodes);
 - task details: kubeflow/pipelines 2.15.0 (2.17.0 has the same), backend/src/apiserver/server/api_converter.go
   (toModelTask, toApiPipelineTaskDetail), backend/src/common/util/workflow.go (NodeStatuses) and
   backend/src/apiserver/model/run.go (RuntimeState.ToV2).
