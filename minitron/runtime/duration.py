@@ -3,15 +3,13 @@
 import json
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron.config.document import Plan
-from minitron.config.resources import Models, count_models
 from minitron.config.resources.work import count_work
-from minitron.config.shapes import PruneSettings
 from minitron.config.stages import STAGES
+from minitron.runtime.preflight import count_plan_models
 from minitron.storage.layout import MANIFEST
 
 _STAGE = re.compile(rf"({'|'.join(STAGES)}): ")
@@ -21,7 +19,7 @@ _BAR = re.compile(r"(teacher validation|validation|training|importance): .* ([\d
 class DurationEstimate:
     """Reads what the stages of a run print, and says how long the run takes as soon as one shows its speed."""
 
-    def __init__(self, plan: Plan, architecture: Mapping[str, Any] | None, results: Path) -> None:
+    def __init__(self, plan: Plan, architecture: dict[str, Any] | None, results: Path) -> None:
         """Start the clock.
 
         Args:
@@ -29,9 +27,7 @@ class DurationEstimate:
             architecture: the teacher's config.json; None: it is not known yet, and models of one size are assumed.
             results: gets a directory for the run, where prepare leaves the number of tokens.
         """
-        prune = plan.stages["prune"]
-        assert isinstance(prune, PruneSettings)
-        self._models = count_models(architecture, prune) if architecture else Models()
+        self._models = count_plan_models(plan, architecture)
         self._plan, self._results = plan, results
         self._started = self._last_line = time.monotonic()
         self._stage, self._start_up, self._is_done = "", 0.0, False

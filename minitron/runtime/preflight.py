@@ -10,6 +10,7 @@ from minitron.config.document import Plan
 from minitron.config.fields import Fault
 from minitron.config.parse import SectionError
 from minitron.config.resources import ASSUMED, Models, count_models
+from minitron.config.settings import FinetuneSettings
 from minitron.config.shapes import PruneSettings
 from minitron.engines.plan_checks import find_plan_faults, find_size_faults
 from minitron.errors import MinitronError
@@ -51,8 +52,11 @@ def count_plan_models(plan: Plan, architecture: dict[str, Any] | None) -> Models
 
     A cut that does not fit that model is left out: then the student counts as large as the teacher.
     """
-    prune = plan.stages["prune"]
-    assert isinstance(prune, PruneSettings)
+    prune, finetune = plan.stages["prune"], plan.stages["finetune"]
+    assert isinstance(prune, PruneSettings) and isinstance(finetune, FinetuneSettings)
+    teachers = 2 if finetune.enabled else 1
     if architecture:
-        return count_models(architecture, prune)
-    return Models() if list(find_size_faults(prune, ASSUMED)) else count_models(ASSUMED, prune)
+        return count_models(architecture, prune, teachers)
+    return (
+        Models(teachers=teachers) if list(find_size_faults(prune, ASSUMED)) else count_models(ASSUMED, prune, teachers)
+    )

@@ -73,6 +73,16 @@ def test_json_has_the_same_in_bytes_operations_and_seconds(llama: str) -> None:
     assert sum(distill["phases"]["loss"].values()) < plan["gpu"]["memory"]
 
 
+@pytest.mark.parametrize(("enabled", "teachers"), [("true", 2), ("false", 1)])
+def test_without_finetune_evaluate_holds_the_teacher_once(llama: str, enabled: str, teachers: int) -> None:
+    plan = read_plan("--preset", WIDTH, "--set", f"teacher={llama}", "--set", f"finetune.enabled={enabled}")
+    teacher, student = plan["parameters"].values()
+    evaluate = plan["stages"]["evaluate"]
+    assert evaluate["phases"]["losses"]["all models, bf16"] == 2 * (teachers * teacher + 2 * student)
+    read = evaluate["operations"] / evaluate["tokens"]
+    assert read == pytest.approx(2 * (teachers * teacher + 2 * student), rel=0.15)
+
+
 def test_it_takes_less_than_a_second(llama: str) -> None:
     document = merge({"teacher": llama, "corpus": "/c"}, read_preset(WIDTH))
     started = time.process_time()

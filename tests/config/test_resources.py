@@ -164,6 +164,7 @@ def test_the_sums_of_the_other_stages() -> None:
     assert ask_for("evaluate") == 8 + 16 + 2 * 1000
     assert ask_for("evaluate", evaluate={"gpus": 4}) == 5 * 8 + 16 + 4 * 2 * 1000
     assert ask_for("evaluate", evaluate={"gpus": 0}) == 8 + 4 * (2 * 1000 + 2 * 100)
+    assert ask_for("evaluate", LARGE._replace(teachers=1), evaluate={"gpus": 0}) == 8 + 4 * (1000 + 2 * 100)
     assert ask_for("evaluate", evaluate={"gpus": 0, "champion": "models:/a/1"}) == 8 + 4 * (2 * 1000 + 3 * 100)
 
 

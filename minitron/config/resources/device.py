@@ -250,7 +250,7 @@ def _list_prune_phases(settings: PruneSettings, models: Models) -> list[Phase]:
 
 def _list_evaluate_phases(settings: EvaluateSettings, models: Models) -> list[Phase]:
     sizes, tokens = models.teacher_sizes, settings.micro_batch_size * settings.sequence_length
-    compared = 2 * models.teacher + (3 if settings.champion else 2) * models.student
+    compared = models.teachers * models.teacher + (3 if settings.champion else 2) * models.student
     element = BF16 * (3 * sizes.intermediate + 4 * sizes.hidden)
     scores = max(min(tokens, CHUNK[True]) * sizes.vocabulary * 2 * (BF16 + FP32), tokens * element)
     phases = [

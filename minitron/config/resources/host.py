@@ -67,7 +67,7 @@ def sum_memory(settings: StageSettings, models: Models) -> list[Term]:
         case EvaluateSettings() if gpus:
             phases = [[Term("a model on its way to every GPU, bf16", gpus * BF16 * models.teacher)]]
         case EvaluateSettings():
-            compared = 2 * models.teacher + (3 if settings.champion else 2) * models.student
+            compared = models.teachers * models.teacher + (3 if settings.champion else 2) * models.student
             phases = [[Term("all models, fp32", FP32 * compared)]]
         case _:
             phases = []

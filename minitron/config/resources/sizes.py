@@ -52,13 +52,17 @@ class Sizes(NamedTuple):
 
 
 class Models(NamedTuple):
-    """Parameters and sizes of a run's models, and the bytes that a stored weight takes."""
+    """Parameters and sizes of a run's models, the bytes that a stored weight takes, and the number of teachers.
+
+    There are two teachers, the given and the corrected one; without finetune they are one model.
+    """
 
     teacher: int = UNKNOWN
     student: int = UNKNOWN
     weight: int = BF16
     teacher_sizes: Sizes = Sizes()
     student_sizes: Sizes = Sizes()
+    teachers: int = 2
 
 
 class Term(NamedTuple):
@@ -107,7 +111,7 @@ def count_parameters(architecture: Mapping[str, Any]) -> int:
     return embeddings + sizes.layers * layer + sizes.hidden
 
 
-def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Models:
+def count_models(architecture: Mapping[str, Any], prune: PruneSettings, teachers: int = 2) -> Models:
     """Count the parameters of a teacher and of the student that prune makes from it.
 
     Raises:
@@ -119,4 +123,5 @@ def count_models(architecture: Mapping[str, Any], prune: PruneSettings) -> Model
     cut |= apply_kept(prune).compute_student_sizes(cut)
     dtype = architecture.get("dtype") or architecture.get("torch_dtype")
     weight = FP32 if dtype == "float32" else BF16
-    return Models(teacher, count_parameters(cut), weight, read_model_sizes(architecture), read_model_sizes(cut))
+    sizes = read_model_sizes(architecture), read_model_sizes(cut)
+    return Models(teacher, count_parameters(cut), weight, *sizes, teachers)

@@ -81,7 +81,7 @@ def count_work(plan: Plan, models: Models, tokens: Mapping[str, float]) -> dict[
             case DistillSettings():
                 work[stage] = _count_training(settings, length, tokens["validation"], student, teacher)
             case EvaluateSettings():
-                all_models = 2 * (teacher + student)
+                all_models = models.teachers * teacher + 2 * student
                 read = sum(min(settings.evaluation_sequences * length, tokens[name]) for name in ("validation", "test"))
                 read += len(settings.tasks) * (settings.task_limit or 0) * _QUESTION
                 read += settings.generation_tokens * (len(settings.prompts) + _TIMINGS) * _GENERATING
