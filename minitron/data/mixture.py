@@ -33,12 +33,12 @@ class Corpora:
         size: bytes of all files; None if one is a dataset on a hub.
         files: number of files; None if one is a dataset on a hub.
         own_splits: the splits that at least one corpus has.
-        chat: reads conversations; None: there are none.
+        has_conversations: whether conversations are read from at least one.
     """
 
     def __init__(self, parts: list[Corpus]) -> None:
         """Hold the corpora."""
-        self.parts, self.chat = parts, parts[0].chat
+        self.parts, self.has_conversations = parts, any(part.chat is not None for part in parts)
         sizes, files = [part.size for part in parts], [part.files for part in parts]
         self.size = None if None in sizes else sum(filter(None, sizes))
         self.files = None if None in files else sum(filter(None, files))

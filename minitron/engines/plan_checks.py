@@ -18,6 +18,7 @@ from minitron.config.settings import (
     FinetuneSettings,
     PrepareSettings,
     TrainingSettings,
+    list_parts,
 )
 from minitron.config.shapes import PRUNED_AXES, PRUNED_SIZES, Kept, PruneSettings
 from minitron.engines.nemo.checks import find_conversion_faults, find_cut_faults, find_parallel_faults
@@ -53,7 +54,8 @@ def find_mask_faults(plan: Plan) -> Iterator[Fault]:
     """Find conversations for engine nemo, which would train on the prompts, too."""
     prepare, distill = plan.stages["prepare"], plan.stages["distill"]
     assert isinstance(prepare, PrepareSettings) and isinstance(distill, DistillSettings)
-    if prepare.messages_field and distill.engine == "nemo":  # all stages share it
+    fields = [prepare.messages_field, *(part.messages_field for part in list_parts(plan.pipeline.corpus))]
+    if any(fields) and distill.engine == "nemo":  # all stages share it
         yield Fault("engine", "nemo does not support the masks of conversations (prepare.messages_field); use hf")
 
 

@@ -58,9 +58,15 @@ def sort_records(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def read_data_license(dataset: Path) -> str:
-    """Return the license in a dataset's manifest; "unknown" if prepare did not write the dataset."""
+    """Return the licenses in a dataset's manifest as text; "unknown" if prepare did not write the dataset."""
     manifest = read_manifest(dataset) if (dataset / MANIFEST).is_file() else {}
-    return str(manifest.get("licence", UNKNOWN))
+    shared = str(manifest.get("licence", UNKNOWN))
+    return "; ".join(dict.fromkeys(entry.get("licence", shared) for entry in manifest.get(MIXTURE, [{}])))
+
+
+def is_license_unknown(license: str) -> bool:
+    """Say whether a license, or one of several in a text, is unknown."""
+    return UNKNOWN in license.split("; ")
 
 
 def read_model_license(model: Path) -> dict[str, str]:
@@ -84,11 +90,16 @@ def read_given(origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_corpora(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the entry of each corpus of a lineage in prepare's record; of several also their use in an epoch."""
+    """Return the entry of each corpus of a lineage in prepare's record.
+
+    Of several it has also the use in an epoch, and the license.
+    """
     if not (corpus := read_given(origin).get("corpus")):
         return []
     parts = corpus.get("parts", [corpus])
-    uses = origin["stages"]["prepare"].get(MIXTURE, [{} for _ in parts])
+    record = origin["stages"]["prepare"]
+    shared = {"licence": record.get("config", {}).get("licence", UNKNOWN)}
+    uses = [shared | use for use in record.get(MIXTURE, [])] or [{}]
     return [part | use for part, use in zip(parts, uses, strict=True)]
 
 

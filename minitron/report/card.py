@@ -114,7 +114,11 @@ def _build_content(config: RegisterConfig, evaluation: dict[str, Any], origin: d
         "inputs": _list_inputs(origin),
         "license": lineage.format_license(origin["licences"]["teacher"]),
         "licenses": origin["licences"],
-        "unknown": lineage.UNKNOWN,
+        "corpora": lineage.read_corpora(origin),
+        "unknown": {
+            "teacher": lineage.is_license_unknown(lineage.format_license(origin["licences"]["teacher"])),
+            "corpus": lineage.is_license_unknown(origin["licences"]["data"]),
+        },
         "tokens": {stage: lineage.count_tokens(record) for stage, record in origin["stages"].items()},
     }
 

@@ -77,7 +77,7 @@ def write_report(directory: Path, config: EvaluateConfig, evaluation: dict[str, 
 
 def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[str, Any]:
     origin, pruning = lineage.collect_lineage(config), _read_pruning(config.pruned)
-    records = origin["stages"]
+    records, teacher_license = origin["stages"], lineage.format_license(origin["licences"]["teacher"])
     return {
         "models": tables.label_models(evaluation),
         "evaluation": evaluation,
@@ -97,8 +97,9 @@ def _build_content(config: EvaluateConfig, evaluation: dict[str, Any]) -> dict[s
         "runs": {stage: _list_run_facts(record) for stage, record in records.items()},
         "mlflow": _find_tracking_page(config.tracking_uri),
         "licenses": {
-            "teacher": lineage.format_license(origin["licences"]["teacher"]),
+            "teacher": teacher_license,
             "corpus": origin["licences"]["data"],
+            "unknown": any(map(lineage.is_license_unknown, (teacher_license, origin["licences"]["data"]))),
         },
         "contamination": evaluation.get(CONTAMINATION),
         "corpora": lineage.read_corpora(origin),

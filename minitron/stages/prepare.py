@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minitron.config.settings import compute_shares, identify_parts, list_parts
+from minitron.config.settings import CorpusPart, compute_shares, identify_parts, list_parts
 from minitron.config.stages import PrepareConfig
 from minitron.data.chat import ChatReader
 from minitron.data.corpus import Corpus
@@ -82,20 +82,20 @@ def work(config: PrepareConfig, directory: Path, tracker: Tracker) -> dict[str, 
     teacher = Path(config.teacher)
     with many_imports():  # transformers
         tokenizer, tokenizer_sha256 = check_model(teacher), tokenizer_hash(teacher)
-    chat = ChatReader(tokenizer, config.messages_field, teacher) if config.messages_field else None
     parts = list_parts(config.corpus)
-    selection = Selection(_open_corpora(config, chat), config)
+    chats = _open_chats(config, tokenizer, teacher)
+    selection = Selection(_open_corpora(config, chats), config)
     for part, corpus in zip(parts, selection.corpus.parts, strict=True):
         print(f"prepare: {part.address}: {corpus.describe()}", flush=True)
     with _resumable_files(directory) as files:
         tokens, speed = write_dataset(selection, tokenizer, files, tracker)
         selection.check_splits()
     counts = selection.summarize_counts() | {"tokens": tokens}
-    if chat:
-        _check_conversations(config, chat)
+    if any(chats):
+        _check_conversations(parts, chats)
         counts[_COUNTED] = {split: IndexedDataset(files / split).count_tokens_of_loss() for split in SPLITS}
     print(f"prepare: {_describe_counts(counts)}", flush=True)
-    hashes = {"sha256": ".bin", **({"mask_sha256": MASK} if chat else {})}
+    hashes = {"sha256": ".bin", **({"mask_sha256": MASK} if any(chats) else {})}
     # The manifest of a plain corpus must not change, because its hash is in the key of every model made from it.
     manifest = counts | {
         **{name: {split: content_hash(files / f"{split}{file}") for split in SPLITS} for name, file in hashes.items()},
@@ -132,21 +132,33 @@ def _resumable_files(directory: Path) -> Iterator[Path]:
         raise
 
 
-def _check_conversations(config: PrepareConfig, chat: ChatReader) -> None:
-    if not chat.count:
-        addresses = ", ".join(part.address for part in list_parts(config.corpus))
-        raise ConfigError(
-            f"corpus {addresses}: no record has the field {config.messages_field!r}; set prepare.messages_field to the "
-            "field of the messages, or leave it out"
-        )
+def _open_chats(config: PrepareConfig, tokenizer: Any, teacher: Path) -> list[ChatReader | None]:
+    """Return the reader of each corpus's conversations; corpora without a field of their own share prepare's."""
+    shared = ChatReader(tokenizer, config.messages_field, teacher) if config.messages_field else None
+    fields = [part.messages_field for part in list_parts(config.corpus)]
+    return [ChatReader(tokenizer, field, teacher) if field else shared for field in fields]
 
 
-def _open_corpora(config: PrepareConfig, chat: ChatReader | None) -> list[Corpus]:
-    addresses = [part.address for part in list_parts(config.corpus)]
-    for address in filter(bucket.is_bucket, addresses):  # before any of it is fetched
+def _check_conversations(parts: list[CorpusPart], chats: list[ChatReader | None]) -> None:
+    for chat in filter(None, chats):
+        if not chat.count:
+            readers = [part for part, other in zip(parts, chats, strict=True) if other is chat]
+            setting = "its messages_field" if readers[0].messages_field else "prepare.messages_field"
+            raise ConfigError(
+                f"corpus {', '.join(part.address for part in readers)}: no record has the field {chat.field!r}; set "
+                f"{setting} to the field of the messages, or leave it out"
+            )
+
+
+def _open_corpora(config: PrepareConfig, chats: list[ChatReader | None]) -> list[Corpus]:
+    parts = list_parts(config.corpus)
+    for address in filter(bucket.is_bucket, (part.address for part in parts)):  # before any of it is fetched
         sort_names(address, bucket.pin_objects(address)[1])
-    reading = (config.text_field, config.document_separator, config.own_splits, chat)
-    return [Corpus(fetch_corpus(address, config), *reading) for address in addresses]
+    reading = (config.document_separator, config.own_splits)
+    return [
+        Corpus(fetch_corpus(part.address, config), part.text_field or config.text_field, *reading, chat)
+        for part, chat in zip(parts, chats, strict=True)
+    ]
 
 
 def _mix_corpora(config: PrepareConfig, selection: Selection, directory: Path) -> dict[str, Any]:
@@ -159,7 +171,7 @@ def _mix_corpora(config: PrepareConfig, selection: Selection, directory: Path) -
         print(f"prepare: {part.address}: {use.describe()}", flush=True)
         entry = _identify_corpus(part.address) | _describe_reading(selection.corpus.parts[number])
         entry |= {"documents": selection.documents[number], "share_asked": round(shares[number], 4)}
-        mixture.append(entry | use._asdict())
+        mixture.append(entry | use._asdict() | part.list_own())
     return {"corpus_sha256": identify_parts(parts, [entry["corpus_sha256"] for entry in mixture]), MIXTURE: mixture}
 
 
@@ -197,7 +209,7 @@ def write_dataset(
     started = logged = kept = time.monotonic()
     with ExitStack() as stack:
         writers = {
-            split: IndexedWriter(directory / split, len(tokenizer), bool(corpus.chat), saved.get(split, 0))
+            split: IndexedWriter(directory / split, len(tokenizer), corpus.has_conversations, saved.get(split, 0))
             for split in SPLITS
         }
         for writer in writers.values():

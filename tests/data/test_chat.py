@@ -316,6 +316,15 @@ def test_a_mixture_repeats_conversations_with_their_masks(
     for index in range(len(read)):
         is_chat = "[assistant]" in tokenizer.decode(read[index].tolist())
         assert is_chat != read.read_mask(index).all()
+    own = [corpus[0] | {"messages_field": "messages"}, corpus[1]]
+    prepare_chat(own, chat_teacher, tmp_path / "own", messages_field=None)
+    for kind in (".bin", ".idx", ".mask"):
+        assert (tmp_path / "own" / f"train{kind}").read_bytes() == (tmp_path / "out" / f"train{kind}").read_bytes()
+    own[1] = corpus[1] | {"messages_field": "messages"}
+    with pytest.raises(
+        ConfigError, match=rf"corpus {inputs['corpus']}: no record has the field 'messages'; set its messages_field"
+    ):
+        prepare_chat(own, chat_teacher, tmp_path / "none", messages_field=None)
 
 
 def test_labels_are_ignored_where_the_mask_says_so(tmp_path: Path) -> None:
@@ -446,9 +455,10 @@ def test_shares_vary_over_resamples_as_the_mean_over_tokens_does() -> None:
 def test_engine_nemo_is_refused_before_a_gpu_is_paid_for(
     models: dict[str, Path], chat_dataset: Path, tmp_path: Path
 ) -> None:
-    addresses = {"teacher": "/t", "corpus": "/c", "prepare.messages_field": "messages"}
-    with pytest.raises(ConfigError, match=r"engine: nemo does not support the masks of conversations .*; use hf"):
-        check_plan(make_plan(addresses | {"engine": "nemo"}), [])
+    mixture = [{"address": "/a", "weight": 1, "messages_field": "messages"}, {"address": "/b", "weight": 1}]
+    for corpus in ({"corpus": "/c", "prepare.messages_field": "messages"}, {"corpus": mixture}):
+        with pytest.raises(ConfigError, match=r"engine: nemo does not support the masks of conversations .*; use hf"):
+            check_plan(make_plan({"teacher": "/t", "engine": "nemo"} | corpus), [])
     config = FinetuneConfig(
         engine="nemo", output=tmp_path / "out", dataset=chat_dataset, teacher=str(models["teacher"])
     )

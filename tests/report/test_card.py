@@ -122,9 +122,13 @@ def test_questions_in_the_training_text_are_reported(config: RegisterConfig) -> 
 def test_several_corpora_are_named_one_by_one(config: RegisterConfig) -> None:
     parts = [INPUTS["corpus"], {"address": "/data/own", "sha256": "ee"}]
     corpus = {"address": "[…]", "sha256": "both", "parts": parts}
-    uses = [{"share": 0.75, "passes": 1.0}, {"share": 0.25, "passes": 2.5}]
+    uses = [{"share": 0.75, "passes": 1.0}, {"share": 0.25, "passes": 2.5, "licence": "CC0"}]
     record = STAGES["prepare"] | {"inputs": INPUTS | {"corpus": corpus}, "corpora": uses}
     card = write_test_card(config, EVALUATION, stages=STAGES | {"prepare": record})
     assert card.data.datasets == ["org/text"]
     assert "| Corpus 1, 75.0 % of the tokens | `hf://org/text@c0/plain` |" in card.text
     assert "| Corpus 2, 25.0 % of the tokens | `/data/own` |" in card.text
+    assert "- Corpus 1: unknown.\n- Corpus 2: CC0.\n" in card.text and "Warning" not in card.text
+    licenses = LICENSES | {"data": "unknown; CC0"}
+    card = write_test_card(config, EVALUATION, stages=STAGES | {"prepare": record}, licences=licenses)
+    assert "**Warning:** the license of the corpus is not known" in card.text

@@ -1,5 +1,6 @@
 """Several corpora: their shares, what is held out, their identities, and lists that are refused."""
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -20,6 +21,7 @@ from minitron.data.indexed import SPLITS, IndexedDataset
 from minitron.data.mixture import MOST_PASSES, order_documents
 from minitron.data.packed import PackedDataset
 from minitron.errors import ConfigError
+from minitron.registry import lineage
 from minitron.runtime.inputs import find_inputs
 from minitron.stages import prepare
 from minitron.storage.hashing import content_hash
@@ -131,6 +133,32 @@ def test_a_mixture_is_identified_by_content_and_shares(prepared: Prepared, corpo
         assert prepared(other, "other")[2]["key"] != record["key"]
 
 
+def test_each_corpus_may_have_settings_of_its_own(prepared: Prepared, corpora: dict[str, Path]) -> None:
+    """The domain's text is in another field: what is written is what a corpus with the usual field gives."""
+    plain, manifest, record = prepared(weigh(corpora, web=1, domain=1), "plain", licence="MIT")
+    assert "licence" not in manifest[MIXTURE][1]
+    pairs = [[content_hash(corpora[name]), 0.5] for name in ("web", "domain")]
+    before = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    assert manifest["corpus_sha256"] == before, "without settings of its own the identity is that of 0.7"
+    domain = {"address": str(corpora["domain"]), "weight": 1, "licence": "CC0"}
+    named, _, other = prepared([*weigh(corpora, web=1), domain], "named", licence="MIT")
+    assert other["key"] != record["key"] and lineage.read_data_license(named) == "MIT; CC0"
+    body = corpora["domain"].with_name("body.jsonl")
+    body.write_text(corpora["domain"].read_text().replace('{"text": ', '{"body": '))
+    own = {"text_field": "body", "licence": "CC0"}
+    mixture = [*weigh(corpora, web=1), {"address": str(body), "weight": 1} | own]
+    directory, manifest, record = prepared(mixture, "fields", licence="MIT")
+    for file in (f"{split}{kind}" for split in SPLITS for kind in (".bin", ".idx")):
+        assert (plain / file).read_bytes() == (directory / file).read_bytes(), file
+    first, second = manifest[MIXTURE]
+    assert own.items() <= second.items() and not own.keys() & first.keys() and manifest["licence"] == "MIT"
+    assert json.loads(record["inputs"]["corpus"]["address"])[1] == {"address": str(body), "weight": 1.0} | own
+    origin = {"stages": {"prepare": record}}
+    assert [entry["licence"] for entry in lineage.read_corpora(origin)] == ["MIT", "CC0"]
+    with pytest.raises(ConfigError, match=r"body\.jsonl.*: no field 'text' \(found: body\)"):
+        prepared([*weigh(corpora, web=1), {"address": str(body), "weight": 1}], "missing")
+
+
 def test_a_list_of_one_corpus_is_its_address(prepared: Prepared, corpora: dict[str, Path]) -> None:
     plain, manifest, record = prepared(str(corpora["domain"]), "plain")
     single, _, same = prepared(weigh(corpora, domain=0.3), "single")
@@ -209,6 +237,7 @@ def test_a_bad_list_is_refused_by_name(case: str) -> None:
         ),
         ('[{"address": "a"', r"corpus: not a JSON list \(.*\); give \[\{\"address\": …, \"weight\": …\}, …\]"),
         ([{"address": "a", "weight": True}], r"corpus: found true"),
+        ([{"address": "a", "weight": 1, "text_field": "x"}], r"corpus\.0\.text_field: x: .* set prepare\.text_field"),
     ],
 )
 def test_a_list_of_another_form_is_refused(corpus: Any, message: str) -> None:

@@ -1,6 +1,7 @@
 """The setting `corpus`: one address, or several with weights.
 
-It travels as text, through Kubeflow's forms, too: an address, or a JSON list of objects with `address` and `weight`.
+It travels as text, through Kubeflow's forms, too: an address, or a JSON list of objects with `address` and `weight`,
+and with settings of prepare that one corpus has of its own.
 """
 
 import hashlib
@@ -19,6 +20,13 @@ class CorpusPart(Settings):
 
     address: str = Field(min_length=1, description="Text, addressed like a corpus of its own.")
     weight: float = Field(gt=0, description="Share of the training tokens, relative to the other weights.")
+    text_field: str | None = Field(None, min_length=1, description="Its text_field; none: that of prepare.")
+    messages_field: str | None = Field(None, min_length=1, description="Its messages_field; none: that of prepare.")
+    licence: str | None = Field(None, min_length=1, description="Its license; none: that of prepare.")
+
+    def list_own(self) -> dict[str, str]:
+        """Return the settings that are not prepare's."""
+        return self.model_dump(exclude={"address", "weight"}, exclude_none=True)
 
 
 _PARTS = TypeAdapter(list[CorpusPart])
@@ -34,7 +42,8 @@ def list_parts(corpus: str) -> list[CorpusPart]:
 def format_parts(parts: Iterable[CorpusPart], addresses: Iterable[str]) -> str:
     """Return the text of the setting, with other addresses."""
     pairs = zip(parts, addresses, strict=True)
-    return json.dumps([{"address": address, "weight": part.weight} for part, address in pairs], ensure_ascii=False)
+    entries = [{"address": address, "weight": part.weight} | part.list_own() for part, address in pairs]
+    return json.dumps(entries, ensure_ascii=False)
 
 
 def compute_shares(parts: list[CorpusPart]) -> list[float]:
@@ -44,17 +53,19 @@ def compute_shares(parts: list[CorpusPart]) -> list[float]:
 
 
 def identify_parts(parts: list[CorpusPart], identities: list[str]) -> str:
-    """Return the identity of several corpora: the SHA-256 of each one's identity and share, in their order."""
-    pairs = list(zip(identities, compute_shares(parts), strict=True))
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    """Return the identity of several corpora: the SHA-256 of each one's identity, share and own settings, in order."""
+    entries: list[list[Any]] = [[*pair] for pair in zip(identities, compute_shares(parts), strict=True)]
+    for entry, part in zip(entries, parts, strict=True):
+        entry += filter(None, [part.list_own()])  # without any, the identity is that of earlier versions
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _read_corpus(value: Any) -> Any:
     """Check a list of corpora, also one in JSON, and return its text; a list of one is its address.
 
     Raises:
-        ValueError: the list is empty or not JSON, a weight is not positive, a key is unknown, or an address stands in
-            it twice.
+        ValueError: the list is empty or not JSON, a weight is not positive, a key is unknown, an address stands in it
+            twice, or the only corpus has settings of its own.
     """
     if isinstance(value, str) and _is_list(value):
         try:
@@ -68,7 +79,7 @@ def _read_corpus(value: Any) -> Any:
     parts = _PARTS.validate_python(value)
     if not parts:
         raise ValueError("an empty list; give an address, or a list of {address, weight}")
-    if faults := list(_find_repeated(parts)):
+    if faults := [*_find_repeated(parts), *(_find_misplaced(parts[0]) if len(parts) == 1 else ())]:
         raise Faults(faults)
     return format_parts(parts, [part.address for part in parts]) if len(parts) > 1 else parts[0].address
 
@@ -84,13 +95,19 @@ def _find_repeated(parts: list[CorpusPart]) -> Iterator[Fault]:
             yield Fault(f"{number}.address", f"{address}: given twice; give it once, with the sum of the weights")
 
 
+def _find_misplaced(only: CorpusPart) -> Iterator[Fault]:
+    for name, value in only.list_own().items():
+        yield Fault(f"0.{name}", f"{value}: the list has one corpus only; set prepare.{name}")
+
+
 CorpusText = Annotated[
     str,
     Field(
         min_length=1,
         description="Text: .txt, .jsonl, .ndjson or .json (also .gz, .bz2, .xz, .zst), .parquet, a directory of these, "
         "gs://bucket/path of either, or hf://dataset[/config]; or a list of {address, weight}, where a weight is a "
-        "corpus's share of the training tokens, relative to the other weights.",
+        "corpus's share of the training tokens, relative to the other weights; each may have its own text_field, "
+        "messages_field and licence.",
     ),
     BeforeValidator(_read_corpus),
 ]
