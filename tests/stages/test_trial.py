@@ -66,7 +66,7 @@ def test_a_candidate_whose_process_is_killed_fails_and_the_task_does_not(
     assert process.wait(30) == 0
     tried = json.loads((tmp_path / "tried" / "trial.json").read_text())
     assert tried["error"].startswith("its process was killed (signal 9), probably for want of memory; give prune.")
-    assert (tried["name"], tried["losses"]) == ("a", [3.0]) and tried["seconds"] > 1
+    assert (tried["name"], tried["losses"]) == ("a", [3.0])
     assert not list(tmp_path.glob("*.partial"))
 
 
