@@ -19,7 +19,7 @@ from minitron.registry import gates
 from minitron.report import charts
 from minitron.report.page import write_report
 from minitron.stages import prune
-from minitron.storage.layout import IMPORTANCE
+from minitron.storage.layout import IMPORTANCE, MANIFEST
 from tests.constants import SEQUENCE, STEPS
 from tests.report.evaluations import EVALUATION, change_evaluation, judge_evaluation, make_gated_evaluation
 
@@ -308,6 +308,21 @@ def test_cost_and_lineage(page: Page, compressed: EvaluateConfig) -> None:
         assert record["versions"]["torch"] in page.text["lineage"]
     assert "learning_rate 0.001" in page.text["lineage"]
     assert "secret" not in page.html
+
+
+def test_several_corpora_have_a_table_with_their_licenses(compressed: EvaluateConfig, tmp_path: Path) -> None:
+    dataset = shutil.copytree(compressed.dataset, tmp_path / "dataset")
+    use = {"share_asked": 0.5, "share": 0.5, "tokens": 1200, "passes": 1.0}
+    uses = {"corpora": [use, use | {"passes": 2.5, "licence": "CC0"}]}
+    parts = [{"address": name, "sha256": "ab"} for name in ("/data/web", "/data/own")]
+    inputs = {"corpus": {"address": "[…]", "sha256": "both", "parts": parts}}
+    record = read_record(compressed.student) | {"stage": "prepare", "inputs": inputs, "config": {"licence": "MIT"}}
+    (dataset / "stage.json").write_text(json.dumps(record | uses))
+    manifest = json.loads((dataset / MANIFEST).read_text()) | {"licence": "MIT"}
+    (dataset / MANIFEST).write_text(json.dumps(manifest | uses))
+    page = write_page(tmp_path, compressed.model_copy(update={"dataset": dataset}), EVALUATION)
+    assert "of the corpus: MIT; CC0 ." in page.text["lineage"]
+    assert "/data/web 50.0 % 50.0 % 1,200 1.00 MIT /data/own 50.0 % 50.0 % 1,200 2.50 CC0" in page.text["lineage"]
 
 
 def test_samples_stand_side_by_side(page: Page) -> None:
