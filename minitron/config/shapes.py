@@ -135,8 +135,8 @@ class PruneSettings(EngineSettings):
 
     def find_faults(self) -> Iterator[Fault]:
         """Find what contradicts itself without a teacher; engines/plan_checks.py compares with one."""
-        if self.gpus > 1:  # you would pay for them while they are idle
-            yield Fault("gpus", f"{self.gpus}, but prune runs in one process, on one GPU; set gpus to 1")
+        if self.gpus > 1 and self.engine == "nemo":  # you would pay for them while they are idle
+            yield Fault("gpus", f"{self.gpus}, but engine nemo prunes on one GPU; set gpus to 1, or engine to hf")
         if self.drop_layers is not None and self.num_hidden_layers is not None:
             yield Fault("drop_layers", "num_hidden_layers is given, too; choose one of them")
 

@@ -42,11 +42,13 @@ def test_pruning_says_that_it_leaves_gpus_idle(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    device.say_that_one_gpu_works()
-    assert capsys.readouterr().out == "prune: uses one of 2 visible GPUs\n"
+    device.say_what_stands_idle(2)
+    device.say_what_stands_idle(1)
+    assert capsys.readouterr().out == "prune: uses 1 of 2 visible GPUs\n"
 
 
 def test_gpus_that_would_stand_idle_are_refused(tmp_path: Path) -> None:
     values = {"teacher": str(tmp_path), "dataset": tmp_path, "output": tmp_path, "gpus": 8}
-    with pytest.raises(ConfigError, match=r"prune.gpus: 8, but prune runs in one process, on one GPU; set gpus to 1"):
-        parse("prune", values)
+    with pytest.raises(ConfigError, match=r"prune.gpus: 8, but engine nemo prunes on one GPU; set gpus to 1, or"):
+        parse("prune", values | {"engine": "nemo"})
+    assert parse("prune", values | {"engine": "nemo", "method": "compensated"}).gpus == 8, "engine hf computes it"

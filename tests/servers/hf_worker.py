@@ -1,4 +1,4 @@
-"""A worker for test_sharding.py, started by torchrun: runs several trainings in one start of the processes."""
+"""A worker for tests/engines, started by torchrun: runs several jobs of engine hf in one start of the processes."""
 
 import json
 import sys
@@ -7,13 +7,18 @@ from pathlib import Path
 
 def main() -> None:
     from minitron.engines.hf import worker
-    from minitron.engines.launcher import end_with_parent, leave_group
+    from minitron.engines.launcher import end_with_parent, leave_group, report_failure
 
     end_with_parent()
-    worker.join_group()
-    for job in json.loads(Path(sys.argv[1]).read_text())["jobs"]:
-        worker.train(job)
-    leave_group()
+    path = Path(sys.argv[1]).absolute()
+    try:
+        worker.join_group()
+        for job in json.loads(path.read_text())["jobs"]:
+            worker.prune(job) if job["job"] == "prune" else worker.train(job)
+        leave_group()
+    except Exception as error:
+        report_failure(path, error)
+        raise
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ def get_compute_dtype() -> torch.dtype:
     return torch.bfloat16 if get_device().type == "cuda" else torch.float32
 
 
-def say_that_one_gpu_works() -> None:
-    """Say that pruning leaves the other visible GPUs idle."""
-    if (visible := torch.cuda.device_count()) > 1:
-        print(f"prune: uses one of {visible} visible GPUs", flush=True)
+def say_what_stands_idle(processes: int) -> None:
+    """Say that pruning leaves visible GPUs idle: the settings ask for fewer."""
+    if (visible := torch.cuda.device_count()) > processes:
+        print(f"prune: uses {processes} of {visible} visible GPUs", flush=True)
 
 
 def autocast_on_gpu() -> torch.autocast:

@@ -26,13 +26,7 @@ from minitron.data.packed import open_training_data
 from minitron.engines.checkpoints import CHECKPOINT
 from minitron.engines.divergence import check_step, check_untrained
 from minitron.engines.hf.device import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
-from minitron.engines.hf.sharding import (
-    count_processes,
-    get_rank,
-    open_model,
-    release_head,
-    score_model,
-)
+from minitron.engines.hf.sharding import open_model, release_head, score_model
 from minitron.engines.hf.states import LayerOutputs
 from minitron.engines.hf.teacher_cache import CachedTeacher
 from minitron.engines.hf.writer import StateWriter
@@ -46,6 +40,7 @@ from minitron.models.losses import (
     linear_loss,
     sum_cosine_distances,
 )
+from minitron.models.pruning.processes import count_processes, get_rank
 from minitron.models.pruning.surgery import list_changed_matrices
 from minitron.models.scoring import compute_hidden_states, get_output_head
 

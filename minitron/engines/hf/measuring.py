@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minitron.config.metrics import CHAMPION, find_not_finite
@@ -26,12 +25,13 @@ from minitron.data.indexed import IndexedDataset
 from minitron.data.packed import PackedDataset
 from minitron.data.tokenizer import load_tokenizer
 from minitron.engines.hf.device import get_compute_dtype, get_device
-from minitron.engines.hf.sharding import count_processes, get_rank, score_shares
+from minitron.engines.hf.sharding import score_shares
 from minitron.errors import RunError
 from minitron.models.checkpoint import count_model_parameters, load_model
 from minitron.models.downstream_tasks import load_tasks, score_tasks
 from minitron.models.generation import continue_prompts, time_generation
 from minitron.models.measurements import Measurements
+from minitron.models.pruning.processes import ask_first, count_processes, get_rank
 from minitron.models.scoring import average_scores
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import CONTAMINATION
@@ -98,7 +98,7 @@ def measure(
         speeds = _get(
             measured,
             "speeds",
-            lambda: _ask_first(lambda: time_generation(config, {name: models[name] for name in names}, tokenizer)),
+            lambda: ask_first(lambda: time_generation(config, {name: models[name] for name in names}, tokenizer)),
         )
         for name in names:
             measurements[name]["items"] |= speeds[name]
@@ -115,23 +115,15 @@ def measure(
 
 def _read(measured: Measurements, part: str) -> Content | None:
     """Return a part to all processes; None if it is missing."""
-    return _ask_first(lambda: measured.read(part))
+    return ask_first(lambda: measured.read(part))
 
 
 def _get(measured: Measurements, part: str, measure: Callable[[], Content]) -> Content:
     """Return a part to all processes, which measure it together if it is missing; process 0 keeps it."""
     if count_processes() > 1 and _read(measured, part) is None:
         content = measure()
-        return _ask_first(lambda: measured.get(part, lambda: content))
-    return _ask_first(lambda: measured.get(part, measure))
-
-
-def _ask_first(compute: Callable[[], Any]) -> Any:
-    """Return what process 0 computes to all."""
-    value = [compute() if get_rank() == 0 else None]
-    if count_processes() > 1:
-        dist.broadcast_object_list(value)
-    return value[0]
+        return ask_first(lambda: measured.get(part, lambda: content))
+    return ask_first(lambda: measured.get(part, measure))
 
 
 class _Models(dict[str, PreTrainedModel]):
@@ -164,7 +156,7 @@ def _answer_questions(
 ) -> dict[str, Any]:
     """Return a model's scores on the tasks, their items, and its continuations of the prompts."""
     scores, items = score_tasks(config, tasks, models[name], tokenizer, f"{name}: tasks")
-    texts = _ask_first(lambda: continue_prompts(config, models[name], tokenizer))
+    texts = ask_first(lambda: continue_prompts(config, models[name], tokenizer))
     return {"tasks": scores, "items": items} | texts
 
 

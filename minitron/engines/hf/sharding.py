@@ -24,17 +24,8 @@ from minitron.engines.hf.device import autocast_on_gpu, get_compute_dtype, get_d
 from minitron.models.checkpoint import load_model
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.pruning.layers import NORM, LayerReader
+from minitron.models.pruning.processes import count_processes, get_rank
 from minitron.models.scoring import average_scores, list_scores, sum_scores
-
-
-def count_processes() -> int:
-    """Count the processes of this training."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def get_rank() -> int:
-    """Return the number of this process; 0 writes all files that are no shard."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def open_model(directory: Path, dtype: torch.dtype) -> Any:

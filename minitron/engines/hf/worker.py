@@ -5,8 +5,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+PATIENCE = timedelta(hours=2)
+"""How long the other processes wait for process 0, which solves the fits of a layer, or writes texts."""
 
 
 def main() -> None:
@@ -21,26 +25,33 @@ def main() -> None:
     launcher = find_launcher()
     path = Path(sys.argv[1]).absolute()
     try:
-        join_group()
         job = json.loads(path.read_text())
+        join_group(None if job["job"] == "train" else PATIENCE)
         with disk_errors(Path(job["work"])):
-            if job["job"] == "evaluate":
-                measure(job)
-            else:
-                train(job, lambda: find_launcher() == launcher)
+            match job["job"]:
+                case "evaluate":
+                    measure(job)
+                case "prune":
+                    prune(job)
+                case _:
+                    train(job, lambda: find_launcher() == launcher)
         leave_group()
     except Exception as error:
         report_failure(path, error)
         raise
 
 
-def join_group() -> None:
-    """Take this process's GPU, and meet the other processes; what is on the CPU is exchanged over gloo."""
+def join_group(patience: timedelta | None = None) -> None:
+    """Take this process's GPU, and meet the other processes; what is on the CPU is exchanged over gloo.
+
+    Args:
+        patience: how long a process waits for the others; None: PyTorch's default, 10 minutes on GPUs.
+    """
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     if on_gpu:
         torch.cuda.set_device(dist.get_node_local_rank())
 
@@ -77,6 +88,16 @@ def measure(job: dict[str, Any]) -> None:
         from minitron.engines.hf.measuring import measure_in_worker
 
     measure_in_worker(job)
+
+
+def prune(job: dict[str, Any]) -> None:
+    """Cut a student out of its teacher; `job` is that of `pruning.make_job`."""
+    from minitron.fast_imports import many_imports
+
+    with many_imports():
+        from minitron.engines.hf.pruning import prune_in_worker
+
+    prune_in_worker(job)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from minitron.engines.checkpoints import BEST, CHECKPOINT, publish_checkpoint
 from minitron.engines.hf.device import get_device
-from minitron.engines.hf.sharding import count_processes, gather_weights, get_rank
+from minitron.engines.hf.sharding import gather_weights
 from minitron.engines.progress import HISTORY
 from minitron.models.checks import CONFIG
+from minitron.models.pruning.processes import count_processes, get_rank
 
 Note = dict[str, Any] | None
 """The note of a best state or of a checkpoint (see engines/checkpoints.py); None: it is not to be written."""

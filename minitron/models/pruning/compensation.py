@@ -32,7 +32,8 @@ from minitron.models.pruning.layers import (
     read_channels,
     read_heads,
 )
-from minitron.models.pruning.least_squares import Moments, SplitTokens, Surgeon, expand_groups, fit_columns
+from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, Surgeon, expand_groups, fit_columns
+from minitron.models.pruning.processes import ask_first, get_rank, send_to_all, split_share
 from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
 
 HELD_OUT = 8
@@ -120,7 +121,8 @@ def cut_with_compensation(
 ) -> Compensated:
     """Write the student of a plan, with its matrices refitted; the computation is in float32, the solving in float64.
 
-    One layer of each model is in memory at a time, beside the states of all calibration tokens.
+    One layer of each model is in memory at a time, beside the states of all calibration tokens. Several processes share
+    the calibration; process 0 chooses, solves and writes, for all of them.
 
     Args:
         teacher: the model to cut; it is read from its files.
@@ -173,13 +175,14 @@ class _CompensatedCut:
         self._calls: list[Call] = []
         self._fits: list[dict[str, Any]] = []
         self._directory, self._writer = directory, ShardWriter(directory)
-        self._writer.add(self._cut_stream([(EMBEDDING, teacher.read_tensor(EMBEDDING))]))
+        self._write(self._cut_stream([(EMBEDDING, teacher.read_tensor(EMBEDDING))]))
 
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
-        """Yield the calibration batch by batch, as both models see it before their first layer."""
+        """Yield this process's calibration batch by batch, as both models see it before their first layer."""
         self._calls = self._teacher.record_calls(input_ids.shape[1], torch.float32, self._device)
-        for held_out, part in zip((False, True), split_calibration(input_ids), strict=True):
-            for ids in part.split(micro_batch_size):
+        fitted, held_out_ids = split_calibration(input_ids)
+        for held_out, part, first in ((False, fitted, 0), (True, held_out_ids, len(fitted))):
+            for ids in split_share(part, micro_batch_size, first):
                 state = self._teacher.read_embeddings(ids, torch.float32, self._device)
                 yield _Batch(held_out, state, state[..., self._hidden])
 
@@ -228,13 +231,14 @@ class _CompensatedCut:
 
     def finish(self, batches: list[_Batch]) -> Compensated:
         """Write what comes after the layers."""
-        self._writer.add(self._cut_stream([(NORM, self._teacher.read_tensor(NORM))]))
+        self._write(self._cut_stream([(NORM, self._teacher.read_tensor(NORM))]))
         if not self._teacher.config.tie_word_embeddings:
             head = self._teacher.read_tensor(HEAD)
-            self._writer.add([(HEAD, self._fit_head(head, batches) if self._cuts_hidden else head)])
+            self._write([(HEAD, self._fit_head(head, batches) if self._cuts_hidden else head)])
         kept = replace(self._plan, **self._kept)
-        self._writer.finish()
-        finish_student(self._directory, self._teacher, kept)
+        if get_rank() == 0:
+            self._writer.finish()
+            finish_student(self._directory, self._teacher, kept)
         return Compensated(kept, self._fits)
 
     def _fit_head(self, head: Tensor, batches: list[_Batch]) -> Tensor:
@@ -254,7 +258,12 @@ class _CompensatedCut:
     def _write_layer(self, place: int, weights: dict[str, Tensor]) -> None:
         """Cut the columns of zeros out of a finished layer, and write it."""
         plan = replace(self._plan, **self._kept)
-        self._writer.add(cut_layer(weights, plan, place, get_head_dim(self._teacher.config)))
+        self._write(cut_layer(weights, plan, place, get_head_dim(self._teacher.config)))
+
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write weights in process 0."""
+        if get_rank() == 0:
+            self._writer.add(weights)
 
     def _fit_attention(
         self, place: int, new: Any, dtypes: Dtypes, call: Call, batches: list[_Batch], middles: list[Tensor]
@@ -264,11 +273,18 @@ class _CompensatedCut:
         tokens, inputs = self._begin_fit(o_proj), [read_heads(new, batch.student, call) for batch in batches]
         for batch, heads, middle in zip(batches, inputs, middles, strict=True):
             tokens.add_change(batch.held_out, heads, batch.student, middle, self._hidden)
-        tokens.blend(_read_matrix(o_proj), DRIFT)
-        heads, groups = self._choose_heads(place, o_proj, size, tokens.fitted)
-        self._kept["heads"].append(heads.tolist())
-        self._kept["key_value"].append(groups.tolist())
-        fit = _fit_output("self_attn.o_proj", new, dtypes, expand_groups(heads, size), tokens)
+        tokens.collect()
+
+        def choose() -> tuple[list[int], list[int]]:
+            tokens.blend(_read_matrix(o_proj), DRIFT)
+            heads, groups = self._choose_heads(place, o_proj, size, tokens.fitted)
+            return heads.tolist(), groups.tolist()
+
+        kept, groups = ask_first(choose)
+        self._kept["heads"].append(kept)
+        self._kept["key_value"].append(groups)
+        columns = expand_groups(torch.tensor(kept, device=self._device), size)
+        fit = _fit_output("self_attn.o_proj", new, dtypes, columns, tokens)
         for batch, heads in zip(batches, inputs, strict=True):
             batch.student = batch.student + o_proj(heads)
         return fit
@@ -280,11 +296,16 @@ class _CompensatedCut:
         for batch in batches:
             channels = read_channels(new, batch.student)
             tokens.add_change(batch.held_out, channels, batch.student, batch.teacher, self._hidden)
-        if not is_seam:
-            tokens.blend(_read_matrix(down_proj), DRIFT)
-        kept = self._choose_channels(place, down_proj, tokens.fitted)
-        self._kept["intermediate"].append(kept.tolist())
-        return _fit_output("mlp.down_proj", new, dtypes, kept, tokens)
+        tokens.collect()
+
+        def choose() -> list[int]:
+            if not is_seam:
+                tokens.blend(_read_matrix(down_proj), DRIFT)
+            return self._choose_channels(place, down_proj, tokens.fitted).tolist()
+
+        kept = ask_first(choose)
+        self._kept["intermediate"].append(kept)
+        return _fit_output("mlp.down_proj", new, dtypes, torch.tensor(kept, device=self._device), tokens)
 
     def _begin_fit(self, module: Linear) -> SplitTokens:
         return SplitTokens(module.in_features, len(self._hidden), module.bias is not None, self._device)
@@ -336,9 +357,10 @@ class _CompensatedCut:
         tokens = SplitTokens(kept, outputs, with_bias=False, device=self._device)
         for held_out, student, teacher in pairs:
             tokens.add(held_out, student, teacher)
+        tokens.collect()
         present = torch.eye(outputs, device=self._device)[:, self._hidden]
         columns = torch.arange(kept, device=self._device)
-        return fit_columns(present, columns, tokens.fitted, tokens.held_out).weight.double()
+        return _fit_for_all(present, columns, tokens).weight.double()
 
 
 def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, tokens: SplitTokens) -> dict[str, Any]:
@@ -346,11 +368,20 @@ def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, tokens: Sp
     module = new.get_submodule(name)
     if has_bias := module.bias is not None:
         columns = torch.cat([columns, columns.new_tensor([module.in_features])])
-    fit = fit_columns(_read_matrix(module), columns, tokens.fitted, tokens.held_out)
+    fit = _fit_for_all(_read_matrix(module), columns, tokens)
     _store(fit.weight[:, : module.in_features], f"{name}.weight", new, dtypes)
     if has_bias:
         _store(fit.weight[:, -1], f"{name}.bias", new, dtypes)
     return {"ridge": fit.ridge, "error": round(fit.error**0.5, 4), "plain_error": round(fit.plain_error**0.5, 4)}
+
+
+def _fit_for_all(present_OC: Tensor, columns: Tensor, tokens: SplitTokens) -> Fit:
+    """Fit some columns of a matrix in process 0, which has all tokens; the others take its fit."""
+    fit = Fit(torch.empty_like(present_OC), None, 0.0, 0.0)
+    if get_rank() == 0:
+        fit = fit_columns(present_OC, columns, tokens.fitted, tokens.held_out)
+    send_to_all(fit.weight, 0)
+    return Fit(fit.weight, *ask_first(lambda: (fit.ridge, fit.error, fit.plain_error)))
 
 
 def _read_matrix(module: Linear) -> Tensor:

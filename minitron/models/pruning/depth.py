@@ -2,7 +2,8 @@
 
 Block influence scores each layer once, in the whole model. Here a layer is measured in what is left of the model. For a
 compensated cut the seam is refitted before the measurement: `down_proj` ahead of the gap, to the teacher's state behind
-the gap.
+the gap. Several processes, which all have the teacher, share the text that seams are fitted on, and take turns with the
+layers: each solves and measures one of as many.
 
 S = sequence, H = hidden size, C = input channels of down_proj, O = output channels, V = vocabulary, N = tokens.
 """
@@ -21,6 +22,7 @@ from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.losses import LossWeights, linear_loss
 from minitron.models.pruning.layers import LayerReader, read_channels, read_heads
 from minitron.models.pruning.least_squares import Moments, complain_of_condition, compute_token_weights, solve
+from minitron.models.pruning.processes import count_processes, get_rank, list_values, send_to_all, split_share
 from minitron.models.pruning.surgery import Drop, LayerOrder
 
 SEAM_RIDGE = 0.5
@@ -47,7 +49,7 @@ def drop_layers_by_loss(
 ) -> Iterator[LayerOrder]:
     """Choose the layers to drop, and yield their order after each; the first layer stays.
 
-    The whole teacher is on the device.
+    The whole teacher is on the device. The layers do not depend on the number of processes, but for rounding.
 
     Args:
         teacher: the model to cut.
@@ -56,7 +58,7 @@ def drop_layers_by_loss(
         held_out: sequences that the losses are measured on; the same holds for them.
         micro_batch_size: sequences that are computed at once.
         dtype: dtype of the computation; seams are solved in float64.
-        device: where to compute. The states of `fitted` after each layer are kept on the CPU.
+        device: where to compute. The states of a process's share of `fitted` after each layer are kept on the CPU.
         refit: refit the seams, as the compensated cut does.
         begun: an order that was yielded before; the result is what it would be without.
 
@@ -65,9 +67,9 @@ def drop_layers_by_loss(
     """
     length = held_out.shape[1]
     needed = math.ceil(FITTED * teacher.config.intermediate_size / length)
-    fit_batches = fitted[:needed].split(micro_batch_size) if refit else ()
+    fit_batches = split_share(fitted[: needed if refit else 0], micro_batch_size)
     loss_batches = held_out[: max(MEASURED // length, 1)].split(micro_batch_size)
-    search = _LayerSearch(teacher, _Split(fit_batches, {}), _Split(loss_batches, {}), dtype, device)
+    search = _LayerSearch(teacher, _Split(fit_batches, {}), _Split(loss_batches, {}), dtype, device, refit)
     if begun:
         search.repeat(begun)
     done = len(search.order.drops)
@@ -84,19 +86,26 @@ class _Split(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """The student without one more layer, and the matrix ahead of the gap."""
+    """The student without one more layer; the process that tried it has the matrix ahead of the gap."""
 
     drop: Drop
-    seam_OC: Tensor
+    process: int
+    seam_OC: Tensor | None
 
 
 class _LayerSearch:
-    """The student while layers go: the teacher's layers, with the seams refitted so far, if there is text to fit."""
+    """The student while layers go: the teacher's layers, with the seams refitted so far, if they are."""
 
     def __init__(
-        self, teacher: LayerReader, fitted: _Split, measured: _Split, dtype: torch.dtype, device: torch.device
+        self,
+        teacher: LayerReader,
+        fitted: _Split,
+        measured: _Split,
+        dtype: torch.dtype,
+        device: torch.device,
+        refits: bool,
     ) -> None:
-        self._device, self._fitted, self._measured = device, fitted, measured
+        self._device, self._fitted, self._measured, self._refits = device, fitted, measured, refits
         self._layers = list(teacher.load_layers(dtype, device))
         self._calls = teacher.record_calls(measured.batches[0].shape[1], dtype, device)
         self._norm = teacher.load_norm(device)
@@ -112,24 +121,36 @@ class _LayerSearch:
     def repeat(self, begun: LayerOrder) -> None:
         """Drop the layers of an order that was found before."""
         for drop in begun.drops:
-            self._drop(_Trial(drop, self._fit_seam_without(drop.layer)))
+            self._drop(_Trial(drop, 0, self._fit_seams_without([drop.layer])))
         self.order.losses.update(begun.losses)
 
     def drop_one(self) -> None:
         """Drop the layer whose absence costs the least loss, and refit its seam."""
-        trials, losses = list[_Trial](), self.order.losses
+        trials, losses, turns = list[_Trial](), self.order.losses, count_processes()
         candidates = sorted(self._kept[1:], key=lambda layer: losses.get(layer, 0.0))
-        for layer in candidates:
-            # losses rise as layers go, so that the last loss is about a lower bound of the next one
-            if len(trials) >= RETRIED and min(trial.drop.loss for trial in trials) <= losses.get(layer, 0.0):
-                break
-            trials.append(self._try_without(layer))
-            losses[layer] = trials[-1].drop.loss
+        while candidates and not self._is_settled(trials, candidates[0]):
+            for trial in self._try_without(candidates[:turns]):
+                if not self._is_settled(trials, trial.drop.layer):  # else one process would not have tried it
+                    trials.append(trial)
+                    losses[trial.drop.layer] = trial.drop.loss
+            candidates = candidates[turns:]
         self._drop(min(trials, key=lambda trial: trial.drop.loss))
+
+    def _is_settled(self, trials: list[_Trial], following: int) -> bool:
+        """Say whether a layer that comes after those tried cannot be the one to go.
+
+        Losses rise as layers go, so that the last loss is about a lower bound of the next one.
+        """
+        bound = self.order.losses.get(following, 0.0)
+        return len(trials) >= RETRIED and min(trial.drop.loss for trial in trials) <= bound
 
     def _drop(self, trial: _Trial) -> None:
         place = self._kept.index(trial.drop.layer)
-        self._layers[self._kept[place - 1]].mlp.down_proj.weight.data = trial.seam_OC
+        matrix = self._layers[self._kept[place - 1]].mlp.down_proj.weight
+        if self._refits:
+            seam = torch.empty_like(matrix) if trial.seam_OC is None else trial.seam_OC
+            send_to_all(seam, trial.process)
+            matrix.data = seam
         del self._kept[place]
         self._run_from(place - 1)
         self.order.drops.append(trial.drop)
@@ -142,30 +163,53 @@ class _LayerSearch:
             for split in (self._fitted, self._measured):
                 split.states[following] = [self._run_layer(layer, state) for state in split.states[layer]]
 
-    def _try_without(self, layer: int) -> _Trial:
-        """Measure the student without a layer."""
+    def _try_without(self, layers: list[int]) -> list[_Trial]:
+        """Measure the student without each of these layers, each in a process."""
+        seam, rank = self._fit_seams_without(layers), get_rank()
+        own = self._measure_without(layers[rank], seam) if rank < len(layers) else math.nan
+        losses = list_values(own)[: len(layers)]
+        for layer, loss in zip(layers, losses, strict=True):
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"without layer {layer + 1} the loss is {loss}: the model overflows, check its validation loss"
+                )
+        return [
+            _Trial(Drop(layer, loss), process, seam if process == rank else None)
+            for process, (layer, loss) in enumerate(zip(layers, losses, strict=True))
+        ]
+
+    def _measure_without(self, layer: int, seam: Tensor | None) -> float:
+        """Return the loss without a layer, with another matrix ahead of the gap if it was refitted."""
         place = self._kept.index(layer)
         ahead, behind = self._kept[place - 1], self._kept[place + 1 :]
         matrix = self._layers[ahead].mlp.down_proj.weight
-        present, seam = matrix.data, self._fit_seam_without(layer)
-        matrix.data, states = seam, self._measured.states[ahead]
+        present, states = matrix.data, self._measured.states[ahead]
+        matrix.data = present if seam is None else seam
         for index in [ahead, *behind]:
             states = [self._run_layer(index, state) for state in states]
         matrix.data = present
-        loss = self._measure_loss(states)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"without layer {layer + 1} the loss is {loss}: the model overflows, check its validation loss"
-            )
-        return _Trial(Drop(layer, loss), seam)
+        return self._measure_loss(states)
 
-    def _fit_seam_without(self, dropped: int) -> Tensor:
-        """Return the matrix [O, C] ahead of the gap that a layer leaves, fitted to the teacher's state behind it."""
+    def _fit_seams_without(self, layers: list[int]) -> Tensor | None:
+        """Fit the seams around each of these layers, each in a process; return this process's, if it has one.
+
+        It is the matrix [O, C] ahead of the gap, fitted to the teacher's state behind it.
+        """
+        if not self._refits:
+            return None
+        own = None
+        for process, layer in enumerate(layers):
+            moments = self._sum_seam(layer)
+            moments.collect(process)
+            if process == get_rank():
+                own = layer, moments
+        return self._solve_seam(*own) if own else None
+
+    def _sum_seam(self, dropped: int) -> Moments:
+        """Return the sums over this process's share of the text for the seam around a layer."""
         place = self._kept.index(dropped)
         ahead, following = self._kept[place - 1], [*self._kept, len(self._layers)][place + 1]
         layer, down_proj = self._layers[ahead], self._layers[ahead].mlp.down_proj
-        if not self._fitted.batches:
-            return down_proj.weight.data
         moments = Moments(down_proj.in_features, down_proj.out_features, self._device)
         for state, target in zip(self._fitted.states[ahead], self._targets[following - 1], strict=True):
             middle = self._run_attention(ahead, state.to(self._device))
@@ -173,6 +217,11 @@ class _LayerSearch:
             weight = compute_token_weights(target)
             change = target - (middle if down_proj.bias is None else middle + down_proj.bias)
             moments.add((read_channels(layer, middle) * weight).flatten(0, 1).float(), (change * weight).flatten(0, 1))
+        return moments
+
+    def _solve_seam(self, dropped: int, moments: Moments) -> Tensor:
+        """Return the matrix [O, C] ahead of the gap that a layer leaves."""
+        down_proj = self._layers[self._kept[self._kept.index(dropped) - 1]].mlp.down_proj
         columns = torch.arange(down_proj.in_features, device=self._device)
         seam = solve(down_proj.weight.double(), columns, moments, SEAM_RIDGE)
         if seam is None:

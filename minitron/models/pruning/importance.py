@@ -19,6 +19,7 @@ from tqdm import tqdm
 from minitron.data.packed import PackedDataset
 from minitron.errors import RunError
 from minitron.models.pruning.layers import LayerReader, get_head_dim
+from minitron.models.pruning.processes import add_shares, take_share
 
 STATES_ON_CPU = 10**9
 """Bytes of states in memory. At 8 billion parameters that is hours of computing per pass over the shards."""
@@ -108,6 +109,7 @@ def measure_importance(
     """Measure the importance of every axis in one forward pass, layer by layer; logits are never computed.
 
     Memory has one layer and the states of as many sequences as fit; each group of sequences reads all layers once.
+    Several processes share the sequences, and all get the scores.
 
     Args:
         teacher: the model; it is read from its files.
@@ -121,11 +123,12 @@ def measure_importance(
         RunError: an activation is infinite or not a number.
     """
     config, count, length = teacher.config, min(sequences, len(dataset)), len(dataset[0]["input_ids"])
+    own = take_share(range(count))
     sums, calls = _Sums(config, device), teacher.record_calls(length, dtype, device)
     size = _count_fitting(length * config.hidden_size * dtype.itemsize, micro_batch_size, device)
-    with tqdm(total=count * length, desc="importance", unit="tok", unit_scale=True) as bar:
-        for start in range(0, count, size):
-            group = [dataset[index]["input_ids"] for index in range(start, min(start + size, count))]
+    with tqdm(total=len(own) * length, desc="importance", unit="tok", unit_scale=True) as bar:
+        for start in range(0, len(own), size):
+            group = [dataset[index]["input_ids"] for index in own[start : start + size]]
             batches = torch.stack(group).split(micro_batch_size)
             states = [teacher.read_embeddings(input_ids, dtype, device) for input_ids in batches]
             for index, layer in enumerate(teacher.load_layers(dtype, device)):
@@ -162,7 +165,8 @@ class _Sums:
         layer.self_attn.o_proj.register_forward_pre_hook(_add_input(self._attention[index]))
 
     def to_importance(self, config: Any, sequences: int) -> Importance:
-        """Turn the sums over the sequences into scores."""
+        """Turn the sums over the sequences of all processes into scores."""
+        add_shares(vars(self).values())
         return Importance.from_squares(
             config, self._influence / sequences, self._norms.flatten(0, 1), self._intermediate, self._attention
         )

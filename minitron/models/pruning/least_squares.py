@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular, vector_norm
 
 from minitron.errors import RunError
+from minitron.models.pruning.processes import add_shares, count_processes, gather_rows
 
 RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6)
 """The ridges to choose from, as shares of the mean square of an input channel."""
@@ -58,6 +59,12 @@ class Moments:
                 block += inputs_NC[:, start:end].T @ inputs_NC[:, :end]
             self.cross_CO += inputs_NC.T @ targets_NO
         self.tokens += len(inputs_NC)
+
+    def collect(self, receiver: int = 0) -> None:
+        """Add the tokens of the other processes; the receiver alone has the sums then."""
+        tokens = torch.tensor(self.tokens)
+        add_shares([*self.gram_blocks, self.cross_CO, tokens], receiver)
+        self.tokens = int(tokens)
 
     def blend(self, present_OC: Tensor, share: float) -> None:
         """Move the targets towards what the present matrix gives: `share` of them is left, 1 - `share` is X Pᵀ."""
@@ -146,6 +153,15 @@ class SplitTokens:
         """Add what has to be added to the student's state `before` to come to the teacher's state `after`."""
         weights = compute_token_weights(after)
         self.add(held_out, inputs, after[..., hidden] - before, weights)
+
+    def collect(self) -> None:
+        """Give process 0 the tokens of all processes; what the others have then is of no use."""
+        self.fitted.collect()
+        if count_processes() > 1:
+            none = [self.fitted.cross_CO.new_empty(0, size).float() for size in self.fitted.cross_CO.shape]
+            own = zip(none, *self.held_out.batches, strict=True)
+            inputs, targets = (gather_rows(torch.cat(rows)) for rows in own)
+            self.held_out.batches = list(zip(inputs, targets, strict=True))
 
     def blend(self, present_OC: Tensor, share: float) -> None:
         """Move the targets towards what the present matrix gives, which has a column for the bias if it has one."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -66,22 +67,23 @@ def _make_settings_key(prune: PruneSettings) -> Key:
 def find_or_measure_importance(config: PruneConfig, measure: "Callable[[], Importance]") -> "Importance":
     """Return the scores of `config.importance`, or else of the workspace; if there are none, measure and keep them.
 
+    Several processes measure together; process 0 finds and keeps.
+
     Raises:
         ConfigError, RunError: as for `read_given_importance`, or what `measure` raises.
     """
-    if config.importance is not None:
-        return read_given_importance(config, config.importance)
+    from minitron.models.pruning.processes import ask_first
+
+    if (given := config.importance) is not None:
+        return ask_first(lambda: read_given_importance(config, given))
     if config.workspace is None:
         return measure()
-    key = make_key(config)
+    key = ask_first(lambda: make_key(config))
     path = persistent_directory(config.workspace) / SCORES / f"{_hash_key(key)}.safetensors"
-    if (found := _find_importance(config, path)) is not None:
-        print(f"prune: the teacher was scored before: {path}", flush=True)
+    if (found := ask_first(lambda: _find_importance(config, path))) is not None:
         return found
     importance = measure()
-    save_importance(importance, key, path)
-    if address := _remote_folder(config):
-        _upload(path, address)
+    ask_first(lambda: _keep_importance(config, importance, key, path))
     return importance
 
 
@@ -91,20 +93,28 @@ def find_or_drop_layers(
     """Return the first `count` layers to drop by loss; those that the workspace has not yet are chosen, and kept there.
 
     Layers go one by one, so a larger cut goes on where a smaller one ended, and so does one that was killed. The order
-    depends on the method, which decides whether seams are refitted, but on no size.
+    depends on the method, which decides whether seams are refitted, but on no size. Several processes choose together;
+    process 0 finds and keeps.
     """
-    from minitron.models.pruning.surgery import LayerOrder
+    from minitron.models.pruning.processes import ask_first
 
-    name = _hash_key(make_key(config) | {"layers by loss": config.method}) + ".json" if config.workspace else ""
-    order = _read_order(config, name)[0] if name and config.caching else LayerOrder([], {})
+    name, order = ask_first(lambda: _find_order(config))
     if len(order.drops) >= count:
         print(f"prune: layers were chosen by loss before: {name}", flush=True)
         return order.drops[:count]
     for longer in drop(order):
         order = longer
         if name:
-            _keep_order(config, name, order)
+            ask_first(partial(_keep_order, config, name, order))
     return order.drops
+
+
+def _find_order(config: PruneConfig) -> "tuple[str, LayerOrder]":
+    """Return the name of the order in the workspace, empty if there is no workspace; and the order so far."""
+    from minitron.models.pruning.surgery import LayerOrder
+
+    name = _hash_key(make_key(config) | {"layers by loss": config.method}) + ".json" if config.workspace else ""
+    return name, _read_order(config, name)[0] if name and config.caching else LayerOrder([], {})
 
 
 def _read_order(config: PruneConfig, name: str) -> "tuple[LayerOrder, int]":
@@ -238,7 +248,15 @@ def _find_importance(config: PruneConfig, path: Path) -> "Importance | None":
         print(f"warning: prune: {error}; measuring again", file=sys.stderr)
         return None
     mark_used(path)
+    print(f"prune: the teacher was scored before: {path}", flush=True)
     return importance
+
+
+def _keep_importance(config: PruneConfig, importance: "Importance", key: Key, path: Path) -> None:
+    """Keep scores in the workspace, which may be a bucket."""
+    save_importance(importance, key, path)
+    if address := _remote_folder(config):
+        _upload(path, address)
 
 
 def _remote_folder(config: PruneConfig) -> str | None:
