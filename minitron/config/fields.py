@@ -39,7 +39,7 @@ Weight = NonNegative | tuple[NonNegative, NonNegative]
 
 Engine = Annotated[
     Literal["hf", "nemo"],
-    Field(description="Engine: hf (transformers, one process) or nemo (NeMo and Megatron, one process per GPU)."),
+    Field(description="Engine: hf (transformers) or nemo (NeMo and Megatron); both have one process per GPU."),
 ]
 
 

@@ -125,10 +125,11 @@ def test_all_faults_of_all_sections_are_told_at_once() -> None:
         make_plan(INPUTS | document)
     faults = [key for key, _ in refused.value.faults]  # type: ignore[attr-defined]
     assert faults == ["distil.max_steps", "sequence_length", "prune.gpus"]
+    both = {"prune.drop_layers": [1], "prune.num_hidden_layers": 3}
     with pytest.raises(ConfigError) as refused:
-        make_plan(INPUTS | document | {"sequence_length": 8, "prune.gpus": 2})
+        make_plan(INPUTS | document | {"sequence_length": 8, "prune.gpus": 0, **both})
     assert [text.partition(": ")[0] for text in str(refused.value).split("; ") if ": " in text] == [
-        "distil.max_steps", "finetune.global_batch_size", "finetune.warmup_steps", "prune.gpus",
+        "distil.max_steps", "finetune.global_batch_size", "finetune.warmup_steps", "prune.drop_layers",
     ]  # fmt: skip
 
 

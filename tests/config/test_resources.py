@@ -151,6 +151,7 @@ def test_the_sums_of_engine_hf() -> None:
     assert ask_for("finetune", **cpu) == 8 + (16 + 12) * 1000
     assert ask_for("distill", **cpu) == 8 + (16 + 12) * 100 + 4 * 1000
     assert ask_for("prune", **cpu) == 8 + 8
+    assert ask_for("prune", **gpu, prune={"gpus": 4}) == 5 * 8 + 16 + 4 * 8
     cpu["prune.method"], gpu["prune.method"] = "compensated", "compensated"
     assert ask_for("prune", **cpu) == 8 + 4 * 1000
     assert ask_for("prune", **gpu) == 8 + 16 + 8

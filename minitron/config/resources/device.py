@@ -33,6 +33,10 @@ _QUESTION = 2048
 """Tokens of a question with its solved examples."""
 
 
+_HELD_OUT = 8192
+"""Tokens on which the fits of a compensated cut are measured, at most."""
+
+
 class Phase(NamedTuple):
     """A part of a stage, and what is in memory meanwhile."""
 
@@ -240,12 +244,36 @@ def _list_prune_phases(settings: PruneSettings, models: Models) -> list[Phase]:
     two = Term("two layers; states take half of what is free", 2 * BF16 * sizes.layer_weights)
     phases = [Phase("scores", [two, layer])]
     if settings.method == "compensated":
-        states = 16 * settings.calibration_sequences * settings.sequence_length * sizes.hidden
+        sequences = -(-settings.calibration_sequences // settings.gpus)  # a GPU's share
+        states = 16 * sequences * settings.sequence_length * sizes.hidden
         pair = Term("a layer of both models, fp32", 2 * FP32 * sizes.layer_weights)
-        phases.append(Phase("fits", [Term("states of the calibration", states), pair, layer]))
+        held = [Term("states of the calibration", states), pair]
+        sums = Term("sums and held-out tokens of the widest fit", _count_sums(sizes))
+        phases.append(Phase("sums of fits", [*held, layer, sums]))
+        phases.append(Phase("fits", [*held, sums, Term("its factor, and its solution", _count_solving(sizes))]))
     if settings.layers_by == "loss":
         phases.append(Phase("layers by loss", [whole, layer]))
     return phases
+
+
+def _count_sums(sizes: Sizes) -> int:
+    """Return the bytes of a fit's sums over tokens: see models/pruning/least_squares.py.
+
+    In float64, half of the Gram matrix of C channels, and a matrix of C x H; in fp32, the held-out tokens.
+    """
+    channels = _count_widest(sizes)
+    held_out = FP32 * _HELD_OUT * (channels + sizes.hidden)
+    return 2 * FP32 * channels * (channels // 2 + sizes.hidden) + held_out
+
+
+def _count_solving(sizes: Sizes) -> int:
+    """Return the bytes of a factor or an inverse (C²), and of the fitted matrix, in float64."""
+    channels = _count_widest(sizes)
+    return 2 * FP32 * channels * (channels + sizes.hidden)
+
+
+def _count_widest(sizes: Sizes) -> int:
+    return max(sizes.intermediate, sizes.heads * sizes.head)
 
 
 def _list_evaluate_phases(settings: EvaluateSettings, models: Models) -> list[Phase]:

@@ -175,10 +175,11 @@ def find_labeled_faults(plan: Plan, models: Models) -> list[Fault]:
 
 
 def recommend(plan: Plan, models: Models, gpu: Gpu) -> Advice | None:
-    """Recommend an engine, GPUs, micro-batches and recomputation for the trainings; None: nothing fits.
+    """Recommend an engine, GPUs, micro-batches and recomputation for the trainings, and GPUs for prune.
 
-    The first that fits: with as few GPUs as the plan has, or else more; with engine hf, or else nemo, which can divide
-    a layer; without recomputation, or else with it; with the largest micro-batch that still makes a GPU busier.
+    None: no training fits. The first that fits: with as few GPUs as the plan has, or else more; with engine hf, or else
+    nemo, which can divide a layer; without recomputation, or else with it; with the largest micro-batch that still
+    makes a GPU busier.
     """
     trainings = {s: settings for s, settings in plan.stages.items() if _is_training(settings)}
     growth = 1
@@ -197,10 +198,12 @@ def recommend(plan: Plan, models: Models, gpu: Gpu) -> Advice | None:
 
 
 def _advise(plan: Plan, models: Models, gpu: Gpu, found: Mapping[str, TrainingSettings]) -> Advice:
-    stages: dict[str, StageSettings] = plan.stages | dict(found)
+    engine = next(iter(found.values())).engine
+    prune = _fit_prune(plan.stages["prune"], models, gpu, engine)
+    stages: dict[str, StageSettings] = {**plan.stages, **found, "prune": prune or plan.stages["prune"]}
     estimates = estimate_run(Plan(plan.pipeline, stages, plan.resources, plan.search), models, gpu)
-    settings: dict[str, Any] = {"engine": next(iter(found.values())).engine}
-    for stage, chosen in found.items():
+    settings: dict[str, Any] = {"engine": engine}
+    for stage, chosen in stages.items():
         settings |= {f"{stage}.{name}": value for name, value in _list_changes(plan.stages[stage], chosen).items()}
     peak = max(find_peak(estimates[stage].phases).total for stage in found)
     return Advice(settings, peak, sum(estimates[stage].seconds or 0.0 for stage in found))
@@ -242,6 +245,23 @@ def _fit(settings: Any, models: Models, gpu: Gpu, engine: str, gpus: int) -> Tra
     return None
 
 
+def _fit_prune(settings: StageSettings, models: Models, gpu: Gpu, engine: str) -> PruneSettings | None:
+    """Return prune's settings on at least as many GPUs as it has, with which each holds it; None if there are none."""
+    values = settings.model_dump()
+    own = PruneSettings.model_validate(values | {"engine": engine, "gpus": 1})
+    if own.engine == "hf":
+        own = own.model_copy(update={"gpus": settings.gpus or 1})
+    candidates = (own, *_list_more_gpus(own))
+    return next((c for c in candidates if find_peak(list_gpu_phases(c, models)).total <= gpu.memory), None)
+
+
+def _list_more_gpus(settings: PruneSettings) -> Iterator[PruneSettings]:
+    """Yield prune's settings on more GPUs of one node."""
+    gpus = settings.gpus
+    while settings.engine == "hf" and (gpus := 2 * gpus) <= LARGEST_NODE:
+        yield settings.model_copy(update={"gpus": gpus})
+
+
 def _list_micro_batches(settings: TrainingSettings, copies: int) -> list[int]:
     """Return micro-batches that can be divided among the copies of the model, the largest first."""
     most = max(1, _BUSY // settings.sequence_length)
@@ -273,6 +293,7 @@ def _list_smaller(settings: Any, models: Models, gpu: Gpu) -> Iterator[Any]:
                     yield _fit(settings, models, gpu, engine, gpus)
                 gpus *= 2
         case PruneSettings():
+            yield from _list_more_gpus(settings)
             sequences = settings.calibration_sequences
             while settings.method == "compensated" and (sequences := sequences // 2):
                 yield settings.model_copy(update={"calibration_sequences": sequences})

@@ -172,7 +172,7 @@ def _count_workers(settings: StageSettings, gpus: int) -> int:
             return gpus
         case PruneSettings(engine="nemo"):
             return 1
-        case EvaluateSettings() if gpus > 1:
+        case PruneSettings() | EvaluateSettings() if gpus > 1:
             return gpus
         case _:
             return 0
@@ -222,7 +222,7 @@ def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> li
         scoring = Term("the teacher while it is scored", (BF16 if gpus else FP32) * models.teacher)
         return [_list_conversion(models), [scoring]]
     is_compensated, dtype = settings.method == "compensated", BF16 if gpus else FP32
-    cutting = [Term("a layer, a shard, and states of the calibration", LAYER)]
+    cutting = [Term("a layer of every process, a shard, and states of the calibration", max(1, gpus) * LAYER)]
     if is_compensated and not gpus:
         cutting = [
             Term("the sums of a layer's fits, and both models' states; at most a teacher", FP32 * models.teacher)
