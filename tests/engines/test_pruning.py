@@ -99,6 +99,10 @@ def test_two_processes_cut_what_one_does(cases: Cases, name: str) -> None:
     one, two = cases.cut_here(name), pruning.read_cut(cases.root / f"{name} on 2")
     assert two.plan == one.plan and two.sequences == one.sequences
     assert [drop.layer for drop in two.drops] == [drop.layer for drop in one.drops]
+    if "compensated" in name:
+        assert all(any(fit[part]["ridge"] for fit in one.fits) for part in ("o_proj", "down_proj")), (
+            "nothing was fitted"
+        )
     if one.importance:
         assert two.importance
         for axis, scores in vars(one.importance).items():
