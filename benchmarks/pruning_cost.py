@@ -54,11 +54,11 @@ SIZES = {
 }
 """Llama-3.1-8B's sizes, SmolLM2-135M's with some of its layers, and those of a test."""
 
-CUTS = {
-    "tiny": {"width": {"hidden_size": 48, "intermediate_size": 96}, "depth": {"num_hidden_layers": 2}},
-    "8b": {"width": {"hidden_size": 3072, "intermediate_size": 9216}, "depth": {"num_hidden_layers": 16}},
+WIDTHS = {
+    "tiny": {"hidden_size": 48, "intermediate_size": 96},
+    "8b": {"hidden_size": 3072, "intermediate_size": 9216},
 }
-"""The cuts of arXiv 2408.11796."""
+"""The cuts in width of arXiv 2408.11796; those in depth drop half of the layers."""
 
 TOKENS = 10**5
 """Tokens of the dataset, random ids."""
@@ -80,7 +80,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claim", default="all", choices=("importance", "second_cut", "memory", "all"))
     parser.add_argument("--timed", default="135m", choices=SIZES, help="model whose importance and cuts are timed")
-    parser.add_argument("--cut", default="8b", choices=CUTS, help="model that is cut")
+    parser.add_argument("--cut", default="8b", choices=WIDTHS, help="model that is cut")
     parser.add_argument("--kinds", nargs="+", default=["width", "depth"], choices=("width", "depth"))
     parser.add_argument("--method", default="minitron", choices=("minitron", "compensated"))
     parser.add_argument("--layers", type=int, help="of the model that is cut, if not all")
@@ -175,6 +175,7 @@ def _time(functions: list[Callable[[], None]], runs: int) -> list[float]:
 def measure_memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the claim of every cut."""
     sizes = SIZES[arguments.cut] | ({"layers": arguments.layers} if arguments.layers else {})
+    cuts = {"width": WIDTHS[arguments.cut], "depth": {"num_hidden_layers": sizes["layers"] // 2}}
     with TemporaryDirectory(dir=arguments.directory) as name:
         directory = Path(name)
         write_model(teacher := directory / "teacher", sizes)
@@ -183,7 +184,7 @@ def measure_memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for kind in arguments.kinds:
             with TemporaryDirectory(dir=directory) as output:
                 student = Path(output) / "student"
-                peak, seconds = prune(arguments, directory, student, CUTS[arguments.cut][kind])
+                peak, seconds = prune(arguments, directory, student, cuts[kind])
                 shards = [path.stat().st_size for path in student.glob("*.safetensors")]
                 yield {
                     "claim": f"prune_{arguments.cut}_{kind}_peak_rss_gb", "value": round(peak / 1e9, 2), "unit": "GB",

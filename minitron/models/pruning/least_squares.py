@@ -29,7 +29,7 @@ ROUNDS = 12
 BLOCK = 2048
 """Rows of a Gram matrix that are computed at once."""
 
-OUTPUTS = 1024
+OUTPUTS = 512
 """Outputs of a matrix that are solved at once."""
 
 
