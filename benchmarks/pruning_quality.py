@@ -40,7 +40,8 @@ from transformers import AutoModelForCausalLM
 from minitron.data.packed import PackedDataset
 from minitron.models.checkpoint import load_model
 from minitron.models.losses import LossWeights, linear_loss
-from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation, split_calibration
+from minitron.models.pruning.calibration import split_calibration
+from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
 from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import measure_importance
 from minitron.models.pruning.layers import LayerReader

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model
 from minitron.models.pruning import least_squares
-from minitron.models.pruning.compensation import CHOSEN, check_calibration, cut_with_compensation
-from minitron.models.pruning.least_squares import HeldOutTokens, Moments, Surgeon, fit_columns
+from minitron.models.pruning.calibration import check_calibration
+from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
+from minitron.models.pruning.least_squares import HeldOutTokens, Moments, fit_columns
+from minitron.models.pruning.surgeon import CHOICE_RIDGE, Surgeon
 from minitron.models.pruning.surgery import Given, Plan, Shape, choose_plan
 from tests.stages.test_prune import (
     ARCHITECTURES,
@@ -205,7 +207,7 @@ def choose_by_brute_force(
 ) -> set[int]:
     """Drop heads one by one, each time the one without which a refit of all others has the least error."""
     gram = inputs.double().T @ inputs.double()
-    gram += least_squares.CHOICE_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    gram += CHOICE_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     heads = set(range(len(owners)))
 
     def measure_error(kept: set[int]) -> float:
@@ -215,7 +217,7 @@ def choose_by_brute_force(
         rest = gram[others][:, others] - gram[others][:, columns] @ torch.linalg.solve(
             gram[columns][:, columns], gram[columns][:, others]
         )
-        pull = least_squares.CHOICE_RIDGE * (inputs.double().square().sum(0).mean())
+        pull = CHOICE_RIDGE * (inputs.double().square().sum(0).mean())
         dropped = matrix[:, others].double()
         return float((dropped @ rest * dropped).sum() - pull * dropped.square().sum())
 

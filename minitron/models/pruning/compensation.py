@@ -11,7 +11,6 @@ B = batch, S = sequence, H = hidden size of a model, C = input channels, O = out
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,9 @@ from torch import Tensor
 from torch.nn import Linear
 from tqdm import tqdm
 
-from minitron.errors import ConfigError, RunError
+from minitron.errors import RunError
 from minitron.models.checks import EMBEDDING, HEAD
+from minitron.models.pruning.calibration import split_calibration
 from minitron.models.pruning.layers import (
     NORM,
     Call,
@@ -32,15 +32,10 @@ from minitron.models.pruning.layers import (
     read_channels,
     read_heads,
 )
-from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, Surgeon, expand_groups, fit_columns
+from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, expand_groups, fit_columns
 from minitron.models.pruning.processes import ask_first, get_rank, send_to_all, split_share
+from minitron.models.pruning.surgeon import Surgeon
 from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
-
-HELD_OUT = 8
-"""One of so many calibration sequences, at least one, is held out of the fits: it chooses ridges, and shows errors."""
-
-MOST_HELD_OUT = 8192
-"""Tokens that are held out, at most: more of them would choose the same ridges, and a layer's inputs are kept."""
 
 CHOSEN = {"intermediate", "heads", "key_value"}
 """The axes that are chosen by Optimal Brain Surgeon, unless they are given."""
@@ -84,28 +79,6 @@ class _Batch:
     held_out: bool
     teacher: Tensor
     student: Tensor
-
-
-def check_calibration(sequences: int, sequence_length: int, config: Any) -> None:
-    """Refuse calibration that is too small to fit a layer's matrices.
-
-    Raises:
-        ConfigError: the fits would see fewer tokens than a matrix has columns; the message says how many are needed.
-    """
-    columns = max(config.intermediate_size, config.num_attention_heads * get_head_dim(config), config.hidden_size)
-    needed = next(n for n in count(2) if (n - _count_held_out(n, sequence_length)) * sequence_length >= columns)
-    if sequences < needed:
-        raise ConfigError(
-            f"prune.calibration_sequences: {sequences} sequences of {sequence_length} tokens are too few to refit "
-            f"matrices of {columns} columns; give at least {needed}, with a corpus that has as many, or set method to "
-            "minitron"
-        )
-
-
-def split_calibration(input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sequences that are fitted, and those that are held out."""
-    fitted = len(input_ids) - _count_held_out(*input_ids.shape)
-    return input_ids[:fitted], input_ids[fitted:]
 
 
 @torch.no_grad()
@@ -401,7 +374,3 @@ def _store(values: Tensor, name: str, layer: Any, dtypes: Dtypes) -> None:
 def _run_mlp(layer: Any, middle: Tensor) -> Tensor:
     """Return the state after a layer, of the state after its attention."""
     return middle + layer.mlp.down_proj(read_channels(layer, middle))
-
-
-def _count_held_out(sequences: int, sequence_length: int) -> int:
-    return max(min(sequences // HELD_OUT, MOST_HELD_OUT // sequence_length), 1)
