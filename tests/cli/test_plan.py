@@ -126,13 +126,13 @@ def test_it_is_refused_before_it_is_submitted(llama: str) -> None:
     values = ("corpus=gs://b/c", "tracking_uri=http://mlflow:5000", "prune.calibration_sequences=1024")
     sets = [f"--set={value}" for value in (f"teacher={llama}", *values)]
     done = CliRunner().invoke(app, ["submit", "compress", *presets, *sets, "--host", "http://127.0.0.1:9"])
-    assert done.exit_code == 2 and "prune.gpus: 1 x h100-80gb, but each would hold 558 GB" in done.output, done.output
+    assert done.exit_code == 2 and "prune.gpus: 1 x h100-80gb, but each would hold 555 GB" in done.output, done.output
 
 
 def test_calibration_that_does_not_fit_is_shared_or_shortened(llama: str) -> None:
     arguments = ["--preset", WIDTH, "--preset", "recommended", "--set", f"teacher={llama}"]
     done = run_plan(*arguments, "--set", "prune.calibration_sequences=1024")
-    assert done.exit_code == 2 and "prune.gpus: 1 x h100-80gb, but each would hold 558 GB" in done.output
+    assert done.exit_code == 2 and "prune.gpus: 1 x h100-80gb, but each would hold 555 GB" in done.output
     assert done.output.strip().endswith("it fits with prune.gpus=8")
     plan = read_plan(*arguments, "--set", "prune.calibration_sequences=1024")
     assert plan["recommended"]["settings"]["prune.gpus"] == 8
@@ -140,7 +140,7 @@ def test_calibration_that_does_not_fit_is_shared_or_shortened(llama: str) -> Non
     short = read_plan(*arguments, "--set", "prune.calibration_sequences=128")
     assert not shared["does_not_fit"] and not short["does_not_fit"]
     pair = [plan["stages"]["prune"] for plan in (shared, short)]
-    assert len({prune["phases"]["fits"]["states of the calibration"] for prune in pair}) == 1
+    assert len({prune["phases"]["fits of MLPs"]["states of the calibration"] for prune in pair}) == 1
     assert pair[0]["seconds"] == pytest.approx(pair[1]["seconds"])
     twice = run_plan(*arguments, "--set", "prune.calibration_sequences=2048")
     assert twice.output.strip().endswith("it fits with prune.calibration_sequences=128")

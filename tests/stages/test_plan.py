@@ -190,7 +190,7 @@ def test_what_the_gpus_of_the_node_selector_cannot_hold_is_refused(
 ) -> None:
     compensated = {"prune": {"method": "compensated"}, "gpu_node_selector": {"gpu": "unknown"}}
     run_plan(tmp_path / "warned", preset="llama-3.1-minitron-4b-width", teacher=llama, document=compensated)
-    warning = "prune.gpus: 1 x h100-80gb, but each would hold 558 GB"
+    warning = "prune.gpus: 1 x h100-80gb, but each would hold 555 GB"
     assert f"warning: plan: {warning}" in capsys.readouterr().out
     page = (tmp_path / "warned" / "plan.html").read_text()
     assert f"Warning: {warning}" in page and "Assumed, since no node selector names the GPU: h100-80gb" in page

@@ -244,16 +244,30 @@ def _list_prune_phases(settings: PruneSettings, models: Models) -> list[Phase]:
     two = Term("two layers; states take half of what is free", 2 * BF16 * sizes.layer_weights)
     phases = [Phase("scores", [two, layer])]
     if settings.method == "compensated":
-        sequences = -(-settings.calibration_sequences // settings.gpus)  # a GPU's share
-        states = 16 * sequences * settings.sequence_length * sizes.hidden
-        pair = Term("a layer of both models, fp32", 2 * FP32 * sizes.layer_weights)
-        held = [Term("states of the calibration", states), pair]
-        sums = Term("sums and held-out tokens of the widest fit", _count_sums(sizes))
-        phases.append(Phase("sums of fits", [*held, layer, sums]))
-        phases.append(Phase("fits", [*held, sums, Term("its factor, and its solution", _count_solving(sizes))]))
+        phases += list_fit_phases(settings, sizes)
     if settings.layers_by == "loss":
         phases.append(Phase("layers by loss", [whole, layer]))
     return phases
+
+
+def list_fit_phases(settings: PruneSettings, sizes: Sizes) -> list[Phase]:
+    """Return the memory of a compensated cut, which computes in fp32: on a GPU, or on the CPU if there is none."""
+    sequences = -(-settings.calibration_sequences // max(1, settings.gpus))  # a GPU's share
+    tokens = settings.micro_batch_size * settings.sequence_length
+    state = FP32 * sequences * settings.sequence_length * sizes.hidden
+    layer = Term("a layer's activations", tokens * _count_layer_activations(sizes, on_gpu=settings.gpus > 0))
+    attention = [
+        Term("states of the calibration, before and after the attention", 4 * state),
+        Term("a layer of both models, fp32", 2 * FP32 * sizes.layer_weights),
+        layer,
+    ]
+    mlp = [
+        Term("states of the calibration", 2 * state),
+        Term("a layer, fp32", FP32 * sizes.layer_weights),
+        Term("sums and held-out tokens of the widest fit", _count_sums(sizes)),
+        Term("its factor, and its solution", _count_solving(sizes)),
+    ]
+    return [Phase("fits of attentions", attention), Phase("fits of MLPs", mlp)]
 
 
 def _count_sums(sizes: Sizes) -> int:

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from minitron.config.document import Plan
-from minitron.config.resources.device import count_trained, list_training_phases
+from minitron.config.resources.device import count_trained, list_fit_phases, list_training_phases
 from minitron.config.resources.sizes import ADAM, BF16, FP32, GIB, Models, Term, total
 from minitron.config.settings import (
     ClusterConfig,
@@ -223,16 +223,13 @@ def _list_prune_phases(settings: PruneSettings, gpus: int, models: Models) -> li
         return [_list_conversion(models), [scoring]]
     is_compensated, dtype = settings.method == "compensated", BF16 if gpus else FP32
     cutting = [Term("a layer of every process, a shard, and states of the calibration", max(1, gpus) * LAYER)]
-    if is_compensated and not gpus:
-        cutting = [
-            Term("the sums of a layer's fits, and both models' states; at most a teacher", FP32 * models.teacher)
-        ]
+    fitting = list_fit_phases(settings, models.teacher_sizes) if is_compensated and not gpus else []
     choosing: list[Term] = []
     if settings.layers_by == "loss" and not gpus:
         choosing.append(Term("the teacher while layers are chosen, fp32", FP32 * models.teacher))
     if settings.layers_by == "loss" and is_compensated:  # 5 tokens per MLP channel, and a layer has 3 matrices of these
         choosing.append(Term("states of two models after every layer", 10 * dtype * models.teacher // 3))
-    return [cutting, choosing]
+    return [cutting, *(phase.terms for phase in fitting), choosing]
 
 
 def _list_conversion(models: Models) -> list[Term]:
