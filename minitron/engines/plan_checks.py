@@ -25,7 +25,7 @@ from minitron.engines.nemo.checks import find_conversion_faults, find_cut_faults
 from minitron.errors import ConfigError
 from minitron.models.checks import check_config, check_sequence_length
 from minitron.models.pruning.scores import find_importance_faults
-from minitron.models.task_names import find_task_faults
+from minitron.models.tasks.names import find_task_faults
 
 HIDDEN_MULTIPLE = 8
 """16 bytes in bfloat16. With sizes between these steps, a GPU's tensor cores idle in every matrix product."""

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from minitron.config.stages import DistillConfig, FinetuneConfig, PrepareConfig, PruneConfig
 from minitron.errors import ConfigError, MinitronError, RunError
-from minitron.models import task_names
 from minitron.models.checks import INDEX, check_model, list_weight_files
+from minitron.models.tasks import names
 from minitron.stages import distill, finetune, prepare, prune
 from tests.constants import REPOSITORY
 from tests.servers import forks
@@ -355,7 +355,7 @@ def test_the_command_line_refuses_with_one_line_and_the_status(
 
 def test_the_list_of_tasks_is_that_of_the_version_in_the_images() -> None:
     """Part of the catalog is read: the whole of it takes ten seconds."""
-    catalog = task_names.read_task_names()
+    catalog = names.read_task_names()
     for constraints in ("constraints.txt", "constraints-nemo.txt"):
         assert f"lm_eval=={catalog['version']}\n" in (REPOSITORY / constraints).read_text()
     tasks = Path(lm_eval.__file__).parent / "tasks" / "arc"

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from minitron.config.stages import EvaluateConfig, PrepareConfig
 from minitron.data.indexed import SPLITS, IndexedDataset
-from minitron.models.shared_context import SharedContextLM
+from minitron.models.tasks.shared_context import SharedContextLM
 from minitron.stages import evaluate, prepare
 from minitron.storage.layout import MANIFEST
 

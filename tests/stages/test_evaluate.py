@@ -28,9 +28,10 @@ from minitron.data.indexed import IndexedDataset
 from minitron.data.packed import PackedDataset
 from minitron.engines.hf import measuring
 from minitron.errors import ConfigError, RunError
-from minitron.models import downstream_tasks, generation, shared_context
+from minitron.models import generation
 from minitron.models.checkpoint import save_model
 from minitron.models.generation import ROUNDS
+from minitron.models.tasks import downstream, shared_context
 from minitron.registry import gates, intervals
 from minitron.stages import evaluate
 from minitron.tracking.client import connect
@@ -701,7 +702,7 @@ def test_two_models_of_one_shape_are_equally_fast(
 
 def test_an_unknown_task_of_the_catalog_is_answered_with_the_closest() -> None:
     """The catalog itself, which takes ten seconds to read, is left out."""
-    message = downstream_tasks._explain_unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
+    message = downstream._explain_unknown_task("helaswag", ["hellaswag", "arc_easy"], None)
     assert message == (
         "evaluate.tasks: helaswag is not a task of lm-eval; give hellaswag, or a task_directory of your own"
     )

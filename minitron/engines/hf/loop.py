@@ -40,7 +40,7 @@ from minitron.models.losses import (
     linear_loss,
     sum_cosine_distances,
 )
-from minitron.models.pruning.processes import count_processes, get_rank
+from minitron.models.processes import count_processes, get_rank
 from minitron.models.pruning.surgery import list_changed_matrices
 from minitron.models.scoring import compute_hidden_states, get_output_head
 

@@ -28,11 +28,11 @@ from minitron.engines.hf.device import get_compute_dtype, get_device
 from minitron.engines.hf.sharding import score_shares
 from minitron.errors import RunError
 from minitron.models.checkpoint import count_model_parameters, load_model
-from minitron.models.downstream_tasks import load_tasks, score_tasks
 from minitron.models.generation import continue_prompts, time_generation
 from minitron.models.measurements import Measurements
-from minitron.models.pruning.processes import ask_first, count_processes, get_rank
+from minitron.models.processes import ask_first, count_processes, get_rank
 from minitron.models.scoring import average_scores
+from minitron.models.tasks.downstream import load_tasks, score_tasks
 from minitron.storage.hashing import content_hash
 from minitron.storage.layout import CONTAMINATION
 

@@ -18,12 +18,12 @@ from minitron.data.packed import PackedDataset
 from minitron.engines.hf.device import get_compute_dtype, get_device, say_what_stands_idle
 from minitron.engines.hf.training import WORKER
 from minitron.engines.launcher import launch
+from minitron.models.processes import ask_first, get_rank
 from minitron.models.pruning.calibration import check_calibration, split_calibration
 from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
 from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
-from minitron.models.pruning.processes import ask_first, get_rank
 from minitron.models.pruning.scores import find_or_drop_layers, find_or_measure_importance
 from minitron.models.pruning.surgery import (
     Cut,

@@ -23,8 +23,8 @@ from minitron.data.packed import PackedDataset
 from minitron.engines.hf.device import autocast_on_gpu, get_compute_dtype, get_device
 from minitron.models.checkpoint import load_model
 from minitron.models.checks import EMBEDDING, HEAD
+from minitron.models.processes import count_processes, get_rank
 from minitron.models.pruning.layers import NORM, LayerReader
-from minitron.models.pruning.processes import count_processes, get_rank
 from minitron.models.scoring import average_scores, list_scores, sum_scores
 
 

@@ -22,7 +22,7 @@ from minitron.engines.hf.device import get_device
 from minitron.engines.hf.sharding import gather_weights
 from minitron.engines.progress import HISTORY
 from minitron.models.checks import CONFIG
-from minitron.models.pruning.processes import count_processes, get_rank
+from minitron.models.processes import count_processes, get_rank
 
 Note = dict[str, Any] | None
 """The note of a best state or of a checkpoint (see engines/checkpoints.py); None: it is not to be written."""

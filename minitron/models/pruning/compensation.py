@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minitron.errors import RunError
 from minitron.models.checks import EMBEDDING, HEAD
+from minitron.models.processes import ask_first, get_rank, send_to_all, split_share
 from minitron.models.pruning.calibration import split_calibration
 from minitron.models.pruning.layers import (
     NORM,
@@ -33,7 +34,6 @@ from minitron.models.pruning.layers import (
     read_heads,
 )
 from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, expand_groups, fit_columns
-from minitron.models.pruning.processes import ask_first, get_rank, send_to_all, split_share
 from minitron.models.pruning.surgeon import Surgeon
 from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
 

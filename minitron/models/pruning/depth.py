@@ -20,9 +20,9 @@ from tqdm import tqdm
 from minitron.errors import RunError
 from minitron.models.checks import EMBEDDING, HEAD
 from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.processes import count_processes, get_rank, list_values, send_to_all, split_share
 from minitron.models.pruning.layers import LayerReader, read_channels, read_heads
 from minitron.models.pruning.least_squares import Moments, complain_of_condition, compute_token_weights, solve
-from minitron.models.pruning.processes import count_processes, get_rank, list_values, send_to_all, split_share
 from minitron.models.pruning.surgery import Drop, LayerOrder
 
 SEAM_RIDGE = 0.5

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from minitron.data.packed import PackedDataset
 from minitron.errors import RunError
+from minitron.models.processes import add_shares, take_share
 from minitron.models.pruning.layers import LayerReader, get_head_dim
-from minitron.models.pruning.processes import add_shares, take_share
 
 STATES_ON_CPU = 10**9
 """Bytes of states in memory. At 8 billion parameters that is hours of computing per pass over the shards."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 
 from minitron.errors import RunError
-from minitron.models.pruning.processes import add_shares, count_processes, gather_rows
+from minitron.models.processes import add_shares, count_processes, gather_rows
 
 RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6)
 """The ridges to choose from, as shares of the mean square of an input channel."""

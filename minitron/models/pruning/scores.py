@@ -72,7 +72,7 @@ def find_or_measure_importance(config: PruneConfig, measure: "Callable[[], Impor
     Raises:
         ConfigError, RunError: as for `read_given_importance`, or what `measure` raises.
     """
-    from minitron.models.pruning.processes import ask_first
+    from minitron.models.processes import ask_first
 
     if (given := config.importance) is not None:
         return ask_first(lambda: read_given_importance(config, given))
@@ -96,7 +96,7 @@ def find_or_drop_layers(
     depends on the method, which decides whether seams are refitted, but on no size. Several processes choose together;
     process 0 finds and keeps.
     """
-    from minitron.models.pruning.processes import ask_first
+    from minitron.models.processes import ask_first
 
     name, order = ask_first(lambda: _find_order(config))
     if len(order.drops) >= count:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minitron.config.stages import EvaluateConfig
 from minitron.errors import ConfigError, RunError
-from minitron.models.shared_context import SharedContextLM
+from minitron.models.tasks.shared_context import SharedContextLM
 
 BATCH_SIZE = 8
 """Texts per forward pass if the model generates, or if a text is longer than its window of attention."""

@@ -1,4 +1,4 @@
-"""Processes that work on the same model, one per GPU: each has its share of the calibration, and process 0 decides.
+"""Processes that work on the same models, one per GPU: each has its share of the sequences, and process 0 decides.
 
 What is summed over shares differs by rounding, and so may what two processes compute from equal sums. So wherever one
 of several results is to be chosen, one process chooses, and the others take its choice. A process that is alone has

@@ -1,6 +1,6 @@
 """The names of lm-eval's tasks, groups and tags, for checks without lm-eval, as in plan's image.
 
-Update the list when constraints.txt gets another lm-eval: `python -m minitron.models.task_names`.
+Update the list when constraints.txt gets another lm-eval: `python -m minitron.models.tasks.names`.
 """
 
 import difflib
