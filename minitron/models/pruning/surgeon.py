@@ -48,10 +48,10 @@ class Surgeon:
         if factor is None:
             raise complain_of_condition(fitted)
         self._inverse_CC = torch.cholesky_inverse(factor, upper=True, out=factor).mT
-        self._weight_CO = torch.empty_like(fitted.cross_CO)
+        self._weight_CO, self._pull_C = torch.empty_like(fitted.cross_CO), fitted.cross_CO.new_zeros(channels)
         for outputs in split_outputs(present_OC):
             self._weight_CO[:, outputs] = self._inverse_CC @ compute_aim(present_OC, fitted, regular, columns, outputs)
-        self._pull_C = regular * present_OC[:, :channels].double().square().sum(dim=0)
+            self._pull_C += regular * present_OC[outputs, :channels].double().square().sum(dim=0)
         self._is_left = torch.ones(channels, dtype=torch.bool, device=columns.device)
 
     def drop(self, columns_D: Tensor) -> None:
