@@ -75,12 +75,15 @@ def launch(
 
     try:
         train_job.start(make_manifest)
-        # A failed worker has written why: waiting for the others, or for restarts of the pod, would cost GPU time.
-        while (state := train_job.get_state(failure)) is None and not failure.is_file():
+        # A failed worker has written why: waiting for the others, or for restarts of the pod, would cost GPU time. This
+        # is looked up before the state: if it failed because Kueue ended the others, the job is suspended by then.
+        has_failed = failure.is_file()
+        while (state := train_job.get_state(failure)) is None and not (has_failed and failure.is_file()):
             follow()
             train_job.forward_log()
             train_job.check_pods()
             time.sleep(POLL_SECONDS)
+            has_failed = failure.is_file()
         train_job.forward_log()
         follow()
         if failure.is_file():

@@ -345,21 +345,38 @@ def test_a_queued_job_waits_and_is_neither_failed_nor_lost(
 
 
 def test_a_preempted_job_waits_again_and_resumes(
-    server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: KubernetesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kueue ends the pods: a worker that lost the others first has left an error."""
+    """Kueue ends the pods right after the state was read: a worker that lost the others first has left an error."""
     server.objects["pods"]["distill-task"]["metadata"]["labels"]["minitron.io/train-job-queue"] = "gpus"
-    failure = tmp_path / "add.failure"
+    failure, get_state, preempted = tmp_path / "add.failure", trainjob._TrainJob.get_state, threading.Event()
 
-    def preempt() -> None:
-        server.preempt()
-        failure.write_text(json.dumps({"kind": "RuntimeError", "message": "Connection closed by peer"}))
+    def get_state_and_preempt(train_job: Any, path: Path) -> str | None:
+        state = get_state(train_job, path)
+        if not preempted.is_set() and (log := tmp_path / "add.log").exists() and "step 1" in log.read_text():
+            server.preempt()
+            failure.write_text(json.dumps({"kind": "RuntimeError", "message": "Connection closed by peer"}))
+            preempted.set()
+        return state
 
+    def resume() -> None:
+        preempted.wait()
+        while failure.exists():
+            time.sleep(0.01)
+        server.admit()
+        server.say(FIRST, "step 2")
+
+    monkeypatch.setattr(trainjob._TrainJob, "get_state", get_state_and_preempt)
     later(server, server.admit, 0.3)
     later(server, lambda: server.say(FIRST, "step 1"), 0.5)
-    later(server, preempt, 0.9)
-    later(server, lambda: (server.admit(), server.say(FIRST, "step 2")), 1.3)
-    later(server, lambda: server.end("Complete"), 1.7)
+    later(server, resume)
+
+    def end() -> None:
+        while "step 2" not in (tmp_path / "add.log").read_text():
+            time.sleep(0.01)
+        server.end("Complete")
+
+    later(server, lambda: (preempted.wait(), end()))
     launch(tmp_path)
     out = capsys.readouterr().out
     assert out.count("waiting in queue gpus") == out.count(f"TrainJob {JOB}: starting") == 2
