@@ -203,18 +203,14 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
     Raises:
         RunError: the moments are not finite, or no ridge makes the equations solvable.
     """
-    weight = torch.zeros_like(present_OC)
-    weight[:, columns] = present_OC[:, columns]
-    plain_error = held_out.measure_error(weight)
-    best = Fit(weight, None, plain_error, plain_error)
-    solved = False
+    best, solved = _cut_columns(present_OC, columns, held_out), False
     for ridge in RIDGES:
         if (refitted := solve(present_OC, columns, fitted, ridge)) is None:
             continue
         solved = True
         if (error := held_out.measure_error(refitted)) >= best.error:
             break  # from strong to weak: once it rises, it goes on rising
-        best = Fit(refitted, ridge, error, plain_error)
+        best = replace(best, weight=refitted, ridge=ridge, error=error)
     if not solved:
         raise complain_of_condition(fitted)
     if best.ridge is None:
@@ -223,6 +219,14 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
         fitted.add(*batch)
     refitted = solve(present_OC, columns, fitted, best.ridge)
     return best if refitted is None else replace(best, weight=refitted)
+
+
+def _cut_columns(present_OC: Tensor, columns: Tensor, held_out: HeldOutTokens) -> Fit:
+    """Return the plain cut."""
+    weight = torch.zeros_like(present_OC)
+    weight[:, columns] = present_OC[:, columns]
+    error = held_out.measure_error(weight)
+    return Fit(weight, None, error, error)
 
 
 def solve(present_OC: Tensor, columns: Tensor, moments: Moments, ridge: float) -> Tensor | None:
