@@ -203,22 +203,28 @@ def fit_columns(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: 
     Raises:
         RunError: the moments are not finite, or no ridge makes the equations solvable.
     """
-    best, solved = _cut_columns(present_OC, columns, held_out), False
-    for ridge in RIDGES:
-        if (refitted := solve(present_OC, columns, fitted, ridge)) is None:
-            continue
-        solved = True
-        if (error := held_out.measure_error(refitted)) >= best.error:
-            break  # from strong to weak: once it rises, it goes on rising
-        best = replace(best, weight=refitted, ridge=ridge, error=error)
-    if not solved:
-        raise complain_of_condition(fitted)
+    best = _choose_ridge(present_OC, columns, fitted, held_out)
     if best.ridge is None:
         return best
     for batch in held_out.batches:
         fitted.add(*batch)
     refitted = solve(present_OC, columns, fitted, best.ridge)
     return best if refitted is None else replace(best, weight=refitted)
+
+
+def _choose_ridge(present_OC: Tensor, columns: Tensor, fitted: Moments, held_out: HeldOutTokens) -> Fit:
+    """Return the fit with the least error on held-out tokens, or the plain cut if that has less."""
+    best, is_solved = _cut_columns(present_OC, columns, held_out), False
+    for ridge in RIDGES:
+        if (refitted := solve(present_OC, columns, fitted, ridge)) is None:
+            continue
+        is_solved = True
+        if (error := held_out.measure_error(refitted)) >= best.error:
+            break  # from strong to weak: once it rises, it goes on rising
+        best = replace(best, weight=refitted, ridge=ridge, error=error)
+    if not is_solved:
+        raise complain_of_condition(fitted)
+    return best
 
 
 def _cut_columns(present_OC: Tensor, columns: Tensor, held_out: HeldOutTokens) -> Fit:
