@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.config.document import make_plan
 from minitron.config.resources import Models, Sizes, count_models, find_peak, list_gpu_phases, list_training_phases
-from minitron.config.resources.device import CHUNK, CUDA
+from minitron.config.resources.device import CHUNK, CUDA, HELD_OUT
 from minitron.config.resources.estimate import estimate_run
 from minitron.config.resources.gpus import GPUS
 from minitron.config.settings import DistillSettings
 from minitron.config.shapes import PruneSettings
 from minitron.data.indexed import IndexedWriter
 from minitron.models.losses import CHUNK_TOKENS
+from minitron.models.pruning.calibration import MOST_HELD_OUT
 from tests.constants import LLAMA_3_1_8B, REPOSITORY
 
 TOLERANCE = 0.15
@@ -116,6 +117,10 @@ def test_the_sums_are_the_peaks_of_the_guide_to_engine_hf(recompute: bool) -> No
 
 def test_a_chunk_is_that_of_the_loss() -> None:
     assert {"cpu": CHUNK[False], "cuda": CHUNK[True]} == CHUNK_TOKENS
+
+
+def test_tokens_that_are_held_out_are_those_of_the_cut() -> None:
+    assert HELD_OUT == MOST_HELD_OUT
 
 
 def test_several_gpus_divide_weights_gradients_moments_and_teacher() -> None:

@@ -33,7 +33,7 @@ _QUESTION = 2048
 """Tokens of a question with its solved examples."""
 
 
-_HELD_OUT = 8192
+HELD_OUT = 8192
 """Tokens on which the fits of a compensated cut are measured, at most."""
 
 
@@ -276,7 +276,7 @@ def _count_sums(sizes: Sizes) -> int:
     In float64, half of the Gram matrix of C channels, and a matrix of C x H; in fp32, the held-out tokens.
     """
     channels = _count_widest(sizes)
-    held_out = FP32 * _HELD_OUT * (channels + sizes.hidden)
+    held_out = FP32 * HELD_OUT * (channels + sizes.hidden)
     return 2 * FP32 * channels * (channels // 2 + sizes.hidden) + held_out
 
 

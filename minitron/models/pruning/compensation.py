@@ -350,9 +350,10 @@ def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, tokens: Sp
 
 def _fit_for_all(present_OC: Tensor, columns: Tensor, tokens: SplitTokens) -> Fit:
     """Fit some columns of a matrix in process 0, which has all tokens; the others take its fit."""
-    fit = Fit(torch.empty_like(present_OC), None, 0.0, 0.0)
     if get_rank() == 0:
         fit = fit_columns(present_OC, columns, tokens.fitted, tokens.held_out)
+    else:
+        fit = Fit(torch.empty_like(present_OC), None, 0.0, 0.0)
     send_to_all(fit.weight, 0)
     return Fit(fit.weight, *ask_first(lambda: (fit.ridge, fit.error, fit.plain_error)))
 

@@ -223,10 +223,10 @@ class _LayerSearch:
         """Return the matrix [O, C] ahead of the gap that a layer leaves."""
         down_proj = self._layers[self._kept[self._kept.index(dropped) - 1]].mlp.down_proj
         columns = torch.arange(down_proj.in_features, device=self._device)
-        seam = solve(down_proj.weight.double(), columns, moments, SEAM_RIDGE)
+        seam = solve(down_proj.weight.data, columns, moments, SEAM_RIDGE)
         if seam is None:
             raise complain_of_condition(moments)
-        return seam.to(down_proj.weight.dtype)
+        return seam
 
     def _run_attention(self, index: int, state: Tensor) -> Tensor:
         layer = self._layers[index]

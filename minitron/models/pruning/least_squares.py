@@ -99,7 +99,7 @@ class Moments:
         return lower.mT
 
     def _list_blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the first and the last row of each block, and the block [rows, last row]."""
+        """Yield the first row of each block, the end of its rows, and the block [rows, end]."""
         for block in self.gram_blocks:
             yield block.shape[1] - len(block), block.shape[1], block
 
@@ -236,7 +236,7 @@ def _cut_columns(present_OC: Tensor, columns: Tensor, held_out: HeldOutTokens) -
 
 
 def solve(present_OC: Tensor, columns: Tensor, moments: Moments, ridge: float) -> Tensor | None:
-    """Return the matrix [O, C] with some columns fitted; None if the moments are too badly conditioned."""
+    """Return the matrix [O, C], in its dtype, with some columns fitted; None if the moments are badly conditioned."""
     factor, regular = moments.factorize(ridge, columns)
     if factor is None:
         return None

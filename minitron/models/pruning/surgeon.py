@@ -60,7 +60,7 @@ class Surgeon:
         solved_DC = torch.linalg.solve(rows_DC[:, columns_D], rows_DC)
         self._weight_CO.addmm_(solved_DC.T, self._weight_CO[columns_D], alpha=-1)
         self._inverse_CC.addmm_(solved_DC.T, rows_DC, alpha=-1)
-        self._inverse_CC[columns_D, columns_D] = 1.0  # their rows and columns are zero now: they stay solvable
+        self._inverse_CC[columns_D, columns_D] = 1.0  # the rest of their rows is about zero now: blocks stay regular
         self._is_left[columns_D] = False
 
     def keep(self, columns: Tensor) -> None:
