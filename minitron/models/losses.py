@@ -21,7 +21,7 @@ from minitron.data.packed import IGNORED
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""
 
-BLOCK_LOGITS = 1 << 20
+BLOCK_LOGITS = 1 << 19
 """Logits of a chunk that a CPU computes the loss of at once: they stay in its cache from operation to operation."""
 
 

@@ -162,7 +162,7 @@ def draw_importance(pruning: dict[str, Any]) -> list[dict[str, Any]]:
     scores, kept = pruning["scores"], pruning["kept"]
     return [
         _draw_layers(scores["layers"], kept["layers"], pruning["dropped_layers"]),
-        _draw_hidden_channels(scores["hidden"], kept["hidden"]),
+        *([] if kept["hidden"] is None else [_draw_hidden_channels(scores["hidden"], kept["hidden"])]),
         _draw_mlp_channels(scores["intermediate"], kept["layers"], kept["intermediate"]),
         _draw_heads("Query heads", "query head", scores["heads"], kept["layers"], kept["heads"]),
         _draw_heads("Key-value groups", "key-value group", scores["key_value"], kept["layers"], kept["key_value"]),

@@ -88,24 +88,25 @@ def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut)
     """Return the content of pruning.json.
 
     Layers are counted from 0, but from 1 in dropped_layers, as in NeMo. Engine nemo keeps the same channels and heads,
-    the most important first.
+    the most important first. `kept` has no hidden channels if the student's are principal components.
     """
-    kept = set(cut.plan.layers)
+    kept, unlisted = set(cut.plan.layers), {} if cut.explained is None else {"hidden": None}
     return {
         "teacher": asdict(Shape.from_config(teacher)) | {"parameters": count_config_parameters(teacher)},
         "student": asdict(Shape.from_config(student)) | {"parameters": count_config_parameters(student)},
         "method": config.method,
         "calibration": {"sequences": cut.sequences, "tokens": cut.sequences * config.sequence_length},
         "dropped_layers": [layer + 1 for layer in range(teacher.num_hidden_layers) if layer not in kept],
-        "kept": asdict(cut.plan),
+        "kept": asdict(cut.plan) | unlisted,
         "fits": cut.fits,
         "drops": [drop._asdict() for drop in cut.drops],
-    }
+    } | ({} if cut.explained is None else {"explained_energy": cut.explained})
 
 
 def _summarize_pruning(pruning: dict[str, Any]) -> dict[str, float]:
     before, after = pruning["teacher"]["parameters"], pruning["student"]["parameters"]
-    return {
+    explained = {"explained_energy": round(pruning["explained_energy"], 4)} if "explained_energy" in pruning else {}
+    return explained | {
         "parameters_before": before,
         "parameters": after,
         "parameters_ratio": round(after / before, 4),

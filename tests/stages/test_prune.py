@@ -28,6 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from minitron.config import parse
 from minitron.config.stages import PruneConfig
 from minitron.data.packed import PackedDataset
 from minitron.engines.hf import pruning
@@ -46,6 +47,7 @@ from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.scores import find_importance_faults
 from minitron.models.pruning.surgery import Drop, LayerOrder, Plan, Shape, choose_plan, cut_model
+from minitron.report.figures import draw_importance
 from minitron.runtime import cleanup
 from minitron.stages import prune
 from minitron.storage import references
@@ -466,6 +468,21 @@ def test_a_compensated_cut_is_refitted_recorded_and_a_plain_model(settings: dict
         is_refitted = fit["down_proj"]["ridge"] is not None
         assert torch.equal(new.down_proj.weight, old.down_proj.weight[:, kept]) is not is_refitted
     assert any(fit["down_proj"]["ridge"] is not None for fit in found["fits"])
+
+
+def test_hidden_channels_of_a_compensated_cut_are_components_and_no_list(settings: dict) -> None:
+    """So pruning.json, handed in as the lists to keep, says nothing of channels."""
+    cut = {"method": "compensated", "hidden_size": 48}
+    record = prune.run(PruneConfig(**settings, **cut))
+    found = json.loads((settings["output"] / "pruning.json").read_text())
+    assert found["kept"]["hidden"] is None and found["student"]["hidden_size"] == 48
+    assert record["metrics"]["explained_energy"] == round(found["explained_energy"], 4)
+    assert 48 / 64 < found["explained_energy"] < 1
+    kept = parse.read_kept(settings["output"] / "pruning.json")
+    assert kept and kept.hidden is None and kept.layers == [0, 1, 2, 3]
+    scores = {axis: scores.tolist() for axis, scores in load_file(settings["output"] / IMPORTANCE).items()}
+    titles = [figure["title"] for figure in draw_importance(found | {"scores": scores})]
+    assert titles and not any("idden" in title for title in titles)
 
 
 @pytest.mark.parametrize("method", ["minitron", "compensated"])

@@ -20,7 +20,7 @@ from minitron.engines.hf.training import WORKER
 from minitron.engines.launcher import launch
 from minitron.models.processes import ask_first, get_rank
 from minitron.models.pruning.calibration import check_calibration, split_calibration
-from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
+from minitron.models.pruning.compensation import CHOSEN, Compensated, cut_with_compensation
 from minitron.models.pruning.depth import drop_layers_by_loss
 from minitron.models.pruning.importance import Importance, measure_importance
 from minitron.models.pruning.layers import LayerReader
@@ -96,15 +96,17 @@ def cut_student(config: PruneConfig, shape: Shape, given: Given, directory: Path
         gone = {drop.layer for drop in drops}
         given = {**given, "layers": [layer for layer in range(teacher.config.num_hidden_layers) if layer not in gone]}
     importance, sequences = _measure_importance(config, teacher, shape, given)
-    plan, fits = choose_plan(importance or Importance.zeros(teacher.config), shape, given), list[dict[str, Any]]()
+    plan = choose_plan(importance or Importance.zeros(teacher.config), shape, given)
+    compensated = Compensated(plan, [], None)
     if is_compensated := _is_compensated(config, teacher, shape):
         where, choose, size = (get_device(), directory), CHOSEN - given.keys(), config.micro_batch_size
-        plan, fits = cut_with_compensation(teacher, plan, shape, _read_calibration(config), size, *where, choose)
+        compensated = cut_with_compensation(teacher, plan, shape, _read_calibration(config), size, *where, choose)
     else:
         ask_first(lambda: cut_model(teacher, plan, directory))
     if is_compensated or drops:
         sequences = _count_calibration(config)
-    return Cut(plan, importance, sequences, fits, drops)
+    plan, fits, explained = compensated
+    return Cut(plan, importance, sequences, fits, drops, explained)
 
 
 def _count_processes(config: PruneConfig) -> int:

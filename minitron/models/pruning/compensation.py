@@ -4,9 +4,11 @@ No gradient is computed. Each fit is a least-squares problem on the student's ow
 good what the layers before it lost. `o_proj` is fitted to the teacher's state after the attention, `down_proj` to its
 state after the layer. Before dropped layers that is the state after the last of them: the seam is folded into the
 matrix, and the student has no new parameters (as in ReplaceMe, arXiv 2505.02819). Channels and heads are chosen by
-Optimal Brain Surgeon. If channels of the stream are dropped, the matrices that read it are fitted, too.
+Optimal Brain Surgeon. If the stream has fewer channels, they are principal components of the teacher's states, and the
+matrices that read it are fitted, too.
 
-B = batch, S = sequence, H = hidden size of a model, C = input channels, O = output channels, V = vocabulary.
+B = batch, S = sequence, H = hidden size of the teacher, K = of the student, C = input channels, O = output channels,
+V = vocabulary.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from minitron.errors import RunError
 from minitron.models.checks import EMBEDDING, HEAD
-from minitron.models.processes import ask_first, get_rank, send_to_all, split_share
+from minitron.models.processes import add_shares, ask_first, get_rank, send_to_all, split_share
 from minitron.models.pruning.calibration import split_calibration
 from minitron.models.pruning.layers import (
     NORM,
@@ -34,20 +36,18 @@ from minitron.models.pruning.layers import (
     read_heads,
 )
 from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, expand_groups, fit_columns
+from minitron.models.pruning.stream import StateEnergy, Stream, keep_channels
 from minitron.models.pruning.surgeon import Surgeon
-from minitron.models.pruning.surgery import Plan, Shape, cut_layer, cut_weights, finish_student
+from minitron.models.pruning.surgery import DIMENSIONS, Plan, Shape, cut_layer, finish_student
 
-CHOSEN = {"intermediate", "heads", "key_value"}
-"""The axes that are chosen by Optimal Brain Surgeon, unless they are given."""
+CHOSEN = {"hidden", "intermediate", "heads", "key_value"}
+"""The axes that are chosen by the cut, not by scores, unless they are given."""
 
 DRIFT = 0.5
 """How far the target of a fit is from what the whole matrix gives on the student's stream to the teacher's state.
 
 All the way is best for a layer by itself, but half of it gives a better student. Seams go all the way.
 """
-
-HEAD_ROWS = 8192
-"""Rows of the output head that are refitted at once."""
 
 READERS = {
     "self_attn": ("input_layernorm", ("q_proj", "k_proj", "v_proj")),
@@ -60,10 +60,15 @@ Dtypes = dict[str, torch.dtype]
 
 
 class Compensated(NamedTuple):
-    """What of the teacher a student keeps, and how well each of its layers was fitted."""
+    """What of the teacher a student keeps, and how well each of its layers was fitted.
+
+    If the student's stream has principal components, `explained` is the share of the states' energy in them, and the
+    plan's hidden channels say no more than how many there are.
+    """
 
     plan: Plan
     fits: list[dict[str, Any]]
+    explained: float | None
 
 
 @dataclass
@@ -73,7 +78,7 @@ class _Batch:
     Attributes:
         held_out: not used for the fits.
         teacher: the teacher's state [B, S, H] after the layers so far.
-        student: the student's.
+        student: the student's, [B, S, K].
     """
 
     held_out: bool
@@ -105,7 +110,7 @@ def cut_with_compensation(
         micro_batch_size: sequences that are computed at once.
         device: where to compute.
         directory: receives the student, in the teacher's dtypes; it is empty.
-        choose: axes to choose by Optimal Brain Surgeon; with heads that are not chosen, groups are not, either.
+        choose: axes to choose; with heads that are not chosen, groups are not, either.
 
     Returns:
         The plan with what was chosen; per refitted layer the ridges and the errors.
@@ -114,6 +119,7 @@ def cut_with_compensation(
         RunError: activations are not finite, or a fit is too badly conditioned.
     """
     cut = _CompensatedCut(teacher, plan, shape, device, directory, choose)
+    cut.choose_stream(input_ids, micro_batch_size)
     batches = list(cut.embed(input_ids, micro_batch_size))
     ends = [*(layer - 1 for layer in plan.layers[1:]), teacher.config.num_hidden_layers - 1]
     for dropped in range(plan.layers[0]):  # no layer before them could make up for them
@@ -143,21 +149,31 @@ class _CompensatedCut:
     ) -> None:
         self._teacher, self._plan, self._shape, self._device, self._choose = teacher, plan, shape, device, choose
         self._kept: dict[str, Any] = {"intermediate": [], "heads": [], "key_value": []}
-        self._hidden = torch.tensor(plan.hidden, device=device)
-        self._cuts_hidden = len(plan.hidden) < teacher.config.hidden_size
+        self._stream: Stream | None = None
         self._calls: list[Call] = []
         self._fits: list[dict[str, Any]] = []
         self._directory, self._writer = directory, ShardWriter(directory)
-        self._write(self._cut_stream([(EMBEDDING, teacher.read_tensor(EMBEDDING))]))
+
+    def choose_stream(self, input_ids: Tensor, micro_batch_size: int) -> None:
+        """Choose the channels of the student's stream, for which the teacher runs, and write the embedding."""
+        config = self._teacher.config
+        self._calls = self._teacher.record_calls(input_ids.shape[1], torch.float32, self._device)
+        embedding = self._teacher.read_tensor(EMBEDDING)
+        if self._shape.hidden_size < config.hidden_size:
+            if "hidden" in self._choose:
+                self._stream = self._find_components(list(self.embed(input_ids, micro_batch_size)))
+            else:
+                self._stream = keep_channels(self._plan.hidden, config.hidden_size, self._device)
+            embedding = self._stream.encode_embedding(embedding)
+        self._write([(EMBEDDING, embedding)])
 
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
         """Yield this process's calibration batch by batch, as both models see it before their first layer."""
-        self._calls = self._teacher.record_calls(input_ids.shape[1], torch.float32, self._device)
         fitted, held_out_ids = split_calibration(input_ids)
         for held_out, part, first in ((False, fitted, 0), (True, held_out_ids, len(fitted))):
             for ids in split_share(part, micro_batch_size, first):
                 state = self._teacher.read_embeddings(ids, torch.float32, self._device)
-                yield _Batch(held_out, state, state[..., self._hidden])
+                yield _Batch(held_out, state, self._encode(state))
 
     def run_teacher(self, layer: int, batches: list[_Batch]) -> None:
         """Run a layer of the teacher that the student has not."""
@@ -185,7 +201,7 @@ class _CompensatedCut:
     def fit_layer(self, place: int, layer: int, end: int, batches: list[_Batch]) -> None:
         """Fit the student's layer at a place, the teacher's `layer`, to the teacher's states up to that after `end`."""
         old, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
-        new = self._teacher.make_layer(layer, dict(self._cut_stream(old.state_dict().items())))
+        new = self._teacher.make_layer(layer, dict(self._encode_layer(old.state_dict())))
         dtypes = {name: self._teacher.get_dtype(name_weight(layer, name)) for name in new.state_dict()}
         self._fit_readers("self_attn", new, dtypes, old, batches, (batch.teacher for batch in batches))
         middles = [batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call)) for batch in batches]
@@ -204,29 +220,70 @@ class _CompensatedCut:
 
     def finish(self, batches: list[_Batch]) -> Compensated:
         """Write what comes after the layers."""
-        self._write(self._cut_stream([(NORM, self._teacher.read_tensor(NORM))]))
-        if not self._teacher.config.tie_word_embeddings:
+        norm, is_tied = self._teacher.read_tensor(NORM), self._teacher.config.tie_word_embeddings
+        if self._stream:
+            norm = (self._fit_last_norm(self._stream, batches) if is_tied else self._make_ones(norm)).to(norm.dtype)
+        self._write([(NORM, norm)])
+        if not is_tied:
             head = self._teacher.read_tensor(HEAD)
-            self._write([(HEAD, self._fit_head(head, batches) if self._cuts_hidden else head)])
+            self._write([(HEAD, self._fit_head(self._stream, head, batches) if self._stream else head)])
         kept = replace(self._plan, **self._kept)
         if get_rank() == 0:
             self._writer.finish()
             finish_student(self._directory, self._teacher, kept)
-        return Compensated(kept, self._fits)
+        return Compensated(kept, self._fits, self._stream.explained if self._stream else None)
 
-    def _fit_head(self, head: Tensor, batches: list[_Batch]) -> Tensor:
-        """Return the output head [V, student's H], fitted to the teacher's; a tied one belongs to the embedding."""
-        old = self._teacher.load_norm(self._device)
-        ((_, weight),) = self._cut_stream([(NORM, old.weight)])
-        new = self._teacher.load_norm(self._device)
-        new.weight.data = weight
-        fitted = self._fit_map((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
-        rows = head.split(HEAD_ROWS)
-        return torch.cat([(part.to(self._device, torch.float64) @ fitted).to(head.dtype).cpu() for part in rows])
+    def _find_components(self, batches: list[_Batch]) -> Stream:
+        """Find the principal components of the teacher's states before and behind all layers."""
+        energy = StateEnergy(self._teacher, self._device)
+        for layer in tqdm(range(self._teacher.config.num_hidden_layers), desc="principal components"):
+            for batch in batches:
+                energy.add(batch.teacher)
+            self.run_teacher(layer, batches)
+        for batch in batches:
+            energy.add(batch.teacher)
+        return energy.find_components(self._shape.hidden_size)
 
-    def _cut_stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Cut channels of the stream alone."""
-        return cut_weights(weights, {"hidden": self._plan.hidden}, get_head_dim(self._teacher.config))
+    def _load_last_norms(self) -> tuple[Any, Any]:
+        """Return the teacher's norm before the output head, and the student's, with weights of one."""
+        old, new = self._teacher.load_norm(self._device), self._teacher.load_norm(self._device)
+        new.weight.data = self._make_ones(old.weight)
+        return old, new
+
+    def _fit_head(self, stream: Stream, head: Tensor, batches: list[_Batch]) -> Tensor:
+        """Return the output head [V, K], fitted to the teacher's [V, H]."""
+        old, new = self._load_last_norms()
+        pairs = ((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
+        fitted = self._fit_map(stream.decode_weighted(old.weight), pairs)
+        return Stream(fitted, fitted).encode_embedding(head)
+
+    def _fit_last_norm(self, stream: Stream, batches: list[_Batch]) -> Tensor:
+        """Return the weights [K] of the last norm, fitted to what a tied head has to see of the teacher's state."""
+        old, new = self._load_last_norms()
+        sums_2K = old.weight.new_zeros(2, self._shape.hidden_size, dtype=torch.float64)
+        for batch in batches:
+            student, teacher = new(batch.student), old(batch.teacher) @ stream.decode_HK
+            sums_2K += torch.stack([student * teacher, student.square()]).double().sum(dim=(1, 2))
+        add_shares([sums_2K])
+        return sums_2K[0] / sums_2K[1]
+
+    def _encode(self, state: Tensor) -> Tensor:
+        """Return what the student's stream holds of the teacher's state [B, S, H]."""
+        return self._stream.encode(state) if self._stream else state
+
+    def _encode_layer(self, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of a layer on the student's stream; those of matrices that read it are fitted later."""
+        for name, weight in weights.items():
+            axes = DIMENSIONS[name.split(".")[-2]]
+            if self._stream and axes == ("hidden",):
+                weight = self._make_ones(weight)
+            elif self._stream and axes[0] == "hidden":
+                weight = self._stream.encode_outputs(weight)
+            yield name, weight
+
+    def _make_ones(self, norm: Tensor) -> Tensor:
+        """Return the weights of a student's norm, which are folded into the matrices that read it."""
+        return norm.new_ones(self._shape.hidden_size)
 
     def _write_layer(self, place: int, weights: dict[str, Tensor]) -> None:
         """Cut the columns of zeros out of a finished layer, and write it."""
@@ -245,7 +302,7 @@ class _CompensatedCut:
         o_proj, size = new.self_attn.o_proj, get_head_dim(self._teacher.config)
         tokens, inputs = self._begin_fit(o_proj), [read_heads(new, batch.student, call) for batch in batches]
         for batch, heads, middle in zip(batches, inputs, middles, strict=True):
-            tokens.add_change(batch.held_out, heads, batch.student, middle, self._hidden)
+            tokens.add_change(batch.held_out, heads, batch.student, self._encode(middle), middle)
         tokens.collect()
 
         def choose() -> tuple[list[int], list[int]]:
@@ -268,7 +325,8 @@ class _CompensatedCut:
         tokens = self._begin_fit(down_proj)
         for batch in batches:
             channels = read_channels(new, batch.student)
-            tokens.add_change(batch.held_out, channels, batch.student, batch.teacher, self._hidden)
+            aim = self._encode(batch.teacher)
+            tokens.add_change(batch.held_out, channels, batch.student, aim, batch.teacher)
         tokens.collect()
 
         def choose() -> list[int]:
@@ -281,7 +339,7 @@ class _CompensatedCut:
         return _fit_output("mlp.down_proj", new, dtypes, torch.tensor(kept, device=self._device), tokens)
 
     def _begin_fit(self, module: Linear) -> SplitTokens:
-        return SplitTokens(module.in_features, len(self._hidden), module.bias is not None, self._device)
+        return SplitTokens(module.in_features, self._shape.hidden_size, module.bias is not None, self._device)
 
     def _choose_heads(self, place: int, o_proj: Linear, size: int, fitted: Moments) -> tuple[Tensor, Tensor]:
         """Return the query heads and the key-value groups to keep; every kept group keeps equally many heads."""
@@ -308,32 +366,30 @@ class _CompensatedCut:
     def _fit_readers(
         self, part: str, new: Any, dtypes: Dtypes, old: Any, batches: list[_Batch], states: Iterable[Tensor]
     ) -> None:
-        """Fit the matrices of a part that read the stream through its norm if channels of the stream were dropped.
+        """Fit the matrices of a part that read the stream through its norm if the stream has fewer channels.
 
         Each is the teacher's matrix behind one linear map from the student's normed state to the teacher's, `states`
         before the norm.
         """
-        if not self._cuts_hidden:
+        if not self._stream:
             return
         norm, readers = READERS[part]
+        theirs, ours = getattr(old, norm), getattr(new, norm)
         pairs = (
-            (batch.held_out, getattr(new, norm)(batch.student), getattr(old, norm)(state))
-            for batch, state in zip(batches, states, strict=True)
+            (batch.held_out, ours(batch.student), theirs(state)) for batch, state in zip(batches, states, strict=True)
         )
-        fitted = self._fit_map(pairs)
+        fitted = self._fit_map(self._stream.decode_weighted(theirs.weight), pairs).double()
         for name in (f"{part}.{reader}.weight" for reader in readers):
             _store(old.get_parameter(name).double() @ fitted, name, new, dtypes)
 
-    def _fit_map(self, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
-        """Return the map [teacher's H, student's H] from the student's states to the teacher's, in float64."""
-        outputs, kept = self._teacher.config.hidden_size, len(self._hidden)
+    def _fit_map(self, present_HK: Tensor, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
+        """Return the map [H, K] from the student's states to the teacher's, drawn towards a present one."""
+        outputs, kept = present_HK.shape
         tokens = SplitTokens(kept, outputs, with_bias=False, device=self._device)
         for held_out, student, teacher in pairs:
             tokens.add(held_out, student, teacher)
         tokens.collect()
-        present = torch.eye(outputs, device=self._device)[:, self._hidden]
-        columns = torch.arange(kept, device=self._device)
-        return _fit_for_all(present, columns, tokens).weight.double()
+        return _fit_for_all(present_HK, torch.arange(kept, device=self._device), tokens).weight
 
 
 def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, tokens: SplitTokens) -> dict[str, Any]:

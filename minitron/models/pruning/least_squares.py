@@ -81,8 +81,8 @@ class Moments:
             RunError: an input or a target is not finite.
         """
         diagonal = torch.cat([block.diagonal(offset=start) for start, _, block in self._list_blocks()])
-        if not (torch.isfinite(diagonal).all() and torch.isfinite(self.cross_CO).all()):
-            raise RunError("activations are not finite: the model overflows, check its validation loss")
+        check_finite(diagonal)
+        check_finite(self.cross_CO)
         regular = ridge * (float(diagonal.mean()) or 1.0)
         gram = self._read_upper(columns)
         gram.diagonal().add_(regular)
@@ -142,10 +142,9 @@ class SplitTokens:
         else:
             self.fitted.add(*batch)
 
-    def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, hidden: Tensor) -> None:
-        """Add what has to be added to the student's state `before` to come to the teacher's state `after`."""
-        weights = compute_token_weights(after)
-        self.add(held_out, inputs, after[..., hidden] - before, weights)
+    def add_change(self, held_out: bool, inputs: Tensor, before: Tensor, after: Tensor, teacher: Tensor) -> None:
+        """Add what has to be added to the student's state `before` to come to `after`, its share of the teacher's."""
+        self.add(held_out, inputs, after - before, compute_token_weights(teacher))
 
     def collect(self) -> None:
         """Give process 0 the tokens of all processes; what the others have then is of no use."""
@@ -165,9 +164,10 @@ class SplitTokens:
 def compute_token_weights(state: Tensor) -> Tensor:
     """Return the weight [B, S, 1] of each token's error, one over the root mean square of its state [B, S, H].
 
-    What follows sees states through a norm, and the few tokens of enormous states must not drown the others.
+    What follows sees states through a norm, and the few tokens of enormous states must not drown the others. The state
+    of a token whose embedding is zero, such as padding's, may be zero.
     """
-    return state.square().mean(dim=-1, keepdim=True).rsqrt()
+    return state.square().mean(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,16 @@ def split_outputs(present_OC: Tensor) -> Iterator[slice]:
 def compute_aim(present_OC: Tensor, moments: Moments, regular: float, columns: Tensor, outputs: slice) -> Tensor:
     """Return the right-hand side [K, outputs] of the normal equations of some columns and outputs of a matrix."""
     return present_OC[outputs, columns].T.double().mul_(regular).add_(moments.cross_CO[columns, outputs])
+
+
+def check_finite(sums: Tensor) -> None:
+    """Refuse sums over tokens whose activations overflow.
+
+    Raises:
+        RunError: one of them is not finite.
+    """
+    if not torch.isfinite(sums).all():
+        raise RunError("activations are not finite: the model overflows, check its validation loss")
 
 
 def complain_of_condition(moments: Moments) -> RunError:

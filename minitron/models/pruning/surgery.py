@@ -105,6 +105,8 @@ class Cut(NamedTuple):
         sequences: calibration sequences that were read.
         fits: of a compensated cut the ridges and relative errors of each kept layer that was refitted.
         drops: the layers that went by their loss, in their order.
+        explained: the share of the teacher's states that the student's stream holds if it has principal components; the
+            plan's hidden channels are only counted then.
     """
 
     plan: Plan
@@ -112,6 +114,7 @@ class Cut(NamedTuple):
     sequences: int
     fits: list[dict[str, Any]]
     drops: list[Drop]
+    explained: float | None = None
 
 
 def choose_plan(importance: Importance, shape: Shape, given: Given | None = None) -> Plan:

@@ -1,0 +1,105 @@
+"""The residual stream of a student with fewer channels: what of the teacher's states it holds.
+
+A teacher's state x is x E in the student, whose state x' tells x' Dᵀ of the teacher's. Either E picks channels, or the
+student's channels are principal components of the teacher's states: of all bases, that one loses least of them.
+The root mean square of a state does not depend on its basis, but a norm's weights do. So they are folded into the
+matrices that read the stream, as in SliceGPT (arXiv 2401.15024). That has a basis per layer, and matrices between them;
+here one serves all layers, and the student stays a plain model of its architecture.
+
+A tied output head is the embedding W, so E has to serve both. The teacher's logits are W (g ⊙ x / ‖x‖), where g are the
+weights of the last norm. With S = diag(√|g|), and components Q of the states x S, E is S Q: the student's embedding W E
+is then its head, too, since W S Q Qᵀ S is about W S² = W diag(|g|). The signs of g are left to the student's last norm:
+no component mixes channels of both. (In SmolLM2 g is negative twice, once for the channel with the largest states.)
+
+B = batch, S = sequence, H = hidden size of the teacher, K = of the student.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import eigh
+
+from minitron.models.processes import add_shares, ask_first, send_to_all
+from minitron.models.pruning.layers import NORM, LayerReader
+from minitron.models.pruning.least_squares import check_finite, compute_token_weights
+
+ROWS = 8192
+"""Rows of an embedding that are computed at once."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The maps between the teacher's states [B, S, H] and the student's [B, S, K].
+
+    Attributes:
+        encode_HK: E.
+        decode_HK: D.
+        explained: the share of the states' energy that the student's channels hold, if they are components.
+    """
+
+    encode_HK: Tensor
+    decode_HK: Tensor
+    explained: float | None = None
+
+    def encode(self, state: Tensor) -> Tensor:
+        """Return what a student holds of the teacher's state [B, S, H]."""
+        return state @ self.encode_HK
+
+    def encode_outputs(self, weight: Tensor) -> Tensor:
+        """Return a matrix [H, C] that writes to the stream, or its bias [H], for the student."""
+        return self.encode_HK.T @ weight
+
+    def encode_embedding(self, embedding: Tensor) -> Tensor:
+        """Return an embedding [V, H] for the student, in its dtype, on the CPU."""
+        encode_HK = self.encode_HK
+        parts = [(part.to(encode_HK) @ encode_HK).to(part.dtype).cpu() for part in embedding.split(ROWS)]
+        return torch.cat(parts)
+
+    def decode_weighted(self, norm_H: Tensor) -> Tensor:
+        """Return the map [H, K] from the student's normed state to the teacher's, which has a norm's weights."""
+        teacher, student = self.decode_HK.shape
+        return norm_H[:, None] * self.decode_HK * (teacher / student) ** 0.5
+
+
+def keep_channels(channels: list[int], hidden_size: int, device: torch.device) -> Stream:
+    """Return the stream of a student that keeps channels of the teacher's."""
+    picked_HK = torch.eye(hidden_size, device=device)[:, channels]
+    return Stream(picked_HK, picked_HK)
+
+
+class StateEnergy:
+    """The sum over a teacher's states of what its principal components are found by, in float64."""
+
+    def __init__(self, teacher: LayerReader, device: torch.device) -> None:
+        """Begin without states."""
+        size = teacher.config.hidden_size
+        self._gram_HH = torch.zeros(size, size, dtype=torch.float64, device=device)
+        norm_H = torch.ones(size, device=device)
+        if teacher.config.tie_word_embeddings:
+            norm_H = teacher.read_tensor(NORM).to(device, torch.float32)
+        self._is_negative_H = norm_H < 0
+        self._scale_H = (norm_H.abs() / norm_H.abs().mean()).sqrt().clamp(min=1e-3)
+
+    def add(self, state: Tensor) -> None:
+        """Add a state [B, S, H]: every token counts alike, however large its state is, as behind a norm.
+
+        Raises:
+            RunError: it is not finite.
+        """
+        scaled = (state * self._scale_H * compute_token_weights(state)).flatten(0, 1)
+        if scaled.device.type == "cpu":  # a GPU is slow at float64
+            scaled = scaled.double()
+        self._gram_HH += scaled.T @ scaled
+        check_finite(self._gram_HH.diagonal())
+
+    def find_components(self, count: int) -> Stream:
+        """Return the stream of a student with so many channels; all processes call this, and process 0 decides."""
+        add_shares([self._gram_HH])
+        belong_together = self._is_negative_H[:, None] == self._is_negative_H
+        energies, vectors = eigh(self._gram_HH * belong_together)  # ascending
+        components_HK = vectors[:, -count:].flip(1).float().contiguous()
+        send_to_all(components_HK, 0)
+        explained = ask_first(lambda: float(energies[-count:].sum() / energies.sum()))
+        scale_H1 = self._scale_H[:, None]
+        return Stream(scale_H1 * components_HK, components_HK / scale_H1, explained)
