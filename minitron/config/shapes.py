@@ -89,8 +89,9 @@ class PruneSettings(EngineSettings):
     method: Literal["minitron", "compensated"] = Field(
         "minitron",
         description="minitron: the weights that are kept stay as they are. compensated: they are refitted to what the "
-        "teacher computes, layer by layer, without training, and MLP channels and heads are chosen by what the others "
-        "cannot replace. Engine hf computes it, whichever engine trains.",
+        "teacher computes, layer by layer, without training. MLP channels and heads are chosen by what the others "
+        "cannot replace, and fewer hidden channels are principal components of the teacher's states. Engine hf "
+        "computes it, whichever engine trains.",
     )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width of the MLP.")

@@ -17,7 +17,6 @@ from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.pruning.surgery import Cut, Shape
 from minitron.stages import prune
-from minitron.storage.layout import IMPORTANCE
 from tests.constants import REPOSITORY
 
 TOLERANCE = 1e-5
@@ -111,7 +110,7 @@ def test_two_processes_cut_what_one_does(cases: Cases, name: str) -> None:
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=0, atol=TOLERANCE)
-    for path in (cases.root / f"{name} on 1" / "scores").iterdir():  # one of each kind is kept, by the same key
+    for path in (cases.root / f"{name} on 1").glob("scores/*"):  # one of each kind is kept, by the same key
         kept = cases.root / f"{name} on 2" / "scores" / path.name
         if path.suffix == ".json":
             orders = [json.loads(either.read_text()) for either in (path, kept)]
@@ -135,8 +134,6 @@ def test_a_result_does_not_depend_on_the_gpus(cases: Cases, tmp_path: Path, monk
         assert found.pop("layer") == expected.pop("layer")
         assert found == {part: pytest.approx(numbers, abs=1e-4) for part, numbers in expected.items()}  # 4 digits
     assert two == one
-    scores = [load_file(output / IMPORTANCE) for output in outputs.values()]
-    assert all(torch.allclose(scores[1][axis], values, rtol=TOLERANCE) for axis, values in scores[0].items())
 
 
 def test_a_process_that_fails_ends_the_others_with_its_message(cases: Cases) -> None:

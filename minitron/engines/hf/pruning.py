@@ -116,8 +116,13 @@ def _count_processes(config: PruneConfig) -> int:
 
 def _needs_calibration(config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given) -> bool:
     """Say whether a cut reads more than the weights."""
-    is_scored = is_chosen_by_scores(shape, Shape.from_config(teacher.config), given)
-    return is_scored or _is_compensated(config, teacher, shape)
+    return _needs_scores(config, teacher, shape, given) or _is_compensated(config, teacher, shape)
+
+
+def _needs_scores(config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given) -> bool:
+    """Say whether scores decide a cut; a compensated one chooses all but layers by itself."""
+    settled = given.keys() | (CHOSEN if config.method == "compensated" else set())
+    return is_chosen_by_scores(shape, Shape.from_config(teacher.config), settled)
 
 
 def _is_compensated(config: PruneConfig, teacher: LayerReader, shape: Shape) -> bool:
@@ -142,7 +147,7 @@ def _measure_importance(
     config: PruneConfig, teacher: LayerReader, shape: Shape, given: Given
 ) -> tuple[Importance | None, int]:
     """Return the scores and the number of sequences they were read on; None and 0 if no axis is chosen by scores."""
-    if not is_chosen_by_scores(shape, Shape.from_config(teacher.config), given):
+    if not _needs_scores(config, teacher, shape, given):
         return None, 0
 
     def measure() -> Importance:

@@ -7,7 +7,7 @@ H = hidden, I = intermediate, A = query heads, G = key-value groups, D = head_di
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,9 +143,10 @@ def choose_plan(importance: Importance, shape: Shape, given: Given | None = None
     )
 
 
-def is_chosen_by_scores(shape: Shape, teacher: Shape, given: Given) -> bool:
-    """Say whether scores decide a cut: on an axis that is not given, less is kept than the teacher has."""
-    return any(getattr(shape, size) < getattr(teacher, size) for axis, size in PRUNED_AXES.items() if axis not in given)
+def is_chosen_by_scores(shape: Shape, teacher: Shape, settled: Collection[str]) -> bool:
+    """Say whether scores decide a cut: on an axis that is not settled, less is kept than the teacher has."""
+    cut = (axis for axis, size in PRUNED_AXES.items() if getattr(shape, size) < getattr(teacher, size))
+    return any(axis not in settled for axis in cut)
 
 
 def list_changed_matrices(student: Path, names: Iterable[str]) -> set[str]:
