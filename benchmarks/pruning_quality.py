@@ -9,10 +9,11 @@ step of distillation. A compensated cut is calibrated on both, so on no token th
 the learning rate is tuned for every student and length by the loss of the first seed. Another seed is another order of
 the sequences. The loss is the mean of the next token's cross-entropy on 16 sequences that no side sees, in nats.
 
-Students: in width `width_minitron` (channels and weights by Minitron), `width_refit` (its channels, refitted),
-`width_obs` (channels by Optimal Brain Surgeon, refitted); in depth `depth_minitron` (layers by block influence),
-`depth_loss` (layers by loss), `depth_seams` (layers by block influence, the seams refitted) and `depth_loss_seams`
-(layers by loss with refitted seams, then all seams refitted).
+Students: with fewer MLP channels `width_minitron` (channels and weights by Minitron), `width_refit` (its channels,
+refitted), `width_obs` (channels by Optimal Brain Surgeon, refitted); with fewer hidden channels `hidden_minitron`,
+`hidden_refit` (its channels, refitted), `hidden_components` (principal components, refitted); in depth
+`depth_minitron` (layers by block influence), `depth_loss` (layers by loss), `depth_seams` (layers by block influence,
+the seams refitted) and `depth_loss_seams` (layers by loss with refitted seams, then all seams refitted).
 """
 
 import argparse
@@ -54,6 +55,9 @@ STUDENTS = (
     "width_minitron",
     "width_refit",
     "width_obs",
+    "hidden_minitron",
+    "hidden_refit",
+    "hidden_components",
     "depth_minitron",
     "depth_loss",
     "depth_seams",
@@ -96,7 +100,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=[24, 98], help="optimizer steps of 1024 tokens")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="peaks of the learning rate, ascending")
-    parser.add_argument("--intermediate-size", type=int, default=1024, help="of the students in width")
+    parser.add_argument("--intermediate-size", type=int, default=1024, help="of the students with fewer MLP channels")
+    parser.add_argument("--hidden-size", type=int, default=432, help="of the students with fewer hidden channels")
     parser.add_argument("--layers", type=int, default=20, help="of the students in depth")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
     return parser.parse_args()
@@ -153,6 +158,7 @@ def cut(teacher: LayerReader, student: str, sequences: Tensor, arguments: argpar
     importance = measure_importance(teacher, calibration, CALIBRATION, 4, torch.float32, device)
     size = {
         "width": {"intermediate_size": arguments.intermediate_size},
+        "hidden": {"hidden_size": arguments.hidden_size},
         "depth": {"num_hidden_layers": arguments.layers},
     }
     shape = replace(Shape.from_config(teacher.config), **size[student.partition("_")[0]])
@@ -169,7 +175,7 @@ def cut(teacher: LayerReader, student: str, sequences: Tensor, arguments: argpar
         if not is_refitted:
             cut_model(teacher, plan, directory)
         else:
-            choose = () if student == "width_refit" else CHOSEN
+            choose = () if student in ("width_refit", "hidden_refit") else CHOSEN
             cut_with_compensation(teacher, plan, shape, sequences, 4, device, directory, choose)
         return load_model(directory, torch.float32)
 
