@@ -313,7 +313,9 @@ def test_activations_that_are_not_numbers_are_refused_with_their_layer(tmp_path:
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[7] = 3e38
     with pytest.raises(RunError, match=r"compensated cut of layer 2: activations are not finite"):
-        compensate(model, CUTS["intermediate"], tmp_path)
+        compensate(model, CUTS["intermediate"], tmp_path / "intermediate")
+    with pytest.raises(RunError, match=r"principal components of layer 2: activations are not finite"):
+        compensate(model, CUTS["hidden"], tmp_path / "hidden")
 
 
 def test_equations_that_have_no_solution_are_refused() -> None:

@@ -36,7 +36,7 @@ from minitron.models.pruning.layers import (
     read_heads,
 )
 from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, expand_groups, fit_columns
-from minitron.models.pruning.stream import StateEnergy, Stream, keep_channels
+from minitron.models.pruning.stream import StateEnergy, Stream, keep_channels, map_rows
 from minitron.models.pruning.surgeon import Surgeon
 from minitron.models.pruning.surgery import DIMENSIONS, Plan, Shape, cut_layer, finish_student
 
@@ -164,7 +164,7 @@ class _CompensatedCut:
                 self._stream = self._find_components(list(self.embed(input_ids, micro_batch_size)))
             else:
                 self._stream = keep_channels(self._plan.hidden, config.hidden_size, self._device)
-            embedding = self._stream.encode_embedding(embedding)
+            embedding = map_rows(embedding, self._stream.encode_HK)
         self._write([(EMBEDDING, embedding)])
 
     def embed(self, input_ids: Tensor, micro_batch_size: int) -> Iterator[_Batch]:
@@ -235,13 +235,16 @@ class _CompensatedCut:
 
     def _find_components(self, batches: list[_Batch]) -> Stream:
         """Find the principal components of the teacher's states before and behind all layers."""
-        energy = StateEnergy(self._teacher, self._device)
-        for layer in tqdm(range(self._teacher.config.num_hidden_layers), desc="principal components"):
+        energy, layers = StateEnergy(self._teacher, self._device), range(self._teacher.config.num_hidden_layers)
+        for layer in tqdm([None, *layers], desc="principal components"):
+            if layer is not None:
+                self.run_teacher(layer, batches)
             for batch in batches:
                 energy.add(batch.teacher)
-            self.run_teacher(layer, batches)
-        for batch in batches:
-            energy.add(batch.teacher)
+            try:
+                energy.check()
+            except RunError as error:
+                raise RunError(f"principal components of layer {(layer or 0) + 1}: {error}") from error
         return energy.find_components(self._shape.hidden_size)
 
     def _load_last_norms(self) -> tuple[Any, Any]:
@@ -254,8 +257,7 @@ class _CompensatedCut:
         """Return the output head [V, K], fitted to the teacher's [V, H]."""
         old, new = self._load_last_norms()
         pairs = ((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
-        fitted = self._fit_map(stream.decode_weighted(old.weight), pairs)
-        return Stream(fitted, fitted).encode_embedding(head)
+        return map_rows(head, self._fit_map(stream.decode_weighted(old.weight), pairs))
 
     def _fit_last_norm(self, stream: Stream, batches: list[_Batch]) -> Tensor:
         """Return the weights [K] of the last norm, fitted to what a tied head has to see of the teacher's state."""
@@ -265,7 +267,7 @@ class _CompensatedCut:
             student, teacher = new(batch.student), old(batch.teacher) @ stream.decode_HK
             sums_2K += torch.stack([student * teacher, student.square()]).double().sum(dim=(1, 2))
         add_shares([sums_2K])
-        return sums_2K[0] / sums_2K[1]
+        return sums_2K[0] / sums_2K[1].clamp(min=torch.finfo(sums_2K.dtype).tiny)
 
     def _encode(self, state: Tensor) -> Tensor:
         """Return what the student's stream holds of the teacher's state [B, S, H]."""

@@ -11,7 +11,7 @@ weights of the last norm. With S = diag(√|g|), and components Q of the states 
 is then its head, too, since W S Q Qᵀ S is about W S² = W diag(|g|). The signs of g are left to the student's last norm:
 no component mixes channels of both. (In SmolLM2 g is negative twice, once for the channel with the largest states.)
 
-B = batch, S = sequence, H = hidden size of the teacher, K = of the student.
+B = batch, S = sequence, H = hidden size of the teacher, K = of the student, V = vocabulary.
 """
 
 from dataclasses import dataclass
@@ -50,12 +50,6 @@ class Stream:
         """Return a matrix [H, C] that writes to the stream, or its bias [H], for the student."""
         return self.encode_HK.T @ weight
 
-    def encode_embedding(self, embedding: Tensor) -> Tensor:
-        """Return an embedding [V, H] for the student, in its dtype, on the CPU."""
-        encode_HK = self.encode_HK
-        parts = [(part.to(encode_HK) @ encode_HK).to(part.dtype).cpu() for part in embedding.split(ROWS)]
-        return torch.cat(parts)
-
     def decode_weighted(self, norm_H: Tensor) -> Tensor:
         """Return the map [H, K] from the student's normed state to the teacher's, which has a norm's weights."""
         teacher, student = self.decode_HK.shape
@@ -66,6 +60,11 @@ def keep_channels(channels: list[int], hidden_size: int, device: torch.device) -
     """Return the stream of a student that keeps channels of the teacher's."""
     picked_HK = torch.eye(hidden_size, device=device)[:, channels]
     return Stream(picked_HK, picked_HK)
+
+
+def map_rows(rows_VH: Tensor, map_HK: Tensor) -> Tensor:
+    """Return the rows of an embedding or an output head for the student, [V, K], in their dtype and on the CPU."""
+    return torch.cat([(part.to(map_HK) @ map_HK).to(part.dtype).cpu() for part in rows_VH.split(ROWS)])
 
 
 class StateEnergy:
@@ -82,15 +81,18 @@ class StateEnergy:
         self._scale_H = (norm_H.abs() / norm_H.abs().mean()).sqrt().clamp(min=1e-3)
 
     def add(self, state: Tensor) -> None:
-        """Add a state [B, S, H]: every token counts alike, however large its state is, as behind a norm.
-
-        Raises:
-            RunError: it is not finite.
-        """
+        """Add a state [B, S, H]: every token counts alike, however large its state is, as behind a norm."""
         scaled = (state * self._scale_H * compute_token_weights(state)).flatten(0, 1)
         if scaled.device.type == "cpu":  # a GPU is slow at float64
             scaled = scaled.double()
         self._gram_HH += scaled.T @ scaled
+
+    def check(self) -> None:
+        """Check that all states so far are finite.
+
+        Raises:
+            RunError: one is not.
+        """
         check_finite(self._gram_HH.diagonal())
 
     def find_components(self, count: int) -> Stream:
