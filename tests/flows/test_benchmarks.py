@@ -29,13 +29,15 @@ def test_cuts_are_compared_at_the_same_size_and_tokens(teacher: Path, tmp_path: 
     """On random tokens, which no student can learn: that every kind of student is measured, before and after."""
     tokens = np.random.default_rng(0).integers(0, 512, (16 + 32 + 2 * 2) * 512)
     np.save(tmp_path / "tokens.npy", tokens.astype(np.uint16))
-    options = ["--seeds", "1", "--steps", "2", "--intermediate-size", "64", "--layers", "3", "--rates", "1e-4"]
+    options = ["--seeds", "1", "--steps", "2", "--rates", "1e-4"]
+    options += ["--intermediate-size", "64", "--hidden-size", "48", "--layers", "3"]
     claims = measure_lines("pruning_quality.py", str(teacher), str(tmp_path / "tokens.npy"), *options)
     by_name = {claim["claim"]: claim for claim in claims}
     students = {"width_minitron", "width_refit", "width_obs"}
+    students |= {"hidden_minitron", "hidden_refit", "hidden_components"}
     students |= {"depth_minitron", "depth_loss", "depth_seams", "depth_loss_seams"}
     assert by_name.keys() == {f"{name}_loss_{moment}_2k_tokens" for name in students for moment in ("before", "after")}
-    for kind in ("width", "depth"):
+    for kind in ("width", "hidden", "depth"):
         same = [claim for name, claim in by_name.items() if name.startswith(kind)]
         assert len({claim["parameters"] for claim in same}) == 1
         assert all(5 < claim["value"] < 8 and len(claim["by_seed"]) == 1 for claim in same)
