@@ -325,10 +325,14 @@ class _CompensatedCut:
         """Choose the channels, and fit down_proj to the teacher's state after the layer."""
         down_proj = new.mlp.down_proj
         tokens = self._begin_fit(down_proj)
-        for batch in batches:
-            channels = read_channels(new, batch.student)
-            aim = self._encode(batch.teacher)
-            tokens.add_change(batch.held_out, channels, batch.student, aim, batch.teacher)
+        for batch in batches:  # no batch's channels have a name: they would stay in memory during the fit
+            tokens.add_change(
+                batch.held_out,
+                read_channels(new, batch.student),
+                batch.student,
+                self._encode(batch.teacher),
+                batch.teacher,
+            )
         tokens.collect()
 
         def choose() -> list[int]:

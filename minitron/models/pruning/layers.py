@@ -34,7 +34,7 @@ from minitron.models.checks import (
 
 NORM = "model.norm.weight"
 
-SHARD_BYTES = 10**9
+SHARD_BYTES = 5 * 10**8
 """A shard is written before it would be larger; a single tensor may be."""
 
 Call = dict[str, Any]

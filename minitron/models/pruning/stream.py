@@ -74,8 +74,8 @@ class StateEnergy:
         """Begin without states."""
         size = teacher.config.hidden_size
         self._gram_HH = torch.zeros(size, size, dtype=torch.float64, device=device)
-        norm_H = torch.ones(size, device=device)
-        if teacher.config.tie_word_embeddings:
+        self._is_tied, norm_H = teacher.config.tie_word_embeddings, torch.ones(size, device=device)
+        if self._is_tied:
             norm_H = teacher.read_tensor(NORM).to(device, torch.float32)
         self._is_negative_H = norm_H < 0
         self._scale_H = (norm_H.abs() / norm_H.abs().mean()).sqrt().clamp(min=1e-3)
@@ -103,5 +103,7 @@ class StateEnergy:
         components_HK = vectors[:, -count:].flip(1).float().contiguous()
         send_to_all(components_HK, 0)
         explained = ask_first(lambda: float(energies[-count:].sum() / energies.sum()))
+        if not self._is_tied:
+            return Stream(components_HK, components_HK, explained)
         scale_H1 = self._scale_H[:, None]
         return Stream(scale_H1 * components_HK, components_HK / scale_H1, explained)
