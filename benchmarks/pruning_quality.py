@@ -175,7 +175,7 @@ def cut(teacher: LayerReader, student: str, sequences: Tensor, arguments: argpar
         if not is_refitted:
             cut_model(teacher, plan, directory)
         else:
-            choose = () if student in ("width_refit", "hidden_refit") else CHOSEN
+            choose = () if student.endswith("_refit") else CHOSEN
             cut_with_compensation(teacher, plan, shape, sequences, 4, device, directory, choose)
         return load_model(directory, torch.float32)
 

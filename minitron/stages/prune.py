@@ -100,13 +100,14 @@ def _describe_pruning(config: PruneConfig, teacher: Any, student: Any, cut: Cut)
         "kept": asdict(cut.plan) | unlisted,
         "fits": cut.fits,
         "drops": [drop._asdict() for drop in cut.drops],
-    } | ({} if cut.explained is None else {"explained_energy": cut.explained})
+        "explained_energy": cut.explained,
+    }
 
 
 def _summarize_pruning(pruning: dict[str, Any]) -> dict[str, float]:
     before, after = pruning["teacher"]["parameters"], pruning["student"]["parameters"]
-    explained = {"explained_energy": round(pruning["explained_energy"], 4)} if "explained_energy" in pruning else {}
-    return explained | {
+    explained = pruning["explained_energy"]
+    return ({} if explained is None else {"explained_energy": round(explained, 4)}) | {
         "parameters_before": before,
         "parameters": after,
         "parameters_ratio": round(after / before, 4),

@@ -17,6 +17,7 @@ from minitron.errors import RunError
 from minitron.models.checkpoint import load_model, save_model
 from minitron.models.pruning.surgery import Cut, Shape
 from minitron.stages import prune
+from minitron.storage.layout import IMPORTANCE
 from tests.constants import REPOSITORY
 
 TOLERANCE = 1e-5
@@ -110,7 +111,9 @@ def test_two_processes_cut_what_one_does(cases: Cases, name: str) -> None:
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=0, atol=TOLERANCE)
-    for path in (cases.root / f"{name} on 1").glob("scores/*"):  # one of each kind is kept, by the same key
+    scores = list((cases.root / f"{name} on 1").glob("scores/*"))  # one of each kind is kept, by the same key
+    assert len(scores) == bool(one.importance) + bool(one.drops)
+    for path in scores:
         kept = cases.root / f"{name} on 2" / "scores" / path.name
         if path.suffix == ".json":
             orders = [json.loads(either.read_text()) for either in (path, kept)]
@@ -119,11 +122,14 @@ def test_two_processes_cut_what_one_does(cases: Cases, name: str) -> None:
         assert kept.is_file()
 
 
-def test_a_result_does_not_depend_on_the_gpus(cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers_by", ["loss", "influence"])
+def test_a_result_does_not_depend_on_the_gpus(
+    layers_by: str, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There are no two GPUs, so that the stage's processes compute on the CPU."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setattr(gpus, "check_gpus", lambda wanted: None)
-    settings = {"method": "compensated", "num_hidden_layers": 7, "layers_by": "loss", "num_key_value_heads": 2}
+    settings = {"method": "compensated", "num_hidden_layers": 7, "layers_by": layers_by, "num_key_value_heads": 2}
     config = cases.configure("width", 1).model_dump() | dict.fromkeys(WIDTH) | settings | {"workspace": None}
     outputs = {0: tmp_path / "one", 2: tmp_path / "two"}
     records = [prune.run(PruneConfig.model_validate(config | {"output": outputs[n], "gpus": n})) for n in outputs]
@@ -134,6 +140,9 @@ def test_a_result_does_not_depend_on_the_gpus(cases: Cases, tmp_path: Path, monk
         assert found.pop("layer") == expected.pop("layer")
         assert found == {part: pytest.approx(numbers, abs=1e-4) for part, numbers in expected.items()}  # 4 digits
     assert two == one
+    if layers_by == "influence":
+        scores = [load_file(output / IMPORTANCE) for output in outputs.values()]
+        assert all(torch.allclose(scores[1][axis], values, rtol=TOLERANCE) for axis, values in scores[0].items())
 
 
 def test_a_process_that_fails_ends_the_others_with_its_message(cases: Cases) -> None:

@@ -145,7 +145,7 @@ def test_directions_that_no_state_has_are_cut_without_loss(architecture: str, ti
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_components_are_closer_than_the_best_of_given_channels(tied: bool, tmp_path: Path) -> None:
+def test_components_are_closer_than_given_channels(tied: bool, tmp_path: Path) -> None:
     model = make_model("llama", tied)
     found = compensate(model, {"hidden_size": 48}, tmp_path / "found")
     given = compensate(model, {"hidden_size": 48}, tmp_path / "given", CHOSEN - {"hidden"})

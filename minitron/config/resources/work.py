@@ -75,8 +75,8 @@ def count_work(plan: Plan, models: Models, tokens: Mapping[str, float]) -> dict[
                 work[stage] = _count_training(settings, length, tokens["validation"], teacher, 0.0)
             case PruneSettings():
                 read = min(settings.calibration_sequences * length, tokens["train"])
-                refit = _REFITTING if settings.method == "compensated" else 0
-                passes = read * (1 + refit) + _count_layer_search(settings, read, models.teacher_sizes.layers)
+                passes = read * _count_passes(settings, models)
+                passes += _count_layer_search(settings, read, models.teacher_sizes.layers)
                 work[stage] = StageWork(passes * teacher, {"importance": teacher}, read)
             case DistillSettings():
                 work[stage] = _count_training(settings, length, tokens["validation"], student, teacher)
@@ -87,6 +87,15 @@ def count_work(plan: Plan, models: Models, tokens: Mapping[str, float]) -> dict[
                 read += settings.generation_tokens * (len(settings.prompts) + _TIMINGS) * _GENERATING
                 work[stage] = StageWork(read * all_models, {"validation": all_models}, read)
     return work
+
+
+def _count_passes(settings: PruneSettings, models: Models) -> int:
+    """Count how often the teacher reads the calibration, or as much is computed, beside a choice of layers by loss."""
+    if settings.method != "compensated":
+        return 1
+    by_influence = models.student_sizes.layers < models.teacher_sizes.layers and settings.layers_by == "influence"
+    has_components = models.student_sizes.hidden < models.teacher_sizes.hidden
+    return _REFITTING + by_influence + has_components
 
 
 def _count_layer_search(settings: PruneSettings, calibration_tokens: float, layers: int) -> float:

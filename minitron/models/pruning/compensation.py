@@ -12,6 +12,7 @@ V = vocabulary.
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from minitron.errors import RunError
 from minitron.models.checks import EMBEDDING, HEAD
-from minitron.models.processes import add_shares, ask_first, get_rank, send_to_all, split_share
+from minitron.models.processes import add_shares, ask_first, get_rank, split_share
 from minitron.models.pruning.calibration import split_calibration
 from minitron.models.pruning.layers import (
     NORM,
@@ -35,10 +36,11 @@ from minitron.models.pruning.layers import (
     read_channels,
     read_heads,
 )
-from minitron.models.pruning.least_squares import Fit, Moments, SplitTokens, expand_groups, fit_columns
+from minitron.models.pruning.least_squares import Moments, SplitTokens, expand_groups
+from minitron.models.pruning.refit import Dtypes, fit_map, fit_output, read_matrix, store_weight
 from minitron.models.pruning.stream import StateEnergy, Stream, keep_channels, map_rows
 from minitron.models.pruning.surgeon import Surgeon
-from minitron.models.pruning.surgery import DIMENSIONS, Plan, Shape, cut_layer, finish_student
+from minitron.models.pruning.surgery import Plan, Shape, cut_layer, finish_student
 
 CHOSEN = {"hidden", "intermediate", "heads", "key_value"}
 """The axes that are chosen by the cut, not by scores, unless they are given."""
@@ -54,9 +56,6 @@ READERS = {
     "mlp": ("post_attention_layernorm", ("gate_proj", "up_proj")),
 }
 """The parts of a layer: their norm, and the matrices that read the stream through it."""
-
-Dtypes = dict[str, torch.dtype]
-"""The stored dtypes of a layer's weights, by the names in it."""
 
 
 class Compensated(NamedTuple):
@@ -125,14 +124,21 @@ def cut_with_compensation(
     for dropped in range(plan.layers[0]):  # no layer before them could make up for them
         cut.run_teacher(dropped, batches)
     for place, (layer, end) in enumerate(tqdm(list(zip(plan.layers, ends, strict=True)), desc="compensated cut")):
-        try:
+        with _naming_layer("compensated cut", layer):
             if cut.is_whole_up_to(place) and layer == end:
                 cut.keep_layer(place, layer, batches)
             else:
                 cut.fit_layer(place, layer, end, batches)
-        except RunError as error:
-            raise RunError(f"compensated cut of layer {layer + 1}: {error}") from error
     return cut.finish(batches)
+
+
+@contextmanager
+def _naming_layer(work: str, layer: int) -> Iterator[None]:
+    """Say in an error what was done, and in which layer."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{work} of layer {layer + 1}: {error}") from error
 
 
 class _CompensatedCut:
@@ -201,7 +207,8 @@ class _CompensatedCut:
     def fit_layer(self, place: int, layer: int, end: int, batches: list[_Batch]) -> None:
         """Fit the student's layer at a place, the teacher's `layer`, to the teacher's states up to that after `end`."""
         old, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
-        new = self._teacher.make_layer(layer, dict(self._encode_layer(old.state_dict())))
+        weights = old.state_dict()
+        new = self._teacher.make_layer(layer, self._stream.encode_layer(weights) if self._stream else weights)
         dtypes = {name: self._teacher.get_dtype(name_weight(layer, name)) for name in new.state_dict()}
         self._fit_readers("self_attn", new, dtypes, old, batches, (batch.teacher for batch in batches))
         middles = [batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call)) for batch in batches]
@@ -222,7 +229,8 @@ class _CompensatedCut:
         """Write what comes after the layers."""
         norm, is_tied = self._teacher.read_tensor(NORM), self._teacher.config.tie_word_embeddings
         if self._stream:
-            norm = (self._fit_last_norm(self._stream, batches) if is_tied else self._make_ones(norm)).to(norm.dtype)
+            fitted = self._fit_last_norm(self._stream, batches) if is_tied else self._stream.make_ones(norm)
+            norm = fitted.to(norm.dtype)
         self._write([(NORM, norm)])
         if not is_tied:
             head = self._teacher.read_tensor(HEAD)
@@ -235,33 +243,29 @@ class _CompensatedCut:
 
     def _find_components(self, batches: list[_Batch]) -> Stream:
         """Find the principal components of the teacher's states before and behind all layers."""
-        energy, layers = StateEnergy(self._teacher, self._device), range(self._teacher.config.num_hidden_layers)
-        for layer in tqdm([None, *layers], desc="principal components"):
-            if layer is not None:
-                self.run_teacher(layer, batches)
-            for batch in batches:
-                energy.add(batch.teacher)
-            try:
-                energy.check()
-            except RunError as error:
-                raise RunError(f"principal components of layer {(layer or 0) + 1}: {error}") from error
+        energy = StateEnergy(self._teacher, self._device)
+        energy.add(batch.teacher for batch in batches)
+        for layer in tqdm(range(self._teacher.config.num_hidden_layers), desc="principal components"):
+            self.run_teacher(layer, batches)
+            with _naming_layer("principal components", layer):
+                energy.add(batch.teacher for batch in batches)
         return energy.find_components(self._shape.hidden_size)
 
-    def _load_last_norms(self) -> tuple[Any, Any]:
+    def _load_last_norms(self, stream: Stream) -> tuple[Any, Any]:
         """Return the teacher's norm before the output head, and the student's, with weights of one."""
         old, new = self._teacher.load_norm(self._device), self._teacher.load_norm(self._device)
-        new.weight.data = self._make_ones(old.weight)
+        new.weight.data = stream.make_ones(old.weight)
         return old, new
 
     def _fit_head(self, stream: Stream, head: Tensor, batches: list[_Batch]) -> Tensor:
         """Return the output head [V, K], fitted to the teacher's [V, H]."""
-        old, new = self._load_last_norms()
+        old, new = self._load_last_norms(stream)
         pairs = ((batch.held_out, new(batch.student), old(batch.teacher)) for batch in batches)
-        return map_rows(head, self._fit_map(stream.decode_weighted(old.weight), pairs))
+        return map_rows(head, fit_map(stream.decode_weighted(old.weight), pairs))
 
     def _fit_last_norm(self, stream: Stream, batches: list[_Batch]) -> Tensor:
         """Return the weights [K] of the last norm, fitted to what a tied head has to see of the teacher's state."""
-        old, new = self._load_last_norms()
+        old, new = self._load_last_norms(stream)
         sums_2K = old.weight.new_zeros(2, self._shape.hidden_size, dtype=torch.float64)
         for batch in batches:
             student, teacher = new(batch.student), old(batch.teacher) @ stream.decode_HK
@@ -272,20 +276,6 @@ class _CompensatedCut:
     def _encode(self, state: Tensor) -> Tensor:
         """Return what the student's stream holds of the teacher's state [B, S, H]."""
         return self._stream.encode(state) if self._stream else state
-
-    def _encode_layer(self, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of a layer on the student's stream; those of matrices that read it are fitted later."""
-        for name, weight in weights.items():
-            axes = DIMENSIONS[name.split(".")[-2]]
-            if self._stream and axes == ("hidden",):
-                weight = self._make_ones(weight)
-            elif self._stream and axes[0] == "hidden":
-                weight = self._stream.encode_outputs(weight)
-            yield name, weight
-
-    def _make_ones(self, norm: Tensor) -> Tensor:
-        """Return the weights of a student's norm, which are folded into the matrices that read it."""
-        return norm.new_ones(self._shape.hidden_size)
 
     def _write_layer(self, place: int, weights: dict[str, Tensor]) -> None:
         """Cut the columns of zeros out of a finished layer, and write it."""
@@ -308,7 +298,7 @@ class _CompensatedCut:
         tokens.collect()
 
         def choose() -> tuple[list[int], list[int]]:
-            tokens.blend(_read_matrix(o_proj), DRIFT)
+            tokens.blend(read_matrix(o_proj), DRIFT)
             heads, groups = self._choose_heads(place, o_proj, size, tokens.fitted)
             return heads.tolist(), groups.tolist()
 
@@ -316,7 +306,7 @@ class _CompensatedCut:
         self._kept["heads"].append(kept)
         self._kept["key_value"].append(groups)
         columns = expand_groups(torch.tensor(kept, device=self._device), size)
-        fit = _fit_output("self_attn.o_proj", new, dtypes, columns, tokens)
+        fit = fit_output("self_attn.o_proj", new, dtypes, columns, tokens)
         for batch, heads in zip(batches, inputs, strict=True):
             batch.student = batch.student + o_proj(heads)
         return fit
@@ -337,12 +327,12 @@ class _CompensatedCut:
 
         def choose() -> list[int]:
             if not is_seam:
-                tokens.blend(_read_matrix(down_proj), DRIFT)
+                tokens.blend(read_matrix(down_proj), DRIFT)
             return self._choose_channels(place, down_proj, tokens.fitted).tolist()
 
         kept = ask_first(choose)
         self._kept["intermediate"].append(kept)
-        return _fit_output("mlp.down_proj", new, dtypes, torch.tensor(kept, device=self._device), tokens)
+        return fit_output("mlp.down_proj", new, dtypes, torch.tensor(kept, device=self._device), tokens)
 
     def _begin_fit(self, module: Linear) -> SplitTokens:
         return SplitTokens(module.in_features, self._shape.hidden_size, module.bias is not None, self._device)
@@ -353,7 +343,7 @@ class _CompensatedCut:
         groups = torch.tensor(self._plan.key_value[place], device=self._device)
         if "heads" not in self._choose or shape.num_attention_heads == config.num_attention_heads:
             return torch.tensor(self._plan.heads[place], device=self._device), groups
-        surgeon = Surgeon(_read_matrix(o_proj), fitted, o_proj.in_features)
+        surgeon = Surgeon(read_matrix(o_proj), fitted, o_proj.in_features)
         per_group = config.num_attention_heads // config.num_key_value_heads
         if "key_value" in self._choose:
             groups = surgeon.drop_groups(per_group * size, shape.num_key_value_heads)
@@ -367,7 +357,7 @@ class _CompensatedCut:
         total, left = down_proj.in_features, self._shape.intermediate_size
         if "intermediate" not in self._choose or left == total:
             return torch.tensor(self._plan.intermediate[place], device=self._device)
-        return Surgeon(_read_matrix(down_proj), fitted, total).drop_channels(left)
+        return Surgeon(read_matrix(down_proj), fitted, total).drop_channels(left)
 
     def _fit_readers(
         self, part: str, new: Any, dtypes: Dtypes, old: Any, batches: list[_Batch], states: Iterable[Tensor]
@@ -384,54 +374,9 @@ class _CompensatedCut:
         pairs = (
             (batch.held_out, ours(batch.student), theirs(state)) for batch, state in zip(batches, states, strict=True)
         )
-        fitted = self._fit_map(self._stream.decode_weighted(theirs.weight), pairs).double()
+        fitted = fit_map(self._stream.decode_weighted(theirs.weight), pairs).double()
         for name in (f"{part}.{reader}.weight" for reader in readers):
-            _store(old.get_parameter(name).double() @ fitted, name, new, dtypes)
-
-    def _fit_map(self, present_HK: Tensor, pairs: Iterable[tuple[bool, Tensor, Tensor]]) -> Tensor:
-        """Return the map [H, K] from the student's states to the teacher's, drawn towards a present one."""
-        outputs, kept = present_HK.shape
-        tokens = SplitTokens(kept, outputs, with_bias=False, device=self._device)
-        for held_out, student, teacher in pairs:
-            tokens.add(held_out, student, teacher)
-        tokens.collect()
-        return _fit_for_all(present_HK, torch.arange(kept, device=self._device), tokens).weight
-
-
-def _fit_output(name: str, new: Any, dtypes: Dtypes, columns: Tensor, tokens: SplitTokens) -> dict[str, Any]:
-    """Fit the columns of a matrix that writes to the stream, and its bias; return the ridge and relative errors."""
-    module = new.get_submodule(name)
-    if has_bias := module.bias is not None:
-        columns = torch.cat([columns, columns.new_tensor([module.in_features])])
-    fit = _fit_for_all(_read_matrix(module), columns, tokens)
-    _store(fit.weight[:, : module.in_features], f"{name}.weight", new, dtypes)
-    if has_bias:
-        _store(fit.weight[:, -1], f"{name}.bias", new, dtypes)
-    return {"ridge": fit.ridge, "error": round(fit.error**0.5, 4), "plain_error": round(fit.plain_error**0.5, 4)}
-
-
-def _fit_for_all(present_OC: Tensor, columns: Tensor, tokens: SplitTokens) -> Fit:
-    """Fit some columns of a matrix in process 0, which has all tokens; the others take its fit."""
-    if get_rank() == 0:
-        fit = fit_columns(present_OC, columns, tokens.fitted, tokens.held_out)
-    else:
-        fit = Fit(torch.empty_like(present_OC), None, 0.0, 0.0)
-    send_to_all(fit.weight, 0)
-    return Fit(fit.weight, *ask_first(lambda: (fit.ridge, fit.error, fit.plain_error)))
-
-
-def _read_matrix(module: Linear) -> Tensor:
-    """Return a matrix, with the bias as its last column if it has one."""
-    weight = module.weight.data
-    return weight if module.bias is None else torch.cat([weight, module.bias.data[:, None]], dim=1)
-
-
-def _store(values: Tensor, name: str, layer: Any, dtypes: Dtypes) -> None:
-    """Give a layer new weights, with the precision that they are stored in: the computation goes on with that.
-
-    Weights that the layer shares with the teacher's stay what they are.
-    """
-    layer.get_parameter(name).data = values.to(dtypes[name]).float()
+            store_weight(old.get_parameter(name).double() @ fitted, name, new, dtypes)
 
 
 def _run_mlp(layer: Any, middle: Tensor) -> Tensor:

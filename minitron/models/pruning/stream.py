@@ -14,6 +14,7 @@ no component mixes channels of both. (In SmolLM2 g is negative twice, once for t
 B = batch, S = sequence, H = hidden size of the teacher, K = of the student, V = vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from torch.linalg import eigh
 from minitron.models.processes import add_shares, ask_first, send_to_all
 from minitron.models.pruning.layers import NORM, LayerReader
 from minitron.models.pruning.least_squares import check_finite, compute_token_weights
+from minitron.models.pruning.surgery import DIMENSIONS
 
 ROWS = 8192
 """Rows of an embedding that are computed at once."""
@@ -46,9 +48,21 @@ class Stream:
         """Return what a student holds of the teacher's state [B, S, H]."""
         return state @ self.encode_HK
 
-    def encode_outputs(self, weight: Tensor) -> Tensor:
-        """Return a matrix [H, C] that writes to the stream, or its bias [H], for the student."""
-        return self.encode_HK.T @ weight
+    def encode_layer(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of a layer, by their names in it, on the student's stream.
+
+        Those of matrices that read the stream are the teacher's: they are fitted later.
+        """
+        return {name: self._encode_weight(DIMENSIONS[name.split(".")[-2]], weight) for name, weight in weights.items()}
+
+    def make_ones(self, norm: Tensor) -> Tensor:
+        """Return the weights of a student's norm: the teacher's are folded into the matrices that read it."""
+        return norm.new_ones(self.encode_HK.shape[1])
+
+    def _encode_weight(self, axes: tuple[str | None, ...], weight: Tensor) -> Tensor:
+        if axes == ("hidden",):
+            return self.make_ones(weight)
+        return self.encode_HK.T @ weight if axes[0] == "hidden" else weight
 
     def decode_weighted(self, norm_H: Tensor) -> Tensor:
         """Return the map [H, K] from the student's normed state to the teacher's, which has a norm's weights."""
@@ -80,19 +94,17 @@ class StateEnergy:
         self._is_negative_H = norm_H < 0
         self._scale_H = (norm_H.abs() / norm_H.abs().mean()).sqrt().clamp(min=1e-3)
 
-    def add(self, state: Tensor) -> None:
-        """Add a state [B, S, H]: every token counts alike, however large its state is, as behind a norm."""
-        scaled = (state * self._scale_H * compute_token_weights(state)).flatten(0, 1)
-        if scaled.device.type == "cpu":  # a GPU is slow at float64
-            scaled = scaled.double()
-        self._gram_HH += scaled.T @ scaled
-
-    def check(self) -> None:
-        """Check that all states so far are finite.
+    def add(self, states: Iterable[Tensor]) -> None:
+        """Add states [B, S, H]: every token counts alike, however large its state is, as behind a norm.
 
         Raises:
-            RunError: one is not.
+            RunError: one of them is not finite.
         """
+        for state in states:
+            scaled = (state * self._scale_H * compute_token_weights(state)).flatten(0, 1)
+            if scaled.device.type == "cpu":  # a GPU is slow at float64
+                scaled = scaled.double()
+            self._gram_HH += scaled.T @ scaled
         check_finite(self._gram_HH.diagonal())
 
     def find_components(self, count: int) -> Stream:
