@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from minitron.errors import ConfigError, RunError
 from minitron.models.checkpoint import load_model
-from minitron.models.pruning import least_squares
+from minitron.models.pruning import compensation, least_squares
 from minitron.models.pruning.calibration import check_calibration
 from minitron.models.pruning.compensation import CHOSEN, cut_with_compensation
+from minitron.models.pruning.layers import LayerReader
 from minitron.models.pruning.least_squares import HeldOutTokens, Moments, fit_columns
 from minitron.models.pruning.surgeon import CHOICE_RIDGE, Surgeon
 from minitron.models.pruning.surgery import Given, Plan, Shape, choose_plan
@@ -181,6 +183,26 @@ def test_the_size_of_the_micro_batches_changes_nothing_but_rounding(tmp_path: Pa
     assert one.plan == other.plan
     for weight, expected in zip(one.student.parameters(), other.student.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_teachers_layer_is_gone_before_the_largest_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sizes of an 8B model it is 0.9 GB, and the fit of the MLP decides how much memory a cut needs."""
+    weights: list[StorageWeakRef] = []
+    load_layer, choose_channels = LayerReader.load_layer, compensation._CompensatedCut._choose_channels
+
+    def load(*arguments: Any) -> Any:
+        layer = load_layer(*arguments)
+        weights.append(StorageWeakRef(layer.mlp.down_proj.weight.untyped_storage()))
+        return layer
+
+    def choose(*arguments: Any) -> torch.Tensor:
+        assert weights
+        assert all(weight.expired() for weight in weights)
+        return choose_channels(*arguments)
+
+    monkeypatch.setattr(LayerReader, "load_layer", load)
+    monkeypatch.setattr(compensation._CompensatedCut, "_choose_channels", choose)
+    assert len(compensate(make_model("llama"), CUTS["all"], tmp_path).fits) > 1
 
 
 # ---- the fit

@@ -207,8 +207,7 @@ class _CompensatedCut:
     def fit_layer(self, place: int, layer: int, end: int, batches: list[_Batch]) -> None:
         """Fit the student's layer at a place, the teacher's `layer`, to the teacher's states up to that after `end`."""
         old, call = self._teacher.load_layer(layer, torch.float32, self._device), self._calls[layer]
-        weights = old.state_dict()
-        new = self._teacher.make_layer(layer, self._stream.encode_layer(weights) if self._stream else weights)
+        new = self._teacher.make_layer(layer, self._encode_layer(old.state_dict()))
         dtypes = {name: self._teacher.get_dtype(name_weight(layer, name)) for name in new.state_dict()}
         self._fit_readers("self_attn", new, dtypes, old, batches, (batch.teacher for batch in batches))
         middles = [batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call)) for batch in batches]
@@ -276,6 +275,10 @@ class _CompensatedCut:
     def _encode(self, state: Tensor) -> Tensor:
         """Return what the student's stream holds of the teacher's state [B, S, H]."""
         return self._stream.encode(state) if self._stream else state
+
+    def _encode_layer(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that a layer of the student begins with, of the teacher's."""
+        return self._stream.encode_layer(weights) if self._stream else weights
 
     def _write_layer(self, place: int, weights: dict[str, Tensor]) -> None:
         """Cut the columns of zeros out of a finished layer, and write it."""
