@@ -1,6 +1,5 @@
 """The course of a training inside NeMo: weighted losses, validations, the best state, checkpoints, progress."""
 
-import ctypes
 import resource
 import shutil
 import time
@@ -26,6 +25,7 @@ from minitron.engines.progress import HISTORY, Start, append_row, write_end
 from minitron.engines.trainer_status import TrainerStatus
 from minitron.models.checks import read_config
 from minitron.models.losses import LossWeights
+from minitron.models.memory import return_freed_memory
 
 LOSS_TERMS = ("kl", "cross_entropy", "intermediate")
 
@@ -264,7 +264,7 @@ class Course(pl.Callback):
         trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
         if self._publishing:
             self._publishing.result()
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed tensors below 32 MB, and the next copy would add to them
+        return_freed_memory()  # the next copy would add to it
 
 
 def _read_peak_gpu_mb() -> float:

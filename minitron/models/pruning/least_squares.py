@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 
 from minitron.errors import RunError
+from minitron.models.memory import return_freed_memory
 from minitron.models.processes import add_shares, count_processes, gather_rows
 
 RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6)
@@ -147,13 +148,17 @@ class SplitTokens:
         self.add(held_out, inputs, after - before, compute_token_weights(teacher))
 
     def collect(self) -> None:
-        """Give process 0 the tokens of all processes; what the others have then is of no use."""
+        """Give process 0 the tokens of all processes; what the others have then is of no use.
+
+        The fit's matrices need the memory that the batches took, hundreds of megabytes.
+        """
         self.fitted.collect()
         if count_processes() > 1:
             none = [self.fitted.cross_CO.new_empty(0, size).float() for size in self.fitted.cross_CO.shape]
             own = zip(none, *self.held_out.batches, strict=True)
             inputs, targets = (gather_rows(torch.cat(rows)) for rows in own)
             self.held_out.batches = list(zip(inputs, targets, strict=True))
+        return_freed_memory()
 
     def blend(self, present_OC: Tensor, share: float) -> None:
         """Move the targets towards what the present matrix gives, which has a column for the bias if it has one."""
