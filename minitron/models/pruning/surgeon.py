@@ -122,7 +122,7 @@ class Surgeon:
             costs = weight.square().sum(dim=1) / inverse.diagonal() - self._pull_C[candidates]
             cheapest = costs.masked_fill(dropped, float("inf")).argmin()[None]
             row = inverse.index_select(0, cheapest) / inverse.diagonal()[cheapest]
-            weight = weight - row.T * weight.index_select(0, cheapest)
-            inverse = inverse - row.T * inverse.index_select(0, cheapest)
+            weight.addmm_(row.T, weight.index_select(0, cheapest), alpha=-1)
+            inverse.addmm_(row.T, inverse.index_select(0, cheapest), alpha=-1)
             dropped[cheapest] = True
         self.drop(candidates[dropped])
