@@ -215,7 +215,7 @@ class _CompensatedCut:
         self._fit_readers("mlp", new, dtypes, old, batches, middles)
         for batch, middle in zip(batches, middles, strict=True):
             batch.teacher = _run_mlp(old, middle)
-        del old, middles  # the fit of the MLP has the largest matrices
+        del old, middles, middle  # the fit of the MLP has the largest matrices
         for dropped in range(layer + 1, end + 1):
             self.run_teacher(dropped, batches)
         fit["down_proj"] = self._fit_mlp(place, new, dtypes, batches, is_seam=layer < end)

@@ -23,7 +23,7 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6)
 BLOCK = 2048
 """Rows of a Gram matrix that are computed at once."""
 
-OUTPUTS = 512
+OUTPUTS = 256
 """Outputs of a matrix that are solved at once."""
 
 
