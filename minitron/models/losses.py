@@ -25,6 +25,10 @@ BLOCK_LOGITS = 1 << 19
 """Logits of a chunk that a CPU computes the loss of at once: they stay in its cache from operation to operation."""
 
 
+WINDOW = 128
+"""Logits whose largest is found at once; the vocabularies of language models are multiples of it."""
+
+
 class LossWeights(NamedTuple):
     """The weights in kl · T² · D(teacher, student) + cross_entropy · CE(labels, student), and what D is.
 
@@ -257,11 +261,25 @@ class _Distribution(NamedTuple):
     def compute_cross_entropy(self, labels_B1: Tensor) -> Tensor:
         return self.log_sum - self.logits.gather(-1, labels_B1)[:, 0]
 
+    def compare_top1(self, tokens_B1: Tensor) -> Tensor:
+        """Return 1.0 where no token is more probable than the given one."""
+        return (self.logits.gather(-1, tokens_B1)[:, 0] == self.logits.amax(-1)).float()
+
 
 def _normalize(logits_BV: Tensor) -> _Distribution:
     """Return the softmax; the largest share is one over the sum of the exponentials of what lies below the maximum."""
     shares_BV = torch.softmax(logits_BV, -1)
     return _Distribution(logits_BV, shares_BV, logits_BV.amax(-1) - shares_BV.amax(-1).log())
+
+
+def _find_top1(logits_BV: Tensor) -> Tensor:
+    """Return the index [B, 1] of each row's largest logit; on a CPU torch.argmax alone takes longer than a softmax."""
+    if logits_BV.is_cuda or logits_BV.shape[-1] % WINDOW:
+        return logits_BV.argmax(-1, keepdim=True)
+    windows = logits_BV.unflatten(-1, (-1, WINDOW))
+    window_B1 = windows.amax(-1).argmax(-1, keepdim=True)
+    largest = windows.gather(1, window_B1[..., None].expand(-1, 1, WINDOW))
+    return window_B1 * WINDOW + largest.argmax(-1)
 
 
 def _compute_block_loss(
@@ -276,7 +294,7 @@ def _compute_block_loss(
     if teacher_BV is not None:
         p = _normalize(teacher_BV.float())
         teacher_cross_entropy_B = p.compute_cross_entropy(labels_B1)
-        agreements_B = (q.logits.gather(-1, p.logits.argmax(-1, keepdim=True))[:, 0] == q.logits.amax(-1)).float()
+        agreements_B = q.compare_top1(_find_top1(p.logits))
         tempered = [each if temperature == 1 else _normalize(each.logits / temperature) for each in (p, q)]
         wants_divergence = wants_gradient and _counts(weights.kl)
         divergence_B, grad_BV = _compute_divergence(tempered[0], tempered[1], beta, wants_divergence)
@@ -304,7 +322,7 @@ def _compute_drawn_block_loss(
     cross_entropy_B = q.compute_cross_entropy(labels_B1)
     log_q_BK = q.logits.gather(1, targets.ids) - q.log_sum[:, None]
     kl_B = -(log_q_BK * targets.weights).sum(-1) - targets.entropy
-    agreements_B = (q.logits.argmax(-1) == targets.top1).float()
+    agreements_B = q.compare_top1(targets.top1[:, None])
     counts_B = (labels_B != IGNORED).float()
     terms = [kl_B, kl_B, cross_entropy_B, -targets.log_probability, agreements_B, torch.ones_like(counts_B)]
     grad_BV = None

@@ -193,6 +193,14 @@ def test_without_a_teacher_it_is_the_cross_entropy() -> None:
     assert terms.kl == terms.teacher_cross_entropy == terms.agreements == 0
 
 
+@pytest.mark.parametrize("vocabulary", [97, 128, 512, 1280])
+def test_the_most_probable_token_is_that_of_argmax(vocabulary: int) -> None:
+    """Each token is the largest of a row; vocabularies that are multiples of 128 are searched in windows."""
+    logits = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0)) - 9
+    logits.diagonal().add_(20)
+    assert torch.equal(losses._find_top1(logits)[:, 0], torch.arange(vocabulary))
+
+
 def test_the_teacher_itself_has_no_loss_and_no_gradient() -> None:
     hidden, head, labels, *_ = tensors(torch.float32)
     terms = linear_loss(hidden, head, labels, LossWeights(1, 0), hidden.detach(), head.detach())
