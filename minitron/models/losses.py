@@ -24,9 +24,8 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 BLOCK_LOGITS = 1 << 19
 """Logits of a chunk that a CPU computes the loss of at once: they stay in its cache from operation to operation."""
 
-
 WINDOW = 128
-"""Logits whose largest is found at once; the vocabularies of language models are multiples of it."""
+"""Logits whose largest is found at once: a divisor of most models' vocabularies; torch.argmax searches the others."""
 
 
 class LossWeights(NamedTuple):

@@ -23,12 +23,13 @@ from tests.constants import REPOSITORY
 TOLERANCE = 1e-5
 
 WIDTH = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-FAILING = "overflow"
+FAILING, FEW = "overflow", "compensated width, two sequences"
 CASES: dict[str, dict[str, Any]] = {
     "width": WIDTH | {"calibration_sequences": 5},
     "fewer sequences than processes": WIDTH | {"calibration_sequences": 1},
     "layers by loss": {"layers_by": "loss", "num_hidden_layers": 5},
     "compensated width": {"method": "compensated"} | WIDTH,
+    FEW: {"method": "compensated", "calibration_sequences": 2, "sequence_length": 256} | WIDTH,
     "compensated depth": {"method": "compensated", "layers_by": "loss", "num_hidden_layers": 5},
     FAILING: {"method": "compensated", "num_hidden_layers": 7},
 }
@@ -64,9 +65,9 @@ class Cases:
         places = {"teacher": teacher, "dataset": self._dataset, "output": directory / "student"}
         return PruneConfig(**values | places | CASES[name], workspace=directory)
 
-    def make(self, name: str) -> dict[str, Any]:
-        """Return the job of two processes."""
-        config = self.configure(name, 2)
+    def make(self, name: str, processes: int = 2) -> dict[str, Any]:
+        """Return the job of several processes."""
+        config = self.configure(name, processes)
         config.output.mkdir(parents=True)
         given = {"layers": [0, 1, 2, 4, 5, 6, 7]} if name == FAILING else {}  # no scores, which would fail first
         return pruning.make_job(config, self._shape(config), given, config.output, config.output.parent)
@@ -120,6 +121,13 @@ def test_two_processes_cut_what_one_does(cases: Cases, name: str) -> None:
             assert orders[0]["losses"].keys() == orders[1]["losses"].keys()
             assert orders[1]["losses"] == pytest.approx(orders[0]["losses"], rel=TOLERANCE)
         assert kept.is_file()
+
+
+def test_a_process_without_a_sequence_joins_a_compensated_cut(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes and two sequences: on eight GPUs, a calibration of seven long sequences would be like this."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    launch("tests.servers.hf_worker", {"job": "prune", "jobs": [cases.make(FEW, 3)]}, cases.root, 3)
+    assert pruning.read_cut(cases.root / f"{FEW} on 3").plan == pruning.read_cut(cases.root / f"{FEW} on 2").plan
 
 
 @pytest.mark.parametrize("layers_by", ["loss", "influence"])

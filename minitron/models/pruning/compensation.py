@@ -213,9 +213,8 @@ class _CompensatedCut:
         middles = [batch.teacher + old.self_attn.o_proj(read_heads(old, batch.teacher, call)) for batch in batches]
         fit = {"layer": layer, "o_proj": self._fit_attention(place, new, dtypes, call, batches, middles)}
         self._fit_readers("mlp", new, dtypes, old, batches, middles)
-        for batch, middle in zip(batches, middles, strict=True):
-            batch.teacher = _run_mlp(old, middle)
-        del old, middles, middle  # the fit of the MLP has the largest matrices
+        _go_behind_mlp(old, batches, middles)
+        del old, middles  # the fit of the MLP has the largest matrices
         for dropped in range(layer + 1, end + 1):
             self.run_teacher(dropped, batches)
         fit["down_proj"] = self._fit_mlp(place, new, dtypes, batches, is_seam=layer < end)
@@ -380,6 +379,12 @@ class _CompensatedCut:
         fitted = fit_map(self._stream.decode_weighted(theirs.weight), pairs).double()
         for name in (f"{part}.{reader}.weight" for reader in readers):
             store_weight(old.get_parameter(name).double() @ fitted, name, new, dtypes)
+
+
+def _go_behind_mlp(layer: Any, batches: list[_Batch], middles: list[Tensor]) -> None:
+    """Take the teacher from its states after the attention to those after the layer; a process may have no batch."""
+    for batch, middle in zip(batches, middles, strict=True):
+        batch.teacher = _run_mlp(layer, middle)
 
 
 def _run_mlp(layer: Any, middle: Tensor) -> Tensor:
