@@ -35,11 +35,15 @@ print(*signals)
 
 @contextmanager
 def running(directory: Path, *, nohup: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """Run both processes, in a session of their own, as a terminal has them."""
-    ignore = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
+    """Run both processes, in a session of their own, as a terminal has them, even if the tests run without one."""
+
+    def set_signals() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, str(directory)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=ignore,
+        stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=set_signals,
     )  # fmt: skip
     try:
         wait_until(lambda: (directory / "stage").exists())
