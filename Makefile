@@ -11,7 +11,7 @@ ROOMS := tests --ignore=tests/flows --ignore=tests/deploy --ignore=tests/faults
 # Torch's threads wait without spinning: else anything else on a core makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-flows test-all test-faults test-nemo test-images test-nightly manifests lint compile docs bench clean
+.PHONY: help setup demo test test-flows test-all test-faults test-nemo test-images test-oldest test-nightly manifests lint compile docs bench clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -39,8 +39,9 @@ test-all: setup ## run both, with the limit of coverage: about eleven minutes
 test-faults: setup ## kill the pipeline wherever it writes, start it again, and compare: about four minutes
 	$(PYTEST) tests/faults
 
-test-nightly: ## run what takes long and seldom breaks: the last NeMo that has language models, the images from nothing
+test-nightly: ## run what takes long and seldom breaks: other releases of NeMo and torch, the images from nothing
 	$(MAKE) test-nemo NEMO="nemo_toolkit==2.7.3 megatron-core==0.15.3"
+	$(MAKE) test-oldest
 	$(MAKE) test-images
 
 test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environment of their own: fifteen minutes
@@ -52,6 +53,11 @@ test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environ
 	.venv-nemo/bin/pip install --quiet --no-deps --requirement constraints-nemo.txt
 	.venv-nemo/bin/pip install --quiet --no-deps --editable .
 	touch $@
+
+test-oldest: ## run the tests of engine hf with the oldest torch and transformers, in an environment of their own: nine minutes
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	.venv-oldest/bin/pytest -n 2 tests/engines tests/models
 
 test-images: setup ## build the images and run the pipeline in them; needs root and Debian, twelve minutes
 	which podman buildah runc debootstrap > /dev/null || { apt-get update --quiet && \
@@ -90,4 +96,4 @@ bench: setup ## run the measurements, one JSON line each
 	$(BIN)/python benchmarks/trainer_overhead.py
 
 clean: ## delete the environments and the runs
-	rm -rf .venv .venv-nemo runs
+	rm -rf .venv .venv-nemo .venv-oldest runs

@@ -6,13 +6,13 @@ Run it: `python benchmarks/kd_step.py` (`make bench`), on a GPU `python benchmar
 with a cross-entropy beside the KL; `…_tempered…`, `…_reverse…`, `…_jensen_shannon…`: at temperature 2, and of other
 divergences. `kd_loss_over_checkpointed`: over the same chunks, recomputed in the backward pass
 by torch.utils.checkpoint; `kd_loss_over_trl`, `kd_loss_over_nemo_automodel`: over the KL of those packages and the
-logits that it needs, if they are installed. `kd_loss_memory_over_naive_N` (on a CPU): growth of the process's peak
-memory over that of the KL of whole logits of N tokens, each in a process of its own. `kd_step_over_floor`: teacher
-forward, student forward and backward, over the same two models without a loss, plus those four products. `kd_step_mfu`
-(on a GPU): the floating-point operations of the step's matrix products over what the GPU could do in its time; nothing
-that is computed twice counts twice. The optimizer's step is in none of them. The models are random. What is compared
-runs in turn in one process; the values are medians. `baseline` is this device's value in baselines.json, which `--keep`
-writes.
+logits that it needs, if they are installed; `kd_loss_over_liger_kernel` (on a GPU): over Liger's fused KL.
+`kd_loss_memory_over_naive_N` (on a CPU): growth of the process's peak memory over that of the KL of whole logits of N
+tokens, each in a process of its own. `kd_step_over_floor`: teacher forward, student forward and backward, over the same
+two models without a loss, plus those four products. `kd_step_mfu` (on a GPU): the floating-point operations of the
+step's matrix products over what the GPU could do in its time; nothing that is computed twice counts twice. The
+optimizer's step is in none of them. The models are random. What is compared runs in turn in one process; the values are
+medians. `baseline` is this device's value in baselines.json, which `--keep` writes.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from minitron.config.resources.gpus import find_peak_speed
 from minitron.engines.hf import autocast_on_gpu, compile_layers, get_compute_dtype, get_device
 from minitron.models.losses import LossWeights, linear_loss
+from minitron.models.memory import keep_freed_memory
 from minitron.models.scoring import compute_hidden_states, get_output_head
 
 BASELINES = Path(__file__).with_name("baselines.json")
@@ -128,22 +129,39 @@ def compute_checkpointed_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor
     return torch.stack(sums).sum()
 
 
-def compute_trl_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def compute_trl_kl(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor
+) -> Tensor:
     """Return TRL's KL of whole logits [N, V]."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
     return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], labels[None], beta=0.0, reduction="sum")
 
 
-def compute_automodel_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def compute_automodel_kl(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor
+) -> Tensor:
     """Return NeMo AutoModel's KL of whole logits [N, V]."""
     from nemo_automodel.components.loss.kd_loss import KDLoss
 
-    return KDLoss()(student, teacher, labels, num_batch_labels=1)
+    return KDLoss()(hidden @ head.T, teacher_hidden @ teacher_head.T, labels, num_batch_labels=1)
+
+
+def compute_liger_kl(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor
+) -> Tensor:
+    """Return Liger's KL, the mean over the tokens, which computes the logits in chunks."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    return LigerFusedLinearJSD(jsd_beta=0.0)(hidden, head, teacher_hidden, teacher_head, labels)
 
 
 PEERS = {"trl": compute_trl_kl, "nemo_automodel": compute_automodel_kl}
 """Losses of other packages by module; each is measured if it is installed."""
+
+GPU_PEERS = {"liger_kernel": compute_liger_kl}
+"""Those whose kernels need a GPU."""
 
 
 def measure_growth(loss: str, tokens: int) -> float:
@@ -178,6 +196,8 @@ class _Bench:
 
     def __init__(self, sizes: dict[str, Any], device: torch.device) -> None:
         self._device, self._sizes = device, sizes
+        if device.type == "cpu":
+            keep_freed_memory()  # as a training does
         self._teacher = self._make_model(sizes["teacher"], get_compute_dtype()).eval().requires_grad_(False)
         self._student = self._make_model(sizes["student"], torch.float32).train()
         for model in (self._teacher, self._student):
@@ -203,15 +223,15 @@ class _Bench:
             hidden.grad = head.grad = None
             compute_checkpointed_kl(hidden, head, *teacher).backward()
 
-        def run_peer(compute_kl: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        def run_peer(compute_kl: Callable[..., Tensor]) -> None:
             hidden.grad = head.grad = None
-            student, guide = hidden @ head.to(hidden.dtype).T, teacher[0] @ teacher[1].T
-            compute_kl(student, guide, self._labels).backward()
+            compute_kl(hidden, head.to(hidden.dtype), *teacher, self._labels).backward()
 
-        peers = [name for name in PEERS if importlib.util.find_spec(name)]
+        known = PEERS | (GPU_PEERS if self._device.type == "cuda" else {})
+        peers = {name: compute_kl for name, compute_kl in known.items() if importlib.util.find_spec(name)}
         functions: list[Callable[[], None]] = [checkpoint_loss, self._multiply]
         functions += [functools.partial(compute_loss, weights) for weights, _ in LOSSES.values()]
-        functions += [functools.partial(run_peer, PEERS[name]) for name in peers]
+        functions += [functools.partial(run_peer, compute_kl) for compute_kl in peers.values()]
         checkpointed, products, *others = self._time(functions, runs)
         losses, of_peers = others[: len(LOSSES)], others[len(LOSSES) :]
         loss = losses[0]

@@ -1,5 +1,5 @@
 # The image of the tasks that only move files and call servers: no torch, no CUDA. Build it in the repository's root:
-#   docker build -f images/tools.Dockerfile --build-arg VERSION=0.10.0 -t minitron-pipelines/tools:0.10.0 .
+#   docker build -f images/tools.Dockerfile --build-arg VERSION=0.11.0 -t minitron-pipelines/tools:0.11.0 .
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 USER 0

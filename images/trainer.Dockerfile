@@ -1,5 +1,5 @@
 # The image of every task but register: NVIDIA's NeMo image and this package. Build it in the repository's root:
-#   docker build -f images/trainer.Dockerfile --build-arg VERSION=0.10.0 -t minitron-pipelines/trainer:0.10.0 .
+#   docker build -f images/trainer.Dockerfile --build-arg VERSION=0.11.0 -t minitron-pipelines/trainer:0.11.0 .
 # The base can be pinned by its digest: --build-arg BASE_IMAGE=nvcr.io/nvidia/nemo@sha256:…
 ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE_IMAGE}

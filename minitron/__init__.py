@@ -1,6 +1,6 @@
 """Compress a large language model: prepare → finetune → prune → distill → evaluate → register."""
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 
 METHOD_VERSION = "0.1.0"
 """Part of every result's key, unlike the version. It changes when the same inputs and settings give another result."""

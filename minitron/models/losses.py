@@ -18,7 +18,7 @@ from torch import Tensor
 from minitron.config.settings import DistillSettings, TrainingSettings, read_weight
 from minitron.data.packed import IGNORED
 
-CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens per chunk: enough for an efficient matrix product, few enough that C x V floats need little memory."""
 
 BLOCK_LOGITS = 1 << 19
@@ -126,7 +126,8 @@ def linear_loss(
     # rows of zeros give the head no gradient, and get none, whatever that of their logits is
     hidden = hidden.masked_fill((labels == IGNORED)[:, None], 0)
     teacher = (teacher_hidden, teacher_head, targets)
-    return LossTerms(*_LinearLoss.apply(hidden, head, labels, weights, *teacher, wants_gradient))
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round sums over tokens and words to bf16
+        return LossTerms(*_LinearLoss.apply(hidden, head, labels, weights, *teacher, wants_gradient))
 
 
 def sum_cosine_distances(pairs: list[tuple[Tensor, Tensor]], labels: Tensor) -> Tensor:
@@ -156,14 +157,15 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         w_head = head.to(hidden.dtype)  # under mixed precision the head is kept in fp32
         sums = torch.zeros(6, dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_gradient else None
+        grad_hidden = torch.zeros_like(hidden) if wants_gradient else None
         grad_head = torch.zeros_like(head) if wants_gradient and head.requires_grad else None
-        step = min(CHUNK_TOKENS.get(hidden.device.type, 256), len(hidden))
+        step = min(CHUNK_TOKENS.get(hidden.device.type, 512), len(hidden))
         block = max(BLOCK_LOGITS // len(head), 1) if hidden.device.type == "cpu" else step
         compute_loss = _compute_block_loss if targets is None else _compute_drawn_block_loss
         factors = weights
         if wants_gradient and hidden.is_cuda and can_compile():  # a short evaluation is not worth the compilation
             compute_loss, factors = _compile(compute_loss), _as_tensors(weights, hidden.device)
+        compute_loss = functools.partial(compute_loss, factors, wants_gradient)
         # all chunks use the same memory: on a CPU the system takes longer to give new memory than to fill it
         buffers = [part.new_empty(step, len(head)) for part in (hidden, teacher_hidden) if part is not None]
         for start in range(0, len(hidden), step):
@@ -172,16 +174,11 @@ class _LinearLoss(torch.autograd.Function):
             teacher = [] if targets is None else [part[chunk] for part in targets]
             if teacher_hidden is not None and teacher_head is not None:
                 teacher = [_multiply(teacher_hidden[chunk], teacher_head, buffers[1])]
-            for first in range(0, len(logits_CV), block):
-                rows = slice(first, first + block)
-                parts = (part[rows] for part in (logits_CV, labels[chunk], *teacher))
-                terms, grad_BV = compute_loss(factors, wants_gradient, *parts)
-                sums += terms
-                if grad_BV is not None:
-                    logits_CV[rows] = grad_BV
-            if grad_hidden is not None:
-                torch.mm(logits_CV, w_head, out=grad_hidden[chunk])
-                _accumulate_head_gradient(grad_head, logits_CV, hidden[chunk])
+            terms, grad_CV = _compute_chunk_loss(compute_loss, block, logits_CV, labels[chunk], *teacher)
+            sums += terms
+            if grad_hidden is not None and grad_CV is not None:  # without a weight there is no gradient
+                torch.mm(grad_CV, w_head, out=grad_hidden[chunk])
+                _accumulate_head_gradient(grad_head, grad_CV, hidden[chunk])
         ctx.save_for_backward(grad_hidden, grad_head)
         divergence, *others = sums.unbind()
         loss = weights.kl * weights.temperature**2 * divergence + weights.cross_entropy * others[1]
@@ -199,12 +196,30 @@ class _LinearLoss(torch.autograd.Function):
         )
 
 
+def _compute_chunk_loss(
+    compute_loss: Callable[..., tuple[Tensor, Tensor | None]], block: int, logits_CV: Tensor, *parts: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sums of a chunk and its gradient, which overwrites the logits where a chunk has several blocks."""
+    if block >= len(logits_CV):
+        return compute_loss(logits_CV, *parts)
+    sums, grad_CV = torch.zeros(6, device=logits_CV.device), None
+    for first in range(0, len(logits_CV), block):
+        rows = slice(first, first + block)
+        terms, grad_BV = compute_loss(logits_CV[rows], *(part[rows] for part in parts))
+        sums += terms
+        if grad_BV is not None:
+            logits_CV[rows], grad_CV = grad_BV, logits_CV
+    return sums, grad_CV
+
+
 def _accumulate_head_gradient(grad_head: Tensor | None, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """Add the chunk's gradient of the head, in the head's own precision."""
+    """Add the chunk's gradient of the head, in the head's own precision: a GPU never rounds it to bf16."""
     if grad_head is None:
         return
     if grad_head.dtype == hidden_CH.dtype:
         grad_head.addmm_(grad_CV.T, hidden_CH)
+    elif hidden_CH.is_cuda:
+        torch.addmm(grad_head, grad_CV.T, hidden_CH, out_dtype=grad_head.dtype, out=grad_head)
     else:
         grad_head.add_(grad_CV.T @ hidden_CH)
 
@@ -244,17 +259,17 @@ def _counts(weight: float | Tensor) -> bool:
 
 
 class _Distribution(NamedTuple):
-    """A softmax: the logits [B, V], their shares [B, V], and the logarithm of the sum of their exponentials [B].
+    """A softmax: the logits [B, V], their shares [B, V], their maximum [B], and the logarithm of the sum of exp [B].
 
     log(shares) is logits - log_sum: no second exponential or logarithm of every logit is needed.
     """
 
     logits: Tensor
     shares: Tensor
+    maximum: Tensor
     log_sum: Tensor
 
-    @property
-    def logarithms(self) -> Tensor:
+    def compute_logarithms(self) -> Tensor:
         return self.logits - self.log_sum[:, None]
 
     def compute_cross_entropy(self, labels_B1: Tensor) -> Tensor:
@@ -262,13 +277,17 @@ class _Distribution(NamedTuple):
 
     def compare_top1(self, tokens_B1: Tensor) -> Tensor:
         """Return 1.0 where no token is more probable than the given one."""
-        return (self.logits.gather(-1, tokens_B1)[:, 0] == self.logits.amax(-1)).float()
+        return (self.logits.gather(-1, tokens_B1)[:, 0] == self.maximum).float()
 
 
-def _normalize(logits_BV: Tensor) -> _Distribution:
+def _normalize(logits_BV: Tensor, top1_B1: Tensor | None = None) -> _Distribution:
     """Return the softmax; the largest share is one over the sum of the exponentials of what lies below the maximum."""
     shares_BV = torch.softmax(logits_BV, -1)
-    return _Distribution(logits_BV, shares_BV, logits_BV.amax(-1) - shares_BV.amax(-1).log())
+    if top1_B1 is None:
+        maximum_B, share_B = logits_BV.amax(-1), shares_BV.amax(-1)
+    else:
+        maximum_B, share_B = (each.gather(-1, top1_B1)[:, 0] for each in (logits_BV, shares_BV))
+    return _Distribution(logits_BV, shares_BV, maximum_B, maximum_B - share_B.log())
 
 
 def _find_top1(logits_BV: Tensor) -> Tensor:
@@ -291,9 +310,11 @@ def _compute_block_loss(
     divergence_B = kl_B = teacher_cross_entropy_B = agreements_B = torch.zeros_like(cross_entropy_B)
     grad_BV = None
     if teacher_BV is not None:
-        p = _normalize(teacher_BV.float())
+        teacher_BV = teacher_BV.float()
+        top1_B1 = _find_top1(teacher_BV)
+        p = _normalize(teacher_BV, top1_B1)
         teacher_cross_entropy_B = p.compute_cross_entropy(labels_B1)
-        agreements_B = q.compare_top1(_find_top1(p.logits))
+        agreements_B = q.compare_top1(top1_B1)
         tempered = [each if temperature == 1 else _normalize(each.logits / temperature) for each in (p, q)]
         wants_divergence = wants_gradient and _counts(weights.kl)
         divergence_B, grad_BV = _compute_divergence(tempered[0], tempered[1], beta, wants_divergence)
@@ -306,7 +327,7 @@ def _compute_block_loss(
         grad_BV = likelihood_BV if grad_BV is None else grad_BV.add_(likelihood_BV)
     counts_B = (labels_B != IGNORED).float()
     terms = [divergence_B, kl_B, cross_entropy_B, teacher_cross_entropy_B, agreements_B, torch.ones_like(counts_B)]
-    return torch.stack(terms) @ counts_B, grad_BV
+    return torch.stack(terms) @ counts_B, None if grad_BV is None else grad_BV.to(logits_BV.dtype)
 
 
 def _compute_drawn_block_loss(
@@ -330,7 +351,7 @@ def _compute_drawn_block_loss(
         _scale(grad_BV, weights.kl + weights.cross_entropy)
         grad_BV.scatter_add_(1, targets.ids, targets.weights * -weights.kl)
         grad_BV.scatter_add_(1, labels_B1, torch.zeros_like(cross_entropy_B)[:, None] - weights.cross_entropy)
-    return torch.stack(terms) @ counts_B, grad_BV
+    return torch.stack(terms) @ counts_B, None if grad_BV is None else grad_BV.to(logits_BV.dtype)
 
 
 def _compute_divergence(
@@ -345,15 +366,15 @@ def _compute_divergence(
     if beta == 0:
         divergence_B = torch.linalg.vecdot(p.shares, p.logits - q.logits) - p.log_sum + q.log_sum
         return divergence_B, q.shares - p.shares if wants_gradient else None
-    factor, log_m_BV = 1.0, p.logarithms
+    factor, log_m_BV = 1.0, p.compute_logarithms()
     if beta < 1:
         mixture_BV = torch.lerp(q.shares, p.shares, beta)
         factor, log_m_BV = 1 - beta, mixture_BV.clamp_(min=torch.finfo(mixture_BV.dtype).tiny).log_()
-    ratio_BV = q.logarithms.sub_(log_m_BV)
+    ratio_BV = q.compute_logarithms().sub_(log_m_BV)
     reverse_B = torch.linalg.vecdot(q.shares, ratio_BV)
     divergence_B = factor * reverse_B
     if beta < 1:
-        divergence_B = divergence_B + beta * torch.linalg.vecdot(p.shares, p.logarithms.sub_(log_m_BV))
+        divergence_B = divergence_B + beta * torch.linalg.vecdot(p.shares, p.compute_logarithms().sub_(log_m_BV))
     grad_BV = ratio_BV.sub_(reverse_B[:, None]).mul_(q.shares) if wants_gradient else None
     _scale(grad_BV, factor)
     return divergence_B, grad_BV

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_distributions_without_a_common_word_have_finite_gradients(weights: Loss
     assert terms.isfinite().all() and gradient is not None and gradient.isfinite().all()
 
 
+def test_mixed_precision_rounds_no_sum() -> None:
+    """Validations run in it, and choose the best state by sums over thousands of tokens."""
+    hidden, head, labels, *teacher = tensors(torch.float32)
+    expected = linear_loss(hidden, head, labels, LossWeights(1, 1), *teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_loss(hidden, head, labels, LossWeights(1, 1), *teacher) == expected
+
+
+def test_a_loss_without_weights_has_no_gradient() -> None:
+    hidden, head, labels, *teacher = tensors(torch.float32)
+    linear_loss(hidden, head, labels, LossWeights(0, 0), *teacher).loss.backward()
+    assert hidden.grad is not None and not hidden.grad.any() and head.grad is not None and not head.grad.any()
+
+
 def test_labels_that_are_all_ignored_give_no_loss_and_no_gradient() -> None:
     hidden, head, labels, *teacher = tensors(torch.float32)
     terms = linear_loss(hidden, head, torch.full_like(labels, IGNORED), LossWeights(1, 1), *teacher)
@@ -138,31 +153,34 @@ def test_a_schedule_of_the_weights_is_compiled_once() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels that torch.compile makes are not tested")
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
-def test_compiled_kernels_equal_plain_pytorch(
-    dtype: torch.dtype, tolerance: float, weights: LossWeights, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_kernels_are_as_exact_as_plain_pytorch(
+    dtype: torch.dtype, weights: LossWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 the head is kept in fp32, as mixed precision does; the reference reads the rounded hidden states.
+    """In bf16 the products round logits of size 5 by up to 0.4 %, with and without kernels: gradients differ by 1.5 %.
 
-    The products round logits of size 5 to bf16, by up to 0.4 %: without kernels, too, the gradients differ by 0.7 %.
+    The head is kept in fp32, as mixed precision does; the reference reads the rounded hidden states.
     """
     monkeypatch.setitem(losses.CHUNK_TOKENS, "cuda", 128)  # three chunks, the last one shorter
     hidden, head, labels, teacher_hidden, teacher_head = (tensor.detach().cuda() for tensor in tensors(torch.float32))
     labels = ignore_some(labels.cpu()).cuda()
     half = [tensor.to(dtype) for tensor in (hidden, teacher_hidden, teacher_head)]
     inputs = (half[0].requires_grad_(), head.requires_grad_(), labels, half[1], half[2])
-    expected_inputs = tuple(
-        tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs
-    )
-    expected = plain_loss(expected_inputs, weights).loss
-    expected.backward()
+
+    def compute(compute_loss: Any, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs[:2]]
+        loss = compute_loss((*leaves, *inputs[2:])).loss
+        loss.backward()
+        return [tensor.double() for tensor in (loss, *(leaf.grad for leaf in leaves))]
+
+    doubles = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
+    expected = compute(lambda tensors: plain_loss(tensors, weights), doubles)
     assert losses.can_compile()
-    terms = linear_loss(*inputs[:3], weights, *inputs[3:])
-    terms.loss.backward()
-    for actual, wanted in (
-        (terms.loss, expected), (inputs[0].grad, expected_inputs[0].grad), (head.grad, expected_inputs[1].grad)
-    ):  # fmt: skip
-        assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+    compiled = compute(lambda tensors: linear_loss(*tensors[:3], weights, *tensors[3:]), inputs)
+    monkeypatch.setattr(losses, "can_compile", lambda: False)
+    plain = compute(lambda tensors: linear_loss(*tensors[:3], weights, *tensors[3:]), inputs)
+    for wanted, ours, simple in zip(expected, compiled, plain, strict=True):
+        assert (ours - wanted).norm() <= 1.1 * (simple - wanted).norm() + 1e-5 * wanted.norm()
 
 
 def test_cosine_distances_are_means_over_the_pairs_and_sums_over_the_tokens_that_count() -> None:
@@ -231,7 +249,7 @@ def test_nothing_is_kept_for_a_gradient_that_is_not_wanted() -> None:
 
 
 def test_peak_memory_is_a_few_chunks_of_logits() -> None:
-    """2048 tokens x 32768 words: an fp32 logits tensor is 256 MB, a naive KL holds four; our chunks are 32 MB.
+    """2048 tokens x 32768 words: an fp32 logits tensor is 256 MB, a naive KL holds four; our chunks are 64 MB.
 
     In a process of its own, whose peak is its own: getrusage would count that of the process that started it, too. It
     gives every freed block back, whose reuse the C library otherwise leaves to chance.

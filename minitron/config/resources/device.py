@@ -5,7 +5,7 @@ layers: grouped queries, rotary embedding, flash attention (which keeps no S x S
 Logits are those of a chunk, since the loss is fused with the head (models/losses.py).
 
 tests/config/test_memory.py compares the sums with a real training on a CPU, and with the peaks that were measured on an
-H100. The sums of engine nemo and of several GPUs have not been compared with a measurement yet.
+H100 and an H200. The sums of engine nemo and of several GPUs have not been compared with a measurement yet.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from minitron.config.shapes import PruneSettings
 CUDA = 2 * GIB
 """On every GPU: CUDA's context and libraries, and gaps between the allocator's blocks."""
 
-CHUNK = {False: 256, True: 2048}
+CHUNK = {False: 512, True: 2048}
 """Tokens of a chunk of the fused loss, without and with a GPU: models/losses.py."""
 
 _CHUNK_BYTES = {False: 2 * FP32, True: 3 * FP32}

@@ -53,7 +53,7 @@ CPU = "cpu"
 CPU_SPEED = 0.1e12
 """Operations per second in fp32 that two CPU cores reach in the tutorial's run of SmolLM2-135M (docs/tutorial.md)."""
 
-_MEASURED = "measured on one H100: docs/explanation/engines.md"
+_MEASURED = "measured on one H100 and one H200: docs/explanation/engines.md"
 _PUBLISHED = "the best published for distillation with NVIDIA's tools: Model-Optimizer, pull request 861"
 _ASSUMED = "assumed for a model that only reads, not measured"
 

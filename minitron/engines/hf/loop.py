@@ -40,6 +40,7 @@ from minitron.models.losses import (
     linear_loss,
     sum_cosine_distances,
 )
+from minitron.models.memory import keep_freed_memory
 from minitron.models.processes import count_processes, get_rank
 from minitron.models.pruning.surgery import list_changed_matrices
 from minitron.models.scoring import compute_hidden_states, get_output_head
@@ -77,6 +78,8 @@ def train(
         SystemExit: SIGTERM came; the state after the last step is saved.
     """
     set_seed(config.seed)
+    if get_device().type == "cpu":
+        keep_freed_memory()
     training = _Training(config, initial, teacher, work, start, report)
     with _deferring_sigterm(may_save) as arrived:
         with training.writer:
@@ -207,8 +210,8 @@ class _Training:
 
     def _take_step(self, step: int) -> dict[str, Any]:
         """Return the step's row of the history."""
-        config, processes = self._config, self._processes
-        torch.manual_seed(config.seed + step * processes + self._rank)  # so that a dropout needs no saved state
+        config = self._config
+        torch.manual_seed(config.seed + step * self._processes + self._rank)  # so that a dropout needs no saved state
         rate = config.learning_rate * self._get_rate_factor(step - 1)
         sums = torch.zeros(1 + len(TERMS), device=self._device)  # loss, terms
         weights, batches = compute_loss_weights(config, step), list(self._read_batches(step))
@@ -218,7 +221,7 @@ class _Training:
             self._stop_if_asked()
             loss, terms = self._compute_loss({name: value.to(self._device) for name, value in batch.items()}, weights)
             loss = loss / tokens
-            (loss if processes == 1 else loss * processes).backward()  # FSDP averages the gradients of the processes
+            loss.backward()
             sums += torch.stack([loss, *terms]).detach()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), config.gradient_clipping)
         for group in self._optimizer.param_groups:

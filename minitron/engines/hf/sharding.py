@@ -45,19 +45,16 @@ def open_model(directory: Path, dtype: torch.dtype) -> Any:
     reader = LayerReader(directory)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(reader.config).eval()
-    shard = functools.partial(
-        fully_shard, mesh=_make_mesh(), mp_policy=MixedPrecisionPolicy(get_compute_dtype(), torch.float32)
-    )
     for index, layer in enumerate(model.model.layers):  # one at a time: no process ever holds the whole model
         _fill(layer, reader.read_layer(index), dtype)
-        shard(layer)
+        _shard(layer)
     is_tied = model.config.tie_word_embeddings
     _fill(model, {name: reader.read_tensor(name) for name in (EMBEDDING, NORM, *([] if is_tied else [HEAD]))}, dtype)
     if is_tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.model.rotary_emb.to(get_device())
     model.forward = lambda **inputs: model.model(**inputs)  # gathers head and embedding, and computes no logits
-    return shard(model, reshard_after_forward=False)
+    return _shard(model, reshard_after_forward=False)
 
 
 def release_head(model: Any) -> None:
@@ -137,6 +134,15 @@ class _Share(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         self._watch()
         return self._dataset[min(index * self._processes + self._rank, self._count - 1)]
+
+
+def _shard(module: Any, **options: Any) -> Any:
+    """Divide a unit's parameters. Gradients are added up, as in one process; gloo has no mean in every release."""
+    policy = MixedPrecisionPolicy(get_compute_dtype(), torch.float32)
+    fully_shard(module, mesh=_make_mesh(), mp_policy=policy, **options)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+    return module
 
 
 @functools.cache

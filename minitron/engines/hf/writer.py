@@ -10,15 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from minitron.engines.checkpoints import BEST, CHECKPOINT, publish_checkpoint
-from minitron.engines.hf.device import get_device
+from minitron.engines.hf.copies import StateCopies
 from minitron.engines.hf.sharding import gather_weights
 from minitron.engines.progress import HISTORY
 from minitron.models.checks import CONFIG
@@ -36,9 +34,7 @@ class StateWriter:
         self._initial, self._work = initial, work
         self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._state = self._parameters | moments
-        on_gpu = get_device().type == "cuda"
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))  # pinned memory; not another process
-        self._copy(self._state)  # takes the memory, for longer than a later copy lasts
+        self._copies = StateCopies(self._state)
         # the thread's messages must not meet those of the training
         self._group = dist.new_group(backend="gloo") if count_processes() > 1 else None
         self._thread = ThreadPoolExecutor(1)
@@ -56,7 +52,7 @@ class StateWriter:
             return
         is_alone, weights, state = count_processes() == 1, dict[str, Tensor](), dict[str, Tensor]()
         if checkpoint or (best and step and is_alone):
-            state = self._copy(self._state if checkpoint else self._parameters)
+            state = self._copies.update(self._state if checkpoint else self._parameters)
         if best and step:  # the untrained state is not copied
             weights = {name: state[name] for name in self._parameters} if is_alone else gather_weights(self._parameters)
         history = (self._work / HISTORY).read_text() if get_rank() == 0 else ""
@@ -73,20 +69,12 @@ class StateWriter:
             Exception: it could not be written, and no other error ends the block.
         """
         self._thread.shutdown()
-        self._stager.close()
+        self._copies.release()
         error = self._pending.exception()
         if error and (kind is None or kind is SystemExit):
             raise error
         if error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
-
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Copy with one thread: threads that meet after every tensor take 8 times as long if the cores are busy."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        copies: Any = self._stager.stage(tensors)
-        torch.set_num_threads(threads)
-        return copies
 
     def _write(
         self, step: int, weights: dict[str, Tensor], best: Note, state: dict[str, Tensor], note: Note, history: str
