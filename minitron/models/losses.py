@@ -281,9 +281,12 @@ class _Distribution(NamedTuple):
 
 
 def _normalize(logits_BV: Tensor, top1_B1: Tensor | None = None) -> _Distribution:
-    """Return the softmax; the largest share is one over the sum of the exponentials of what lies below the maximum."""
+    """Return the softmax; the largest share is one over the sum of the exponentials of what lies below the maximum.
+
+    Where the most probable tokens are known, a CPU need not search again; the kernels of a GPU search on their way.
+    """
     shares_BV = torch.softmax(logits_BV, -1)
-    if top1_B1 is None:
+    if top1_B1 is None or logits_BV.is_cuda:
         maximum_B, share_B = logits_BV.amax(-1), shares_BV.amax(-1)
     else:
         maximum_B, share_B = (each.gather(-1, top1_B1)[:, 0] for each in (logits_BV, shares_BV))

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from minitron.models.processes import count_processes
+from minitron.engines.hf.sharding import make_mesh
 
 _ALIGNMENT = 64
 """Bytes; those of a cache line."""
@@ -70,7 +69,7 @@ def _wrap(copy: Tensor, tensor: Tensor) -> Tensor:
     """Return a process's copy as a part of the whole tensor, if it is one."""
     if not isinstance(tensor, DTensor):
         return copy
-    mesh = init_device_mesh("cpu", (count_processes(),))  # a mesh of GPUs would move the copy to them
+    mesh = make_mesh("cpu")  # one of GPUs would move the copy to them
     return DTensor.from_local(
         copy, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

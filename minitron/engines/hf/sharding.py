@@ -28,6 +28,12 @@ from minitron.models.pruning.layers import NORM, LayerReader
 from minitron.models.scoring import average_scores, list_scores, sum_scores
 
 
+@functools.cache
+def make_mesh(device: str) -> DeviceMesh:
+    """Return all processes in a row, for tensors on devices of this kind."""
+    return init_device_mesh(device, (count_processes(),))
+
+
 def open_model(directory: Path, dtype: torch.dtype) -> Any:
     """Load a model in eval mode, on this process's device: the whole model, or this process's share of it.
 
@@ -139,15 +145,10 @@ class _Share(Dataset):
 def _shard(module: Any, **options: Any) -> Any:
     """Divide a unit's parameters. Gradients are added up, as in one process; gloo has no mean in every release."""
     policy = MixedPrecisionPolicy(get_compute_dtype(), torch.float32)
-    fully_shard(module, mesh=_make_mesh(), mp_policy=policy, **options)
+    fully_shard(module, mesh=make_mesh(get_device().type), mp_policy=policy, **options)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     return module
-
-
-@functools.cache
-def _make_mesh() -> DeviceMesh:
-    return init_device_mesh(get_device().type, (count_processes(),))
 
 
 def _fill(module: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
