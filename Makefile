@@ -54,10 +54,13 @@ test-nemo: setup .venv-nemo/ready ## run the tests of engine nemo, in an environ
 	.venv-nemo/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-test-oldest: ## run the tests of engine hf with the oldest torch and transformers, in an environment of their own: nine minutes
+test-oldest: .venv-oldest/ready ## run the tests of engine hf with the oldest torch and transformers: nine minutes
+	.venv-oldest/bin/pytest -n 2 tests/engines tests/models
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
-	.venv-oldest/bin/pytest -n 2 tests/engines tests/models
+	touch $@
 
 test-images: setup ## build the images and run the pipeline in them; needs root and Debian, twelve minutes
 	which podman buildah runc debootstrap > /dev/null || { apt-get update --quiet && \

@@ -213,7 +213,7 @@ def _compute_chunk_loss(
 
 
 def _accumulate_head_gradient(grad_head: Tensor | None, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """Add the chunk's gradient of the head, in the head's own precision: a GPU never rounds it to bf16."""
+    """Add the chunk's gradient of the head, in the head's own precision, also if the products are of another one."""
     if grad_head is None:
         return
     if grad_head.dtype == hidden_CH.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+import transformers
 import yaml
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
@@ -94,6 +95,13 @@ def leave_other_shards(model: Path) -> None:
         path.rename(model / path.name.replace("-of-00002", "-of-00003"))
 
 
+NO_MODEL = (
+    r"config.json does not describe a model \(.*\); correct it"
+    if transformers.__version__ >= "5"
+    else r"but config.json describes \[512, 63\]; give the config.json of these weights"
+)
+"""transformers 4 accepts sizes that do not divide, and leaves them to the check of shapes."""
+
 CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
     "gptq": (
         edit_config(quantization_config={"quant_method": "gptq"}),
@@ -159,12 +167,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[MinitronError], str]] = {
         ConfigError,
         r"lm_head.weight and model.embed_tokens.weight differ, so one would be dropped; set tie_word",
     ),
-    "no model": (
-        edit_config(hidden_size=63),
-        ConfigError,
-        # transformers 4.57 leaves it to our check of shapes
-        r"config.json does not describe a model \(.*\); correct it|but config.json describes \[512, 63\]; give the",
-    ),
+    "no model": (edit_config(hidden_size=63), ConfigError, NO_MODEL),
     "no JSON": (
         lambda model: (model / "config.json").write_text("{"),
         ConfigError,

@@ -28,10 +28,10 @@ class StateCopies:
         if self._is_pinned:
             cuda = torch.cuda.cudart()
             torch.cuda.check_error(cuda.cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0))
-        self._copies = {}
-        for (name, share), part in zip(self._shares.items(), self._memory.split(sizes), strict=True):
-            self._copies[name] = _view_as(part[: share.nbytes], share)
-        self._results = {name: _wrap(self._copies[name], tensor) for name, tensor in tensors.items()}
+        self._copies = {
+            name: _wrap(_view_as(part[: self._shares[name].nbytes], self._shares[name]), tensor)
+            for (name, tensor), part in zip(tensors.items(), self._memory.split(sizes), strict=True)
+        }
 
     def update(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copy the tensors as they are now; return the copies, which the next update overwrites.
@@ -41,11 +41,11 @@ class StateCopies:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for name in names:
-            self._copies[name].copy_(self._shares[name], non_blocking=self._is_pinned)
+            _get_share(self._copies[name]).copy_(self._shares[name], non_blocking=self._is_pinned)
         torch.set_num_threads(threads)
         if self._is_pinned:
             torch.cuda.synchronize()
-        return {name: self._results[name] for name in names}
+        return {name: self._copies[name] for name in names}
 
     def release(self) -> None:
         """Let the memory be swapped again; the copies stay."""
